@@ -1,0 +1,467 @@
+"""The one table: our parameter path <-> Meta's name <-> Hugging Face's name, with the layout change.
+
+Converting is lossless: `from_torch` and `to_torch` only rename and transpose, and both refuse a
+set of tensors that is not exactly the model's.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import numpy as np
+
+from sam_jax.checkpoints.torch_file import CheckpointError
+from sam_jax.config import (
+    MaskDecoderConfig,
+    PromptEncoderConfig,
+    SamConfig,
+    TinyViTConfig,
+    ViTConfig,
+)
+
+Format = Literal["meta", "hf"]
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a tensor is laid out here and in PyTorch; both ways are views."""
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+def _transpose(*axes: int) -> Layout:
+    inverse = tuple(int(i) for i in np.argsort(axes))
+    return Layout(lambda x: x.transpose(axes), lambda x: x.transpose(inverse))
+
+
+_SAME = Layout(lambda x: x, lambda x: x)
+_LINEAR = _transpose(1, 0)  # (out, in) -> (in, out)
+_CONV = _transpose(2, 3, 1, 0)  # (out, in, h, w) -> (h, w, in, out)
+_UPSCALE = _transpose(0, 2, 3, 1)  # (in, out, h, w) -> (in, h, w, out)
+# A counter of training steps: PyTorch's are 64 bits wide, JAX's 32.
+_COUNT = Layout(lambda x: x.astype(np.int32), lambda x: x.astype(np.int64))
+
+# For each kind of module: our leaf, PyTorch's leaf, layout.
+_LINEAR_LEAVES = (("kernel", "weight", _LINEAR), ("bias", "bias", _SAME))
+_CONV_LEAVES = (("kernel", "weight", _CONV), ("bias", "bias", _SAME))
+_UPSCALE_LEAVES = (("kernel", "weight", _UPSCALE), ("bias", "bias", _SAME))
+_NORM_LEAVES = (("scale", "weight", _SAME), ("bias", "bias", _SAME))
+_EMBED_LEAVES = (("", "weight", _SAME),)
+_TENSOR = (("", "", _SAME),)
+_CONV_BN_LEAVES = (
+    ("kernel", "c.weight", _CONV),
+    ("scale", "bn.weight", _SAME),
+    ("bias", "bn.bias", _SAME),
+    ("mean", "bn.running_mean", _SAME),
+    ("var", "bn.running_var", _SAME),
+    ("num_batches_tracked", "bn.num_batches_tracked", _COUNT),
+)
+
+# Our module, Meta's module, Hugging Face's module, what it holds. "#" stands for an index; "@" for
+# the place in a head of linear layers, which Hugging Face calls proj_in, layers.#, proj_out. An
+# empty name means: as ours.
+_VIT = [
+    ("image_encoder.pos_embed", "", "vision_encoder.pos_embed", _TENSOR),
+    (
+        "image_encoder.patch_embed",
+        "image_encoder.patch_embed.proj",
+        "vision_encoder.patch_embed.projection",
+        _CONV_LEAVES,
+    ),
+    ("image_encoder.blocks.#.norm1", "", "vision_encoder.layers.#.layer_norm1", _NORM_LEAVES),
+    ("image_encoder.blocks.#.attn.qkv", "", "vision_encoder.layers.#.attn.qkv", _LINEAR_LEAVES),
+    ("image_encoder.blocks.#.attn.proj", "", "vision_encoder.layers.#.attn.proj", _LINEAR_LEAVES),
+    (
+        "image_encoder.blocks.#.attn.rel_pos_h",
+        "",
+        "vision_encoder.layers.#.attn.rel_pos_h",
+        _TENSOR,
+    ),
+    (
+        "image_encoder.blocks.#.attn.rel_pos_w",
+        "",
+        "vision_encoder.layers.#.attn.rel_pos_w",
+        _TENSOR,
+    ),
+    ("image_encoder.blocks.#.norm2", "", "vision_encoder.layers.#.layer_norm2", _NORM_LEAVES),
+    ("image_encoder.blocks.#.mlp.lin1", "", "vision_encoder.layers.#.mlp.lin1", _LINEAR_LEAVES),
+    ("image_encoder.blocks.#.mlp.lin2", "", "vision_encoder.layers.#.mlp.lin2", _LINEAR_LEAVES),
+]
+_TINY_VIT = [  # Hugging Face has no such model
+    ("image_encoder.patch_embed.conv1", "image_encoder.patch_embed.seq.0", None, _CONV_BN_LEAVES),
+    ("image_encoder.patch_embed.conv2", "image_encoder.patch_embed.seq.2", None, _CONV_BN_LEAVES),
+    *(
+        (f"image_encoder.layers.#.{part}", "", None, _CONV_BN_LEAVES)
+        for part in (
+            "blocks.#.conv1",
+            "blocks.#.conv2",
+            "blocks.#.conv3",
+            "blocks.#.local_conv",
+            "downsample.conv1",
+            "downsample.conv2",
+            "downsample.conv3",
+        )
+    ),
+    ("image_encoder.layers.#.blocks.#.attn.attention_biases", "", None, _TENSOR),
+    ("image_encoder.layers.#.blocks.#.attn.norm", "", None, _NORM_LEAVES),
+    ("image_encoder.layers.#.blocks.#.attn.qkv", "", None, _LINEAR_LEAVES),
+    ("image_encoder.layers.#.blocks.#.attn.proj", "", None, _LINEAR_LEAVES),
+    ("image_encoder.layers.#.blocks.#.mlp.norm", "", None, _NORM_LEAVES),
+    ("image_encoder.layers.#.blocks.#.mlp.fc1", "", None, _LINEAR_LEAVES),
+    ("image_encoder.layers.#.blocks.#.mlp.fc2", "", None, _LINEAR_LEAVES),
+    ("image_encoder.norm_head", "", None, _NORM_LEAVES),
+    ("image_encoder.head", "", None, _LINEAR_LEAVES),
+]
+_NECK = [
+    ("image_encoder.neck.conv1", "image_encoder.neck.0", "vision_encoder.neck.conv1", _CONV_LEAVES),
+    (
+        "image_encoder.neck.norm1",
+        "image_encoder.neck.1",
+        "vision_encoder.neck.layer_norm1",
+        _NORM_LEAVES,
+    ),
+    ("image_encoder.neck.conv2", "image_encoder.neck.2", "vision_encoder.neck.conv2", _CONV_LEAVES),
+    (
+        "image_encoder.neck.norm2",
+        "image_encoder.neck.3",
+        "vision_encoder.neck.layer_norm2",
+        _NORM_LEAVES,
+    ),
+]
+_PROMPT_ENCODER = [
+    (
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        "",
+        "shared_image_embedding.positional_embedding",
+        _TENSOR,
+    ),
+    ("prompt_encoder.point_embeddings.#", "", "prompt_encoder.point_embed.#", _EMBED_LEAVES),
+    ("prompt_encoder.not_a_point_embed", "", "prompt_encoder.not_a_point_embed", _EMBED_LEAVES),
+    ("prompt_encoder.no_mask_embed", "", "prompt_encoder.no_mask_embed", _EMBED_LEAVES),
+    *(
+        (
+            f"prompt_encoder.mask_downscaling.{ours}",
+            f"prompt_encoder.mask_downscaling.{meta}",
+            f"prompt_encoder.mask_embed.{hf}",
+            leaves,
+        )
+        for ours, meta, hf, leaves in (
+            ("conv1", "0", "conv1", _CONV_LEAVES),
+            ("norm1", "1", "layer_norm1", _NORM_LEAVES),
+            ("conv2", "3", "conv2", _CONV_LEAVES),
+            ("norm2", "4", "layer_norm2", _NORM_LEAVES),
+            ("conv3", "6", "conv3", _CONV_LEAVES),
+        )
+    ),
+]
+_MASK_DECODER = [
+    ("mask_decoder.iou_token", "", "", _EMBED_LEAVES),
+    ("mask_decoder.mask_tokens", "", "", _EMBED_LEAVES),
+    *(
+        (f"mask_decoder.transformer.{attention}.{part}_proj", "", "", _LINEAR_LEAVES)
+        for attention in (
+            "layers.#.self_attn",
+            "layers.#.cross_attn_token_to_image",
+            "layers.#.cross_attn_image_to_token",
+            "final_attn_token_to_image",
+        )
+        for part in ("q", "k", "v", "out")
+    ),
+    *(
+        (
+            f"mask_decoder.transformer.layers.#.norm{i}",
+            "",
+            f"mask_decoder.transformer.layers.#.layer_norm{i}",
+            _NORM_LEAVES,
+        )
+        for i in (1, 2, 3, 4)
+    ),
+    ("mask_decoder.transformer.layers.#.mlp.lin1", "", "", _LINEAR_LEAVES),
+    ("mask_decoder.transformer.layers.#.mlp.lin2", "", "", _LINEAR_LEAVES),
+    (
+        "mask_decoder.transformer.norm_final_attn",
+        "",
+        "mask_decoder.transformer.layer_norm_final_attn",
+        _NORM_LEAVES,
+    ),
+    *(
+        (
+            f"mask_decoder.output_upscaling.{ours}",
+            f"mask_decoder.output_upscaling.{meta}",
+            f"mask_decoder.{hf}",
+            leaves,
+        )
+        for ours, meta, hf, leaves in (
+            ("conv1", "0", "upscale_conv1", _UPSCALE_LEAVES),
+            ("norm", "1", "upscale_layer_norm", _NORM_LEAVES),
+            ("conv2", "3", "upscale_conv2", _UPSCALE_LEAVES),
+        )
+    ),
+    (
+        "mask_decoder.output_hypernetworks_mlps.#.layers.#",
+        "",
+        "mask_decoder.output_hypernetworks_mlps.#.@",
+        _LINEAR_LEAVES,
+    ),
+    (
+        "mask_decoder.iou_prediction_head.layers.#",
+        "",
+        "mask_decoder.iou_prediction_head.@",
+        _LINEAR_LEAVES,
+    ),
+]
+# Hugging Face's second name for one tensor: a file may hold either, or both if they are equal.
+_HF_ALIAS = (
+    "prompt_encoder.shared_embedding.positional_embedding",
+    "shared_image_embedding.positional_embedding",
+)
+
+
+def _join(module: str, leaf: str) -> str:
+    return f"{module}.{leaf}" if leaf else module
+
+
+def _leaf_table(rows) -> dict[str, tuple[str, str | None, Layout]]:
+    table = {}
+    for ours, meta, hf, leaves in rows:
+        for our_leaf, torch_leaf, layout in leaves:
+            path = _join(ours, our_leaf)
+            assert path not in table, path
+            table[path] = (
+                _join(meta or ours, torch_leaf),
+                None if hf is None else _join(hf or ours, torch_leaf),
+                layout,
+            )
+    return table
+
+
+_COMMON_ROWS = _NECK + _PROMPT_ENCODER + _MASK_DECODER
+_TABLES = {
+    ViTConfig: _leaf_table(_VIT + _COMMON_ROWS),
+    TinyViTConfig: _leaf_table(_TINY_VIT + _COMMON_ROWS),
+}
+
+
+def torch_name(path: str, config: SamConfig, fmt: Format) -> tuple[str, Layout]:
+    """The PyTorch name and the layout of one of our parameters.
+
+    Args:
+        path: ours, such as `image_encoder.blocks.3.attn.qkv.kernel`.
+        config: of the model.
+        fmt: "meta" or "hf".
+    """
+    pattern = re.sub(r"\.\d+(?=\.|$)", ".#", path)
+    meta, hf, layout = _TABLES[type(config.image_encoder)][pattern]
+    name = meta if fmt == "meta" else hf
+    if name is None:
+        raise CheckpointError(
+            "Hugging Face's SamModel has no TinyViT encoder; write the Meta format instead"
+        )
+    for index in re.findall(r"\.(\d+)(?=\.|$)", path):
+        if "#" in name:
+            name = name.replace("#", index, 1)
+        else:
+            # The hypernetworks have three layers.
+            depth = config.mask_decoder.iou_head_depth if "iou_prediction_head" in name else 3
+            name = name.replace("@", _head_layer(int(index), depth))
+    return name, layout
+
+
+def _head_layer(index: int, depth: int) -> str:
+    if index == 0:
+        return "proj_in"
+    return "proj_out" if index == depth - 1 else f"layers.{index - 1}"
+
+
+def detect_format(tensors: Tensors) -> Format:
+    """Whether these are tensors of Meta's format or of Hugging Face's, by their names.
+
+    Raises:
+        CheckpointError: if they are of neither.
+    """
+    if any(name.startswith("image_encoder.patch_embed.") for name in tensors):
+        return "meta"
+    if any(name.startswith("vision_encoder.patch_embed.") for name in tensors):
+        return "hf"
+    some = ", ".join(sorted(tensors)[:5])
+    raise CheckpointError(
+        f"these are no tensors of a SAM: {len(tensors)} tensors, such as {some or 'none at all'}; "
+        "expected Meta's names (image_encoder.patch_embed...) or Hugging Face's "
+        "(vision_encoder.patch_embed...)"
+    )
+
+
+def from_torch(
+    tensors: Tensors, config: SamConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """PyTorch tensors by our parameter paths, in our layout; views where possible.
+
+    Args:
+        tensors: the state dict.
+        config: of the model that they belong to.
+        shapes: our parameters' shapes by path.
+
+    Raises:
+        CheckpointError: listing every tensor that is missing, left over or misshapen.
+    """
+    fmt = detect_format(tensors)
+    tensors = dict(tensors)
+    if fmt == "hf":
+        _settle_alias(tensors)
+    params, problems = {}, []
+    for path, shape in shapes.items():
+        name, layout = torch_name(path, config, fmt)
+        if name not in tensors:
+            problems.append(f"missing: {name}")
+            continue
+        tensor = tensors.pop(name)
+        expected = _torch_shape(shape, layout)
+        if tensor.shape != expected:
+            problems.append(f"misshapen: {name} is {tensor.shape}, expected {expected}")
+            continue
+        params[path] = layout.to_ours(tensor)
+    problems += [f"left over: {name} {tensor.shape}" for name, tensor in sorted(tensors.items())]
+    if problems:
+        raise CheckpointError(
+            f"the tensors do not fit the model; {len(problems)} problems:\n  "
+            + "\n  ".join(problems)
+        )
+    return params
+
+
+def to_torch(params: Tensors, config: SamConfig, fmt: Format) -> dict[str, np.ndarray]:
+    """Our parameters by PyTorch names, in PyTorch's layout; the inverse of `from_torch`."""
+    result = {}
+    for path, value in params.items():
+        name, layout = torch_name(path, config, fmt)
+        result[name] = layout.to_torch(value)
+    return result
+
+
+def _torch_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    # A zero-stride array has a shape and no memory.
+    return layout.to_torch(np.broadcast_to(np.zeros((), np.int32), shape)).shape
+
+
+def _settle_alias(tensors: dict[str, np.ndarray]) -> None:
+    alias, name = _HF_ALIAS
+    if alias not in tensors:
+        return
+    other = tensors.pop(alias)
+    if not np.array_equal(tensors.setdefault(name, other), other):
+        raise CheckpointError(f"{alias} and {name} are one tensor in the model, but differ here")
+
+
+def infer_config(tensors: Tensors) -> SamConfig:
+    """The configuration of a checkpoint without one, read from its tensors' shapes.
+
+    What shapes do not tell is taken from the published models: 8 decoder heads, and for TinyViT an
+    image size of 1024.
+
+    Raises:
+        CheckpointError: if the tensors are no SAM's, or lack the relative positions that tell the
+            number of heads.
+    """
+    fmt = detect_format(tensors)
+    tiny = "image_encoder.patch_embed.seq.0.c.weight" in tensors
+    tables = _TABLES[TinyViTConfig if tiny else ViTConfig]
+
+    def name(pattern: str, *indices: int) -> str:
+        torch = tables[pattern][0 if fmt == "meta" else 1]
+        for index in indices:
+            torch = torch.replace("#", str(index), 1)
+        return torch
+
+    def shape(pattern: str, *indices: int) -> tuple[int, ...]:
+        key = name(pattern, *indices)
+        if key not in tensors:
+            raise CheckpointError(
+                f"missing: {key}; without it the model's configuration cannot be told. If the "
+                "checkpoint comes with a config.json, keep both in one folder and pass the folder"
+            )
+        return tensors[key].shape
+
+    def count(pattern: str, *indices: int) -> int:
+        n = 0
+        while name(pattern, *indices, n) in tensors:
+            n += 1
+        return n
+
+    if tiny:
+        encoder, image_size = _infer_tiny_vit(shape, count), 1024
+    else:
+        encoder, image_size = _infer_vit(
+            shape, count, name("image_encoder.blocks.#.attn.qkv.bias", 0) in tensors
+        )
+    head = "mask_decoder.iou_prediction_head.layers.#.kernel"
+    if fmt == "meta":
+        iou_head_depth = count(head)
+    else:
+        prefix = "mask_decoder.iou_prediction_head.layers."
+        iou_head_depth = 2 + sum(k.startswith(prefix) and k.endswith("weight") for k in tensors)
+    num_mask_tokens, dim = shape("mask_decoder.mask_tokens")
+    cross = "mask_decoder.transformer.layers.#.cross_attn_token_to_image.q_proj.kernel"
+    iou_in = name(head, 0).replace("@", "proj_in")
+    return SamConfig(
+        image_encoder=encoder,
+        prompt_encoder=PromptEncoderConfig(
+            mask_in_chans=shape("prompt_encoder.mask_downscaling.conv2.kernel")[0]
+        ),
+        mask_decoder=MaskDecoderConfig(
+            transformer_depth=count("mask_decoder.transformer.layers.#.norm1.scale"),
+            mlp_dim=shape("mask_decoder.transformer.layers.#.mlp.lin1.kernel", 0)[0],
+            attention_downsample_rate=dim // shape(cross, 0)[0],
+            num_multimask_outputs=num_mask_tokens - 1,
+            iou_head_depth=iou_head_depth,
+            iou_head_hidden_dim=tensors[iou_in].shape[0] if iou_in in tensors else 256,
+            layer_norm_eps=1e-5 if fmt == "meta" else 1e-6,
+        ),
+        image_size=image_size,
+        prompt_embed_dim=dim,
+    )
+
+
+def _infer_vit(shape, count, qkv_bias: bool) -> tuple[ViTConfig, int]:
+    embed_dim, _, patch_size, _ = shape("image_encoder.patch_embed.kernel")
+    grid = shape("image_encoder.pos_embed")[1]
+    depth = count("image_encoder.blocks.#.norm1.scale")
+    tables = [shape("image_encoder.blocks.#.attn.rel_pos_h", i) for i in range(depth)]
+    lengths = [length for length, _ in tables]
+    config = ViTConfig(
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=embed_dim // tables[0][1],
+        mlp_dim=shape("image_encoder.blocks.#.mlp.lin1.kernel", 0)[0],
+        global_attn_indexes=tuple(i for i, n in enumerate(lengths) if n == 2 * grid - 1),
+        patch_size=patch_size,
+        window_size=(min(lengths) + 1) // 2,
+        qkv_bias=qkv_bias,
+    )
+    return config, grid * patch_size
+
+
+def _infer_tiny_vit(shape, count) -> TinyViTConfig:
+    block = "image_encoder.layers.#.blocks.#"
+    stages = count("image_encoder.layers.#.downsample.conv1.kernel") + 1
+    depths = [count(f"{block}.conv1.kernel", 0)]
+    depths += [count(f"{block}.attn.qkv.kernel", i) for i in range(1, stages)]
+    hidden, stem, _, _ = shape(f"{block}.conv1.kernel", 0, 0)
+    dims, heads, windows = [stem], [stem // 32], [7]  # the first stage attends to nothing
+    for i in range(1, stages):
+        dims.append(shape(f"{block}.attn.proj.kernel", i, 0)[0])
+        num_heads, offsets = shape(f"{block}.attn.attention_biases", i, 0)
+        heads.append(num_heads)
+        windows.append(math.isqrt(offsets))
+    return TinyViTConfig(
+        embed_dims=tuple(dims),
+        depths=tuple(depths),
+        num_heads=tuple(heads),
+        window_sizes=tuple(windows),
+        mlp_ratio=shape(f"{block}.mlp.fc1.kernel", 1, 0)[0] / dims[1],
+        mbconv_expand_ratio=hidden / stem,
+        num_classes=shape("image_encoder.head.kernel")[0],
+    )

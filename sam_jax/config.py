@@ -1,0 +1,310 @@
+"""What a SAM is made of: frozen dataclasses, the published sizes, and Hugging Face's `config.json`.
+
+Field names are those of Meta's `segment_anything`; the defaults of each class are ViT-B's.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """The ViT image encoder (`ImageEncoderViT`; paper, appendix A)."""
+
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11)
+    patch_size: int = 16
+    window_size: int = 14
+    qkv_bias: bool = True
+    use_abs_pos: bool = True
+    use_rel_pos: bool = True
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.embed_dim // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyViTConfig:
+    """MobileSAM's image encoder (`TinyViT`): one stage of MBConv blocks, three of attention."""
+
+    embed_dims: tuple[int, ...] = (64, 128, 160, 320)
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (2, 4, 5, 10)
+    window_sizes: tuple[int, ...] = (7, 7, 14, 7)
+    mlp_ratio: float = 4.0
+    mbconv_expand_ratio: float = 4.0
+    num_classes: int = 1000
+
+    # The stem halves the picture twice, the first two stages once each; the third does not.
+    patch_size = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptEncoderConfig:
+    """Points, boxes and masks to tokens (`PromptEncoder`)."""
+
+    mask_in_chans: int = 16
+    layer_norm_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskDecoderConfig:
+    """The two-way transformer and its heads (`MaskDecoder`).
+
+    `layer_norm_eps` is that of `norm1` to `norm4` of the two-way blocks: 1e-5 in Meta's code, 1e-6
+    in Hugging Face's. The final norm has 1e-5 in both.
+    """
+
+    transformer_depth: int = 2
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    attention_downsample_rate: int = 2
+    num_multimask_outputs: int = 3
+    iou_head_depth: int = 3
+    iou_head_hidden_dim: int = 256
+    layer_norm_eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class SamConfig:
+    """A whole SAM.
+
+    `image_size` is the side of the square, padded picture in pixels, `prompt_embed_dim` the width
+    of image embeddings and prompt tokens. `pixel_mean` and `pixel_std` are per RGB channel for
+    values 0 to 255.
+    """
+
+    image_encoder: ViTConfig | TinyViTConfig = ViTConfig()
+    prompt_encoder: PromptEncoderConfig = PromptEncoderConfig()
+    mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
+    image_size: int = 1024
+    prompt_embed_dim: int = 256
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    mask_threshold: float = 0.0
+
+    def __post_init__(self):
+        if self.image_size % self.image_encoder.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of the patch size "
+                f"{self.image_encoder.patch_size}"
+            )
+
+    @property
+    def image_embedding_size(self) -> int:
+        """Side of the image embedding's grid (64 for 1024 pixels)."""
+        return self.image_size // self.image_encoder.patch_size
+
+    @property
+    def mask_size(self) -> int:
+        """Side of mask prompts and of low-resolution masks (256 for 1024 pixels)."""
+        return 4 * self.image_embedding_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; `from_dict` is the inverse."""
+        kind = "vit" if isinstance(self.image_encoder, ViTConfig) else "tiny_vit"
+        return {"model_type": "sam_jax", "image_encoder_type": kind, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SamConfig":
+        """From `to_dict`'s values, also after a trip through JSON.
+
+        Raises:
+            ValueError: for a key that this version does not know.
+        """
+        values = {k: v for k, v in values.items() if k != "model_type"}
+        kind = values.pop("image_encoder_type", None)
+        if kind not in _ENCODERS:
+            raise ValueError(
+                f"image_encoder_type is {kind!r}, expected one of {sorted(_ENCODERS)}; is this a "
+                "config.json written by sam_jax?"
+            )
+        parts = {
+            "image_encoder": _ENCODERS[kind],
+            "prompt_encoder": PromptEncoderConfig,
+            "mask_decoder": MaskDecoderConfig,
+        }
+        for name, part in parts.items():
+            values[name] = _build(part, values.get(name, {}), name)
+        return _build(cls, values, "config")
+
+
+_ENCODERS = {"vit": ViTConfig, "tiny_vit": TinyViTConfig}
+
+
+def _build(cls, values: Mapping[str, Any], where: str):
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(known)}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def vit_b() -> SamConfig:
+    """SAM with the ViT-B encoder: 93,735,472 parameters."""
+    return SamConfig()
+
+
+def vit_l() -> SamConfig:
+    """SAM with the ViT-L encoder: 312,342,832 parameters."""
+    return SamConfig(
+        ViTConfig(
+            embed_dim=1024,
+            depth=24,
+            num_heads=16,
+            mlp_dim=4096,
+            global_attn_indexes=(5, 11, 17, 23),
+        )
+    )
+
+
+def vit_h() -> SamConfig:
+    """SAM with the ViT-H encoder: 641,090,608 parameters."""
+    return SamConfig(
+        ViTConfig(
+            embed_dim=1280,
+            depth=32,
+            num_heads=16,
+            mlp_dim=5120,
+            global_attn_indexes=(7, 15, 23, 31),
+        )
+    )
+
+
+def mobile_sam() -> SamConfig:
+    """MobileSAM: the TinyViT encoder with SAM's own prompt encoder and mask decoder."""
+    return SamConfig(TinyViTConfig())
+
+
+def from_hf(values: Mapping[str, Any]) -> SamConfig:
+    """The configuration that a Hugging Face `SamConfig` (its `config.json`) describes.
+
+    What the file leaves out takes the defaults of `transformers` (SlimSAM's file names little more
+    than `mlp_dim`).
+
+    Raises:
+        ValueError: if it describes another kind of model, or something that SAM does not have.
+    """
+    if values.get("model_type", "sam") != "sam":
+        raise ValueError(
+            f"config.json describes a {values['model_type']!r} model, expected model_type 'sam'"
+        )
+    vision = dict(values.get("vision_config") or {})
+    prompt = dict(values.get("prompt_encoder_config") or {})
+    decoder = dict(values.get("mask_decoder_config") or {})
+
+    embed_dim = vision.get("hidden_size", 768)
+    image_size = vision.get("image_size", 1024)
+    patch_size = vision.get("patch_size", 16)
+    out_chans = vision.get("output_channels", 256)
+    expected = {
+        "vision_config.hidden_act": (vision.get("hidden_act", "gelu"), "gelu"),
+        "vision_config.num_channels": (vision.get("num_channels", 3), 3),
+        "vision_config.num_pos_feats": (vision.get("num_pos_feats", 128), out_chans // 2),
+        "prompt_encoder_config.hidden_act": (prompt.get("hidden_act", "gelu"), "gelu"),
+        "prompt_encoder_config.hidden_size": (prompt.get("hidden_size", 256), out_chans),
+        "prompt_encoder_config.image_size": (prompt.get("image_size", 1024), image_size),
+        "prompt_encoder_config.patch_size": (prompt.get("patch_size", 16), patch_size),
+        "prompt_encoder_config.num_point_embeddings": (prompt.get("num_point_embeddings", 4), 4),
+        "mask_decoder_config.hidden_act": (decoder.get("hidden_act", "relu"), "relu"),
+        "mask_decoder_config.hidden_size": (decoder.get("hidden_size", 256), out_chans),
+    }
+    if wrong := [
+        f"{k} is {got!r}, not {want!r}" for k, (got, want) in expected.items() if got != want
+    ]:
+        raise ValueError("this SamConfig cannot be represented: " + "; ".join(wrong))
+
+    mlp_dim = vision.get("mlp_dim")
+    return SamConfig(
+        image_encoder=ViTConfig(
+            embed_dim=embed_dim,
+            depth=vision.get("num_hidden_layers", 12),
+            num_heads=vision.get("num_attention_heads", 12),
+            mlp_dim=int(embed_dim * vision.get("mlp_ratio", 4.0)) if mlp_dim is None else mlp_dim,
+            global_attn_indexes=tuple(vision.get("global_attn_indexes", (2, 5, 8, 11))),
+            patch_size=patch_size,
+            window_size=vision.get("window_size", 14),
+            qkv_bias=vision.get("qkv_bias", True),
+            use_abs_pos=vision.get("use_abs_pos", True),
+            use_rel_pos=vision.get("use_rel_pos", True),
+            layer_norm_eps=vision.get("layer_norm_eps", 1e-6),
+        ),
+        prompt_encoder=PromptEncoderConfig(
+            mask_in_chans=prompt.get("mask_input_channels", 16),
+            layer_norm_eps=prompt.get("layer_norm_eps", 1e-6),
+        ),
+        mask_decoder=MaskDecoderConfig(
+            transformer_depth=decoder.get("num_hidden_layers", 2),
+            num_heads=decoder.get("num_attention_heads", 8),
+            mlp_dim=decoder.get("mlp_dim", 2048),
+            attention_downsample_rate=decoder.get("attention_downsample_rate", 2),
+            num_multimask_outputs=decoder.get("num_multimask_outputs", 3),
+            iou_head_depth=decoder.get("iou_head_depth", 3),
+            iou_head_hidden_dim=decoder.get("iou_head_hidden_dim", 256),
+            layer_norm_eps=decoder.get("layer_norm_eps", 1e-6),
+        ),
+        image_size=image_size,
+        prompt_embed_dim=out_chans,
+    )
+
+
+def to_hf(config: SamConfig) -> dict[str, Any]:
+    """The Hugging Face `config.json` of a SAM with a ViT encoder; `from_hf` is the inverse.
+
+    Raises:
+        ValueError: for MobileSAM, which `transformers` has no class for.
+    """
+    encoder, prompt, decoder = config.image_encoder, config.prompt_encoder, config.mask_decoder
+    if not isinstance(encoder, ViTConfig):
+        raise ValueError(
+            "Hugging Face's SamModel has no TinyViT encoder; write the Meta format instead"
+        )
+    sizes = {"image_size": config.image_size, "patch_size": encoder.patch_size}
+    return {
+        "model_type": "sam",
+        "architectures": ["SamModel"],
+        "vision_config": {
+            **sizes,
+            "hidden_size": encoder.embed_dim,
+            "output_channels": config.prompt_embed_dim,
+            "num_hidden_layers": encoder.depth,
+            "num_attention_heads": encoder.num_heads,
+            "mlp_dim": encoder.mlp_dim,
+            "global_attn_indexes": list(encoder.global_attn_indexes),
+            "window_size": encoder.window_size,
+            "num_pos_feats": config.prompt_embed_dim // 2,
+            "qkv_bias": encoder.qkv_bias,
+            "use_abs_pos": encoder.use_abs_pos,
+            "use_rel_pos": encoder.use_rel_pos,
+            "layer_norm_eps": encoder.layer_norm_eps,
+        },
+        "prompt_encoder_config": {
+            **sizes,
+            "hidden_size": config.prompt_embed_dim,
+            "mask_input_channels": prompt.mask_in_chans,
+            "layer_norm_eps": prompt.layer_norm_eps,
+        },
+        "mask_decoder_config": {
+            "hidden_size": config.prompt_embed_dim,
+            "num_hidden_layers": decoder.transformer_depth,
+            "num_attention_heads": decoder.num_heads,
+            "mlp_dim": decoder.mlp_dim,
+            "attention_downsample_rate": decoder.attention_downsample_rate,
+            "num_multimask_outputs": decoder.num_multimask_outputs,
+            "iou_head_depth": decoder.iou_head_depth,
+            "iou_head_hidden_dim": decoder.iou_head_hidden_dim,
+            "layer_norm_eps": decoder.layer_norm_eps,
+        },
+    }

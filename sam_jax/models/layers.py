@@ -1,0 +1,133 @@
+"""Pieces that several parts of the model share. Channels are last everywhere."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+class Buffer(nnx.Variable):
+    """A tensor of the checkpoint that is saved and converted but never trained.
+
+    The frequencies of the positional encoding and the statistics of batch norms are such tensors:
+    `register_buffer` in the reference.
+    """
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the channels (the reference's `LayerNorm` and `LayerNorm2d`).
+
+    Mean and variance are computed in float32; the result has the dtype `dtype`.
+    """
+
+    def __init__(self, channels: int, *, eps: float, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.eps = eps
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        x = x.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        x = (x - mean) * jax.lax.rsqrt(variance + self.eps)
+        return (x * self.scale + self.bias).astype(self.dtype)
+
+
+class MLP(nnx.Module):
+    """Linear, activation, linear (the reference's `MLPBlock`)."""
+
+    def __init__(self, channels: int, mlp_dim: int, activation, *, dtype, rngs: nnx.Rngs):
+        self.lin1 = nnx.Linear(channels, mlp_dim, dtype=dtype, rngs=rngs)
+        self.lin2 = nnx.Linear(mlp_dim, channels, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        return self.lin2(self.activation(self.lin1(x)))
+
+
+class PatchConv(nnx.Module):
+    """A convolution whose stride is its kernel size: one matmul over non-overlapping patches."""
+
+    def __init__(self, in_chans: int, out_chans: int, patch: int, *, dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (patch, patch, in_chans, out_chans)))
+        self.bias = nnx.Param(jnp.zeros(out_chans))
+        self.patch = patch
+        self.dtype = dtype
+
+    def __call__(
+        self, x: Float[Array, "*batch h w i"]
+    ) -> Float[Array, "*batch h//{self.patch} w//{self.patch} o"]:
+        p, _, i, o = self.kernel.shape
+        *batch, h, w, _ = x.shape
+        x = x.astype(self.dtype).reshape(*batch, h // p, p, w // p, p, i)
+        x = jnp.swapaxes(x, -4, -3).reshape(*batch, h // p, w // p, p * p * i)
+        kernel = self.kernel[...].astype(self.dtype).reshape(p * p * i, o)
+        return x @ kernel + self.bias[...].astype(self.dtype)
+
+
+class UpscaleConv(nnx.Module):
+    """`ConvTranspose2d(kernel_size=2, stride=2)`: each pixel becomes 2 x 2 pixels, by one matmul.
+
+    `kernel[c, i, j, o]` leads from channel c to channel o of the pixel at row i, column j; the
+    reference's kernel is indexed the same way, so that nothing is flipped.
+    """
+
+    def __init__(self, in_chans: int, out_chans: int, *, dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=3)
+        self.kernel = nnx.Param(init(rngs.params(), (in_chans, 2, 2, out_chans)))
+        self.bias = nnx.Param(jnp.zeros(out_chans))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "h w i"]) -> Float[Array, "2*h 2*w o"]:
+        h, w, i = x.shape
+        o = self.kernel.shape[-1]
+        kernel = self.kernel[...].astype(self.dtype).reshape(i, 4 * o)
+        x = (x.astype(self.dtype) @ kernel).reshape(h, w, 2, 2, o)
+        return jnp.swapaxes(x, 1, 2).reshape(2 * h, 2 * w, o) + self.bias[...].astype(self.dtype)
+
+
+class Neck(nnx.Module):
+    """1x1 and 3x3 convolution with norms: encoder width to embedding width."""
+
+    def __init__(self, in_chans: int, out_chans: int, *, dtype, rngs: nnx.Rngs):
+        self.conv1 = nnx.Conv(in_chans, out_chans, (1, 1), use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm1 = LayerNorm(out_chans, eps=1e-6, dtype=dtype)
+        self.conv2 = nnx.Conv(out_chans, out_chans, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(out_chans, eps=1e-6, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
+        return self.norm2(self.conv2(self.norm1(self.conv1(x))))
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU, by the error function, as PyTorch's default."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def partition_windows(
+    x: Float[Array, "b h w c"], window: int
+) -> Float[Array, "n {window} {window} c"]:
+    """Splits a grid into windows, padded with zeros at the bottom and the right.
+
+    The reference's `window_partition`: padded positions are attended like any other.
+    """
+    b, h, w, c = x.shape
+    rows, columns = -(-h // window), -(-w // window)
+    x = jnp.pad(x, ((0, 0), (0, rows * window - h), (0, columns * window - w), (0, 0)))
+    x = x.reshape(b, rows, window, columns, window, c)
+    return jnp.swapaxes(x, 2, 3).reshape(b * rows * columns, window, window, c)
+
+
+def join_windows(
+    windows: Float[Array, "n window window c"], grid: tuple[int, int]
+) -> Float[Array, "b {grid[0]} {grid[1]} c"]:
+    """The inverse of `partition_windows` for a grid of (h, w); the padding is dropped."""
+    h, w = grid
+    n, window, _, c = windows.shape
+    rows, columns = -(-h // window), -(-w // window)
+    x = windows.reshape(n // (rows * columns), rows, columns, window, window, c)
+    x = jnp.swapaxes(x, 2, 3).reshape(-1, rows * window, columns * window, c)
+    return x[:, :h, :w]

@@ -1,0 +1,154 @@
+"""Prompt tokens and image embedding to masks (paper, appendix A; reference `MaskDecoder`).
+
+Written for one prompt of one image, without batch axes: `jax.vmap` adds them.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from sam_jax.config import SamConfig
+from sam_jax.models.layers import LayerNorm, UpscaleConv, gelu
+from sam_jax.models.two_way_transformer import TwoWayTransformer
+
+
+class MaskDecoder(nnx.Module):
+    """The two-way transformer between output tokens and image, and the heads that read it."""
+
+    def __init__(self, config: SamConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        dim, decoder = config.prompt_embed_dim, config.mask_decoder
+        num_mask_tokens = decoder.num_multimask_outputs + 1
+        embed = nnx.initializers.normal(1.0)
+        self.iou_token = nnx.Param(embed(rngs.params(), (1, dim)))
+        self.mask_tokens = nnx.Param(embed(rngs.params(), (num_mask_tokens, dim)))
+        self.transformer = TwoWayTransformer(config, dtype=dtype, rngs=rngs)
+        self.output_upscaling = OutputUpscaling(dim, dtype=dtype, rngs=rngs)
+        self.output_hypernetworks_mlps = nnx.List(
+            Head(dim, dim, dim // 8, 3, dtype=dtype, rngs=rngs) for _ in range(num_mask_tokens)
+        )
+        self.iou_prediction_head = Head(
+            dim,
+            decoder.iou_head_hidden_dim,
+            num_mask_tokens,
+            decoder.iou_head_depth,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        image_embedding: Float[Array, "g g c"],
+        image_pe: Float[Array, "g g c"],
+        sparse: Float[Array, "n c"],
+        sparse_mask: Bool[Array, " n"],
+        dense: Float[Array, "*grid c"],
+        multimask_output: bool,
+        attention_similarity: Float[Array, "*heads_and_t g*g"] | None = None,
+        target_embedding: Float[Array, "#t c"] | None = None,
+    ) -> tuple[Float[Array, "m 4*g 4*g"], Float[Array, " m"]]:
+        """Mask logits and predicted IoUs, both float32.
+
+        Args:
+            image_embedding: of `Sam.encode_image`.
+            image_pe: of `PromptEncoder.get_dense_pe`.
+            sparse: the prompt's tokens.
+            sparse_mask: False where a token is padding.
+            dense: the mask prompt's embedding, [g, g, c], or [c] for no mask.
+            multimask_output: True for the three masks of an ambiguous prompt, False for the one of
+                an unambiguous prompt.
+            attention_similarity: see `TwoWayTransformer`.
+            target_embedding: see `TwoWayTransformer`.
+        """
+        iou_token, mask_tokens, image_embedding = self.attend(
+            image_embedding,
+            image_pe,
+            sparse,
+            sparse_mask,
+            dense,
+            attention_similarity,
+            target_embedding,
+        )
+        outputs = self.outputs(multimask_output)
+        masks = self.predict_masks(mask_tokens, image_embedding, outputs)
+        return masks, self.predict_iou(iou_token)[outputs]
+
+    def outputs(self, multimask_output: bool) -> slice:
+        """Which mask tokens count: the first is for unambiguous prompts, the others for the rest."""
+        return slice(1, None) if multimask_output else slice(0, 1)
+
+    def attend(
+        self,
+        image_embedding: Float[Array, "g g c"],
+        image_pe: Float[Array, "g g c"],
+        sparse: Float[Array, "n c"],
+        sparse_mask: Bool[Array, " n"],
+        dense: Float[Array, "*grid c"],
+        attention_similarity: Float[Array, "*heads_and_t g*g"] | None = None,
+        target_embedding: Float[Array, "#t c"] | None = None,
+    ) -> tuple[Float[Array, " c"], Float[Array, "m c"], Float[Array, "g g c"]]:
+        """The two-way transformer: the IoU token, the mask tokens and the image embedding after it."""
+        # Token order: IoU, masks, points, box corners.
+        output_tokens = jnp.concatenate([self.iou_token[...], self.mask_tokens[...]])
+        tokens = jnp.concatenate([output_tokens.astype(self.dtype), sparse.astype(self.dtype)])
+        token_mask = jnp.concatenate([jnp.ones(len(output_tokens), bool), sparse_mask])
+
+        # Without a mask prompt nothing here depends on the prompt, and no vmap batches it.
+        grid = image_embedding.shape
+        keys = image_embedding.astype(self.dtype) + dense.astype(self.dtype)
+        tokens, keys = self.transformer(
+            keys.reshape(-1, grid[-1]),
+            image_pe.astype(self.dtype).reshape(-1, grid[-1]),
+            tokens,
+            token_mask,
+            attention_similarity,
+            target_embedding,
+        )
+        return tokens[0], tokens[1 : len(output_tokens)], keys.reshape(grid)
+
+    def predict_iou(self, iou_token: Float[Array, " c"]) -> Float[Array, " all"]:
+        """The IoU that the model expects of each mask, the single mask's first. No mask is needed."""
+        return self.iou_prediction_head(iou_token).astype(jnp.float32)
+
+    def predict_masks(
+        self,
+        mask_tokens: Float[Array, "all c"],
+        image_embedding: Float[Array, "g g c"],
+        outputs: slice,
+    ) -> Float[Array, "m 4*g 4*g"]:
+        """Mask logits of the chosen mask tokens."""
+        upscaled = self.output_upscaling(image_embedding)
+        heads = list(self.output_hypernetworks_mlps)[outputs]
+        hyper_in = jnp.stack([h(t) for h, t in zip(heads, mask_tokens[outputs], strict=True)])
+        return jnp.einsum("mc,yxc->myx", hyper_in, upscaled, preferred_element_type=jnp.float32)
+
+
+class OutputUpscaling(nnx.Module):
+    """Two transposed convolutions to four times the grid; only the first has a norm."""
+
+    def __init__(self, dim: int, *, dtype, rngs):
+        self.conv1 = UpscaleConv(dim, dim // 4, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(dim // 4, eps=1e-6, dtype=dtype)
+        self.conv2 = UpscaleConv(dim // 4, dim // 8, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "g g c"]) -> Float[Array, "4*g 4*g c//8"]:
+        return gelu(self.conv2(gelu(self.norm(self.conv1(x)))))
+
+
+class Head(nnx.Module):
+    """Linear layers with ReLU between them (reference `MLP`); no sigmoid, scores can pass 1."""
+
+    def __init__(self, in_dim, hidden_dim, out_dim, num_layers, *, dtype, rngs):
+        widths = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+        self.layers = nnx.List(
+            nnx.Linear(i, o, dtype=dtype, rngs=rngs)
+            for i, o in zip(widths[:-1], widths[1:], strict=True)
+        )
+
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = jax.nn.relu(layer(x))
+        return last(x)

@@ -1,0 +1,107 @@
+"""Points, boxes and masks to tokens (paper, appendix A; reference `PromptEncoder`).
+
+Written for one prompt of one image, without batch axes: `jax.vmap` adds them.
+
+A prompt's points and boxes are one list of labelled points, in the order of the reference's tokens:
+
+    label   meaning                                  token
+      1     a point on the object                    encoding + point_embeddings[1]
+      0     a point off the object                   encoding + point_embeddings[0]
+     -1     not a point (ends a list without box)    not_a_point_embed
+      2, 3   a box's top-left, bottom-right corner   encoding + point_embeddings[2], [3]
+     -10    padding                                  zeros, and no attention sees it
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from sam_jax.config import SamConfig
+from sam_jax.models.layers import Buffer, LayerNorm, PatchConv, gelu
+from sam_jax.ops.prompts import NOT_A_POINT, PADDING
+
+
+class PromptEncoder(nnx.Module):
+    """Embeds one prompt. Everything but the mask's convolutions is float32, whatever `dtype` is."""
+
+    def __init__(self, config: SamConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        dim = config.prompt_embed_dim
+        embed = nnx.initializers.normal(1.0)
+        self.pe_layer = PositionEmbeddingRandom(dim // 2, rngs=rngs)
+        self.point_embeddings = nnx.List(
+            nnx.Param(embed(rngs.params(), (1, dim))) for _ in range(4)
+        )
+        self.not_a_point_embed = nnx.Param(embed(rngs.params(), (1, dim)))
+        self.no_mask_embed = nnx.Param(embed(rngs.params(), (1, dim)))
+        self.mask_downscaling = MaskDownscaling(config, dtype=dtype, rngs=rngs)
+        self.image_size = config.image_size
+        self.grid = config.image_embedding_size
+
+    def __call__(
+        self, points: Float[Array, "n 2"], labels: Int[Array, " n"]
+    ) -> tuple[Float[Array, "n c"], Bool[Array, " n"]]:
+        """Tokens of labelled points, and which of them are real rather than padding.
+
+        Args:
+            points: (x, y) in pixels of the model's padded input; the centre of the first pixel is
+                (0, 0).
+            labels: see the table at the head of this file.
+        """
+        encoding = self.pe_layer((points.astype(jnp.float32) + 0.5) / self.image_size)
+        kinds = jnp.concatenate([p[...] for p in self.point_embeddings]).astype(jnp.float32)
+        # A sum of one row, so that its gradient is a matmul; -1 and -10 select none.
+        chosen = labels[:, None] == jnp.arange(len(kinds))
+        tokens = encoding + chosen.astype(jnp.float32) @ kinds
+        label = labels[:, None]
+        tokens = jnp.where(label == NOT_A_POINT, self.not_a_point_embed[...], tokens)
+        return jnp.where(label == PADDING, 0.0, tokens), labels != PADDING
+
+    def embed_mask(self, mask: Float[Array, "side side"] | None) -> Float[Array, "*grid c"]:
+        """The dense embedding: [g, g, c] of a mask of logits, or [c] for no mask.
+
+        Without a mask it is the same everywhere and for every prompt. Left unbatched, it lets what
+        depends on the image alone be computed once for all prompts.
+        """
+        if mask is None:
+            return self.no_mask_embed[0]
+        return self.mask_downscaling(mask[..., None])
+
+    def get_dense_pe(self) -> Float[Array, "g g c"]:
+        """The positional encoding of the image embedding's grid."""
+        centres = (jnp.arange(self.grid, dtype=jnp.float32) + 0.5) / self.grid
+        x, y = jnp.meshgrid(centres, centres)
+        return self.pe_layer(jnp.stack([x, y], axis=-1))
+
+
+class PositionEmbeddingRandom(nnx.Module):
+    """Random Fourier features of positions in [0, 1]^2, always float32."""
+
+    def __init__(self, num_pos_feats: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(1.0)
+        self.positional_encoding_gaussian_matrix = Buffer(init(rngs.params(), (2, num_pos_feats)))
+
+    def __call__(self, coords: Float[Array, "*batch 2"]) -> Float[Array, "*batch c"]:
+        gaussian = self.positional_encoding_gaussian_matrix[...].astype(jnp.float32)
+        coords = 2 * coords - 1
+        # Two multiplications and a sum rather than a matmul: float32 on every device.
+        angles = coords[..., :1] * gaussian[0] + coords[..., 1:] * gaussian[1]
+        angles = 2 * jnp.pi * angles
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class MaskDownscaling(nnx.Module):
+    """A mask of logits, four times the grid's size, to the grid's dense embedding."""
+
+    def __init__(self, config: SamConfig, *, dtype, rngs):
+        chans, eps = config.prompt_encoder.mask_in_chans, config.prompt_encoder.layer_norm_eps
+        self.conv1 = PatchConv(1, chans // 4, 2, dtype=dtype, rngs=rngs)
+        self.norm1 = LayerNorm(chans // 4, eps=eps, dtype=dtype)
+        self.conv2 = PatchConv(chans // 4, chans, 2, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(chans, eps=eps, dtype=dtype)
+        self.conv3 = PatchConv(chans, config.prompt_embed_dim, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, mask: Float[Array, "side side 1"]) -> Float[Array, "side//4 side//4 c"]:
+        x = gelu(self.norm1(self.conv1(mask)))
+        x = gelu(self.norm2(self.conv2(x)))
+        return self.conv3(x)

@@ -1,0 +1,341 @@
+"""The whole model: image encoder, prompt encoder and mask decoder joined.
+
+Two ways in:
+
+* **Functional**, for research. `graphdef, params = nnx.split(model)` gives the parameters as a tree;
+  inside your own `jax.jit`, `jax.grad` or `jax.vmap`, `nnx.merge(graphdef, params)` gives the model
+  back, whose `encode_image` and `decode` are pure functions of arrays.
+* **Hugging Face's surface**, `model(**inputs)` with what `SamProcessor` returns. It is compiled, and
+  prompts in numpy arrays are padded to a few sizes, so that it seldom compiles again.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from sam_jax.config import SamConfig, ViTConfig
+from sam_jax.models.mask_decoder import MaskDecoder
+from sam_jax.models.prompt_encoder import PromptEncoder
+from sam_jax.models.tiny_vit import TinyViT
+from sam_jax.models.vit import ImageEncoderViT
+from sam_jax.ops.attention import Implementation
+from sam_jax.ops.prompts import PADDING, count_bucket, join_prompts, pad_axis
+
+
+class SamImageSegmentationOutput(NamedTuple):
+    """What `Sam.__call__` returns; B images, P prompts each, m = 3 masks (or 1) each.
+
+    `iou_scores` [B, P, m] are predicted IoUs, `pred_masks` [B, P, m, 256, 256] low-resolution logits,
+    both float32. `SamProcessor.post_process_masks` makes full-size masks of them.
+    """
+
+    iou_scores: Array
+    pred_masks: Array
+
+
+class Sam(nnx.Module):
+    """Segment Anything.
+
+    Args:
+        config: sizes of every part.
+        dtype: of the computation, float32 or bfloat16. Parameters are float32 either way; norms,
+            softmax, positional encodings and mask logits are computed in float32.
+        attention: how the ViT's attention is computed; None chooses by platform
+            (`sam_jax.ops.attention`).
+        rngs: for the initial parameters.
+    """
+
+    def __init__(
+        self,
+        config: SamConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        attention: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if isinstance(config.image_encoder, ViTConfig):
+            self.image_encoder = ImageEncoderViT(
+                config, dtype=dtype, attention=attention, rngs=rngs
+            )
+        else:
+            self.image_encoder = TinyViT(config, dtype=dtype, rngs=rngs)
+        self.prompt_encoder = PromptEncoder(config, dtype=dtype, rngs=rngs)
+        self.mask_decoder = MaskDecoder(config, dtype=dtype, rngs=rngs)
+        self.config = config
+
+    def encode_image(
+        self, pixel_values: Float[Array, "b size size 3"]
+    ) -> Float[Array, "b grid grid c"]:
+        """Image embeddings of normalised, padded pixels, channels last."""
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"pixel_values have shape {pixel_values.shape}, expected (batch, {size}, {size}, 3), "
+                "channels last; SamProcessor makes them"
+            )
+        return self.image_encoder(pixel_values)
+
+    def decode(
+        self,
+        image_embeddings: Float[Array, "b g g c"],
+        points: Float[Array, "b p n 2"],
+        labels: Int[Array, "b p n"],
+        masks: Float[Array, "b #p 4*g 4*g"] | None = None,
+        multimask_output: bool = True,
+        attention_similarity: Float[Array, "b p #heads #t g*g"] | None = None,
+        target_embedding: Float[Array, "b p #t c"] | None = None,
+    ) -> tuple[Float[Array, "b p m 4*g 4*g"], Float[Array, "b p m"]]:
+        """Mask logits and predicted IoUs of every prompt of every image, both float32.
+
+        Prompt encoder and mask decoder are written for one prompt of one image; this maps them over
+        prompts, then over images. What depends on the image alone is computed once per image.
+
+        Args:
+            image_embeddings: of `encode_image`.
+            points: (x, y) in pixels of the model's padded input.
+            labels: of the points; see `sam_jax.models.prompt_encoder`. Boxes are two points each,
+                and a list without a box ends with a point labelled -1: `join_prompts` makes such
+                lists. Points labelled -10 are padding and change nothing.
+            masks: low-resolution logits, one per image or one per prompt.
+            multimask_output: three masks per prompt, or one.
+            attention_similarity: added to the token-to-image logits (PerSAM).
+            target_embedding: added to the tokens before each block (PerSAM).
+        """
+        image_pe = self.prompt_encoder.get_dense_pe()
+
+        def one_prompt(image_embedding, points, labels, mask, similarity, target):
+            sparse, sparse_mask = self.prompt_encoder(points, labels)
+            dense = self.prompt_encoder.embed_mask(mask)
+            return self.mask_decoder(
+                image_embedding,
+                image_pe,
+                sparse,
+                sparse_mask,
+                dense,
+                multimask_output,
+                similarity,
+                target,
+            )
+
+        mask_per_prompt = masks is not None and masks.shape[1] == points.shape[1]
+        if masks is not None and not mask_per_prompt:
+            masks = masks[:, 0]
+        over_prompts = jax.vmap(one_prompt, (None, 0, 0, 0 if mask_per_prompt else None, 0, 0))
+        return jax.vmap(over_prompts)(
+            image_embeddings, points, labels, masks, attention_similarity, target_embedding
+        )
+
+    def __call__(
+        self,
+        pixel_values: Float[Any, "b size size 3"] | None = None,
+        input_points: Float[Any, "b p n 2"] | None = None,
+        input_labels: Int[Any, "b p n"] | None = None,
+        input_boxes: Float[Any, "b p 4"] | None = None,
+        input_masks: Float[Any, "b m s s"] | None = None,
+        image_embeddings: Float[Any, "b c g g"] | None = None,
+        multimask_output: bool = True,
+        attention_similarity: Float[Any, "..."] | None = None,
+        target_embedding: Float[Any, "..."] | None = None,
+        original_sizes: Any = None,
+        reshaped_input_sizes: Any = None,
+        labels: Any = None,
+    ) -> SamImageSegmentationOutput:
+        """The masks that the prompts ask for: Hugging Face's `SamModel.forward`.
+
+        Arguments and outputs are those of `transformers`, but that `pixel_values` are channels last,
+        that masks may be given per prompt, and that points labelled -10 are ignored exactly.
+
+        Args:
+            pixel_values: of `SamProcessor`, channels last. Give these or `image_embeddings`.
+            input_points: (x, y) in pixels of the model's input, as `SamProcessor` scales them.
+            input_labels: 1 foreground, 0 background, -1 not a point, -10 padding. Foreground if left
+                out.
+            input_boxes: (x0, y0, x1, y1), one per prompt.
+            input_masks: low-resolution logits, one per image or one per prompt.
+            image_embeddings: of `get_image_embeddings`, channels first.
+            multimask_output: three masks per prompt, or one.
+            attention_similarity: broadcasts to [b * p, heads, tokens, g * g].
+            target_embedding: broadcasts to [b, p, tokens, c].
+            original_sizes: not used, nor are the following: they let `model(**inputs)` pass on all
+                that the processor returns.
+            reshaped_input_sizes: not used.
+            labels: not used.
+
+        Prompts in numpy arrays are padded to a power of two in number and in length, and so compile
+        once per such size; JAX arrays are taken as they are.
+
+        Raises:
+            ValueError: for shapes that do not fit; the message names them.
+        """
+        self._check_inputs(
+            pixel_values, image_embeddings, input_points, input_labels, input_boxes, input_masks
+        )
+        graphdef, params = nnx.split(self)
+        if image_embeddings is None:
+            image_embeddings = _encode_image(graphdef, params, pixel_values)
+        else:
+            image_embeddings = jnp.moveaxis(jnp.asarray(image_embeddings), 1, -1)
+        batch = image_embeddings.shape[0]
+        if input_points is not None or input_boxes is not None:
+            points, point_labels = join_prompts(input_points, input_labels, input_boxes)
+        else:  # no prompt but perhaps a mask: one padding token
+            count = 1 if input_masks is None else input_masks.shape[1]
+            points = jnp.zeros((batch, count, 1, 2))
+            point_labels = jnp.full((batch, count, 1), PADDING)
+        if len(points) != batch:
+            raise ValueError(f"there are {batch} images, but prompts for {len(points)}")
+
+        count = points.shape[1]
+        if attention_similarity is not None:
+            similarity = jnp.asarray(attention_similarity)
+            lead = (batch, count) if len(similarity) == batch * count else (1, 1)
+            similarity = similarity.reshape(*lead, *similarity.shape[1:])
+            attention_similarity = jnp.broadcast_to(
+                similarity, (batch, count, *similarity.shape[2:])
+            )
+        if target_embedding is not None:
+            target = jnp.asarray(target_embedding)
+            target = target.reshape((1,) * (4 - target.ndim) + target.shape)
+            target_embedding = jnp.broadcast_to(target, (batch, count, *target.shape[2:]))
+        elif attention_similarity is None and not isinstance(points, jax.Array):
+            points, point_labels, input_masks = pad_prompts(points, point_labels, input_masks)
+
+        masks, scores = _decode(
+            graphdef,
+            params,
+            image_embeddings,
+            points,
+            point_labels,
+            input_masks,
+            attention_similarity,
+            target_embedding,
+            multimask_output=multimask_output,
+        )
+        if masks.shape[1] != count:
+            masks, scores = masks[:, :count], scores[:, :count]
+        return SamImageSegmentationOutput(iou_scores=scores, pred_masks=masks)
+
+    def get_image_embeddings(
+        self, pixel_values: Float[Any, "b size size 3"]
+    ) -> Float[Array, "b c g g"]:
+        """Image embeddings, channels first as in `transformers`; `__call__` takes them back."""
+        return jnp.moveaxis(_encode_image(*nnx.split(self), pixel_values), -1, 1)
+
+    def get_prompt_embeddings(
+        self,
+        input_points: Float[Any, "b p n 2"] | None = None,
+        input_labels: Int[Any, "b p n"] | None = None,
+        input_boxes: Float[Any, "b p 4"] | None = None,
+        input_masks: Float[Any, "b m s s"] | None = None,
+    ) -> tuple[Float[Array, "b p t c"] | None, Float[Array, "_ c g g"]]:
+        """The prompt encoder's sparse and dense embeddings, shaped as in `transformers`.
+
+        The sparse ones are None when there is neither point nor box. The dense ones are channels
+        first: those of the masks [b * m, c, g, g], or without masks the same for every image.
+        """
+        sparse, batch = None, 1
+        encoder = self.prompt_encoder
+        if input_points is not None or input_boxes is not None:
+            points, labels = join_prompts(input_points, input_labels, input_boxes)
+            batch, count, n = labels.shape
+            sparse, _ = encoder(jnp.reshape(points, (-1, 2)), jnp.reshape(labels, -1))
+            sparse = sparse.reshape(batch, count, n, -1)
+        if input_masks is None:
+            dense = encoder.embed_mask(None)[:, None, None]
+            return sparse, jnp.broadcast_to(dense, (batch, len(dense), encoder.grid, encoder.grid))
+        masks = jnp.asarray(input_masks)
+        dense = jax.vmap(encoder.embed_mask)(masks.reshape(-1, *masks.shape[2:]))
+        return sparse, jnp.moveaxis(dense, -1, 1)
+
+    def get_image_wide_positional_embeddings(self) -> Float[Array, "1 c g g"]:
+        """The positional encoding of the image embedding's grid, channels first."""
+        return jnp.moveaxis(self.prompt_encoder.get_dense_pe(), -1, 0)[None]
+
+    def _check_inputs(self, pixel_values, image_embeddings, points, labels, boxes, masks):
+        if (pixel_values is None) == (image_embeddings is None):
+            raise ValueError("give either pixel_values or image_embeddings, and not both")
+        grid, mask_size = self.config.image_embedding_size, self.config.mask_size
+        channels = self.config.prompt_embed_dim
+        _check_shape("image_embeddings", image_embeddings, (None, channels, grid, grid))
+        _check_shape("input_points", points, (None, None, None, 2))
+        _check_shape("input_boxes", boxes, (None, None, 4))
+        _check_shape("input_masks", masks, (None, None, mask_size, mask_size))
+        if labels is not None:
+            if points is None:
+                raise ValueError("input_labels are given without input_points")
+            _check_shape("input_labels", labels, points.shape[:-1])
+        prompts = points if boxes is None else boxes
+        if points is not None and boxes is not None and points.shape[:2] != boxes.shape[:2]:
+            raise ValueError(
+                f"there must be one box per prompt: input_points have shape {points.shape}, "
+                f"input_boxes {boxes.shape}"
+            )
+        if (
+            masks is not None
+            and prompts is not None
+            and masks.shape[1] not in (1, prompts.shape[1])
+        ):
+            raise ValueError(
+                f"input_masks have shape {masks.shape}: expected one mask per image, or one for "
+                f"each of its {prompts.shape[1]} prompts"
+            )
+
+
+def _check_shape(name: str, array, expected: tuple[int | None, ...]) -> None:
+    if array is None:
+        return
+    fits = len(array.shape) == len(expected) and all(
+        e is None or e == a for a, e in zip(array.shape, expected, strict=True)
+    )
+    if not fits:
+        shape = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} have shape {tuple(array.shape)}, expected ({shape})")
+
+
+def pad_prompts(points, labels, masks):
+    """Prompts padded to the next power of two in number (axis 1) and in length (axis 2).
+
+    Padding points have label -10 and so change nothing; padding prompts are to be dropped from the
+    result.
+    """
+    length = count_bucket(points.shape[2])
+    count = count_bucket(points.shape[1])
+    points = pad_axis(pad_axis(points, length, 2, 0), count, 1, 0)
+    labels = pad_axis(pad_axis(labels, length, 2, PADDING), count, 1, PADDING)
+    if masks is not None and masks.shape[1] > 1:
+        masks = pad_axis(masks, count, 1, 0)
+    return points, labels, masks
+
+
+@jax.jit
+def _encode_image(graphdef, params, pixel_values):
+    return nnx.merge(graphdef, params).encode_image(pixel_values)
+
+
+@functools.partial(jax.jit, static_argnames="multimask_output")
+def _decode(
+    graphdef,
+    params,
+    image_embeddings,
+    points,
+    labels,
+    masks,
+    attention_similarity,
+    target_embedding,
+    *,
+    multimask_output,
+):
+    return nnx.merge(graphdef, params).decode(
+        image_embeddings,
+        points,
+        labels,
+        masks,
+        multimask_output,
+        attention_similarity,
+        target_embedding,
+    )

@@ -1,0 +1,195 @@
+"""The mask decoder's two-way transformer (paper, appendix A; reference `TwoWayTransformer`).
+
+Written for one prompt of one image, without batch axes: `jax.vmap` adds them. Prompt tokens
+("queries") attend to each other and to the image's positions ("keys"), and those to the tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from sam_jax.config import SamConfig
+from sam_jax.models.layers import MLP, LayerNorm
+
+
+class TwoWayTransformer(nnx.Module):
+    """Updates prompt tokens and image positions by each other."""
+
+    def __init__(self, config: SamConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        dim, decoder = config.prompt_embed_dim, config.mask_decoder
+        self.layers = nnx.List(
+            TwoWayAttentionBlock(config, skip_first_layer_pe=i == 0, dtype=dtype, rngs=rngs)
+            for i in range(decoder.transformer_depth)
+        )
+        self.final_attn_token_to_image = Attention(
+            dim, decoder.num_heads, decoder.attention_downsample_rate, dtype=dtype, rngs=rngs
+        )
+        self.norm_final_attn = LayerNorm(dim, eps=1e-5, dtype=dtype)
+
+    def __call__(
+        self,
+        image_embedding: Float[Array, "n c"],
+        image_pe: Float[Array, "n c"],
+        tokens: Float[Array, "t c"],
+        token_mask: Bool[Array, " t"],
+        attention_similarity: Float[Array, "*heads_and_t n"] | None = None,
+        target_embedding: Float[Array, "#t c"] | None = None,
+    ) -> tuple[Float[Array, "t c"], Float[Array, "n c"]]:
+        """Returns the updated tokens and image embedding.
+
+        Args:
+            image_embedding: the image's n = h * w positions, dense prompt included.
+            image_pe: their positional encoding.
+            tokens: output tokens and prompt tokens.
+            token_mask: False where a token is padding, which nothing attends to.
+            attention_similarity: added to the blocks' token-to-image logits, whose shape is
+                [heads, t, n] (PerSAM's target-guided attention).
+            target_embedding: added to the tokens before each block (PerSAM's target-semantic
+                prompting). What is added before the first block also becomes part of their
+                positional encoding, as in the reference, which adds in place.
+        """
+        if target_embedding is not None:
+            tokens = tokens + target_embedding
+        queries, keys = tokens, image_embedding
+        for i, layer in enumerate(self.layers):
+            if target_embedding is not None and i > 0:
+                queries = queries + target_embedding
+            queries, keys = layer(queries, keys, tokens, image_pe, token_mask, attention_similarity)
+        attended = self.final_attn_token_to_image(queries + tokens, keys + image_pe, keys)
+        return self.norm_final_attn(queries + attended), keys
+
+
+class TwoWayAttentionBlock(nnx.Module):
+    """Self-attention of tokens, tokens to image, MLP on tokens, image to tokens."""
+
+    def __init__(self, config: SamConfig, *, skip_first_layer_pe: bool, dtype, rngs):
+        dim, decoder = config.prompt_embed_dim, config.mask_decoder
+        heads, rate = decoder.num_heads, decoder.attention_downsample_rate
+        eps = decoder.layer_norm_eps
+        self.self_attn = Attention(dim, heads, 1, dtype=dtype, rngs=rngs)
+        self.norm1 = LayerNorm(dim, eps=eps, dtype=dtype)
+        self.cross_attn_token_to_image = Attention(dim, heads, rate, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(dim, eps=eps, dtype=dtype)
+        self.mlp = MLP(dim, decoder.mlp_dim, jax.nn.relu, dtype=dtype, rngs=rngs)
+        self.norm3 = LayerNorm(dim, eps=eps, dtype=dtype)
+        self.cross_attn_image_to_token = Attention(dim, heads, rate, dtype=dtype, rngs=rngs)
+        self.norm4 = LayerNorm(dim, eps=eps, dtype=dtype)
+        self.skip_first_layer_pe = skip_first_layer_pe
+
+    def __call__(
+        self,
+        queries: Float[Array, "t c"],
+        keys: Float[Array, "n c"],
+        query_pe: Float[Array, "t c"],
+        key_pe: Float[Array, "n c"],
+        token_mask: Bool[Array, " t"],
+        attention_similarity: Float[Array, "*heads_and_t n"] | None = None,
+    ) -> tuple[Float[Array, "t c"], Float[Array, "n c"]]:
+        # Padded tokens may attend, but are never attended to.
+        padding_bias = jnp.where(token_mask, 0.0, -jnp.inf)
+        if self.skip_first_layer_pe:  # the first layer: neither positions nor a residual
+            queries = self.self_attn(queries, queries, queries, padding_bias)
+        else:
+            q = queries + query_pe
+            queries = queries + self.self_attn(q, q, queries, padding_bias)
+        queries = self.norm1(queries)
+
+        k = keys + key_pe
+        attended = self.cross_attn_token_to_image(queries + query_pe, k, keys, attention_similarity)
+        queries = self.norm2(queries + attended)
+
+        queries = self.norm3(queries + self.mlp(queries))
+
+        q = queries + query_pe
+        keys = keys + self.cross_attn_image_to_token(k, q, queries, padding_bias)
+        return queries, self.norm4(keys)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention whose inner width is that of its inputs over `downsample_rate`."""
+
+    def __init__(self, dim: int, num_heads: int, downsample_rate: int, *, dtype, rngs):
+        inner = dim // downsample_rate
+        if inner % num_heads:
+            raise ValueError(f"the inner width {inner} is not a multiple of num_heads {num_heads}")
+        self.q_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
+        self.k_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
+        self.v_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
+        self.out_proj = nnx.Linear(inner, dim, dtype=dtype, rngs=rngs)
+        self.num_heads = num_heads
+
+    def __call__(
+        self,
+        q: Float[Array, "q c"],
+        k: Float[Array, "k c"],
+        v: Float[Array, "k c"],
+        bias: Float[Array, "*heads_and_q k"] | None = None,
+    ) -> Float[Array, "q c"]:
+        """`bias` is added to the logits [heads, q, k] by the rules of broadcasting.
+
+        Between a few tokens and thousands of positions, the positions' projections are most of the
+        work. As matrix products are associative, the tokens' side can be multiplied with those
+        weights instead, which gives the same numbers for a fraction of the work.
+        """
+        inner = self.q_proj.out_features
+        if len(q) * self.num_heads <= inner < len(k):
+            return self._few_queries(q, k, v, bias)
+        if len(k) * self.num_heads <= inner < len(q):
+            return self._few_keys(q, k, v, bias)
+        q, k, v = (
+            x.reshape(len(x), self.num_heads, -1)
+            for x in (self.q_proj(q), self.k_proj(k), self.v_proj(v))
+        )
+        scale = q.shape[-1] ** -0.5
+        logits = jnp.einsum("qhd,khd->hqk", q * scale, k, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        out = jnp.einsum("hqk,khd->qhd", weights, v)
+        return self.out_proj(out.reshape(len(q), -1))
+
+    def _few_queries(self, q, k, v, bias):
+        q = self._rows_per_head(self._scaled(self.q_proj(q)))
+        logits = self._project_back(self.k_proj, q) @ k.astype(q.dtype).T
+        logits = logits.astype(jnp.float32) + (q @ self._bias(self.k_proj))[:, None]
+        logits = logits.reshape(-1, self.num_heads, len(k))
+        if bias is not None:
+            bias = jnp.broadcast_to(bias, (self.num_heads, len(logits), len(k)))
+            logits = logits + bias.transpose(1, 0, 2)
+        weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype).reshape(len(q), len(k))
+        out = self.v_proj(weights @ v.astype(q.dtype)).reshape(-1, self.num_heads, q.shape[-1])
+        return self.out_proj((out * self._own_channels()).sum(1))
+
+    def _few_keys(self, q, k, v, bias):
+        k = self._rows_per_head(self._scaled(self.k_proj(k)))
+        logits = q.astype(k.dtype) @ self._project_back(self.q_proj, k).T
+        logits = logits.astype(jnp.float32) + k @ self._bias(self.q_proj)
+        logits = logits.reshape(len(q), -1, self.num_heads)
+        if bias is not None:
+            bias = jnp.broadcast_to(bias, (self.num_heads, len(q), logits.shape[1]))
+            logits = logits + bias.transpose(1, 2, 0)
+        weights = jax.nn.softmax(logits, axis=1).astype(k.dtype).reshape(len(q), len(k))
+        v = self._rows_per_head(self.v_proj(v))
+        return weights @ (v @ self.out_proj.kernel[...].astype(k.dtype)) + self._bias(self.out_proj)
+
+    def _scaled(self, x):
+        return x * (x.shape[-1] // self.num_heads) ** -0.5
+
+    def _own_channels(self):
+        """[heads, inner]: 1 where a channel belongs to the head."""
+        inner = self.q_proj.out_features
+        channels = jnp.repeat(jnp.arange(self.num_heads), inner // self.num_heads)
+        return (jnp.arange(self.num_heads)[:, None] == channels).astype(self.q_proj.dtype)
+
+    def _rows_per_head(self, x):
+        """[n, inner] -> [n * heads, inner]: a row for each head, zero in the others' channels."""
+        return (x[:, None] * self._own_channels()).reshape(-1, x.shape[-1])
+
+    def _project_back(self, linear, x):
+        """`x @ W.T`, so that `_project_back(linear, x) @ y.T` is `x @ linear(y).T` less its bias."""
+        return x @ linear.kernel[...].astype(x.dtype).T
+
+    def _bias(self, linear):
+        return linear.bias[...].astype(linear.dtype)

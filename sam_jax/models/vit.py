@@ -1,0 +1,110 @@
+"""The ViT-B/L/H image encoder (paper, appendix A; reference `ImageEncoderViT`).
+
+A plain ViT whose blocks attend within 14 x 14 windows, four of them globally, with decomposed
+relative positions; a neck of two convolutions brings the result to 256 channels.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from sam_jax.config import SamConfig, ViTConfig
+from sam_jax.models.layers import (
+    MLP,
+    LayerNorm,
+    Neck,
+    PatchConv,
+    gelu,
+    join_windows,
+    partition_windows,
+)
+from sam_jax.ops.attention import Implementation, rel_pos_attention
+
+
+class ImageEncoderViT(nnx.Module):
+    """Normalised pixels to image embeddings."""
+
+    def __init__(
+        self,
+        config: SamConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        attention: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        vit, grid = config.image_encoder, config.image_embedding_size
+        self.patch_embed = PatchConv(3, vit.embed_dim, vit.patch_size, dtype=dtype, rngs=rngs)
+        self.pos_embed = (
+            nnx.Param(jnp.zeros((1, grid, grid, vit.embed_dim))) if vit.use_abs_pos else None
+        )
+        self.blocks = nnx.List(
+            Block(
+                vit,
+                grid=grid,
+                window=0 if i in vit.global_attn_indexes else vit.window_size,
+                dtype=dtype,
+                attention=attention,
+                rngs=rngs,
+            )
+            for i in range(vit.depth)
+        )
+        self.neck = Neck(vit.embed_dim, config.prompt_embed_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, pixel_values: Float[Array, "b size size 3"]
+    ) -> Float[Array, "b grid grid c"]:
+        x = self.patch_embed(pixel_values)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed[...].astype(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x)
+
+
+class Block(nnx.Module):
+    """Attention, windowed unless `window` is 0, then the MLP, each with a residual."""
+
+    def __init__(self, vit: ViTConfig, *, grid: int, window: int, dtype, attention, rngs):
+        self.norm1 = LayerNorm(vit.embed_dim, eps=vit.layer_norm_eps, dtype=dtype)
+        self.attn = Attention(
+            vit, size=window or grid, dtype=dtype, implementation=attention, rngs=rngs
+        )
+        self.norm2 = LayerNorm(vit.embed_dim, eps=vit.layer_norm_eps, dtype=dtype)
+        self.mlp = MLP(vit.embed_dim, vit.mlp_dim, gelu, dtype=dtype, rngs=rngs)
+        self.window = window
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        y = self.norm1(x)
+        if self.window:  # the padding comes after the norm: padded positions are zeros
+            windows = self.attn(partition_windows(y, self.window))
+            y = join_windows(windows, x.shape[1:3])
+        else:
+            y = self.attn(y)
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention over a grid with decomposed relative positions."""
+
+    def __init__(self, vit: ViTConfig, *, size: int, dtype, implementation, rngs):
+        self.qkv = nnx.Linear(
+            vit.embed_dim, 3 * vit.embed_dim, use_bias=vit.qkv_bias, dtype=dtype, rngs=rngs
+        )
+        self.proj = nnx.Linear(vit.embed_dim, vit.embed_dim, dtype=dtype, rngs=rngs)
+        zeros = jnp.zeros((2 * size - 1, vit.head_dim))
+        self.rel_pos_h = nnx.Param(zeros) if vit.use_rel_pos else None
+        self.rel_pos_w = nnx.Param(zeros) if vit.use_rel_pos else None
+        self.num_heads = vit.num_heads
+        self.implementation = implementation
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        qkv = self.qkv(x).reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+        rel_pos = None
+        if self.rel_pos_h is not None:
+            rel_pos = self.rel_pos_h[...].astype(q.dtype), self.rel_pos_w[...].astype(q.dtype)
+        out = rel_pos_attention(q, k, v, rel_pos, (h, w), self.implementation)
+        return self.proj(out.transpose(0, 2, 1, 3).reshape(b, h, w, c))

@@ -1,0 +1,129 @@
+"""Attention with decomposed relative positions: one definition, several ways to compute it.
+
+The logits of query (i, j) and key (k, l) of an h x w grid are
+
+    scale * q[i, j] . k[k, l]  +  q[i, j] . rel_pos_h[i - k]  +  q[i, j] . rel_pos_w[j - l]
+
+with the *unscaled* query in both position terms (Meta's `add_decomposed_rel_pos`).
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sam_jax.ops.resize import linear_resize_matrix
+
+Implementation = Literal["xla", "chunked"]
+
+# Rows of logits that one step of the chunked backend holds: 512 x 4096 in float32 is 8 MB, which
+# stays in a CPU's cache.
+_QUERY_BLOCK = 512
+
+
+def relative_positions(
+    table: Float[Array, "length d"], size: int
+) -> Float[Array, "{size} {size} d"]:
+    """Position embeddings by query and key row: `out[i, k] = table[i - k + size - 1]`.
+
+    A table made for another grid (length != 2 * size - 1) is resized linearly first, as in Meta's
+    `get_rel_pos`.
+    """
+    length = 2 * size - 1
+    if table.shape[0] != length:
+        matrix = linear_resize_matrix(table.shape[0], length)
+        table = jnp.asarray(matrix, table.dtype) @ table
+    offsets = jnp.arange(size)[:, None] - jnp.arange(size)[None, :] + size - 1
+    return table[offsets]
+
+
+def rel_pos_attention(
+    q: Float[Array, "b heads n d"],
+    k: Float[Array, "b heads n d"],
+    v: Float[Array, "b heads n d"],
+    rel_pos: tuple[Float[Array, "lh d"], Float[Array, "lw d"]] | None,
+    grid: tuple[int, int],
+    implementation: Implementation | None = None,
+) -> Float[Array, "b heads n d"]:
+    """Softmax attention over the h x w = n positions of `grid`, with relative positions.
+
+    Args:
+        q: queries, unscaled, in row-major order of the grid.
+        k: keys.
+        v: values.
+        rel_pos: tables for rows and columns (`rel_pos_h`, `rel_pos_w`), or None for none.
+        grid: (h, w).
+        implementation: "xla" materialises all logits, "chunked" those of one head and a block of
+            queries at a time (less memory, and faster on a CPU). None takes "chunked" on a CPU
+            and "xla" elsewhere.
+
+    Logits and softmax are float32 whatever the inputs' dtype; the result has the inputs' dtype.
+    """
+    h, w = grid
+    if implementation is None:
+        implementation = "chunked" if jax.default_backend() == "cpu" else "xla"
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown attention implementation {implementation!r}; "
+            f"known: {sorted(_IMPLEMENTATIONS)}"
+        )
+    tables = None
+    if rel_pos is not None:
+        tables = relative_positions(rel_pos[0], h), relative_positions(rel_pos[1], w)
+    return _IMPLEMENTATIONS[implementation](q, k, v, tables, grid)
+
+
+def _xla(q, k, v, tables, grid):
+    h, w = grid
+    b, heads, n, d = q.shape
+    logits = jnp.einsum("bnqd,bnkd->bnqk", q * d**-0.5, k, preferred_element_type=jnp.float32)
+    if tables is not None:
+        q = q.reshape(b, heads, h, w, d)
+        rel_h = jnp.einsum("bnhwd,hkd->bnhwk", q, tables[0], preferred_element_type=jnp.float32)
+        rel_w = jnp.einsum("bnhwd,wkd->bnhwk", q, tables[1], preferred_element_type=jnp.float32)
+        logits = logits.reshape(b, heads, h, w, h, w)
+        logits = logits + rel_h[..., :, None] + rel_w[..., None, :]
+        logits = logits.reshape(b, heads, n, n)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bnqk,bnkd->bnqd", weights, v)
+
+
+def _chunked(q, k, v, tables, grid):
+    h, w = grid
+    b, heads, n, d = q.shape
+    rows = _rows_per_block(h, w)
+
+    # Recomputed in the backward pass: without this a scan keeps every block's logits.
+    @jax.checkpoint
+    def block(q, k, v, table_h):  # q: [rows * w, d]; table_h: [rows, h, d]
+        logits = jnp.dot(q * d**-0.5, k.T, preferred_element_type=jnp.float32)
+        if tables is not None:
+            q = q.reshape(rows, w, d)
+            rel_h = jnp.einsum("hwd,hkd->hwk", q, table_h, preferred_element_type=jnp.float32)
+            rel_w = jnp.einsum("hwd,wkd->hwk", q, tables[1], preferred_element_type=jnp.float32)
+            logits = logits.reshape(rows, w, h, w) + rel_h[..., :, None] + rel_w[..., None, :]
+            logits = logits.reshape(rows * w, n)
+        # Dividing the d columns of the result is cheaper than the n columns of the weights.
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        out = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
+
+    def one_head(qkv):
+        q, k, v = qkv
+        blocks = q.reshape(h // rows, rows * w, d)
+        if tables is None:
+            return jax.lax.map(lambda q: block(q, k, v, None), blocks).reshape(n, d)
+        table_h = tables[0].reshape(h // rows, rows, h, d)
+        return jax.lax.map(lambda x: block(x[0], k, v, x[1]), (blocks, table_h)).reshape(n, d)
+
+    flat = jax.tree.map(lambda x: x.reshape(b * heads, n, d), (q, k, v))
+    return jax.lax.map(one_head, flat).reshape(b, heads, n, d)
+
+
+def _rows_per_block(h: int, w: int) -> int:
+    """The largest divisor of h whose rows hold at most `_QUERY_BLOCK` queries, at least 1."""
+    return max(r for r in range(1, h + 1) if h % r == 0 and (r * w <= _QUERY_BLOCK or r == 1))
+
+
+_IMPLEMENTATIONS = {"xla": _xla, "chunked": _chunked}

@@ -1,0 +1,60 @@
+"""Prompts as one padded list of labelled points: pure functions on numpy or JAX arrays alike.
+
+The functions use the array's own namespace, so that prompts that come from a picture stay in numpy
+until the one compiled call, and traced prompts stay traced.
+"""
+
+from typing import Any
+
+from jaxtyping import Float, Int
+
+# Labels of points; see models/prompt_encoder.py for what each becomes.
+BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 0, 1, 2, 3
+NOT_A_POINT, PADDING = -1, -10
+LABELS = (PADDING, NOT_A_POINT, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)
+
+
+def join_prompts(
+    points: Float[Any, "*batch n 2"] | None,
+    labels: Int[Any, "*batch n"] | None,
+    boxes: Float[Any, "*batch 4"] | None,
+) -> tuple[Float[Any, "*batch m 2"], Int[Any, "*batch m"]]:
+    """Points and boxes as one list, in the order of the reference's tokens.
+
+    With a box: the points, then the box's two corners. Without: the points, then one that is
+    (0, 0) with label -1. `points` without `labels` are foreground.
+    """
+    xp = (boxes if points is None else points).__array_namespace__()
+    parts = []
+    if points is not None:
+        if labels is None:
+            labels = xp.full(points.shape[:-1], FOREGROUND, dtype=xp.int32)
+        parts.append((xp.astype(points, xp.float32), xp.astype(labels, xp.int32)))
+        if boxes is None:
+            last = (*points.shape[:-2], 1)
+            parts.append(
+                (xp.zeros((*last, 2), dtype=xp.float32), xp.full(last, NOT_A_POINT, dtype=xp.int32))
+            )
+    if boxes is not None:
+        corners = xp.reshape(xp.astype(boxes, xp.float32), (*boxes.shape[:-1], 2, 2))
+        kinds = xp.asarray([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], dtype=xp.int32)
+        parts.append((corners, xp.broadcast_to(kinds, corners.shape[:-1])))
+    return (
+        xp.concat([p for p, _ in parts], axis=-2),
+        xp.concat([label for _, label in parts], axis=-1),
+    )
+
+
+def pad_axis(array, size: int, axis: int, value: float):
+    """The array with `value` appended along `axis` until it has `size` entries."""
+    missing = size - array.shape[axis]
+    if missing == 0:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return array.__array_namespace__().pad(array, widths, constant_values=value)
+
+
+def count_bucket(count: int) -> int:
+    """The smallest power of two that is at least `count`: 1, 2, 4, 8, ..."""
+    return 1 << max(count - 1, 0).bit_length()

@@ -1,0 +1,78 @@
+"""Bilinear resizing as matrices: `out = A @ image @ B.T`.
+
+Linear interpolation without antialiasing and with half-pixel centres
+(`torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`) is linear and separable,
+so a chain of resizes and crops along one axis is one small matrix. The matrices are ordinary
+arguments of a compiled function, zero-padded to a few sizes, so that one program serves every
+image size.
+"""
+
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def linear_resize_matrix(in_size: int, out_size: int) -> Float[np.ndarray, "out_size in_size"]:
+    """Resizes one axis; float64."""
+    # The position is rounded to float32 as in PyTorch, which weighs with float32 coordinates.
+    scale = np.float32(in_size) / np.float32(out_size)
+    position = (np.arange(out_size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+    position = np.maximum(position, 0)
+    low = np.minimum(position.astype(np.int64), in_size - 1)
+    high = np.minimum(low + 1, in_size - 1)
+    fraction = position.astype(np.float64) - low
+    matrix = np.zeros((out_size, in_size))
+    rows = np.arange(out_size)
+    np.add.at(matrix, (rows, low), 1 - fraction)
+    np.add.at(matrix, (rows, high), fraction)
+    return matrix
+
+
+def mask_resize_matrix(
+    mask_size: int, image_size: int, input_size: int, original_size: int
+) -> Float[np.ndarray, "bucket mask_size"]:
+    """One axis of Meta's `postprocess_masks`: mask -> padded square -> crop -> original image.
+
+    Args:
+        mask_size: side of the low-resolution mask (256).
+        image_size: side of the model's padded input (1024).
+        input_size: what of it the picture fills along this axis.
+        original_size: the original picture's pixels along this axis.
+
+    Returns:
+        float32; `original_size` rows, then rows of zeros up to `size_bucket(original_size)`.
+    """
+    to_image = linear_resize_matrix(mask_size, image_size)[:input_size]
+    matrix = linear_resize_matrix(input_size, original_size) @ to_image
+    padding = size_bucket(original_size) - original_size
+    return np.pad(matrix, ((0, padding), (0, 0))).astype(np.float32)
+
+
+def size_bucket(size: int) -> int:
+    """The smallest of 256, 384, 512, 768, 1024, 1536, ... that is at least `size`."""
+    power = 256
+    while power < size:
+        if 3 * power // 2 >= size:
+            return 3 * power // 2
+        power *= 2
+    return power
+
+
+def resize_masks(
+    masks: Float[Array, "*batch h w"],
+    rows: Float[Array, "height h"],
+    columns: Float[Array, "width w"],
+) -> Float[Array, "*batch height width"]:
+    """`rows @ mask @ columns.T` of each mask, in full float32.
+
+    The result is thresholded, so that TF32 or bfloat16 passes of the matrix unit would move edges.
+    """
+    return jnp.einsum(
+        "yh,...hw,xw->...yx",
+        rows,
+        masks.astype(jnp.float32),
+        columns,
+        precision=jax.lax.Precision.HIGHEST,
+    )

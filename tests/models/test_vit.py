@@ -1,0 +1,116 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import (
+    SMALL,
+    assert_close,
+    from_torch_image,
+    hf_sam,
+    meta_sam,
+    normal,
+    ours,
+    run,
+    tensor,
+    to_torch,
+)
+
+from sam_jax.config import SamConfig, ViTConfig
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch_sam = meta_sam(SMALL)
+    return torch_sam.image_encoder, ours(torch_sam, SMALL).image_encoder
+
+
+def pixels(config, batch=1):
+    return normal((batch, config.image_size, config.image_size, 3))
+
+
+def test_patch_embed(pair):
+    reference, encoder = pair
+    x = pixels(SMALL, batch=2)
+    assert_close(run(encoder.patch_embed, x), reference.patch_embed(to_torch(x)))
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["window", "global"])
+@pytest.mark.parametrize("attention", ["xla", "chunked"])
+def test_block(index, attention):
+    torch_sam = meta_sam(SMALL)
+    encoder = ours(torch_sam, SMALL, attention=attention).image_encoder
+    x = normal((2, 12, 12, 48), seed=1)
+    expected = torch_sam.image_encoder.blocks[index](tensor(x))
+    assert_close(run(encoder.blocks[index], x), expected)
+
+
+def test_neck(pair):
+    reference, encoder = pair
+    x = normal((2, 12, 12, 48), seed=2)
+    assert_close(run(encoder.neck, x), from_torch_image(reference.neck(to_torch(x))))
+
+
+def test_encoder(pair):
+    reference, encoder = pair
+    x = pixels(SMALL, batch=2)
+    assert_close(run(encoder, x), from_torch_image(reference(to_torch(x))))
+
+
+def test_encoder_matches_hf():
+    config = dataclasses.replace(
+        SMALL, mask_decoder=dataclasses.replace(SMALL.mask_decoder, layer_norm_eps=1e-6)
+    )
+    model = hf_sam(config)
+    x = pixels(config)
+    expected = model.get_image_embeddings(to_torch(x))
+    assert_close(run(ours(model, config).image_encoder, x), from_torch_image(expected))
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        ViTConfig(embed_dim=28, num_heads=2, mlp_dim=116),  # SlimSAM-77 prunes heads to 14 channels
+        ViTConfig(embed_dim=64, num_heads=2, mlp_dim=256),  # SlimSAM-50: 32 channels
+        ViTConfig(embed_dim=32, num_heads=2, qkv_bias=False, mlp_dim=64),
+        ViTConfig(embed_dim=32, num_heads=2, use_rel_pos=False, mlp_dim=64),
+        ViTConfig(embed_dim=32, num_heads=2, use_abs_pos=False, mlp_dim=64),
+    ],
+    ids=["slim77", "slim50", "no_qkv_bias", "no_rel_pos", "no_abs_pos"],
+)
+def test_any_hf_config(encoder):
+    encoder = dataclasses.replace(
+        encoder, depth=2, global_attn_indexes=(1,), patch_size=8, window_size=5
+    )
+    config = dataclasses.replace(SMALL, image_encoder=encoder)
+    model = hf_sam(config)
+    x = pixels(config)
+    expected = model.get_image_embeddings(to_torch(x))
+    assert_close(run(ours(model, config).image_encoder, x), from_torch_image(expected))
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads"), [(1024, 16), (1280, 16)], ids=["vit_l", "vit_h_head_dim_80"]
+)
+def test_real_widths_at_reduced_depth(dim, heads):
+    """One windowed and one global block of ViT-L and ViT-H, on a smaller picture."""
+    config = SamConfig(
+        ViTConfig(
+            embed_dim=dim, depth=2, num_heads=heads, mlp_dim=4 * dim, global_attn_indexes=(1,)
+        ),
+        image_size=320,
+    )
+    torch_sam = meta_sam(config)
+    x = pixels(config)
+    expected = torch_sam.image_encoder(to_torch(x))
+    assert_close(run(ours(torch_sam, config).image_encoder, x), from_torch_image(expected))
+
+
+def test_bfloat16_is_near_float32(pair):
+    _, encoder = pair
+    x = pixels(SMALL)
+    expected = np.asarray(run(encoder, x))
+    half = run(ours(meta_sam(SMALL), SMALL, dtype=jnp.bfloat16).image_encoder, x)
+    assert half.dtype == jnp.bfloat16
+    difference = np.abs(np.asarray(half, np.float32) - expected)
+    assert difference.max() < 0.1 * np.abs(expected).max()
