@@ -1,0 +1,27 @@
+"""Segment Anything (SAM) in JAX and Flax NNX.
+
+    from sam_jax import SamPredictor, from_pretrained
+
+    predictor = SamPredictor(from_pretrained("mobile_sam"))
+    predictor.set_image("photo.jpg")
+    masks, scores, _ = predictor.predict(point_coords=[[450, 600]], point_labels=[1])
+
+Where to read on: `models/sam.py` for the model (and its functional way in, for research),
+`ops/` for the maths, `checkpoints/torch_names.py` for what each weight is called elsewhere.
+"""
+
+from sam_jax.checkpoints import CheckpointError, from_pretrained, save_pretrained
+from sam_jax.config import SamConfig
+from sam_jax.models.sam import Sam
+from sam_jax.predictor import SamPredictor
+from sam_jax.processing import SamProcessor
+
+__all__ = [
+    "CheckpointError",
+    "Sam",
+    "SamConfig",
+    "SamPredictor",
+    "SamProcessor",
+    "from_pretrained",
+    "save_pretrained",
+]

@@ -188,11 +188,13 @@ def mobile_sam() -> SamConfig:
     return SamConfig(TinyViTConfig())
 
 
-def from_hf(values: Mapping[str, Any]) -> SamConfig:
+def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> SamConfig:
     """The configuration that a Hugging Face `SamConfig` (its `config.json`) describes.
 
-    What the file leaves out takes the defaults of `transformers` (SlimSAM's file names little more
-    than `mlp_dim`).
+    Args:
+        values: of `config.json`. What it leaves out takes the defaults of `transformers` (SlimSAM's
+            names little more than `mlp_dim`).
+        preprocessor: of `preprocessor_config.json`, for the mean and deviation of pixels.
 
     Raises:
         ValueError: if it describes another kind of model, or something that SAM does not have.
@@ -227,6 +229,9 @@ def from_hf(values: Mapping[str, Any]) -> SamConfig:
         raise ValueError("this SamConfig cannot be represented: " + "; ".join(wrong))
 
     mlp_dim = vision.get("mlp_dim")
+    preprocessor = preprocessor or {}
+    mean = preprocessor.get("image_mean", (0.485, 0.456, 0.406))
+    std = preprocessor.get("image_std", (0.229, 0.224, 0.225))
     return SamConfig(
         image_encoder=ViTConfig(
             embed_dim=embed_dim,
@@ -257,6 +262,8 @@ def from_hf(values: Mapping[str, Any]) -> SamConfig:
         ),
         image_size=image_size,
         prompt_embed_dim=out_chans,
+        pixel_mean=tuple(round(255 * m, 6) for m in mean),
+        pixel_std=tuple(round(255 * s, 6) for s in std),
     )
 
 

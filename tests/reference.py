@@ -1,22 +1,12 @@
-"""The PyTorch references, with random weights, and our model with the same weights.
-
-`segment_anything` and `mobile_sam` import a few functions of torchvision and timm, which have no
-CPU build on the package index or are not needed otherwise. Stand-ins are put in their place while
-they are imported.
-"""
-
-import contextlib
-import importlib
-import sys
-import types
+"""The PyTorch references with random weights, and our models with the same weights."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import torch_reference
 import transformers
 from flax import nnx
-from PIL import Image
 
 from sam_jax.checkpoints.params import build_model, param_shapes
 from sam_jax.checkpoints.torch_names import from_torch
@@ -26,59 +16,7 @@ from sam_jax.config import (
     SamConfig,
     TinyViTConfig,
     ViTConfig,
-    to_hf,
 )
-
-
-def _resize(image, size):
-    height, width = size
-    return image.resize((width, height), Image.Resampling.BILINEAR)
-
-
-def _batched_nms(boxes, scores, groups, iou_threshold):
-    raise AssertionError("not needed by these tests")
-
-
-def _module(name, **members):
-    module = types.ModuleType(name)
-    module.__dict__.update(members)
-    return module
-
-
-_STAND_INS = [
-    _module("torchvision"),
-    _module("torchvision.transforms"),
-    _module("torchvision.transforms.functional", resize=_resize, to_pil_image=Image.fromarray),
-    _module("torchvision.ops"),
-    _module("torchvision.ops.boxes", batched_nms=_batched_nms, box_area=_batched_nms),
-    _module("timm"),
-    _module("timm.models"),
-    _module(
-        "timm.models.layers",
-        DropPath=torch.nn.Identity,
-        to_2tuple=lambda x: (x, x),
-        trunc_normal_=torch.nn.init.trunc_normal_,
-    ),
-    _module("timm.models.registry", register_model=lambda function: function),
-]
-
-
-@contextlib.contextmanager
-def _stand_ins():
-    names = [m.__name__ for m in _STAND_INS]
-    saved = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.modules.update({m.__name__: m for m in _STAND_INS})
-    try:
-        yield
-    finally:
-        for name in names:
-            del sys.modules[name]
-        sys.modules.update(saved)
-
-
-with _stand_ins():
-    segment_anything = importlib.import_module("segment_anything")
-    mobile_sam = importlib.import_module("mobile_sam")
 
 # Every feature at a small size: windows that need padding, several heads, two kinds of block.
 SMALL = SamConfig(
@@ -116,68 +54,24 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 tensor.copy_(noise)
             else:
                 tensor.copy_(0.2 * noise)
-    for part in module.modules():  # MobileSAM keeps a copy of its attention biases
-        if hasattr(part, "attention_bias_idxs"):
-            part.ab = part.attention_biases[:, part.attention_bias_idxs].detach()
-    return module.eval()
+    return module.eval()  # MobileSAM copies its attention biases in this call
 
 
 def meta_sam(config: SamConfig, seed: int = 0):
-    """Meta's `Sam` of this configuration."""
-    from functools import partial
-
-    modeling = segment_anything.modeling
-    vit, decoder, dim = config.image_encoder, config.mask_decoder, config.prompt_embed_dim
-    grid = config.image_embedding_size
-    sam = modeling.Sam(
-        image_encoder=modeling.ImageEncoderViT(
-            depth=vit.depth,
-            embed_dim=vit.embed_dim,
-            img_size=config.image_size,
-            mlp_ratio=vit.mlp_dim / vit.embed_dim,
-            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-            num_heads=vit.num_heads,
-            patch_size=vit.patch_size,
-            use_rel_pos=True,
-            global_attn_indexes=vit.global_attn_indexes,
-            window_size=vit.window_size,
-            out_chans=dim,
-        ),
-        prompt_encoder=modeling.PromptEncoder(
-            embed_dim=dim,
-            image_embedding_size=(grid, grid),
-            input_image_size=(config.image_size, config.image_size),
-            mask_in_chans=config.prompt_encoder.mask_in_chans,
-        ),
-        mask_decoder=modeling.MaskDecoder(
-            num_multimask_outputs=decoder.num_multimask_outputs,
-            transformer=modeling.TwoWayTransformer(
-                depth=decoder.transformer_depth,
-                embedding_dim=dim,
-                mlp_dim=decoder.mlp_dim,
-                num_heads=decoder.num_heads,
-            ),
-            transformer_dim=dim,
-            iou_head_depth=decoder.iou_head_depth,
-            iou_head_hidden_dim=decoder.iou_head_hidden_dim,
-        ),
-    )
-    return randomise(sam, seed)
+    """Meta's `Sam` of this configuration, or MobileSAM's."""
+    return randomise(torch_reference.meta_sam(config), seed)
 
 
 def hf_sam(config: SamConfig, seed: int = 0) -> transformers.SamModel:
     """Hugging Face's `SamModel` of this configuration."""
-    values = {k: v for k, v in to_hf(config).items() if k not in ("model_type", "architectures")}
-    model = randomise(transformers.SamModel(transformers.SamConfig(**values)), seed)
+    model = randomise(torch_reference.hf_sam(config), seed)
     model.tie_weights()
     return model
 
 
-def mobile_sam_torch(checkpoint=None, seed: int = 0):
-    """MobileSAM's `Sam`, with random weights or with a checkpoint's."""
-    sam = mobile_sam.sam_model_registry["vit_t"]()
-    if checkpoint is None:
-        return randomise(sam, seed)
+def mobile_sam_torch(checkpoint):
+    """MobileSAM's `Sam` with the weights of a checkpoint."""
+    sam = torch_reference.meta_sam(MOBILE)
     sam.load_state_dict(torch.load(checkpoint, weights_only=True))
     return sam.eval()
 

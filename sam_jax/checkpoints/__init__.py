@@ -1,0 +1,189 @@
+"""Checkpoints of every kind: bytes to parameters and back.
+
+`from_pretrained` loads a model, `save_pretrained` writes our own folder, `write_checkpoint` a file
+for PyTorch.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from sam_jax.checkpoints import orbax
+from sam_jax.checkpoints.params import (
+    build_model,
+    flat_params,
+    param_shapes,
+    resize_positions,
+)
+from sam_jax.checkpoints.sources import locate
+from sam_jax.checkpoints.torch_file import (
+    CheckpointError,
+    read_tensors,
+    write_safetensors,
+    write_torch,
+)
+from sam_jax.checkpoints.torch_names import (
+    Format,
+    detect_format,
+    from_torch,
+    infer_config,
+    to_torch,
+)
+from sam_jax.config import SamConfig, from_hf, to_hf
+from sam_jax.models.sam import Sam
+from sam_jax.ops.attention import Implementation
+
+__all__ = [
+    "CheckpointError",
+    "from_pretrained",
+    "load_config",
+    "load_params",
+    "read_state_dict",
+    "save_pretrained",
+    "write_checkpoint",
+]
+
+
+def from_pretrained(
+    name_or_path: str | os.PathLike = "mobile_sam",
+    *,
+    dtype: DTypeLike = jnp.float32,
+    attention: Implementation | None = None,
+    image_size: int | None = None,
+) -> Sam:
+    """A model with the weights of a checkpoint.
+
+    Args:
+        name_or_path: a short name ("mobile_sam", "vit_b", "vit_l", "vit_h"), a hub repository
+            ("facebook/sam-vit-base"), a Hugging Face folder, a file of Meta or MobileSAM (`.pth`,
+            `.pt`), a `.safetensors` file, or a folder of `save_pretrained`.
+        dtype: of the computation, float32 or bfloat16; parameters stay as they are in the file.
+        attention: how the ViT's attention is computed; None chooses by platform.
+        image_size: side of the model's input in pixels if it is to differ from the checkpoint's;
+            position embeddings are resized.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        ValueError: for an unknown name, or (as `CheckpointError`) a file that is no SAM checkpoint.
+        ConnectionError: if a download is needed and fails.
+    """
+    params, config = load_params(name_or_path)
+    if image_size is not None:
+        params, config = resize_positions(params, config, image_size)
+    return build_model(params, config, dtype, attention)
+
+
+def save_pretrained(model: Sam, path: str | os.PathLike) -> None:
+    """Writes the model as a new folder that `from_pretrained` loads.
+
+    Raises:
+        FileExistsError: if there is something at `path` already.
+    """
+    orbax.save(path, flat_params(model), model.config)
+
+
+def load_params(name_or_path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
+    """Every parameter by its path, and the configuration; arrays may be views of the file.
+
+    Takes what `from_pretrained` takes and raises what it raises.
+    """
+    path = locate(name_or_path)
+    if path.is_dir() and orbax.is_checkpoint(path):
+        return orbax.load(path)
+    tensors = read_state_dict(path)
+    config = _torch_config(path, tensors)
+    return from_torch(tensors, config, param_shapes(config)), config
+
+
+def read_state_dict(name_or_path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a PyTorch checkpoint as they stand in it; views of the file.
+
+    Takes the PyTorch checkpoints that `from_pretrained` takes and raises what it raises.
+    """
+    path = locate(name_or_path)
+    return _read_folder(path) if path.is_dir() else read_tensors(path)
+
+
+def load_config(name_or_path: str | os.PathLike) -> SamConfig:
+    """The configuration of a checkpoint, without reading its weights.
+
+    Takes what `from_pretrained` takes and raises what it raises.
+    """
+    path = locate(name_or_path)
+    if path.is_dir():
+        return orbax.load_config(path) if orbax.is_checkpoint(path) else _hf_config(path)
+    return _torch_config(path, read_tensors(path))
+
+
+def write_checkpoint(
+    path: str | os.PathLike, params: dict[str, np.ndarray], config: SamConfig, fmt: Format
+) -> None:
+    """Writes a file for PyTorch, with the same bits that a conversion from PyTorch read.
+
+    Args:
+        path: `.safetensors`, or `.pth`, `.pt` or `.bin` for what `torch.load` reads.
+        params: every parameter by its path.
+        config: of the model. For the "hf" format it is also written, as `config.json` beside the
+            file, so that `transformers.SamModel.from_pretrained` takes the folder.
+        fmt: "meta" for the names of `segment_anything` and MobileSAM, "hf" for those of
+            `transformers`.
+
+    Raises:
+        FileExistsError: if a file is there already.
+        ValueError: for another suffix, or for a model that the format does not have.
+    """
+    path = Path(path)
+    writers = {".safetensors": write_safetensors}
+    writers |= dict.fromkeys((".pth", ".pt", ".bin"), write_torch)
+    if path.suffix not in writers:
+        raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(writers)}")
+    tensors = to_torch(params, config, fmt)
+    config_file = path.with_name("config.json") if fmt == "hf" else None
+    for file in (path, config_file):
+        if file is not None and file.exists():
+            raise FileExistsError(f"{file} exists already; choose another folder or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writers[path.suffix](path, tensors)
+    if config_file is not None:
+        config_file.write_text(json.dumps(to_hf(config), indent=2) + "\n")
+
+
+def _read_folder(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a Hugging Face folder, in one file or in several with an index."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return read_tensors(path / name)
+        if (index := path / f"{name}.index.json").is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            # An index names files of its own folder: nothing above it is read.
+            return {k: v for s in shards for k, v in read_tensors(path / Path(s).name).items()}
+    raise CheckpointError(
+        f"the folder {path} holds no checkpoint: expected model.safetensors or pytorch_model.bin "
+        "with a config.json (Hugging Face), or config.json and params/ (sam_jax)"
+    )
+
+
+def _torch_config(path: Path, tensors: dict[str, np.ndarray]) -> SamConfig:
+    folder = path if path.is_dir() else path.parent
+    if detect_format(tensors) == "hf" and (folder / "config.json").is_file():
+        return _hf_config(folder)
+    return infer_config(tensors)
+
+
+def _hf_config(folder: Path) -> SamConfig:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"the folder {folder} has no config.json, so it is neither a Hugging Face folder nor "
+            "one of sam_jax"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'} is no JSON: {error}") from error
+    preprocessor = folder / "preprocessor_config.json"
+    values = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
+    return from_hf(config, values)

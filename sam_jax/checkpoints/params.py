@@ -1,5 +1,7 @@
-"""A model's parameters as one flat dictionary, `{"image_encoder.neck.conv1.kernel": array, ...}`."""
+"""A model's parameters as a flat dictionary: `{"image_encoder.neck.conv1.kernel": array, ...}`."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -8,17 +10,23 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from sam_jax.config import SamConfig
+from sam_jax.checkpoints.torch_file import CheckpointError
+from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.models.sam import Sam
 from sam_jax.ops.attention import Implementation
+from sam_jax.ops.resize import linear_resize_matrix
 
 
+@functools.cache
 def abstract_model(
     config: SamConfig,
     dtype: DTypeLike = jnp.float32,
     attention: Implementation | None = None,
 ) -> Sam:
-    """A model whose parameters are shapes only: made at once, whatever its size."""
+    """A model whose parameters are shapes only: made at once, whatever its size.
+
+    Not to be changed: the same object is given out again.
+    """
     return nnx.eval_shape(lambda: Sam(config, dtype=dtype, attention=attention, rngs=_OneKey()))
 
 
@@ -55,6 +63,57 @@ def build_model(
     flat = nnx.to_flat_state(state)
     leaves = [(key, variable.replace(jnp.asarray(params[_path(key)]))) for key, variable in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def check_tensors(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compares two sets of named shapes.
+
+    Raises:
+        CheckpointError: listing every tensor that is missing, misshapen or left over.
+    """
+    problems = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
+    problems += [
+        f"misshapen: {name} is {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems += [
+        f"left over: {name} {shape}" for name, shape in found.items() if name not in expected
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the tensors do not fit the model, {len(problems)} do not:\n  " + "\n  ".join(problems)
+        )
+
+
+def resize_positions(
+    params: Mapping[str, np.ndarray], config: SamConfig, image_size: int
+) -> tuple[dict[str, np.ndarray], SamConfig]:
+    """The same model for another image size.
+
+    Absolute positions are resized bilinearly, relative ones of the global blocks linearly.
+    """
+    old_grid = config.image_embedding_size
+    config = dataclasses.replace(config, image_size=image_size)
+    grid = config.image_embedding_size
+    params = dict(params)
+    if grid == old_grid or not isinstance(config.image_encoder, ViTConfig):
+        return params, config
+    if (name := "image_encoder.pos_embed") in params:
+        matrix = linear_resize_matrix(old_grid, grid)
+        table = np.asarray(params[name])
+        resized = np.einsum("yh,bhwc,xw->byxc", matrix, table.astype(np.float64), matrix)
+        params[name] = resized.astype(table.dtype)
+    matrix = linear_resize_matrix(2 * old_grid - 1, 2 * grid - 1)
+    for block in config.image_encoder.global_attn_indexes:
+        for axis in "hw":
+            name = f"image_encoder.blocks.{block}.attn.rel_pos_{axis}"
+            if name in params:
+                table = np.asarray(params[name])
+                params[name] = (matrix @ table.astype(np.float64)).astype(table.dtype)
+    return params, config
 
 
 def _path(key: tuple) -> str:

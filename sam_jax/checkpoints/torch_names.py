@@ -1,4 +1,4 @@
-"""The one table: our parameter path <-> Meta's name <-> Hugging Face's name, with the layout change.
+"""The one table of names: ours <-> Meta's <-> Hugging Face's, with the change of layout.
 
 Converting is lossless: `from_torch` and `to_torch` only rename and transpose, and both refuse a
 set of tensors that is not exactly the model's.
@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from sam_jax.checkpoints.params import check_tensors
 from sam_jax.checkpoints.torch_file import CheckpointError
 from sam_jax.config import (
     MaskDecoderConfig,
@@ -312,25 +313,12 @@ def from_torch(
     tensors = dict(tensors)
     if fmt == "hf":
         _settle_alias(tensors)
-    params, problems = {}, []
-    for path, shape in shapes.items():
-        name, layout = torch_name(path, config, fmt)
-        if name not in tensors:
-            problems.append(f"missing: {name}")
-            continue
-        tensor = tensors.pop(name)
-        expected = _torch_shape(shape, layout)
-        if tensor.shape != expected:
-            problems.append(f"misshapen: {name} is {tensor.shape}, expected {expected}")
-            continue
-        params[path] = layout.to_ours(tensor)
-    problems += [f"left over: {name} {tensor.shape}" for name, tensor in sorted(tensors.items())]
-    if problems:
-        raise CheckpointError(
-            f"the tensors do not fit the model; {len(problems)} problems:\n  "
-            + "\n  ".join(problems)
-        )
-    return params
+    names = {path: torch_name(path, config, fmt) for path in shapes}
+    check_tensors(
+        {name: tensor.shape for name, tensor in tensors.items()},
+        {name: _torch_shape(shapes[path], layout) for path, (name, layout) in names.items()},
+    )
+    return {path: layout.to_ours(tensors[name]) for path, (name, layout) in names.items()}
 
 
 def to_torch(params: Tensors, config: SamConfig, fmt: Format) -> dict[str, np.ndarray]:

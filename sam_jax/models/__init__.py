@@ -1,0 +1,1 @@
+"""The model: Flax NNX modules, arrays in and arrays out."""

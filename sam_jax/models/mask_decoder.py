@@ -3,6 +3,8 @@
 Written for one prompt of one image, without batch axes: `jax.vmap` adds them.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -76,7 +78,7 @@ class MaskDecoder(nnx.Module):
         return masks, self.predict_iou(iou_token)[outputs]
 
     def outputs(self, multimask_output: bool) -> slice:
-        """Which mask tokens count: the first is for unambiguous prompts, the others for the rest."""
+        """Which mask tokens count: the first for unambiguous prompts, the others for the rest."""
         return slice(1, None) if multimask_output else slice(0, 1)
 
     def attend(
@@ -89,7 +91,7 @@ class MaskDecoder(nnx.Module):
         attention_similarity: Float[Array, "*heads_and_t g*g"] | None = None,
         target_embedding: Float[Array, "#t c"] | None = None,
     ) -> tuple[Float[Array, " c"], Float[Array, "m c"], Float[Array, "g g c"]]:
-        """The two-way transformer: the IoU token, the mask tokens and the image embedding after it."""
+        """The IoU token, the mask tokens and the image embedding after the two-way transformer."""
         # Token order: IoU, masks, points, box corners.
         output_tokens = jnp.concatenate([self.iou_token[...], self.mask_tokens[...]])
         tokens = jnp.concatenate([output_tokens.astype(self.dtype), sparse.astype(self.dtype)])
@@ -109,7 +111,7 @@ class MaskDecoder(nnx.Module):
         return tokens[0], tokens[1 : len(output_tokens)], keys.reshape(grid)
 
     def predict_iou(self, iou_token: Float[Array, " c"]) -> Float[Array, " all"]:
-        """The IoU that the model expects of each mask, the single mask's first. No mask is needed."""
+        """The IoU that the model expects of each mask, the single mask's first; needs no mask."""
         return self.iou_prediction_head(iou_token).astype(jnp.float32)
 
     def predict_masks(
@@ -143,8 +145,7 @@ class Head(nnx.Module):
     def __init__(self, in_dim, hidden_dim, out_dim, num_layers, *, dtype, rngs):
         widths = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
         self.layers = nnx.List(
-            nnx.Linear(i, o, dtype=dtype, rngs=rngs)
-            for i, o in zip(widths[:-1], widths[1:], strict=True)
+            nnx.Linear(i, o, dtype=dtype, rngs=rngs) for i, o in itertools.pairwise(widths)
         )
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:

@@ -2,11 +2,11 @@
 
 Two ways in:
 
-* **Functional**, for research. `graphdef, params = nnx.split(model)` gives the parameters as a tree;
-  inside your own `jax.jit`, `jax.grad` or `jax.vmap`, `nnx.merge(graphdef, params)` gives the model
-  back, whose `encode_image` and `decode` are pure functions of arrays.
-* **Hugging Face's surface**, `model(**inputs)` with what `SamProcessor` returns. It is compiled, and
-  prompts in numpy arrays are padded to a few sizes, so that it seldom compiles again.
+* **Functional**, for research. `graphdef, params = nnx.split(model)` gives the parameters as a
+  tree; inside your own `jax.jit`, `jax.grad` or `jax.vmap`, `nnx.merge(graphdef, params)` gives the
+  model back, whose `encode_image` and `decode` are pure functions of arrays.
+* **Hugging Face's surface**, `model(**inputs)` with what `SamProcessor` returns. It is compiled,
+  and prompts in numpy arrays are padded to a few sizes, so that it seldom compiles again.
 """
 
 import functools
@@ -30,8 +30,8 @@ from sam_jax.ops.prompts import PADDING, count_bucket, join_prompts, pad_axis
 class SamImageSegmentationOutput(NamedTuple):
     """What `Sam.__call__` returns; B images, P prompts each, m = 3 masks (or 1) each.
 
-    `iou_scores` [B, P, m] are predicted IoUs, `pred_masks` [B, P, m, 256, 256] low-resolution logits,
-    both float32. `SamProcessor.post_process_masks` makes full-size masks of them.
+    `iou_scores` [B, P, m] are predicted IoUs, `pred_masks` [B, P, m, 256, 256] low-resolution
+    logits, both float32. `SamProcessor.post_process_masks` makes full-size masks of them.
     """
 
     iou_scores: Array
@@ -73,11 +73,7 @@ class Sam(nnx.Module):
     ) -> Float[Array, "b grid grid c"]:
         """Image embeddings of normalised, padded pixels, channels last."""
         size = self.config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"pixel_values have shape {pixel_values.shape}, expected (batch, {size}, {size}, 3), "
-                "channels last; SamProcessor makes them"
-            )
+        _check_shape("pixel_values", pixel_values, (None, size, size, 3))
         return self.image_encoder(pixel_values)
 
     def decode(
@@ -147,14 +143,14 @@ class Sam(nnx.Module):
     ) -> SamImageSegmentationOutput:
         """The masks that the prompts ask for: Hugging Face's `SamModel.forward`.
 
-        Arguments and outputs are those of `transformers`, but that `pixel_values` are channels last,
-        that masks may be given per prompt, and that points labelled -10 are ignored exactly.
+        Arguments and outputs are those of `transformers`, but `pixel_values` are channels last,
+        masks may be given per prompt, and points labelled -10 are ignored exactly.
 
         Args:
             pixel_values: of `SamProcessor`, channels last. Give these or `image_embeddings`.
             input_points: (x, y) in pixels of the model's input, as `SamProcessor` scales them.
-            input_labels: 1 foreground, 0 background, -1 not a point, -10 padding. Foreground if left
-                out.
+            input_labels: 1 foreground, 0 background, -1 not a point, -10 padding; foreground if
+                left out.
             input_boxes: (x0, y0, x1, y1), one per prompt.
             input_masks: low-resolution logits, one per image or one per prompt.
             image_embeddings: of `get_image_embeddings`, channels first.
@@ -177,7 +173,7 @@ class Sam(nnx.Module):
         )
         graphdef, params = nnx.split(self)
         if image_embeddings is None:
-            image_embeddings = _encode_image(graphdef, params, pixel_values)
+            image_embeddings = encode_image(graphdef, params, pixel_values)
         else:
             image_embeddings = jnp.moveaxis(jnp.asarray(image_embeddings), 1, -1)
         batch = image_embeddings.shape[0]
@@ -205,7 +201,7 @@ class Sam(nnx.Module):
         elif attention_similarity is None and not isinstance(points, jax.Array):
             points, point_labels, input_masks = pad_prompts(points, point_labels, input_masks)
 
-        masks, scores = _decode(
+        masks, scores = decode(
             graphdef,
             params,
             image_embeddings,
@@ -224,7 +220,7 @@ class Sam(nnx.Module):
         self, pixel_values: Float[Any, "b size size 3"]
     ) -> Float[Array, "b c g g"]:
         """Image embeddings, channels first as in `transformers`; `__call__` takes them back."""
-        return jnp.moveaxis(_encode_image(*nnx.split(self), pixel_values), -1, 1)
+        return jnp.moveaxis(encode_image(*nnx.split(self), pixel_values), -1, 1)
 
     def get_prompt_embeddings(
         self,
@@ -313,23 +309,25 @@ def pad_prompts(points, labels, masks):
 
 
 @jax.jit
-def _encode_image(graphdef, params, pixel_values):
+def encode_image(graphdef, params, pixel_values):
+    """`Sam.encode_image` of `nnx.merge(graphdef, params)`, compiled."""
     return nnx.merge(graphdef, params).encode_image(pixel_values)
 
 
 @functools.partial(jax.jit, static_argnames="multimask_output")
-def _decode(
+def decode(
     graphdef,
     params,
     image_embeddings,
     points,
     labels,
     masks,
-    attention_similarity,
-    target_embedding,
+    attention_similarity=None,
+    target_embedding=None,
     *,
     multimask_output,
 ):
+    """`Sam.decode` of `nnx.merge(graphdef, params)`, compiled."""
     return nnx.merge(graphdef, params).decode(
         image_embeddings,
         points,

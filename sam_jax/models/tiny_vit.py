@@ -60,7 +60,7 @@ class TinyViT(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Blocks, then the merging that leads to the next stage (reference `ConvLayer`, `BasicLayer`)."""
+    """Blocks, then the merging to the next stage (reference `ConvLayer`, `BasicLayer`)."""
 
     def __init__(self, blocks, downsample):
         self.blocks = nnx.List(blocks)

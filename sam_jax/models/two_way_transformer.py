@@ -188,7 +188,7 @@ class Attention(nnx.Module):
         return (x[:, None] * self._own_channels()).reshape(-1, x.shape[-1])
 
     def _project_back(self, linear, x):
-        """`x @ W.T`, so that `_project_back(linear, x) @ y.T` is `x @ linear(y).T` less its bias."""
+        """`x @ W.T`: then `_project_back(linear, x) @ y.T` is `x @ linear(y).T` less its bias."""
         return x @ linear.kernel[...].astype(x.dtype).T
 
     def _bias(self, linear):

@@ -1,0 +1,1 @@
+"""Pure functions on arrays, each with one definition."""

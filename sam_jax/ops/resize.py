@@ -7,7 +7,6 @@ arguments of a compiled function, zero-padded to a few sizes, so that one progra
 image size.
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

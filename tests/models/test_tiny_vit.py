@@ -4,7 +4,7 @@ from reference import (
     MOBILE,
     assert_close,
     from_torch_image,
-    mobile_sam_torch,
+    meta_sam,
     normal,
     ours,
     run,
@@ -15,7 +15,7 @@ from reference import (
 
 @pytest.fixture(scope="module")
 def pair():
-    torch_sam = mobile_sam_torch()
+    torch_sam = meta_sam(MOBILE)
     return torch_sam.image_encoder, ours(torch_sam, MOBILE).image_encoder
 
 

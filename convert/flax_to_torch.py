@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Converts a folder of sam_jax back to a PyTorch checkpoint, bit for bit. PyTorch is not needed.
+
+python convert/flax_to_torch.py --checkpoint sam_vit_b --output sam_vit_b.pth --format meta
+"""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from sam_jax.checkpoints import load_params, write_checkpoint
+from sam_jax.checkpoints.torch_names import Format
+
+
+@dataclasses.dataclass
+class Args:
+    """Convert a folder of sam_jax to a PyTorch checkpoint."""
+
+    checkpoint: str
+    """The folder (or anything else that from_pretrained takes)."""
+    output: Path
+    """The new file: .pth, .pt or .bin for torch.load, or .safetensors."""
+    format: Format
+    """Names of `segment_anything` and MobileSAM, or of `transformers` (which also gets its
+    config.json beside the file)."""
+
+
+def main(args: Args) -> None:
+    """Converts."""
+    params, config = load_params(args.checkpoint)
+    write_checkpoint(args.output, params, config, args.format)
+    print(f"{args.output}: {len(params)} tensors in the names of {args.format}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

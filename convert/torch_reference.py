@@ -1,0 +1,119 @@
+"""The PyTorch references, for `--verify` and for the tests.
+
+`segment_anything` and `mobile_sam` import a few functions of torchvision and timm. Where those
+are not installed, stand-ins take their place during the import: none of it is part of the models.
+"""
+
+import contextlib
+import importlib
+import sys
+import types
+from functools import partial
+
+import torch
+from PIL import Image
+
+from sam_jax.config import SamConfig, ViTConfig, to_hf
+
+
+def _resize(image, size):
+    height, width = size
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _not_needed(*_args, **_kwargs):
+    raise RuntimeError("this needs the real torchvision")
+
+
+_STAND_INS = {
+    "torchvision": {},
+    "torchvision.transforms": {},
+    "torchvision.transforms.functional": {"resize": _resize, "to_pil_image": Image.fromarray},
+    "torchvision.ops": {},
+    "torchvision.ops.boxes": {"batched_nms": _not_needed, "box_area": _not_needed},
+    "timm": {},
+    "timm.models": {},
+    "timm.models.layers": {
+        # The models are only used in evaluation mode, where DropPath does nothing.
+        "DropPath": type("DropPath", (torch.nn.Identity,), {}),
+        "to_2tuple": lambda x: (x, x),
+        "trunc_normal_": torch.nn.init.trunc_normal_,
+    },
+    "timm.models.registry": {"register_model": lambda function: function},
+}
+
+
+@contextlib.contextmanager
+def _stand_ins():
+    added = []
+    for name, members in _STAND_INS.items():
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            module = types.ModuleType(name)
+            module.__dict__.update(members)
+            sys.modules[name] = module
+            added.append(name)
+    try:
+        yield
+    finally:
+        for name in added:
+            del sys.modules[name]
+
+
+def import_reference(name: str) -> types.ModuleType:
+    """`segment_anything` or `mobile_sam`."""
+    with _stand_ins():
+        return importlib.import_module(name)
+
+
+def meta_sam(config: SamConfig) -> torch.nn.Module:
+    """Meta's `Sam` of this configuration, or MobileSAM's; not initialised."""
+    vit, decoder, dim = config.image_encoder, config.mask_decoder, config.prompt_embed_dim
+    if not isinstance(vit, ViTConfig):
+        return import_reference("mobile_sam").sam_model_registry["vit_t"]()
+    modeling = import_reference("segment_anything").modeling
+    grid = config.image_embedding_size
+    return modeling.Sam(
+        image_encoder=modeling.ImageEncoderViT(
+            depth=vit.depth,
+            embed_dim=vit.embed_dim,
+            img_size=config.image_size,
+            patch_size=vit.patch_size,
+            mlp_ratio=vit.mlp_dim / vit.embed_dim,
+            norm_layer=partial(torch.nn.LayerNorm, eps=vit.layer_norm_eps),
+            num_heads=vit.num_heads,
+            qkv_bias=vit.qkv_bias,
+            use_rel_pos=vit.use_rel_pos,
+            global_attn_indexes=vit.global_attn_indexes,
+            window_size=vit.window_size,
+            out_chans=dim,
+        ),
+        prompt_encoder=modeling.PromptEncoder(
+            embed_dim=dim,
+            image_embedding_size=(grid, grid),
+            input_image_size=(config.image_size, config.image_size),
+            mask_in_chans=config.prompt_encoder.mask_in_chans,
+        ),
+        mask_decoder=modeling.MaskDecoder(
+            num_multimask_outputs=decoder.num_multimask_outputs,
+            transformer=modeling.TwoWayTransformer(
+                depth=decoder.transformer_depth,
+                embedding_dim=dim,
+                mlp_dim=decoder.mlp_dim,
+                num_heads=decoder.num_heads,
+                attention_downsample_rate=decoder.attention_downsample_rate,
+            ),
+            transformer_dim=dim,
+            iou_head_depth=decoder.iou_head_depth,
+            iou_head_hidden_dim=decoder.iou_head_hidden_dim,
+        ),
+    ).eval()
+
+
+def hf_sam(config: SamConfig) -> torch.nn.Module:
+    """Hugging Face's `SamModel` of this configuration, with random weights."""
+    import transformers
+
+    values = {k: v for k, v in to_hf(config).items() if k.endswith("_config")}
+    return transformers.SamModel(transformers.SamConfig(**values)).eval()

