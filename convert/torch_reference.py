@@ -69,26 +69,11 @@ def import_reference(name: str) -> types.ModuleType:
 
 def meta_sam(config: SamConfig) -> torch.nn.Module:
     """Meta's `Sam` of this configuration, or MobileSAM's; not initialised."""
-    vit, decoder, dim = config.image_encoder, config.mask_decoder, config.prompt_embed_dim
-    if not isinstance(vit, ViTConfig):
-        return import_reference("mobile_sam").sam_model_registry["vit_t"]()
-    modeling = import_reference("segment_anything").modeling
-    grid = config.image_embedding_size
+    decoder, dim, grid = config.mask_decoder, config.prompt_embed_dim, config.image_embedding_size
+    vit = isinstance(config.image_encoder, ViTConfig)
+    modeling = import_reference("segment_anything" if vit else "mobile_sam").modeling
     return modeling.Sam(
-        image_encoder=modeling.ImageEncoderViT(
-            depth=vit.depth,
-            embed_dim=vit.embed_dim,
-            img_size=config.image_size,
-            patch_size=vit.patch_size,
-            mlp_ratio=vit.mlp_dim / vit.embed_dim,
-            norm_layer=partial(torch.nn.LayerNorm, eps=vit.layer_norm_eps),
-            num_heads=vit.num_heads,
-            qkv_bias=vit.qkv_bias,
-            use_rel_pos=vit.use_rel_pos,
-            global_attn_indexes=vit.global_attn_indexes,
-            window_size=vit.window_size,
-            out_chans=dim,
-        ),
+        image_encoder=(_vit if vit else _tiny_vit)(modeling, config),
         prompt_encoder=modeling.PromptEncoder(
             embed_dim=dim,
             image_embedding_size=(grid, grid),
@@ -109,6 +94,38 @@ def meta_sam(config: SamConfig) -> torch.nn.Module:
             iou_head_hidden_dim=decoder.iou_head_hidden_dim,
         ),
     ).eval()
+
+
+def _vit(modeling, config: SamConfig) -> torch.nn.Module:
+    vit = config.image_encoder
+    return modeling.ImageEncoderViT(
+        depth=vit.depth,
+        embed_dim=vit.embed_dim,
+        img_size=config.image_size,
+        patch_size=vit.patch_size,
+        mlp_ratio=vit.mlp_dim / vit.embed_dim,
+        norm_layer=partial(torch.nn.LayerNorm, eps=vit.layer_norm_eps),
+        num_heads=vit.num_heads,
+        qkv_bias=vit.qkv_bias,
+        use_rel_pos=vit.use_rel_pos,
+        global_attn_indexes=vit.global_attn_indexes,
+        window_size=vit.window_size,
+        out_chans=config.prompt_embed_dim,
+    )
+
+
+def _tiny_vit(modeling, config: SamConfig) -> torch.nn.Module:
+    tiny = config.image_encoder
+    return modeling.TinyViT(
+        img_size=config.image_size,
+        num_classes=tiny.num_classes,
+        embed_dims=tiny.embed_dims,
+        depths=tiny.depths,
+        num_heads=tiny.num_heads,
+        window_sizes=tiny.window_sizes,
+        mlp_ratio=tiny.mlp_ratio,
+        mbconv_expand_ratio=tiny.mbconv_expand_ratio,
+    )
 
 
 def hf_sam(config: SamConfig) -> torch.nn.Module:

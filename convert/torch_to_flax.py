@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import ml_dtypes
 import numpy as np
 import tyro
 
 from sam_jax.checkpoints import from_pretrained, load_params, orbax, read_state_dict
 from sam_jax.checkpoints.torch_names import detect_format
 from sam_jax.config import SamConfig
-
-_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclasses.dataclass
@@ -41,18 +38,11 @@ class Args:
 def main(args: Args) -> None:
     """Converts, and compares if asked to."""
     params, config = load_params(args.checkpoint)
-    if args.dtype is not None:
-        params = {k: _cast(v, _DTYPES[args.dtype]) for k, v in params.items()}
-    orbax.save(args.output, params, config)
+    orbax.save(args.output, params, config, args.dtype)
     count = sum(v.size for v in params.values())
     print(f"{args.output}: {len(params)} arrays, {count:,} numbers")
     if args.verify:
         verify(args.checkpoint, args.output, config)
-
-
-def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    # Counters stay integers.
-    return array if array.dtype.kind == "i" else array.astype(dtype)
 
 
 def verify(checkpoint: str, output: Path, config: SamConfig) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,7 @@ from PIL import Image
 
 from sam_jax.checkpoints import from_pretrained
 from sam_jax.predictor import SamPredictor
-from sam_jax.processing import load_image
+from sam_jax.processing import check_boxes, check_points, load_image
 from sam_jax.visualize import overlay
 
 
@@ -40,7 +39,7 @@ class Segment:
     model: str = "mobile_sam"
     """Short name, hub repository, file or folder."""
     output: Path | None = None
-    """Folder for the results, `<picture>_masks` if left out; files of an earlier run are
+    """Folder for the results, `<picture>_masks` if left out; those of an earlier run are
     replaced."""
     multimask: bool | None = None
     """Three candidate masks per object instead of one; by default for a single point only."""
@@ -49,7 +48,7 @@ class Segment:
 def segment(args: Segment) -> None:
     """Writes overlay.png, a PNG for each mask and masks.json with their scores."""
     points, labels = _parse_points(args.point)
-    boxes = np.array([_parse_box(box) for box in args.box], np.float32).reshape(-1, 4)
+    boxes = _parse_boxes(args.box)
     if len(points) == 0 and len(boxes) == 0:
         raise ValueError("nothing to segment: give at least one --point or --box")
     if len(points) and len(boxes) > 1:
@@ -57,6 +56,9 @@ def segment(args: Segment) -> None:
             f"--point goes together with one --box at the most, but there are {len(boxes)}"
         )
     image = load_image(args.image)
+    output = args.output or Path(f"{args.image.stem}_masks")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output is {output}, a file; expected a folder")
 
     predictor = SamPredictor(from_pretrained(args.model))
     predictor.set_image(image)
@@ -70,20 +72,18 @@ def segment(args: Segment) -> None:
         multimask_output=multimask,
     )
 
-    output = args.output or Path(f"{args.image.stem}_masks")
-    output.mkdir(parents=True, exist_ok=True)
-    records = []
+    pictures, records = {}, []
     for prompt in range(len(masks)):
         for candidate in np.argsort(-scores[prompt]):
             mask, score = masks[prompt, candidate], float(scores[prompt, candidate])
             name = f"mask_{len(records)}.png"
-            _write(output / name, Image.fromarray(mask).save)
+            pictures[name] = Image.fromarray(mask)
             record = {"file": name, "predicted_iou": score, "area": int(mask.sum())}
             if len(boxes):
                 record["box"] = boxes[prompt].tolist()
             records.append(record)
     best = [m[s.argmax()] for m, s in zip(masks, scores, strict=True)]
-    _write(output / "overlay.png", overlay(image, best, points, labels, boxes).save)
+    pictures["overlay.png"] = overlay(image, best, points, labels, boxes)
     summary = {
         "image": str(args.image),
         "width": image.shape[1],
@@ -92,37 +92,36 @@ def segment(args: Segment) -> None:
         "points": [[*p, k] for p, k in zip(points.tolist(), labels.tolist(), strict=True)],
         "masks": records,
     }
-    text = json.dumps(summary, indent=2) + "\n"
-    _write(output / "masks.json", lambda path: Path(path).write_text(text))
+    _write(output, pictures, json.dumps(summary, indent=2) + "\n")
     for record in records:
         print(f"{output / record['file']}  predicted IoU {record['predicted_iou']:.3f}")
     print(output / "overlay.png")
 
 
-def _write(path: Path, write: Callable[[str], object]) -> None:
-    """Lets `write` make the file under another name, then puts it in place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def _write(folder: Path, pictures: dict[str, Image.Image], summary: str) -> None:
+    """Writes all files under a hidden folder, then puts them in the place of an earlier run's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        for name, picture in pictures.items():
+            picture.save(Path(temporary, name))
+        Path(temporary, "masks.json").write_text(summary)
+        for old in folder.glob("mask_*.png"):
+            if old.stem.removeprefix("mask_").isdecimal():
+                old.unlink()
+        for name in (*pictures, "masks.json"):
+            os.replace(Path(temporary, name), folder / name)
 
 
 def _parse_points(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     rows = [_parse_numbers(t, (2, 3), "--point", "X,Y or X,Y,LABEL") for t in texts]
-    coords = np.array([row[:2] for row in rows], np.float32).reshape(-1, 2)
     labels = [row[2] if len(row) == 3 else 1 for row in rows]
     if wrong := [x for x in labels if x not in (0, 1)]:
         raise ValueError(f"--point has label {wrong[0]:g}, expected 1 (on the object) or 0 (not)")
-    return coords, np.array(labels, np.int32)
+    return check_points([row[:2] for row in rows], labels, "--point")
 
 
-def _parse_box(text: str) -> list[float]:
-    return _parse_numbers(text, (4,), "--box", "X0,Y0,X1,Y1")
+def _parse_boxes(texts: list[str]) -> np.ndarray:
+    return check_boxes([_parse_numbers(t, (4,), "--box", "X0,Y0,X1,Y1") for t in texts], "--box")
 
 
 def _parse_numbers(text: str, counts: tuple[int, ...], option: str, form: str) -> list[float]:
@@ -130,7 +129,7 @@ def _parse_numbers(text: str, counts: tuple[int, ...], option: str, form: str) -
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) not in counts:
+    if len(numbers) not in counts or not np.isfinite(numbers).all():
         raise ValueError(f"{option} is {text!r}, expected {form}")
     return numbers
 

@@ -223,9 +223,11 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
         "mask_decoder_config.hidden_act": (decoder.get("hidden_act", "relu"), "relu"),
         "mask_decoder_config.hidden_size": (decoder.get("hidden_size", 256), out_chans),
     }
-    if wrong := [
-        f"{k} is {got!r}, not {want!r}" for k, (got, want) in expected.items() if got != want
-    ]:
+    wrong = [f"{k} is {got!r}, not {want!r}" for k, (got, want) in expected.items() if got != want]
+    for name, size in (("image_size", image_size), ("patch_size", patch_size)):
+        if not isinstance(size, int):
+            wrong.append(f"vision_config.{name} is {size!r}, not one number")
+    if wrong:
         raise ValueError("this SamConfig cannot be represented: " + "; ".join(wrong))
 
     mlp_dim = vision.get("mlp_dim")
@@ -262,8 +264,8 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
         ),
         image_size=image_size,
         prompt_embed_dim=out_chans,
-        pixel_mean=tuple(round(255 * m, 6) for m in mean),
-        pixel_std=tuple(round(255 * s, 6) for s in std),
+        pixel_mean=tuple(round(255.0 * m, 6) for m in mean),
+        pixel_std=tuple(round(255.0 * s, 6) for s in std),
     )
 
 

@@ -1,16 +1,22 @@
 """`SamPredictor`: one picture, many prompts. The surface is that of Meta's `SamPredictor`."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from sam_jax.models.sam import Sam, decode, encode_image, pad_prompts
 from sam_jax.ops.prompts import PADDING, join_prompts
-from sam_jax.processing import ImageInput, SamProcessor, check_boxes, check_points, load_image
+from sam_jax.processing import (
+    ImageInput,
+    SamProcessor,
+    check_boxes,
+    check_points,
+    check_sizes,
+    load_image,
+)
 
 
 class SamPredictor:
@@ -26,7 +32,10 @@ class SamPredictor:
     def __init__(self, model: Sam):
         self.config = model.config
         self.processor = SamProcessor(model.config)
-        self._graphdef, self._params = nnx.split(model)
+        # The state that `split` gives shares its variables with the model; a copy of the tree (not
+        # of the arrays) is this predictor's own.
+        self._graphdef, params = nnx.split(model)
+        self._params = jax.tree.map(lambda array: array, params)
         self.reset_image()
 
     def set_image(self, image: ImageInput, image_format: str = "RGB") -> None:
@@ -45,32 +54,28 @@ class SamPredictor:
         self._features = encode_image(self._graphdef, self._params, pixels)
         self.original_size = array.shape[:2]
 
-    def get_image_embedding(self) -> Float[Array, "1 c g g"]:
-        """The current picture's embedding, channels first as Meta's.
+    def get_image_embedding(self) -> Float[np.ndarray, "1 c g g"]:
+        """The current picture's embedding, channels first as Meta's, float32.
 
         Save it (with `original_size`) by `np.save` and give it to `set_image_embedding` later.
         """
         self._check_image()
-        return jnp.moveaxis(self._features, -1, 1)
+        return np.ascontiguousarray(np.moveaxis(np.asarray(self._features, np.float32), -1, 1))
 
-    def set_image_embedding(
-        self, embedding: Float[Any, "1 c g g"], original_size: tuple[int, int]
-    ) -> None:
+    def set_image_embedding(self, embedding: Any, original_size: Any) -> None:
         """Sets a picture by its embedding instead of computing it.
 
         Args:
-            embedding: of `get_image_embedding`, of the same model.
+            embedding: [1, c, g, g] of `get_image_embedding`, of the same model.
             original_size: (h, w) of the picture.
         """
         grid = self.config.image_embedding_size
         expected = (1, self.config.prompt_embed_dim, grid, grid)
         if np.shape(embedding) != expected:
             raise ValueError(f"the embedding has shape {np.shape(embedding)}, expected {expected}")
-        height, width = (int(n) for n in original_size)
-        if min(height, width) < 1:
-            raise ValueError(f"original_size is {original_size}, expected a positive (h, w)")
-        self._features = jnp.moveaxis(jnp.asarray(embedding), 1, -1)
-        self.original_size = height, width
+        (size,) = check_sizes([original_size], 1, "original_size")
+        self._features = jax.device_put(np.moveaxis(np.asarray(embedding, np.float32), 1, -1))
+        self.original_size = size
 
     def reset_image(self) -> None:
         """Forgets the current picture."""
@@ -137,8 +142,8 @@ class SamPredictor:
 
     def predict_batch(
         self,
-        point_coords: Sequence[Any] | None = None,
-        point_labels: Sequence[Any] | None = None,
+        point_coords: Any = None,
+        point_labels: Any = None,
         boxes: Any = None,
         mask_input: Any = None,
         multimask_output: bool = True,

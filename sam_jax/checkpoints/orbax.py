@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
 from sam_jax.checkpoints.params import check_tensors, param_shapes
@@ -19,10 +20,14 @@ from sam_jax.checkpoints.torch_file import CheckpointError
 from sam_jax.config import SamConfig
 
 CONFIG, PARAMS = "config.json", "params"
+_BATCH_BYTES = 128 << 20
 
 
 def save(
-    path: str | os.PathLike, params: Mapping[str, np.ndarray | jax.Array], config: SamConfig
+    path: str | os.PathLike,
+    params: Mapping[str, np.ndarray | jax.Array],
+    config: SamConfig,
+    dtype: DTypeLike | None = None,
 ) -> None:
     """Writes a checkpoint folder, which appears whole or not at all.
 
@@ -30,6 +35,7 @@ def save(
         path: of the new folder.
         params: every parameter by its path, as `flat_params` gives them.
         config: of the model.
+        dtype: what to keep the parameters as; None keeps each as it is. Counters stay integers.
 
     Raises:
         FileExistsError: if there is something at `path` already.
@@ -40,8 +46,7 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        # As numpy arrays, so that the folder names no device or sharding of this machine.
-        ocp.save(temporary / PARAMS, {k: np.asarray(v) for k, v in params.items()})
+        _save_params(temporary / PARAMS, params, dtype)
         (temporary / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         temporary.chmod(0o777 & ~_umask())
         temporary.rename(path)
@@ -60,7 +65,7 @@ def load_config(path: str | os.PathLike) -> SamConfig:
     file = Path(path) / CONFIG
     try:
         return SamConfig.from_dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file} is no configuration of sam_jax: {error}") from error
 
 
@@ -74,11 +79,35 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
     config = load_config(path)
     try:
         params = ocp.load(path / PARAMS)
+        shapes = {name: value.shape for name, value in params.items()}
     except Exception as error:  # whatever Orbax meets in a damaged folder
         raise CheckpointError(f"{path / PARAMS} cannot be read by Orbax: {error}") from error
-    shapes = {name: value.shape for name, value in params.items()}
     check_tensors(shapes, param_shapes(config))
     return params, config
+
+
+def _save_params(
+    path: Path, params: Mapping[str, np.ndarray | jax.Array], dtype: DTypeLike | None
+) -> None:
+    # In batches: Orbax copies all that it is given and holds it, compressed, until the end.
+    batch, size = {}, 0
+    for name, value in params.items():
+        batch[name] = _to_numpy(value, dtype)
+        size += batch[name].nbytes
+        if size >= _BATCH_BYTES:
+            ocp.partial.save(path, batch)
+            batch, size = {}, 0
+    if batch:
+        ocp.partial.save(path, batch)
+    ocp.partial.finalize(path)
+    # Orbax writes the path of the temporary folder here; only that there is a file matters.
+    (path / "commit_success.txt").write_text("")
+
+
+def _to_numpy(array: np.ndarray | jax.Array, dtype: DTypeLike | None) -> np.ndarray:
+    """As a numpy array, so that the folder names no device or sharding of this machine."""
+    array = np.asarray(array)
+    return array if dtype is None or array.dtype.kind == "i" else array.astype(dtype, copy=False)
 
 
 def _umask() -> int:

@@ -53,15 +53,20 @@ def param_shapes(config: SamConfig) -> dict[str, tuple[int, ...]]:
 
 
 def build_model(
-    params: Mapping[str, np.ndarray | jax.Array],
+    params: dict[str, np.ndarray | jax.Array],
     config: SamConfig,
     dtype: DTypeLike = jnp.float32,
     attention: Implementation | None = None,
 ) -> Sam:
-    """A model with these parameters, which must be exactly its own; they are put on the device."""
+    """A model with these parameters, which must be exactly its own.
+
+    They are copied to the device one by one and taken out of `params`, so that a large model is not
+    held twice.
+    """
     graphdef, state = nnx.split(abstract_model(config, dtype, attention))
     flat = nnx.to_flat_state(state)
-    leaves = [(key, variable.replace(jnp.asarray(params[_path(key)]))) for key, variable in flat]
+    # A copy also on a CPU: the arrays may be views of a file that somebody writes to later.
+    leaves = [(key, variable.replace(jnp.array(params.pop(_path(key))))) for key, variable in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sam_jax.config import SamConfig, ViTConfig
@@ -69,9 +69,9 @@ class Sam(nnx.Module):
         self.config = config
 
     def encode_image(
-        self, pixel_values: Float[Array, "b size size 3"]
+        self, pixel_values: Float[Array, "b h w rgb"]
     ) -> Float[Array, "b grid grid c"]:
-        """Image embeddings of normalised, padded pixels, channels last."""
+        """Image embeddings of normalised, padded pixels [b, size, size, 3], channels last."""
         size = self.config.image_size
         _check_shape("pixel_values", pixel_values, (None, size, size, 3))
         return self.image_encoder(pixel_values)
@@ -128,15 +128,15 @@ class Sam(nnx.Module):
 
     def __call__(
         self,
-        pixel_values: Float[Any, "b size size 3"] | None = None,
-        input_points: Float[Any, "b p n 2"] | None = None,
-        input_labels: Int[Any, "b p n"] | None = None,
-        input_boxes: Float[Any, "b p 4"] | None = None,
-        input_masks: Float[Any, "b m s s"] | None = None,
-        image_embeddings: Float[Any, "b c g g"] | None = None,
+        pixel_values: ArrayLike | None = None,
+        input_points: ArrayLike | None = None,
+        input_labels: ArrayLike | None = None,
+        input_boxes: ArrayLike | None = None,
+        input_masks: ArrayLike | None = None,
+        image_embeddings: ArrayLike | None = None,
         multimask_output: bool = True,
-        attention_similarity: Float[Any, "..."] | None = None,
-        target_embedding: Float[Any, "..."] | None = None,
+        attention_similarity: ArrayLike | None = None,
+        target_embedding: ArrayLike | None = None,
         original_sizes: Any = None,
         reshaped_input_sizes: Any = None,
         labels: Any = None,
@@ -147,13 +147,16 @@ class Sam(nnx.Module):
         masks may be given per prompt, and points labelled -10 are ignored exactly.
 
         Args:
-            pixel_values: of `SamProcessor`, channels last. Give these or `image_embeddings`.
-            input_points: (x, y) in pixels of the model's input, as `SamProcessor` scales them.
-            input_labels: 1 foreground, 0 background, -1 not a point, -10 padding; foreground if
-                left out.
-            input_boxes: (x0, y0, x1, y1), one per prompt.
-            input_masks: low-resolution logits, one per image or one per prompt.
-            image_embeddings: of `get_image_embeddings`, channels first.
+            pixel_values: [b, size, size, 3], of `SamProcessor`, channels last. Give these or
+                `image_embeddings`.
+            input_points: [b, p, n, 2], (x, y) in pixels of the model's input, as `SamProcessor`
+                scales them.
+            input_labels: [b, p, n], 1 foreground, 0 background, -1 not a point, -10 padding;
+                foreground if left out.
+            input_boxes: [b, p, 4], (x0, y0, x1, y1), one per prompt.
+            input_masks: [b, 1, 256, 256] or [b, p, 256, 256] low-resolution logits, one per image
+                or one per prompt.
+            image_embeddings: [b, c, g, g], of `get_image_embeddings`, channels first.
             multimask_output: three masks per prompt, or one.
             attention_similarity: broadcasts to [b * p, heads, tokens, g * g].
             target_embedding: broadcasts to [b, p, tokens, c].
@@ -216,30 +219,30 @@ class Sam(nnx.Module):
             masks, scores = masks[:, :count], scores[:, :count]
         return SamImageSegmentationOutput(iou_scores=scores, pred_masks=masks)
 
-    def get_image_embeddings(
-        self, pixel_values: Float[Any, "b size size 3"]
-    ) -> Float[Array, "b c g g"]:
-        """Image embeddings, channels first as in `transformers`; `__call__` takes them back."""
+    def get_image_embeddings(self, pixel_values: ArrayLike) -> Float[Array, "b c g g"]:
+        """Image embeddings of [b, size, size, 3] pixels, channels first as in `transformers`."""
         return jnp.moveaxis(encode_image(*nnx.split(self), pixel_values), -1, 1)
 
     def get_prompt_embeddings(
         self,
-        input_points: Float[Any, "b p n 2"] | None = None,
-        input_labels: Int[Any, "b p n"] | None = None,
-        input_boxes: Float[Any, "b p 4"] | None = None,
-        input_masks: Float[Any, "b m s s"] | None = None,
+        input_points: ArrayLike | None = None,
+        input_labels: ArrayLike | None = None,
+        input_boxes: ArrayLike | None = None,
+        input_masks: ArrayLike | None = None,
     ) -> tuple[Float[Array, "b p t c"] | None, Float[Array, "_ c g g"]]:
         """The prompt encoder's sparse and dense embeddings, shaped as in `transformers`.
 
-        The sparse ones are None when there is neither point nor box. The dense ones are channels
-        first: those of the masks [b * m, c, g, g], or without masks the same for every image.
+        Takes prompts as `__call__` does. The sparse ones are None when there is neither point nor
+        box. The dense ones are channels first: those of the masks [b * m, c, g, g], or without
+        masks the same for every image.
         """
         sparse, batch = None, 1
         encoder = self.prompt_encoder
         if input_points is not None or input_boxes is not None:
             points, labels = join_prompts(input_points, input_labels, input_boxes)
             batch, count, n = labels.shape
-            sparse, _ = encoder(jnp.reshape(points, (-1, 2)), jnp.reshape(labels, -1))
+            points, labels = jnp.asarray(points), jnp.asarray(labels)
+            sparse, _ = encoder(points.reshape(-1, 2), labels.reshape(-1))
             sparse = sparse.reshape(batch, count, n, -1)
         if input_masks is None:
             dense = encoder.embed_mask(None)[:, None, None]
@@ -285,6 +288,8 @@ class Sam(nnx.Module):
 def _check_shape(name: str, array, expected: tuple[int | None, ...]) -> None:
     if array is None:
         return
+    if not hasattr(array, "__array_namespace__"):
+        raise TypeError(f"{name} are a {type(array).__name__}, expected a numpy or JAX array")
     fits = len(array.shape) == len(expected) and all(
         e is None or e == a for a, e in zip(array.shape, expected, strict=True)
     )

@@ -152,9 +152,9 @@ class Attention(nnx.Module):
 
     def _few_queries(self, q, k, v, bias):
         q = self._rows_per_head(self._scaled(self.q_proj(q)))
+        # The bias of k_proj would add the same to every key's logit, which softmax does not see.
         logits = self._project_back(self.k_proj, q) @ k.astype(q.dtype).T
-        logits = logits.astype(jnp.float32) + (q @ self._bias(self.k_proj))[:, None]
-        logits = logits.reshape(-1, self.num_heads, len(k))
+        logits = logits.astype(jnp.float32).reshape(-1, self.num_heads, len(k))
         if bias is not None:
             bias = jnp.broadcast_to(bias, (self.num_heads, len(logits), len(k)))
             logits = logits + bias.transpose(1, 0, 2)

@@ -6,7 +6,7 @@ until the one compiled call, and traced prompts stay traced.
 
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 # Labels of points; see models/prompt_encoder.py for what each becomes.
 BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 0, 1, 2, 3
@@ -15,9 +15,9 @@ LABELS = (PADDING, NOT_A_POINT, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM
 
 
 def join_prompts(
-    points: Float[Any, "*batch n 2"] | None,
+    points: Num[Any, "*batch n 2"] | None,
     labels: Int[Any, "*batch n"] | None,
-    boxes: Float[Any, "*batch 4"] | None,
+    boxes: Num[Any, "*batch 4"] | None,
 ) -> tuple[Float[Any, "*batch m 2"], Int[Any, "*batch m"]]:
     """Points and boxes as one list, in the order of the reference's tokens.
 
@@ -45,7 +45,7 @@ def join_prompts(
     )
 
 
-def pad_axis(array, size: int, axis: int, value: float):
+def pad_axis(array, size: int, axis: int, value: int | float):
     """The array with `value` appended along `axis` until it has `size` entries."""
     missing = size - array.shape[axis]
     if missing == 0:

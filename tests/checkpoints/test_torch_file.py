@@ -13,7 +13,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from sam_jax.checkpoints import sources
 from sam_jax.checkpoints.torch_file import (
     CheckpointError,
     read_tensors,
@@ -125,12 +124,8 @@ def test_names_the_entry_that_is_no_tensor(tmp_path):
         read_tensors(tmp_path / "x.pth")
 
 
-def test_reads_the_mobile_sam_checkpoint():
-    try:
-        path = sources.locate("mobile_sam")
-    except ConnectionError as error:
-        pytest.skip(f"the checkpoint cannot be had here: {error}")
-    assert_same(read_tensors(path), torch.load(path, weights_only=True))
+def test_reads_the_mobile_sam_checkpoint(mobile_sam_file):
+    assert_same(read_tensors(mobile_sam_file), torch.load(mobile_sam_file, weights_only=True))
 
 
 # ---- safetensors ---------------------------------------------------------------------------------

@@ -1,0 +1,206 @@
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from reference import SMALL, assert_close, hf_sam, meta_sam, normal, ours
+from safetensors.torch import save_file
+
+from sam_jax import CheckpointError, SamProcessor, from_pretrained, save_pretrained
+from sam_jax.checkpoints import load_config, load_params, write_checkpoint
+from sam_jax.checkpoints.params import flat_params
+
+# Shapes do not tell the number of the decoder's heads; files without a configuration have 8.
+META = dataclasses.replace(SMALL, mask_decoder=dataclasses.replace(SMALL.mask_decoder, num_heads=8))
+HF = dataclasses.replace(
+    META, mask_decoder=dataclasses.replace(META.mask_decoder, layer_norm_eps=1e-6)
+)
+
+
+@pytest.fixture(scope="module")
+def meta():
+    return meta_sam(META)
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return hf_sam(HF)
+
+
+def assert_same_model(model, expected):
+    assert model.config == expected.config
+    actual, expected = flat_params(model), flat_params(expected)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+def test_meta_file(meta, tmp_path, suffix):
+    file = tmp_path / f"sam{suffix}"
+    if suffix == ".safetensors":
+        save_file(meta.state_dict(), file)
+    else:
+        torch.save(meta.state_dict(), file)
+    assert_same_model(from_pretrained(file), ours(meta, META))
+    assert load_config(file) == META
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "sharded", "bin", "sharded_bin"])
+def test_hugging_face_folder(hf, tmp_path, kind):
+    if "bin" in kind:  # as older versions of transformers wrote them
+        tensors = dict(hf.state_dict())
+        names = sorted(tensors)
+        halves = [names] if kind == "bin" else [names[::2], names[1::2]]
+        files = ["pytorch_model.bin"] if kind == "bin" else ["shard-1.bin", "shard-2.bin"]
+        for file, half in zip(files, halves, strict=True):
+            torch.save({n: tensors[n] for n in half}, tmp_path / file)
+        if kind == "sharded_bin":
+            weight_map = {n: f for f, half in zip(files, halves, strict=True) for n in half}
+            index = {"weight_map": weight_map}
+            (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        hf.config.save_pretrained(tmp_path)
+    else:
+        hf.save_pretrained(tmp_path, max_shard_size="100KB" if kind == "sharded" else "5GB")
+        assert (tmp_path / "model.safetensors").exists() == (kind == "safetensors")
+    assert_same_model(from_pretrained(tmp_path), ours(hf, HF))
+
+
+def test_hugging_face_file(hf, tmp_path):
+    """With the config.json beside it, and without: then the shapes tell."""
+    hf.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    assert_same_model(from_pretrained(file), ours(hf, HF))
+    (tmp_path / "config.json").unlink()
+    assert_same_model(from_pretrained(file), ours(hf, HF))
+
+
+def test_preprocessor_of_a_folder(hf, tmp_path):
+    hf.save_pretrained(tmp_path)
+    values = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 1.0]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    config = SamProcessor.from_pretrained(tmp_path).config
+    assert config.pixel_mean == (127.5, 127.5, 127.5)
+    assert config.pixel_std == (63.75, 127.5, 255.0)
+
+
+def test_pruned_hugging_face_model(tmp_path):
+    """SlimSAM: an MLP that is no multiple of the width, narrow heads."""
+    encoder = dataclasses.replace(HF.image_encoder, embed_dim=42, num_heads=3, mlp_dim=174)
+    config = dataclasses.replace(HF, image_encoder=encoder)
+    model = hf_sam(config)
+    model.save_pretrained(tmp_path)
+    assert_same_model(from_pretrained(tmp_path), ours(model, config))
+
+
+def test_our_folder(meta, tmp_path):
+    model = ours(meta, META)
+    save_pretrained(model, tmp_path / "sam")
+    assert_same_model(from_pretrained(tmp_path / "sam"), model)
+    assert load_config(tmp_path / "sam") == META
+    with pytest.raises(FileExistsError, match="exists already"):
+        save_pretrained(model, tmp_path / "sam")
+
+
+def test_options(meta, tmp_path):
+    torch.save(meta.state_dict(), tmp_path / "sam.pth")
+    model = from_pretrained(tmp_path / "sam.pth", dtype=jnp.bfloat16, image_size=64)
+    assert model.config == dataclasses.replace(META, image_size=64)
+    embedding = model.get_image_embeddings(np.asarray(normal((1, 64, 64, 3))))
+    assert embedding.shape == (1, 32, 8, 8)
+    assert embedding.dtype == jnp.bfloat16
+    assert flat_params(model)["image_encoder.neck.conv1.kernel"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("sam_vit_b", ValueError, "mobile_sam, vit_b, vit_l, vit_h"),
+        ("missing/sam.pth", FileNotFoundError, "missing/sam.pth"),
+        ("./nothing", FileNotFoundError, "nothing"),
+    ],
+)
+def test_unknown_names(name, error, message):
+    with pytest.raises(error, match=message):
+        from_pretrained(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"<html>not found</html>", "web page"),
+        (b"PK\x03\x04 cut off", "unfinished download"),
+    ],
+)
+def test_files_that_are_no_checkpoints(tmp_path, content, message):
+    file = tmp_path / "sam.pth"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        from_pretrained(file)
+    assert str(file) in str(caught.value)
+
+
+def test_truncated_file(meta, tmp_path):
+    file = tmp_path / "sam.pth"
+    torch.save(meta.state_dict(), file)
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"sam\.pth"):
+        from_pretrained(file)
+
+
+def test_another_model(tmp_path):
+    torch.save(torch.nn.Linear(2, 3).state_dict(), tmp_path / "linear.pth")
+    with pytest.raises(CheckpointError, match="no tensors of a SAM"):
+        from_pretrained(tmp_path / "linear.pth")
+
+
+def test_folders_that_are_no_checkpoints(hf, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        from_pretrained(tmp_path)
+    hf.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="'bert' model, expected model_type 'sam'"):
+        from_pretrained(tmp_path)
+    config.write_text("{")
+    with pytest.raises(CheckpointError, match="no JSON"):
+        from_pretrained(tmp_path)
+
+
+def test_hugging_face_loads_what_we_write(meta, tmp_path):
+    """Meta's weights in Hugging Face's names, and the same masks from its model."""
+    torch.save(meta.state_dict(), tmp_path / "sam.pth")
+    params, config = load_params(tmp_path / "sam.pth")
+    write_checkpoint(tmp_path / "hf/model.safetensors", params, config, "hf")
+    # The decoder's heads stand in the configuration, and Meta's epsilon too.
+    theirs, report = transformers.SamModel.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    pixels, points = np.array(normal((1, 96, 96, 3))), np.array([[[[30.0, 40.0]]]], np.float32)
+    with torch.no_grad():
+        expected = theirs(
+            pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2)),
+            input_points=torch.from_numpy(points),
+        )
+    actual = from_pretrained(tmp_path / "sam.pth")(pixels, points)
+    assert_close(actual.pred_masks, expected.pred_masks)
+    assert_close(actual.iou_scores, expected.iou_scores)
+
+
+def test_nothing_is_overwritten(meta, tmp_path):
+    torch.save(meta.state_dict(), tmp_path / "sam.pth")
+    params, config = load_params(tmp_path / "sam.pth")
+    for name, fmt in (("sam.pth", "meta"), ("sam.pth", "hf")):
+        with pytest.raises(FileExistsError, match="exists already"):
+            write_checkpoint(tmp_path / name, params, config, fmt)
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"config\.json exists"):
+        write_checkpoint(tmp_path / "model.safetensors", params, config, "hf")
+    with pytest.raises(ValueError, match=r"\.h5.*suffix must be one of"):
+        write_checkpoint(tmp_path / "sam.h5", params, config, "meta")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "sam.pth"]

@@ -1,0 +1,182 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from reference import SMALL
+
+from sam_jax.checkpoints import orbax
+from sam_jax.checkpoints.params import param_shapes
+from sam_jax.checkpoints.torch_file import CheckpointError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+KERNEL = "image_encoder.blocks.0.attn.qkv.kernel"
+BIAS = "image_encoder.blocks.0.attn.qkv.bias"
+LOAD_ALL = """
+import sys
+from sam_jax.checkpoints import orbax
+
+for folder in sys.argv[1:]:
+    try:
+        orbax.load(folder)
+    except orbax.CheckpointError as error:
+        print(str(error).split(" by Orbax: ")[0])
+"""
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random bits, so NaNs too, in three types and in the layouts of views."""
+    rng = np.random.default_rng(0)
+    result = {}
+    for i, (name, shape) in enumerate(param_shapes(SMALL).items()):
+        dtype = (np.dtype(np.float32), BFLOAT16, np.dtype(np.int32))[i % 3]
+        values = np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype)
+        result[name] = values.reshape(shape[::-1]).T
+    return result
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, params):
+    """A folder to read."""
+    path = tmp_path_factory.mktemp("saved") / "model"
+    orbax.save(path, params, SMALL)
+    return path
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert type(actual[name]) is np.ndarray, name
+        assert actual[name].dtype == value.dtype, name
+        assert actual[name].shape == value.shape, name
+        assert actual[name].tobytes() == value.tobytes(), name
+
+
+def files(folder):
+    return {file for file in folder.rglob("*") if file.is_file()}
+
+
+def test_load_gives_what_was_saved_to_the_bit(saved, params):
+    loaded, config = orbax.load(saved)
+    assert_same(loaded, params)
+    assert config == SMALL
+    assert orbax.load_config(saved) == SMALL
+    assert orbax.is_checkpoint(saved)
+
+
+def test_many_batches_load_as_one(tmp_path, monkeypatch, params):
+    sizes = []
+    save = orbax.ocp.partial.save
+
+    def count(path, batch):
+        sizes.append(sum(v.nbytes for v in batch.values()))
+        save(path, batch)
+
+    total = sum(v.nbytes for v in params.values())
+    monkeypatch.setattr(orbax, "_BATCH_BYTES", total // 4)
+    monkeypatch.setattr(orbax.ocp.partial, "save", count)
+    orbax.save(tmp_path / "model", params, SMALL)
+    largest = max(v.nbytes for v in params.values())
+    assert len(sizes) > 2
+    assert max(sizes) < total // 4 + largest
+    assert_same(orbax.load(tmp_path / "model")[0], params)
+
+
+def test_dtype_casts_all_but_integers(tmp_path, params):
+    values = {k: v if v.dtype == np.int32 else np.ones(v.shape) for k, v in params.items()}
+    orbax.save(tmp_path / "model", values, SMALL, dtype="bfloat16")
+    expected = {k: v if v.dtype == np.int32 else v.astype(BFLOAT16) for k, v in values.items()}
+    assert_same(orbax.load(tmp_path / "model")[0], expected)
+
+
+def test_refuses_a_path_that_exists(saved, params):
+    before = {file: file.read_bytes() for file in files(saved)}
+    with pytest.raises(FileExistsError, match="model exists already"):
+        orbax.save(saved, params, SMALL)
+    assert {file: file.read_bytes() for file in files(saved)} == before
+
+
+@pytest.mark.parametrize("step", ["save", "finalize"])
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch, params, step):
+    function = getattr(orbax.ocp.partial, step)
+
+    def interrupted(*args):
+        function(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(orbax.ocp.partial, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        orbax.save(tmp_path / "model", params, SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_has_the_permissions_of_a_new_folder(saved):
+    (other := saved.parent / "other").mkdir()
+    assert saved.stat().st_mode == other.stat().st_mode
+
+
+def test_the_folder_tells_nothing_of_this_machine(tmp_path, params):
+    folder = tmp_path / "a-secret-place" / "model"
+    orbax.save(folder, {**params, BIAS: jnp.asarray(params[BIAS])}, SMALL)
+    for file in files(folder):
+        assert b"a-secret-place" not in file.read_bytes(), file
+        assert "sharding" not in file.name
+    assert {child.name for child in folder.iterdir()} == {"config.json", "params"}
+
+
+def test_every_tensor_that_does_not_fit_is_listed(tmp_path, params):
+    values = dict(params)
+    del values[BIAS]
+    values[KERNEL] = values[KERNEL].T
+    values["more"] = np.zeros(3, np.float32)
+    orbax.save(tmp_path / "model", values, SMALL)
+    with pytest.raises(CheckpointError) as error:
+        orbax.load(tmp_path / "model")
+    for problem in (
+        f"missing: {BIAS} (144,)",
+        f"misshapen: {KERNEL} is (144, 48), expected (48, 144)",
+        "left over: more (3,)",
+    ):
+        assert problem in str(error.value)
+
+
+def test_parameters_that_are_damaged_or_missing(tmp_path, saved):
+    folders = []
+    for part in ("data", "manifest.ocdbt", "_METADATA"):
+        for keep in (0.9, 0, None):
+            folders.append(folder := tmp_path / f"{part} {keep}")
+            shutil.copytree(saved, folder)
+            state = folder / "params" / "state"
+            largest = max(files(state), key=lambda file: file.stat().st_size)
+            file = largest if part == "data" else state / part
+            content = file.read_bytes()
+            file.unlink()
+            if keep is not None:
+                file.write_bytes(content[: int(keep * len(content))])
+    # In a process of its own: reads that Orbax gave up on raise in its threads later.
+    process = subprocess.run(
+        [sys.executable, "-c", LOAD_ALL, *folders], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.splitlines() == [f"{f / 'params'} cannot be read" for f in folders]
+
+
+def test_parameters_that_are_no_flat_dictionary(tmp_path):
+    orbax.ocp.save(tmp_path / "params", {"encoder": {"kernel": np.zeros(3)}})
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict()))
+    with pytest.raises(CheckpointError, match="params cannot be read by Orbax"):
+        orbax.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"image_size": 96, "more": 1}'])
+def test_a_config_that_is_damaged_or_missing(tmp_path, content):
+    (tmp_path / "params").mkdir()
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    for function in (orbax.load, orbax.load_config):
+        with pytest.raises(CheckpointError, match=r"config\.json is no configuration of sam_jax"):
+            function(tmp_path)

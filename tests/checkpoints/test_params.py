@@ -1,0 +1,66 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from reference import SMALL, assert_close, meta_sam, ours, tensor
+
+from sam_jax.checkpoints import CheckpointError
+from sam_jax.checkpoints.params import (
+    build_model,
+    check_tensors,
+    flat_params,
+    param_shapes,
+    resize_positions,
+)
+
+
+def test_flat_params_and_back():
+    model = ours(meta_sam(SMALL), SMALL)
+    flat = flat_params(model)
+    assert {k: v.shape for k, v in flat.items()} == param_shapes(SMALL)
+    again = flat_params(build_model(dict(flat), SMALL))
+    for name, value in flat.items():
+        np.testing.assert_array_equal(again[name], value)
+
+
+def test_the_model_does_not_alias_what_it_was_built_from():
+    params = {k: np.array(v) for k, v in flat_params(ours(meta_sam(SMALL), SMALL)).items()}
+    name = "image_encoder.neck.conv2.kernel"
+    array = params[name]
+    model = build_model(params, SMALL)
+    before = np.array(flat_params(model)[name])
+    array[...] = 0
+    np.testing.assert_array_equal(flat_params(model)[name], before)
+
+
+def test_positions_are_resized():
+    params = {k: np.asarray(v) for k, v in flat_params(ours(meta_sam(SMALL), SMALL)).items()}
+    resized, config = resize_positions(params, SMALL, 160)
+    assert config == dataclasses.replace(SMALL, image_size=160)
+    assert {k: v.shape for k, v in resized.items()} == param_shapes(config)
+    interpolate = torch.nn.functional.interpolate
+    name = "image_encoder.pos_embed"
+    expected = interpolate(tensor(params[name]).permute(0, 3, 1, 2), (20, 20), mode="bilinear")
+    assert_close(resized[name], expected.permute(0, 2, 3, 1))
+    name = "image_encoder.blocks.1.attn.rel_pos_w"  # of a global block
+    expected = interpolate(tensor(params[name]).T[None], 39, mode="linear")[0].T
+    assert_close(resized[name], expected)
+    for name, value in resized.items():
+        if value.shape == params[name].shape:  # windows keep theirs
+            np.testing.assert_array_equal(value, params[name])
+
+
+def test_image_size_must_fit_the_patches():
+    with pytest.raises(ValueError, match="100 is not a multiple of the patch size 8"):
+        resize_positions({}, SMALL, 100)
+
+
+def test_check_tensors_lists_all():
+    with pytest.raises(CheckpointError) as caught:
+        check_tensors({"a": (1,), "b": (2,), "d": ()}, {"a": (1,), "b": (3,), "c": (4, 5)})
+    assert str(caught.value).splitlines()[1:] == [
+        "  missing: c (4, 5)",
+        "  misshapen: b is (2,), expected (3,)",
+        "  left over: d ()",
+    ]

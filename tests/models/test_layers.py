@@ -1,0 +1,64 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_reference
+from flax import nnx
+from reference import assert_close, from_torch_image, normal, tensor, to_torch
+
+from sam_jax.models.layers import (
+    LayerNorm,
+    PatchConv,
+    UpscaleConv,
+    gelu,
+    join_windows,
+    partition_windows,
+)
+
+image_encoder = torch_reference.import_reference("segment_anything").modeling.image_encoder
+
+
+@pytest.mark.parametrize("grid", [(12, 12), (10, 7), (5, 14), (4, 3)])
+def test_windows(grid):
+    x = normal((2, *grid, 3))
+    windows = partition_windows(x, 5)
+    expected, padded = image_encoder.window_partition(tensor(x), 5)
+    np.testing.assert_array_equal(windows, expected.numpy())
+    joined = image_encoder.window_unpartition(expected, 5, padded, grid)
+    np.testing.assert_array_equal(join_windows(windows, grid), joined.numpy())
+    np.testing.assert_array_equal(join_windows(windows, grid), x)
+
+
+def test_layer_norm():
+    norm = LayerNorm(6, eps=1e-6, dtype=jnp.float32)
+    norm.scale[...], norm.bias[...] = normal((6,), seed=1), normal((6,), seed=2)
+    x = 100 + normal((4, 6))  # a mean far from zero: variance by E[x^2] - E[x]^2 would be off
+    expected = torch.nn.functional.layer_norm(
+        tensor(x), (6,), tensor(norm.scale[...]), tensor(norm.bias[...]), 1e-6
+    )
+    assert_close(norm(x), expected)
+
+
+def test_patch_conv():
+    conv = PatchConv(3, 5, 4, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    conv.bias[...] = normal((5,), seed=1)
+    x = normal((2, 12, 8, 3))
+    kernel = tensor(conv.kernel[...].transpose(3, 2, 0, 1))
+    expected = torch.nn.functional.conv2d(to_torch(x), kernel, tensor(conv.bias[...]), stride=4)
+    assert_close(conv(x), from_torch_image(expected))
+
+
+def test_upscale_conv():
+    conv = UpscaleConv(6, 5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    conv.bias[...] = normal((5,), seed=1)
+    x = normal((4, 3, 6))
+    kernel = tensor(conv.kernel[...].transpose(0, 3, 1, 2))
+    expected = torch.nn.functional.conv_transpose2d(
+        to_torch(x)[None], kernel, tensor(conv.bias[...]), stride=2
+    )
+    assert_close(conv(x), from_torch_image(expected)[0])
+
+
+def test_gelu_is_exact():
+    x = jnp.linspace(-6, 6, 101)
+    assert_close(gelu(x), torch.nn.functional.gelu(tensor(x)))

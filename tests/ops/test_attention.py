@@ -1,0 +1,93 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_reference
+from reference import assert_close, normal, tensor
+
+from sam_jax.ops.attention import _rows_per_block, rel_pos_attention, relative_positions
+
+image_encoder = torch_reference.import_reference("segment_anything").modeling.image_encoder
+
+
+@pytest.mark.parametrize("length", [13, 27, 9], ids=["fits", "longer", "shorter"])
+def test_relative_positions(length):
+    table = normal((length, 8))
+    assert_close(relative_positions(table, 7), image_encoder.get_rel_pos(7, 7, tensor(table)))
+
+
+def reference_attention(q, k, v, rel_pos, grid):
+    """Meta's: scaled logits, plus positions of the unscaled query."""
+    b, heads, n, d = q.shape
+    q, k, v = (tensor(x).reshape(b * heads, n, d) for x in (q, k, v))
+    logits = (q * d**-0.5) @ k.transpose(-2, -1)
+    if rel_pos is not None:
+        h, w = (tensor(table) for table in rel_pos)
+        logits = image_encoder.add_decomposed_rel_pos(logits, q, h, w, grid, grid)
+    return (torch.softmax(logits, dim=-1) @ v).reshape(b, heads, n, d)
+
+
+def inputs(grid, d=8):
+    n = grid[0] * grid[1]
+    q, k, v = (normal((2, 3, n, d), seed=i) for i in range(3))
+    tables = tuple(normal((2 * size - 1, d), seed=3 + i) for i, size in enumerate(grid))
+    return q, k, v, tables
+
+
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+@pytest.mark.parametrize("grid", [(6, 6), (7, 5), (5, 7), (1, 4), (48, 33)])
+def test_attention(implementation, grid):
+    q, k, v, tables = inputs(grid)
+    actual = rel_pos_attention(q, k, v, tables, grid, implementation)
+    assert_close(actual, reference_attention(q, k, v, tables, grid))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+def test_attention_without_positions(implementation):
+    q, k, v, _ = inputs((6, 6))
+    actual = rel_pos_attention(q, k, v, None, (6, 6), implementation)
+    assert_close(actual, reference_attention(q, k, v, None, (6, 6)))
+
+
+def test_gradients_agree():
+    grid = (8, 6)
+    arrays = inputs(grid)
+
+    def scalar(implementation):
+        return lambda q, k, v, tables: jnp.sum(
+            jnp.sin(rel_pos_attention(q, k, v, tables, grid, implementation))
+        )
+
+    expected = jax.grad(scalar("xla"), argnums=(0, 1, 2, 3))(*arrays)
+    actual = jax.grad(scalar("chunked"), argnums=(0, 1, 2, 3))(*arrays)
+    jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), actual, expected)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+def test_large_logits_in_bfloat16_stay_finite(implementation):
+    q, k, v, tables = inputs((6, 6))
+    q = (100 * q).astype(jnp.bfloat16)
+    out = rel_pos_attention(
+        q,
+        k.astype(jnp.bfloat16),
+        v.astype(jnp.bfloat16),
+        tuple(t.astype(jnp.bfloat16) for t in tables),
+        (6, 6),
+        implementation,
+    )
+    assert out.dtype == jnp.bfloat16
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+
+
+def test_chunks_divide_the_rows():
+    assert _rows_per_block(64, 64) == 8
+    assert _rows_per_block(14, 14) == 14
+    assert _rows_per_block(7, 600) == 1
+
+
+def test_unknown_implementation():
+    q, k, v, tables = inputs((2, 2))
+    with pytest.raises(ValueError, match=r"'flash'.*chunked.*xla"):
+        # Through the undecorated function: the type of the argument names the known ones.
+        rel_pos_attention.__wrapped__(q, k, v, tables, (2, 2), "flash")

@@ -1,0 +1,48 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_jax.ops.prompts import PADDING, count_bucket, join_prompts, pad_axis
+
+POINTS = np.arange(12.0).reshape(2, 3, 2)
+LABELS = np.array([[1, 0, 1], [0, -10, -10]])
+BOXES = np.array([[1.0, 2, 3, 4], [5, 6, 7, 8]])
+
+
+@pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
+def test_points_and_boxes_are_one_list(asarray):
+    points, labels = join_prompts(asarray(POINTS), asarray(LABELS), asarray(BOXES))
+    assert type(points) is type(asarray(POINTS))
+    assert points.dtype == np.float32
+    assert labels.tolist() == [[1, 0, 1, 2, 3], [0, -10, -10, 2, 3]]
+    assert points[0].tolist() == [[0, 1], [2, 3], [4, 5], [1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
+def test_points_alone_end_with_no_point(asarray):
+    points, labels = join_prompts(asarray(POINTS), asarray(LABELS), None)
+    assert labels.tolist() == [[1, 0, 1, -1], [0, -10, -10, -1]]
+    assert points[:, -1].tolist() == [[0, 0], [0, 0]]
+
+
+def test_points_without_labels_are_foreground():
+    _, labels = join_prompts(POINTS, None, None)
+    assert labels.tolist() == [[1, 1, 1, -1]] * 2
+
+
+def test_boxes_alone():
+    points, labels = join_prompts(None, None, BOXES)
+    assert labels.tolist() == [[2, 3]] * 2
+    assert points[1].tolist() == [[5, 6], [7, 8]]
+
+
+def test_padding():
+    padded = pad_axis(LABELS, 5, 1, PADDING)
+    assert padded.tolist() == [[1, 0, 1, -10, -10], [0, -10, -10, -10, -10]]
+    assert pad_axis(LABELS, 3, 1, PADDING) is LABELS
+
+
+def test_buckets():
+    assert [count_bucket(n) for n in (0, 1, 2, 3, 4, 5, 8, 9, 1000)] == [
+        1, 1, 2, 4, 4, 8, 8, 16, 1024,
+    ]  # fmt: skip

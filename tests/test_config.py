@@ -1,0 +1,209 @@
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+import transformers
+from reference import SMALL
+
+from sam_jax.checkpoints.params import param_shapes
+from sam_jax.config import (
+    MaskDecoderConfig,
+    SamConfig,
+    TinyViTConfig,
+    ViTConfig,
+    from_hf,
+    mobile_sam,
+    to_hf,
+    vit_b,
+    vit_h,
+    vit_l,
+)
+
+PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+
+
+def with_hf_norm(config):
+    """The same, with the epsilon that Hugging Face's mask decoder has by default."""
+    decoder = dataclasses.replace(config.mask_decoder, layer_norm_eps=1e-6)
+    return dataclasses.replace(config, mask_decoder=decoder)
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [(vit_b, 93_735_472), (vit_l, 312_342_832), (vit_h, 641_090_608)],
+)
+def test_parameter_counts(make, count):
+    shapes = param_shapes(make())
+    (buffer,) = (name for name in shapes if name.endswith("gaussian_matrix"))
+    assert math.prod(shapes[buffer]) == 256
+    assert sum(map(math.prod, shapes.values())) - 256 == count
+
+
+def test_derived_sizes():
+    assert vit_b().image_embedding_size == 64
+    assert vit_b().mask_size == 256
+    assert mobile_sam().image_embedding_size == 64
+    assert [make().image_encoder.head_dim for make in (vit_b, vit_l, vit_h)] == [64, 64, 80]
+    assert (SMALL.image_embedding_size, SMALL.mask_size) == (12, 48)
+
+
+def test_configs_are_hashable_and_compare_by_value():
+    assert hash(vit_b()) == hash(vit_b())
+    assert len({vit_b(), vit_b(), vit_l(), vit_h(), mobile_sam()}) == 4
+
+
+@pytest.mark.parametrize("config", [vit_b(), vit_l(), vit_h(), mobile_sam(), SMALL])
+def test_json_round_trip(config):
+    again = SamConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+def test_parts_that_are_left_out_take_their_defaults():
+    assert SamConfig.from_dict({"image_encoder_type": "vit"}) == vit_b()
+    assert SamConfig.from_dict({"image_encoder_type": "tiny_vit"}) == mobile_sam()
+    values = {"image_encoder_type": "vit", "mask_decoder": {"mlp_dim": 64}, "image_size": 512}
+    expected = SamConfig(mask_decoder=MaskDecoderConfig(mlp_dim=64), image_size=512)
+    assert SamConfig.from_dict(values) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_sizes": 512}, r"config has unknown keys ['image_sizes']; known: "),
+        ({"image_encoder": {"width": 3}}, "image_encoder has unknown keys ['width']; known: "),
+        ({"mask_decoder": {"a": 1, "b": 2}}, "mask_decoder has unknown keys ['a', 'b']"),
+        ({"image_encoder_type": "resnet"}, "is 'resnet', expected one of ['tiny_vit', 'vit']"),
+        ({"image_encoder_type": None}, "is None, expected one of"),
+    ],
+    ids=str,
+)
+def test_from_dict_refuses_what_it_does_not_know(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SamConfig.from_dict(vit_b().to_dict() | change)
+
+
+def test_sizes_that_do_not_divide():
+    with pytest.raises(ValueError, match="embed_dim 100 is not a multiple of num_heads 12"):
+        ViTConfig(embed_dim=100)
+    with pytest.raises(ValueError, match="image_size 1000 is not a multiple of the patch size 16"):
+        SamConfig(image_size=1000)
+    with pytest.raises(ValueError, match="image_size 1000 is not a multiple of the patch size 16"):
+        SamConfig(TinyViTConfig(), image_size=1000)
+
+
+# --- Hugging Face -------------------------------------------------------------------------------
+
+
+def test_defaults_are_hfs():
+    expected = with_hf_norm(vit_b())
+    assert from_hf(transformers.SamConfig().to_dict()) == expected
+    assert from_hf({}) == expected
+    assert from_hf({"model_type": "sam", "vision_config": None}) == expected
+
+
+@pytest.mark.parametrize("make", [vit_b, vit_l, vit_h])
+def test_hf_round_trip(make):
+    config = with_hf_norm(make())
+    assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
+    assert from_hf(to_hf(make())) == make()  # Meta's epsilon is kept too
+
+
+def hf_values(config: SamConfig) -> dict:
+    """As `transformers` understands our `config.json`, and writes it again."""
+    values = {name: part for name, part in to_hf(config).items() if name in PARTS}
+    return transformers.SamConfig(**values).to_dict()
+
+
+@pytest.mark.parametrize("config", [vit_b(), vit_l(), vit_h(), SMALL], ids=["b", "l", "h", "small"])
+def test_round_trip_by_way_of_transformers(config):
+    theirs = hf_values(config)
+    assert from_hf(json.loads(json.dumps(theirs))) == config
+    for part in PARTS:
+        for name, value in to_hf(config)[part].items():
+            assert theirs[part][name] == value
+
+
+def test_config_of_a_real_size_is_the_references():
+    """`SamVisionConfig`'s fields of facebook/sam-vit-huge."""
+    vision = transformers.models.sam.SamVisionConfig(
+        hidden_size=1280,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        global_attn_indexes=[7, 15, 23, 31],
+    )
+    values = transformers.SamConfig(vision_config=vision.to_dict()).to_dict()
+    assert from_hf(values) == with_hf_norm(vit_h())
+
+
+def test_nearly_empty_config_of_slim_sam():
+    values = {"model_type": "sam", "vision_config": {"hidden_size": 168, "mlp_dim": 696}}
+    config = from_hf(values)
+    encoder = dataclasses.replace(vit_b().image_encoder, embed_dim=168, mlp_dim=696)
+    assert config == with_hf_norm(SamConfig(encoder))
+    assert config.image_encoder.head_dim == 14
+    theirs = transformers.SamConfig(vision_config=values["vision_config"]).to_dict()
+    assert from_hf(theirs) == config
+    sizes = param_shapes(config)
+    assert sizes["image_encoder.blocks.0.mlp.lin1.kernel"] == (168, 696)
+
+
+def test_mlp_ratio_counts_where_mlp_dim_is_missing():
+    for vision, mlp_dim in [
+        ({"hidden_size": 384}, 1536),
+        ({"hidden_size": 384, "mlp_ratio": 2.5}, 960),
+        ({"hidden_size": 384, "mlp_ratio": 2.5, "mlp_dim": None}, 960),
+        ({"hidden_size": 384, "mlp_ratio": 2.5, "mlp_dim": 7}, 7),
+    ]:
+        assert from_hf({"vision_config": vision}).image_encoder.mlp_dim == mlp_dim
+        assert transformers.models.sam.SamVisionConfig(**vision).mlp_dim == mlp_dim
+
+
+def test_statistics_of_pixels():
+    assert from_hf({}).pixel_mean == (123.675, 116.28, 103.53)
+    assert from_hf({}).pixel_std == (58.395, 57.12, 57.375)
+    preprocessor = {"image_mean": [0, 0.5, 1], "image_std": [1, 0.1, 0.2], "do_pad": True}
+    config = from_hf({}, preprocessor)
+    assert config.pixel_mean == (0, 127.5, 255)
+    assert config.pixel_std == (255, 25.5, 51)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "sam2"}, "describes a 'sam2' model, expected model_type 'sam'"),
+        ({"vision_config": {"hidden_act": "relu"}}, "vision_config.hidden_act is 'relu', not"),
+        ({"vision_config": {"num_channels": 4}}, "vision_config.num_channels is 4, not 3"),
+        ({"vision_config": {"image_size": 512}}, "prompt_encoder_config.image_size is 1024, not"),
+        (
+            {"mask_decoder_config": {"hidden_size": 128}},
+            "mask_decoder_config.hidden_size is 128, not 256",
+        ),
+        ({"vision_config": {"hidden_size": 100}}, "embed_dim 100 is not a multiple of num_heads"),
+        (
+            {"vision_config": {"image_size": [1024, 512]}},
+            "vision_config.image_size is [1024, 512], not one number",
+        ),
+        (
+            {"vision_config": {"patch_size": [16, 16]}},
+            "vision_config.patch_size is [16, 16], not one number",
+        ),
+    ],
+    ids=str,
+)
+def test_from_hf_refuses_what_sam_does_not_have(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_hf(values)
+
+
+def test_all_that_is_wrong_is_listed():
+    values = {"vision_config": {"hidden_act": "relu", "num_channels": 4}}
+    with pytest.raises(ValueError, match=r"hidden_act is 'relu'.*; vision_config.num_channels"):
+        from_hf(values)
+
+
+def test_mobile_sam_has_no_hf_config():
+    with pytest.raises(ValueError, match="no TinyViT encoder; write the Meta format instead"):
+        to_hf(mobile_sam())

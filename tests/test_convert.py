@@ -1,0 +1,134 @@
+"""The scripts of convert/."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import flax_to_torch
+import numpy as np
+import pytest
+import torch
+import torch_to_flax
+from reference import SMALL, SMALL_TINY, hf_sam, meta_sam
+
+SCRIPTS = Path(torch_to_flax.__file__).parent
+VIT, TINY = (
+    dataclasses.replace(c, mask_decoder=dataclasses.replace(c.mask_decoder, num_heads=8))
+    for c in (SMALL, SMALL_TINY)
+)
+
+
+def to_ours(checkpoint, output, **options):
+    torch_to_flax.main(torch_to_flax.Args(str(checkpoint), output, **options))
+
+
+def to_torch(checkpoint, output, fmt):
+    flax_to_torch.main(flax_to_torch.Args(str(checkpoint), output, fmt))
+
+
+def assert_same_bits(actual, expected):
+    assert list(actual) == list(expected) or actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype
+        assert actual[name].numpy().tobytes() == tensor.numpy().tobytes(), name
+
+
+def test_meta_to_ours_to_hf_to_ours_to_meta(tmp_path):
+    original = meta_sam(VIT).state_dict()
+    torch.save(original, tmp_path / "sam.pth")
+    to_ours(tmp_path / "sam.pth", tmp_path / "ours")
+    to_torch(tmp_path / "ours", tmp_path / "hf/model.safetensors", "hf")
+    to_ours(tmp_path / "hf", tmp_path / "ours_again")
+    to_torch(tmp_path / "ours_again", tmp_path / "again.pth", "meta")
+    assert_same_bits(torch.load(tmp_path / "again.pth", weights_only=True), original)
+
+
+def test_mobile_sam_and_back(tmp_path):
+    original = meta_sam(TINY).state_dict()
+    torch.save(original, tmp_path / "mobile_sam.pt")
+    to_ours(tmp_path / "mobile_sam.pt", tmp_path / "ours")
+    to_torch(tmp_path / "ours", tmp_path / "again.pt", "meta")
+    assert_same_bits(torch.load(tmp_path / "again.pt", weights_only=True), original)
+
+
+def test_bits_of_special_numbers_survive(tmp_path):
+    sam = meta_sam(VIT)
+    special = torch.tensor([np.nan, np.inf, -np.inf, -0.0, 1e-45], dtype=torch.float32)
+    sam.image_encoder.neck[0].weight.data.view(-1)[:5] = special
+    torch.save(sam.state_dict(), tmp_path / "sam.pth")
+    to_ours(tmp_path / "sam.pth", tmp_path / "ours")
+    to_torch(tmp_path / "ours", tmp_path / "again.pth", "meta")
+    assert_same_bits(torch.load(tmp_path / "again.pth", weights_only=True), sam.state_dict())
+
+
+def test_bfloat16(tmp_path):
+    sam = meta_sam(TINY)
+    torch.save(sam.state_dict(), tmp_path / "sam.pth")
+    to_ours(tmp_path / "sam.pth", tmp_path / "ours", dtype="bfloat16")
+    to_torch(tmp_path / "ours", tmp_path / "again.pth", "meta")
+    for name, tensor in torch.load(tmp_path / "again.pth", weights_only=True).items():
+        expected = sam.state_dict()[name]
+        if expected.is_floating_point():
+            expected = expected.bfloat16()
+        assert torch.equal(tensor, expected), name
+
+
+@pytest.mark.parametrize("fmt", ["meta", "hf"])
+def test_verify(tmp_path, capsys, fmt):
+    if fmt == "meta":
+        torch.save(meta_sam(VIT).state_dict(), tmp_path / "sam.pth")
+        checkpoint = tmp_path / "sam.pth"
+    else:
+        checkpoint = tmp_path / "hf"
+        hf_sam(VIT).save_pretrained(checkpoint)
+    to_ours(checkpoint, tmp_path / "ours", verify=True)
+    lines = capsys.readouterr().out.splitlines()[-5:]
+    assert lines[0].startswith("Largest difference")
+    for line in lines[1:4]:
+        assert float(line.split(":")[1]) < 1e-5
+    assert lines[4].split(":")[1].strip() == "1.000000"
+
+
+def test_existing_output_is_kept(tmp_path):
+    torch.save(meta_sam(VIT).state_dict(), tmp_path / "sam.pth")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists already"):
+        to_ours(tmp_path / "sam.pth", tmp_path / "ours")
+    assert [p.name for p in (tmp_path / "ours").iterdir()] == ["mine.txt"]
+
+
+def test_a_file_that_does_not_fit_leaves_nothing(tmp_path):
+    tensors = meta_sam(VIT).state_dict()
+    del tensors["image_encoder.neck.0.weight"]
+    torch.save(tensors, tmp_path / "sam.pth")
+    with pytest.raises(ValueError, match=r"missing: image_encoder\.neck\.0\.weight"):
+        to_ours(tmp_path / "sam.pth", tmp_path / "ours")
+    assert [p.name for p in tmp_path.iterdir()] == ["sam.pth"]
+
+
+def test_no_torch_is_needed(tmp_path):
+    """Both scripts, from the shell, where importing torch fails."""
+    torch.save(meta_sam(VIT).state_dict(), tmp_path / "sam.pth")
+    block = """
+import importlib.abc, runpy, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "transformers"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+"""
+    for script, *args in (
+        ("torch_to_flax.py", "--checkpoint", "sam.pth", "--output", "ours"),
+        ("flax_to_torch.py", "--checkpoint", "ours", "--output", "b.pth", "--format", "meta"),
+    ):
+        code = f"{block}sys.argv = {[script, *args]!r}\n"
+        code += f"runpy.run_path({str(SCRIPTS / script)!r}, run_name='__main__')"
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert_same_bits(
+        torch.load(tmp_path / "b.pth", weights_only=True),
+        torch.load(tmp_path / "sam.pth", weights_only=True),
+    )

@@ -1,0 +1,508 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_reference
+from PIL import Image
+from reference import SMALL, assert_close, mask_iou, meta_sam, ours
+
+import sam_jax.processing
+from sam_jax.models import sam as sam_module
+from sam_jax.ops.prompts import count_bucket
+from sam_jax.ops.resize import size_bucket
+from sam_jax.predictor import SamPredictor
+
+TOLERANCE = 1e-4
+SIDE = SMALL.mask_size
+SIZE = (71, 113)  # scaled to (60, 96): the ratios of the axes differ by rounding
+
+POINTS = np.array([[60.0, 30.5], [10.0, 50.0], [111.0, 2.25]])
+LABELS = np.array([1, 0, 1])
+BOX = np.array([12.0, 8.5, 90.0, 66.0])
+
+
+def picture(height=SIZE[0], width=SIZE[1], seed=0):
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+
+@functools.cache
+def torch_model(seed=0):
+    return meta_sam(SMALL, seed)
+
+
+@functools.cache
+def model(seed=0):
+    return ours(torch_model(seed), SMALL)
+
+
+def reference_predictor(seed=0):
+    return torch_reference.import_reference("segment_anything").SamPredictor(torch_model(seed))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    predictor = reference_predictor()
+    predictor.set_image(picture())
+    return predictor
+
+
+@pytest.fixture
+def predictor(reference):
+    predictor = SamPredictor(model())
+    predictor.set_image(picture())
+    return predictor
+
+
+def assert_same(found, expected, logits=False):
+    """Masks, scores and low-resolution logits as the reference's, which may be tensors."""
+    for name, ours_, theirs in zip(("masks", "scores", "low_res"), found, expected, strict=True):
+        theirs = np.asarray(theirs)
+        assert isinstance(ours_, np.ndarray)
+        assert ours_.shape == theirs.shape
+        assert ours_.dtype == theirs.dtype
+        if name == "masks" and not logits:
+            assert ours_.dtype == bool
+            assert mask_iou(ours_, theirs).min() >= 0.9999
+        else:
+            assert_close(ours_, theirs, TOLERANCE)
+
+
+def low_res_logits(count=1, seed=5):
+    return np.random.default_rng(seed).normal(0, 8, (count, SIDE, SIDE)).astype(np.float32)
+
+
+PROMPTS = {
+    "point": {"point_coords": POINTS[:1], "point_labels": LABELS[:1]},
+    "points": {"point_coords": POINTS, "point_labels": LABELS},
+    "background": {"point_coords": POINTS[:1], "point_labels": np.array([0])},
+    "box": {"box": BOX},
+    "points_and_box": {"point_coords": POINTS[1:], "point_labels": LABELS[1:], "box": BOX},
+    "mask": {"mask_input": low_res_logits()},
+    "point_and_mask": {
+        "point_coords": POINTS[:1],
+        "point_labels": LABELS[:1],
+        "mask_input": low_res_logits(),
+    },
+    "box_and_mask": {"box": BOX, "mask_input": low_res_logits()},
+    "all": {
+        "point_coords": POINTS[1:],
+        "point_labels": LABELS[1:],
+        "box": BOX,
+        "mask_input": low_res_logits(),
+    },
+    "nothing": {},
+    "no_points": {"point_coords": np.zeros((0, 2)), "point_labels": np.zeros(0, int)},
+    "off_the_picture": {"point_coords": np.array([[-20.0, 300.0]]), "point_labels": LABELS[:1]},
+}
+
+
+# --- compilations -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compilations():
+    """A list to which the name of every event of XLA's compiler is added."""
+    events = []
+
+    def listen(event, *_args, **_kwargs):
+        if "backend_compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_number_of_compilations(compilations):
+    """20 sizes of pictures times 10 numbers of points: a few programs, whatever the size."""
+    rng = np.random.default_rng(0)
+    sizes = [tuple(int(n) for n in rng.integers(20, 500, 2)) for _ in range(20)]
+    counts = range(1, 11)
+    sam, images = model(), [picture(*size) for size in sizes]
+    programs = {
+        "encoder": sam_module.encode_image,
+        "decoder": sam_module.decode,
+        "masks": sam_jax.processing._resized_masks,
+        "logits": sam_jax.processing._resized_logits,
+    }
+    for function in programs.values():
+        function.clear_cache()
+    compilations.clear()
+
+    predictor = SamPredictor(sam)
+    for size, image in zip(sizes, images, strict=True):
+        predictor.set_image(image)
+        for count in counts:
+            coords = rng.uniform(0, 1, (count, 2)) * size[::-1]
+            masks, _, _ = predictor.predict(coords, np.ones(count, int))
+            assert masks.shape == (3, *size)
+
+    # With the point labelled -1 that ends every list without a box.
+    lengths = {count_bucket(count + 1) for count in counts}
+    shapes = {tuple(map(size_bucket, size)) for size in sizes}
+    expected = {"encoder": 1, "decoder": len(lengths), "masks": len(shapes), "logits": 0}
+    assert {name: f._cache_size() for name, f in programs.items()} == expected
+    assert len(lengths) == 4
+    assert len(shapes) < len(set(sizes)) == 20
+    assert len(compilations) == sum(expected.values())
+
+
+def test_number_of_compilations_of_the_rest(compilations):
+    """After the first call, nothing compiles for another picture or prompt of the same buckets."""
+
+    def everything(size, count, points):
+        predictor = SamPredictor(sam)
+        predictor.set_image(picture(*size), "BGR")
+        predictor.set_image_embedding(predictor.get_image_embedding(), size)
+        for logits in (False, True):
+            predictor.predict_batch(
+                np.ones((count, points, 2)),
+                np.ones((count, points), int),
+                np.ones((count, 4)),
+                low_res_logits(count)[:, None],
+                return_logits=logits,
+            )
+            predictor.predict(box=[1, 2, 3, 4], return_logits=logits)
+            predictor.predict(return_logits=logits)
+        masks = predictor.processor.post_process_masks(
+            jax.device_put(low_res[:, :count]), [size] * 2, [predictor.input_size] * 2
+        )
+        assert masks[1].shape == (count, 3, *size)
+
+    sam, low_res = model(), np.zeros((2, 4, 3, SIDE, SIDE), np.float32)
+    everything((100, 120), 4, 2)
+    compilations.clear()
+    everything((250, 33), 3, 1)
+    assert compilations == []
+
+
+# --- against the reference ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "multimask"),
+    [*((name, True) for name in PROMPTS), ("point", False), ("box", False), ("all", False)],
+)
+def test_predict(predictor, reference, prompt, multimask):
+    for logits in (False, True):
+        options = {"multimask_output": multimask, "return_logits": logits}
+        expected = reference.predict(**PROMPTS[prompt], **options)
+        assert_same(predictor.predict(**PROMPTS[prompt], **options), expected, logits)
+
+
+def test_lists_serve_as_arrays(predictor):
+    points, labels = POINTS[1:], LABELS[1:]
+    expected = predictor.predict(points, labels, BOX)
+    for box in (BOX.tolist(), tuple(BOX), BOX[None]):
+        for found, array in zip(
+            predictor.predict(points.tolist(), labels.tolist(), box), expected, strict=True
+        ):
+            assert np.array_equal(found, array)
+
+
+# Wide, tall, square, of the model's size, larger, a pixel wide.
+@pytest.mark.parametrize(
+    "size", [(40, 61), (61, 40), (50, 50), (96, 96), (333, 257), (60, 1), (1, 60)], ids=str
+)
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_set_image(size, image_format):
+    image = picture(*size)
+    reference, predictor = reference_predictor(), SamPredictor(model())
+    reference.set_image(image, image_format)
+    predictor.set_image(image, image_format)
+    assert_close(predictor.get_image_embedding(), reference.get_image_embedding(), TOLERANCE)
+    assert predictor.original_size == reference.original_size
+    assert predictor.input_size == reference.input_size
+    coords = np.array([[size[1] / 3, size[0] / 2], [size[1] - 1, 0]])
+    expected = reference.predict(coords, np.array([1, 0]), return_logits=True)
+    assert_same(predictor.predict(coords, [1, 0], return_logits=True), expected, logits=True)
+
+
+def test_bgr_is_rgb_reversed():
+    predictor = SamPredictor(model())
+    predictor.set_image(picture()[..., ::-1], "BGR")
+    expected = SamPredictor(model())
+    expected.set_image(picture())
+    assert np.array_equal(predictor.get_image_embedding(), expected.get_image_embedding())
+
+
+def test_mask_of_an_earlier_prediction_refines(predictor, reference):
+    results = []
+    for each in (predictor, reference):
+        _, scores, low_res = each.predict(POINTS[:1], LABELS[:1])
+        best = low_res[np.argmax(scores)][None]
+        results.append(each.predict(POINTS, LABELS, mask_input=best))
+    assert_same(*results)
+
+
+# --- many prompts at once -----------------------------------------------------------------------
+
+
+def batch_prompts(count, kind, seed=3):
+    rng = np.random.default_rng(seed)
+    height, width = SIZE
+    corners = np.sort(rng.uniform(0, 1, (count, 2, 2)), axis=1)
+    everything = {
+        "point_coords": rng.uniform(0, 1, (count, 2, 2)) * (width, height),
+        "point_labels": rng.integers(0, 2, (count, 2)),
+        "boxes": (corners * (width, height)).reshape(count, 4),
+        "mask_input": low_res_logits(count)[:, None],
+    }
+    names = {
+        "points": ["point_coords", "point_labels"],
+        "boxes": ["boxes"],
+        "points_and_boxes": ["point_coords", "point_labels", "boxes"],
+        "all": ["point_coords", "point_labels", "boxes", "mask_input"],
+    }[kind]
+    return {name: everything[name] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("points", 1),
+        ("points", 3),
+        ("points", 5),
+        ("points", 9),
+        ("points_and_boxes", 3),
+        ("boxes", 3),
+        ("all", 3),
+    ],
+)
+def test_predict_batch(predictor, reference, kind, count):
+    prompts = batch_prompts(count, kind)
+    found = predictor.predict_batch(**prompts)
+
+    scaled = {name: torch.tensor(value) for name, value in prompts.items()}
+    scaled = {"point_coords": None, "point_labels": None} | scaled
+    if "point_coords" in prompts:
+        coords = reference.transform.apply_coords_torch(scaled["point_coords"], SIZE)
+        scaled["point_coords"] = coords
+    if "boxes" in prompts:
+        scaled["boxes"] = reference.transform.apply_boxes_torch(scaled["boxes"], SIZE)
+    assert_same(found, reference.predict_torch(**scaled))
+
+    for i in range(count):
+        alone = {k.removesuffix("es") if k == "boxes" else k: v[i] for k, v in prompts.items()}
+        masks, scores, low_res = predictor.predict(**alone)
+        assert mask_iou(found[0][i], masks).min() >= 0.9999
+        assert_close(found[1][i], scores)
+        assert_close(found[2][i], low_res)
+
+
+def test_ragged_points(predictor, reference):
+    coords = [POINTS[:1], POINTS, np.zeros((0, 2)), POINTS[1:]]
+    labels = [[1], [1, 0, 1], [], [0, 1]]
+    found = predictor.predict_batch(coords, labels)
+    assert found[0].shape == (4, 3, *SIZE)
+    for i in range(4):
+        expected = reference.predict(coords[i], np.array(labels[i]))
+        assert_same([part[i] for part in found], expected)
+
+
+def test_ragged_points_with_boxes_and_logits(predictor):
+    coords, labels = [POINTS[:1], POINTS[1:], POINTS[:0]], [[1], [0, 1], []]
+    boxes = [BOX, BOX / 2, BOX / 3]
+    found = predictor.predict_batch(coords, labels, boxes, return_logits=True)
+    for i in range(3):
+        alone = predictor.predict(coords[i], labels[i], boxes[i], return_logits=True)
+        for part, expected in zip(found, alone, strict=True):
+            assert_close(part[i], expected)
+
+
+def test_padding_points_change_nothing(predictor):
+    padded = np.concatenate([POINTS[:1], [[5.0, 5.0]] * 2])
+    found = predictor.predict(padded, [1, -10, -10])
+    for part, expected in zip(found, predictor.predict(POINTS[:1], [1]), strict=True):
+        assert_close(part.astype(np.float32), expected.astype(np.float32))
+
+
+# --- state --------------------------------------------------------------------------------------
+
+
+def test_an_embedding_saved_and_set_again(predictor, tmp_path):
+    expected = predictor.predict(POINTS, LABELS)
+    embedding = predictor.get_image_embedding()
+    assert embedding.shape == (1, 32, 12, 12)
+    np.save(tmp_path / "embedding.npy", embedding)
+
+    again = SamPredictor(model())
+    again.set_image_embedding(np.load(tmp_path / "embedding.npy"), predictor.original_size)
+    assert again.is_image_set
+    assert (again.original_size, again.input_size) == (SIZE, (60, 96))
+    for part, array in zip(again.predict(POINTS, LABELS), expected, strict=True):
+        assert np.array_equal(part, array)
+    assert np.array_equal(again.get_image_embedding(), embedding)
+
+
+def test_an_embedding_of_a_bfloat16_model_can_be_saved(tmp_path):
+    """NumPy has no bfloat16: the file would hold bytes without a meaning."""
+    predictor = SamPredictor(ours(torch_model(), SMALL, dtype=jnp.bfloat16))
+    predictor.set_image(picture())
+    embedding = predictor.get_image_embedding()
+    np.save(tmp_path / "embedding.npy", embedding)
+    loaded = np.load(tmp_path / "embedding.npy")
+    assert loaded.dtype == np.float32
+    predictor.set_image_embedding(loaded, predictor.original_size)
+    assert np.array_equal(predictor.get_image_embedding(), embedding)
+
+
+def test_an_embedding_of_the_reference_can_be_set(reference):
+    predictor = SamPredictor(model())
+    predictor.set_image_embedding(reference.get_image_embedding(), reference.original_size)
+    assert_same(predictor.predict(POINTS, LABELS), reference.predict(POINTS, LABELS))
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "message"),
+    [
+        ((32, 12, 12), SIZE, r"shape \(32, 12, 12\), expected \(1, 32, 12, 12\)"),
+        ((1, 12, 12, 32), SIZE, r"shape \(1, 12, 12, 32\), expected \(1, 32, 12, 12\)"),
+        ((1, 32, 12, 12), (0, 5), r"original_size are \[\[0.0, 5.0\]\], expected one positive"),
+        ((1, 32, 12, 12), (4, 5, 3), r"original_size are \[\[4.0, 5.0, 3.0\]\]"),
+    ],
+)
+def test_bad_embeddings(predictor, shape, size, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.set_image_embedding(np.zeros(shape, np.float32), size)
+    assert predictor.original_size == SIZE  # the former picture stays
+
+
+def test_without_a_picture():
+    predictor = SamPredictor(model())
+    for _ in range(2):  # before any is set, and after it is reset
+        assert not predictor.is_image_set
+        for call in (
+            lambda: predictor.predict(POINTS, LABELS),
+            lambda: predictor.predict(box=BOX),
+            lambda: predictor.predict_batch(boxes=[BOX]),
+            predictor.get_image_embedding,
+            lambda: predictor.input_size,
+        ):
+            with pytest.raises(RuntimeError, match="no picture is set; call set_image"):
+                call()
+        predictor.set_image(picture())
+        assert predictor.is_image_set
+        predictor.reset_image()
+
+
+def test_models_and_pictures_do_not_share_state():
+    """Two models of one shape run the same compiled programs; nothing may stick to them."""
+    predictors = [(SamPredictor(model(seed)), reference_predictor(seed)) for seed in (0, 1)]
+    results = []
+    for image in (picture(), picture(seed=1)):
+        for ours_, theirs in predictors:
+            ours_.set_image(image)
+            theirs.set_image(image)
+        # Only now, so that each predictor must have kept its own picture and parameters.
+        for ours_, theirs in predictors:
+            found = ours_.predict(POINTS, LABELS, return_logits=True)
+            assert_same(found, theirs.predict(POINTS, LABELS, return_logits=True), logits=True)
+            results.append(found[2])
+    for i in range(4):
+        for j in range(i):
+            assert np.abs(results[i] - results[j]).max() > 0.01
+
+
+def test_one_model_with_two_pictures(predictor):
+    other = SamPredictor(model())
+    other.set_image(picture(50, 60, seed=1))
+    first = predictor.predict(POINTS, LABELS)
+    second = other.predict(POINTS / 2, LABELS)
+    assert first[0].shape[1:] == SIZE
+    assert second[0].shape[1:] == (50, 60)
+    other.set_image(picture())  # replaces the former
+    for part, expected in zip(other.predict(POINTS, LABELS), first, strict=True):
+        assert np.array_equal(part, expected)
+
+
+def test_a_picture_that_cannot_be_read_leaves_the_former(predictor):
+    expected = predictor.predict(POINTS, LABELS)
+    with pytest.raises(TypeError, match="float64"):
+        predictor.set_image(picture() / 255)
+    with pytest.raises(ValueError, match="image_format is 'GBR', expected 'RGB' or 'BGR'"):
+        predictor.set_image(picture(), "GBR")
+    for part, array in zip(predictor.predict(POINTS, LABELS), expected, strict=True):
+        assert np.array_equal(part, array)
+
+
+def test_parameters_are_those_of_when_it_was_made():
+    sam = ours(torch_model(), SMALL)
+    predictor = SamPredictor(sam)
+    predictor.set_image(picture())
+    expected = predictor.predict(POINTS, LABELS)
+    tokens = sam.mask_decoder.mask_tokens
+    tokens[...] = tokens[...] + 1
+    for part, array in zip(predictor.predict(POINTS, LABELS), expected, strict=True):
+        assert np.array_equal(part, array)
+    changed = SamPredictor(sam)
+    changed.set_image(picture())
+    assert np.abs(changed.predict(POINTS, LABELS)[2] - expected[2]).max() > 0.01
+
+
+# --- bad prompts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"point_coords": POINTS}, "point_coords are given without point_labels"),
+        ({"point_labels": LABELS}, "point_labels are given without point_coords"),
+        (
+            {"point_coords": POINTS, "point_labels": [1]},
+            r"are 3 points, but their labels have shape \(1,\); expected one label per point",
+        ),
+        (
+            {"point_coords": POINTS, "point_labels": [1, 4, 0]},
+            r"point_coords have labels \[4.0\]; known are 1 \(foreground\)",
+        ),
+        (
+            {"point_coords": POINTS[0], "point_labels": [1, 0]},
+            r"point_coords have shape \(2,\), expected \(n, 2\)",
+        ),
+        ({"point_coords": [[1, np.nan]], "point_labels": [1]}, "point_coords hold .* not finite"),
+        ({"box": [9, 2, 3, 8]}, r"boxes hold \[9.0, 2.0, 3.0, 8.0\], expected .* x0 <= x1"),
+        ({"box": [1, 8, 3, 2]}, r"expected .* y0 <= y1"),
+        ({"box": [1, 2, 3]}, r"box has shape \(3,\), expected \(4,\)"),
+        ({"box": [BOX, BOX]}, r"box has shape \(2, 4\), .*predict_batch takes several boxes"),
+        ({"box": [1, 2, 3, np.inf]}, "boxes hold .* not finite"),
+        (
+            {"mask_input": np.zeros((1, *SIZE))},
+            r"mask_input has shape \(1, 71, 113\), expected \(1, 48, 48\): low-resolution logits",
+        ),
+        ({"mask_input": np.zeros((48, 48))}, r"shape \(48, 48\), expected \(1, 48, 48\)"),
+        ({"mask_input": np.zeros((3, 48, 48))}, r"shape \(3, 48, 48\), expected \(1, 48, 48\)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_prompts(predictor, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(**prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (
+            {"point_coords": [POINTS] * 2, "point_labels": [LABELS] * 2, "boxes": [BOX] * 3},
+            "'point_coords': 2, 'point_labels': 2, 'boxes': 3",
+        ),
+        ({"point_coords": [POINTS] * 2, "point_labels": [LABELS]}, "as many of each prompt"),
+        ({"boxes": [BOX], "mask_input": np.zeros((2, 1, 48, 48))}, "'boxes': 1, 'mask_input': 2"),
+        ({"boxes": np.zeros((0, 4))}, "there are no prompts: boxes are empty"),
+        ({"point_coords": [], "point_labels": []}, "no prompts: point_coords, point_labels are"),
+        ({"boxes": BOX}, r"boxes have shape \(4,\), expected \(n, 4\)"),
+        ({"boxes": [BOX, BOX[[2, 1, 0, 3]]]}, r"boxes hold \[90.0, 8.5, 12.0, 66.0\]"),
+        ({"point_coords": POINTS, "point_labels": LABELS}, r"shape \(2,\), expected \(n, 2\)"),
+        ({"mask_input": np.zeros((2, 48, 48))}, r"mask_input has shape .*expected \(1, 48, 48\)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_batches(predictor, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict_batch(**prompt)

