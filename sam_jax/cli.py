@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -105,11 +106,19 @@ def _write(folder: Path, pictures: dict[str, Image.Image], summary: str) -> None
         for name, picture in pictures.items():
             picture.save(Path(temporary, name))
         Path(temporary, "masks.json").write_text(summary)
-        for old in folder.glob("mask_*.png"):
-            if old.stem.removeprefix("mask_").isdecimal():
-                old.unlink()
+        for old in _masks_of_earlier_run(folder):
+            (folder / old).unlink(missing_ok=True)
         for name in (*pictures, "masks.json"):
             os.replace(Path(temporary, name), folder / name)
+
+
+def _masks_of_earlier_run(folder: Path) -> list[str]:
+    """What its masks.json lists; other people's files of such names are left alone."""
+    try:
+        names = [r["file"] for r in json.loads((folder / "masks.json").read_text())["masks"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if re.fullmatch(r"mask_\d+\.png", name)]
 
 
 def _parse_points(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

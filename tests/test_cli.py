@@ -157,11 +157,12 @@ def test_overlay_shows_the_best_mask_and_the_prompt(run, predictor, folder, tmp_
 def test_a_second_run_replaces_the_first(run, tmp_path):
     run("--point", "60,30", "--output", "out")
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    (tmp_path / "out" / "mask_of_mine.png").write_text("mine")
+    (tmp_path / "out" / "mask_7.png").write_text("mine")
     run("--box", "12,8,90,66", "--output", "out")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "mask_7.png").read_text() == "mine"
     (tmp_path / "out" / "notes.txt").unlink()
-    (tmp_path / "out" / "mask_of_mine.png").unlink()
+    (tmp_path / "out" / "mask_7.png").unlink()
     summary, masks = results(tmp_path / "out")
     assert len(masks) == 1
     assert "box" in summary["masks"][0]

@@ -36,7 +36,8 @@ def shapes_only(module):
 )
 def test_published_sizes_are_recognised_and_complete(make):
     expected = make()
-    with torch.device("meta"):
+    # TinyViT looks at numbers while it is made, which "meta" tensors do not have.
+    with torch.device("cpu" if make is mobile_sam else "meta"):
         tensors = shapes_only(torch_reference.meta_sam(expected))
     assert infer_config(tensors) == expected
     params = from_torch(tensors, expected, param_shapes(expected))
