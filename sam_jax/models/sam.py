@@ -171,9 +171,11 @@ class Sam(nnx.Module):
         Raises:
             ValueError: for shapes that do not fit; the message names them.
         """
-        self._check_inputs(
-            pixel_values, image_embeddings, input_points, input_labels, input_boxes, input_masks
-        )
+        if (pixel_values is None) == (image_embeddings is None):
+            raise ValueError("give either pixel_values or image_embeddings, and not both")
+        grid, channels = self.config.image_embedding_size, self.config.prompt_embed_dim
+        _check_shape("image_embeddings", image_embeddings, (None, channels, grid, grid))
+        self._check_prompts(input_points, input_labels, input_boxes, input_masks)
         graphdef, params = nnx.split(self)
         if image_embeddings is None:
             image_embeddings = encode_image(graphdef, params, pixel_values)
@@ -186,8 +188,9 @@ class Sam(nnx.Module):
             count = 1 if input_masks is None else input_masks.shape[1]
             points = jnp.zeros((batch, count, 1, 2))
             point_labels = jnp.full((batch, count, 1), PADDING)
-        if len(points) != batch:
-            raise ValueError(f"there are {batch} images, but prompts for {len(points)}")
+        for prompts in (points, input_masks):
+            if prompts is not None and len(prompts) != batch:
+                raise ValueError(f"there are {batch} images, but prompts for {len(prompts)}")
 
         count = points.shape[1]
         if attention_similarity is not None:
@@ -236,8 +239,8 @@ class Sam(nnx.Module):
         box. The dense ones are channels first: those of the masks [b * m, c, g, g], or without
         masks the same for every image.
         """
-        sparse, batch = None, 1
-        encoder = self.prompt_encoder
+        self._check_prompts(input_points, input_labels, input_boxes, input_masks)
+        sparse, batch, encoder = None, 1, self.prompt_encoder
         if input_points is not None or input_boxes is not None:
             points, labels = join_prompts(input_points, input_labels, input_boxes)
             batch, count, n = labels.shape
@@ -255,12 +258,8 @@ class Sam(nnx.Module):
         """The positional encoding of the image embedding's grid, channels first."""
         return jnp.moveaxis(self.prompt_encoder.get_dense_pe(), -1, 0)[None]
 
-    def _check_inputs(self, pixel_values, image_embeddings, points, labels, boxes, masks):
-        if (pixel_values is None) == (image_embeddings is None):
-            raise ValueError("give either pixel_values or image_embeddings, and not both")
-        grid, mask_size = self.config.image_embedding_size, self.config.mask_size
-        channels = self.config.prompt_embed_dim
-        _check_shape("image_embeddings", image_embeddings, (None, channels, grid, grid))
+    def _check_prompts(self, points, labels, boxes, masks):
+        mask_size = self.config.mask_size
         _check_shape("input_points", points, (None, None, None, 2))
         _check_shape("input_boxes", boxes, (None, None, 4))
         _check_shape("input_masks", masks, (None, None, mask_size, mask_size))

@@ -248,6 +248,7 @@ def test_ragged_points_equal_each_alone(model, embeddings):
             "one mask per image",
         ),
         ({"image_embeddings": np.zeros((1, 32, 12, 12)), "input_boxes": BOXES}, "1 images"),
+        ({"image_embeddings": np.zeros((1, 32, 12, 12)), "input_masks": MASKS}, "1 images"),
     ],
 )
 def test_shapes_that_do_not_fit(model, inputs, message):
