@@ -97,7 +97,7 @@ class SamConfig:
     mask_threshold: float = 0.0
 
     def __post_init__(self):
-        if self.image_size % self.image_encoder.patch_size:
+        if self.image_size < 1 or self.image_size % self.image_encoder.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of the patch size "
                 f"{self.image_encoder.patch_size}"

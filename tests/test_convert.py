@@ -28,7 +28,7 @@ def to_torch(checkpoint, output, fmt):
 
 
 def assert_same_bits(actual, expected):
-    assert list(actual) == list(expected) or actual.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype
         assert actual[name].numpy().tobytes() == tensor.numpy().tobytes(), name

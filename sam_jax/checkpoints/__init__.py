@@ -136,7 +136,7 @@ def write_checkpoint(
         FileExistsError: if a file is there already.
         ValueError: for another suffix, or for a model that the format does not have.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     writers = {".safetensors": write_safetensors}
     writers |= dict.fromkeys((".pth", ".pt", ".bin"), write_torch)
     if path.suffix not in writers:
@@ -158,7 +158,10 @@ def _read_folder(path: Path) -> dict[str, np.ndarray]:
         if (path / name).is_file():
             return read_tensors(path / name)
         if (index := path / f"{name}.index.json").is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index} is no index of weights: {error!r}") from error
             # An index names files of its own folder: nothing above it is read.
             return {k: v for s in shards for k, v in read_tensors(path / Path(s).name).items()}
     raise CheckpointError(
@@ -185,5 +188,8 @@ def _hf_config(folder: Path) -> SamConfig:
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'} is no JSON: {error}") from error
     preprocessor = folder / "preprocessor_config.json"
-    values = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
-    return from_hf(config, values)
+    try:
+        values = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
+        return from_hf(config, values)
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the configuration in {folder} is no SAM's: {error}") from error

@@ -40,7 +40,7 @@ def save(
     Raises:
         FileExistsError: if there is something at `path` already.
     """
-    path = Path(path).absolute()
+    path = Path(path).expanduser().absolute()
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another folder or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)

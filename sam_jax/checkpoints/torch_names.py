@@ -354,7 +354,19 @@ def infer_config(tensors: Tensors) -> SamConfig:
         CheckpointError: if the tensors are no SAM's, or lack the relative positions that tell the
             number of heads.
     """
-    fmt = detect_format(tensors)
+    try:
+        return _infer_config(tensors, detect_format(tensors))
+    except CheckpointError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the shapes of the tensors are no SAM's ({error}): a tensor that tells the model's "
+            "configuration is missing or misshapen. If the checkpoint comes with a config.json, "
+            "keep both in one folder and pass the folder"
+        ) from error
+
+
+def _infer_config(tensors: Tensors, fmt: Format) -> SamConfig:
     tiny = "image_encoder.patch_embed.seq.0.c.weight" in tensors
     tables = _TABLES[TinyViTConfig if tiny else ViTConfig]
 
@@ -374,10 +386,10 @@ def infer_config(tensors: Tensors) -> SamConfig:
         return tensors[key].shape
 
     def count(pattern: str, *indices: int) -> int:
-        n = 0
-        while name(pattern, *indices, n) in tensors:
-            n += 1
-        return n
+        """One more than the largest index that stands in the place of the pattern's next "#"."""
+        prefix = name(pattern, *indices).split("#")[0]
+        found = [re.match(r"\d+", k.removeprefix(prefix)) for k in tensors if k.startswith(prefix)]
+        return max((int(m[0]) for m in found if m), default=-1) + 1
 
     if tiny:
         encoder, image_size = _infer_tiny_vit(shape, count), 1024
@@ -434,7 +446,7 @@ def _infer_vit(shape, count, qkv_bias: bool) -> tuple[ViTConfig, int]:
 
 def _infer_tiny_vit(shape, count) -> TinyViTConfig:
     block = "image_encoder.layers.#.blocks.#"
-    stages = count("image_encoder.layers.#.downsample.conv1.kernel") + 1
+    stages = count("image_encoder.layers.#.downsample.conv1.kernel")
     depths = [count(f"{block}.conv1.kernel", 0)]
     depths += [count(f"{block}.attn.qkv.kernel", i) for i in range(1, stages)]
     hidden, stem, _, _ = shape(f"{block}.conv1.kernel", 0, 0)

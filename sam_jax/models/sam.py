@@ -2,9 +2,10 @@
 
 Two ways in:
 
-* **Functional**, for research. `graphdef, params = nnx.split(model)` gives the parameters as a
-  tree; inside your own `jax.jit`, `jax.grad` or `jax.vmap`, `nnx.merge(graphdef, params)` gives the
-  model back, whose `encode_image` and `decode` are pure functions of arrays.
+* **Functional**, for research. `graphdef, params, buffers = nnx.split(model, nnx.Param, ...)` gives
+  the trained parameters as a tree, apart from the buffers, which have no gradient; inside your own
+  `jax.jit`, `jax.grad` or `jax.vmap`, `nnx.merge(graphdef, params, buffers)` gives the model back,
+  whose `encode_image` and `decode` are pure functions of arrays.
 * **Hugging Face's surface**, `model(**inputs)` with what `SamProcessor` returns. It is compiled,
   and prompts in numpy arrays are padded to a few sizes, so that it seldom compiles again.
 """

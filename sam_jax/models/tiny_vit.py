@@ -6,7 +6,6 @@ third stage does not halve the grid, so that a 1024-pixel picture gives the 64 x
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -92,9 +91,14 @@ class ConvBN(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        scale = self.scale * jax.lax.rsqrt(self.var + _EPS)
-        kernel = (self.kernel * scale).astype(self.dtype)
-        bias = (self.bias - self.mean * scale).astype(self.dtype)
+        # In float32, also where the checkpoint holds less.
+        kernel, scale, bias, mean, var = (
+            v[...].astype(jnp.float32)
+            for v in (self.kernel, self.scale, self.bias, self.mean, self.var)
+        )
+        scale = scale * jax.lax.rsqrt(var + _EPS)
+        kernel = (kernel * scale).astype(self.dtype)
+        bias = (bias - mean * scale).astype(self.dtype)
         x = x.astype(self.dtype)
         if self.depthwise:
             return _depthwise_conv(x, kernel, self.stride) + bias
@@ -198,7 +202,7 @@ class Attention(nnx.Module):
         q, k, v = qkv.transpose(3, 0, 2, 1, 4)
 
         # The bias of |row distance| r and |column distance| c is entry r * window + c.
-        row, column = np.divmod(np.arange(n), window)
+        row, column = jnp.divmod(jnp.arange(n), window)
         index = abs(row[:, None] - row) * window + abs(column[:, None] - column)
         bias = self.attention_biases[...].astype(jnp.float32)[:, index]
 

@@ -70,7 +70,11 @@ class TwoWayAttentionBlock(nnx.Module):
         eps = decoder.layer_norm_eps
         self.self_attn = Attention(dim, heads, 1, dtype=dtype, rngs=rngs)
         self.norm1 = LayerNorm(dim, eps=eps, dtype=dtype)
-        self.cross_attn_token_to_image = Attention(dim, heads, rate, dtype=dtype, rngs=rngs)
+        # In the first layer the image is the same for all prompts (if they have no masks), and its
+        # projections are computed once: nothing to save by regrouping.
+        self.cross_attn_token_to_image = Attention(
+            dim, heads, rate, regroup=not skip_first_layer_pe, dtype=dtype, rngs=rngs
+        )
         self.norm2 = LayerNorm(dim, eps=eps, dtype=dtype)
         self.mlp = MLP(dim, decoder.mlp_dim, jax.nn.relu, dtype=dtype, rngs=rngs)
         self.norm3 = LayerNorm(dim, eps=eps, dtype=dtype)
@@ -110,7 +114,9 @@ class TwoWayAttentionBlock(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention whose inner width is that of its inputs over `downsample_rate`."""
 
-    def __init__(self, dim: int, num_heads: int, downsample_rate: int, *, dtype, rngs):
+    def __init__(
+        self, dim: int, num_heads: int, downsample_rate: int, *, regroup: bool = True, dtype, rngs
+    ):
         inner = dim // downsample_rate
         if inner % num_heads:
             raise ValueError(f"the inner width {inner} is not a multiple of num_heads {num_heads}")
@@ -119,6 +125,7 @@ class Attention(nnx.Module):
         self.v_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
         self.out_proj = nnx.Linear(inner, dim, dtype=dtype, rngs=rngs)
         self.num_heads = num_heads
+        self.regroup = regroup
 
     def __call__(
         self,
@@ -130,13 +137,13 @@ class Attention(nnx.Module):
         """`bias` is added to the logits [heads, q, k] by the rules of broadcasting.
 
         Between a few tokens and thousands of positions, the positions' projections are most of the
-        work. As matrix products are associative, the tokens' side can be multiplied with those
-        weights instead, which gives the same numbers for a fraction of the work.
+        work. As matrix products are associative, they can be regrouped: the tokens' side is
+        multiplied with those weights instead, for the same numbers with a fraction of the work.
         """
         inner = self.q_proj.out_features
-        if len(q) * self.num_heads <= inner < len(k):
+        if self.regroup and len(q) * self.num_heads <= inner < len(k):
             return self._few_queries(q, k, v, bias)
-        if len(k) * self.num_heads <= inner < len(q):
+        if self.regroup and len(k) * self.num_heads <= inner < len(q):
             return self._few_keys(q, k, v, bias)
         q, k, v = (
             x.reshape(len(x), self.num_heads, -1)
@@ -153,8 +160,9 @@ class Attention(nnx.Module):
     def _few_queries(self, q, k, v, bias):
         q = self._rows_per_head(self._scaled(self.q_proj(q)))
         # The bias of k_proj would add the same to every key's logit, which softmax does not see.
-        logits = self._project_back(self.k_proj, q) @ k.astype(q.dtype).T
-        logits = logits.astype(jnp.float32).reshape(-1, self.num_heads, len(k))
+        back = self._project_back(self.k_proj, q)
+        logits = jnp.dot(back, k.astype(q.dtype).T, preferred_element_type=jnp.float32)
+        logits = logits.reshape(-1, self.num_heads, len(k))
         if bias is not None:
             bias = jnp.broadcast_to(bias, (self.num_heads, len(logits), len(k)))
             logits = logits + bias.transpose(1, 0, 2)
@@ -164,8 +172,9 @@ class Attention(nnx.Module):
 
     def _few_keys(self, q, k, v, bias):
         k = self._rows_per_head(self._scaled(self.k_proj(k)))
-        logits = q.astype(k.dtype) @ self._project_back(self.q_proj, k).T
-        logits = logits.astype(jnp.float32) + k @ self._bias(self.q_proj)
+        back = self._project_back(self.q_proj, k)
+        logits = jnp.dot(q.astype(k.dtype), back.T, preferred_element_type=jnp.float32)
+        logits = logits + (k @ self._bias(self.q_proj)).astype(jnp.float32)
         logits = logits.reshape(len(q), -1, self.num_heads)
         if bias is not None:
             bias = jnp.broadcast_to(bias, (self.num_heads, len(q), logits.shape[1]))

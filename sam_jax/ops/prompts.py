@@ -24,7 +24,10 @@ def join_prompts(
     With a box: the points, then the box's two corners. Without: the points, then one that is
     (0, 0) with label -1. `points` without `labels` are foreground.
     """
-    xp = (boxes if points is None else points).__array_namespace__()
+    xp = _namespace([array for array in (points, labels, boxes) if array is not None])
+    points, labels, boxes = (
+        None if array is None else xp.asarray(array) for array in (points, labels, boxes)
+    )
     parts = []
     if points is not None:
         if labels is None:
@@ -43,6 +46,12 @@ def join_prompts(
         xp.concat([p for p, _ in parts], axis=-2),
         xp.concat([label for _, label in parts], axis=-1),
     )
+
+
+def _namespace(arrays: list) -> Any:
+    """numpy if all arrays are numpy's, else jax.numpy."""
+    namespaces = [array.__array_namespace__() for array in arrays]
+    return next((xp for xp in namespaces if xp.__name__ != "numpy"), namespaces[0])
 
 
 def pad_axis(array, size: int, axis: int, value: int | float):

@@ -135,3 +135,15 @@ def test_small_configurations_are_inferred_but_for_heads():
     assert values["mask_decoder"].pop("num_heads") == 8
     expected["mask_decoder"].pop("num_heads")
     assert values == expected
+
+
+@pytest.mark.parametrize("small", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
+def test_any_one_tensor_missing_or_misshapen_is_a_checkpoint_error(small):
+    tensors = state_dict(meta_sam(small))
+    shapes = param_shapes(small)
+    for name, tensor in tensors.items():
+        missing = {k: v for k, v in tensors.items() if k != name}
+        misshapen = {**tensors, name: tensor.reshape(-1)[:1].reshape(1, 1, 1, 1, 1)}
+        for broken in (missing, misshapen):
+            with pytest.raises(CheckpointError):
+                from_torch(broken, infer_config(broken), shapes)

@@ -257,20 +257,35 @@ def test_shapes_that_do_not_fit(model, inputs, message):
         model(**inputs)
 
 
-def test_functional_use(model, pixels):
-    """`nnx.split`, then plain `jax.jit`; `test_gradients` does the same with `jax.grad`."""
-    graphdef, params = nnx.split(model)
-    points, labels = join_prompts(jnp.asarray(POINTS), jnp.asarray(LABELS), None)
+@pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
+def test_functional_use(config):
+    """README's way: `nnx.split`, then plain `jax.jit` and `jax.grad` over the parameters."""
+    model = ours(meta_sam(config), config)
+    graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
+    pixels = np.asarray(normal((2, config.image_size, config.image_size, 3)))
+    points, labels = join_prompts(POINTS, LABELS, None)
 
     @jax.jit
-    def masks_of(params, pixels):
-        sam = nnx.merge(graphdef, params)
+    def masks_of(params, pixels, points, labels):
+        sam = nnx.merge(graphdef, params, buffers)
         return sam.decode(sam.encode_image(pixels), points, labels)
 
-    masks, scores = masks_of(params, pixels)
+    masks, scores = masks_of(params, pixels, points, labels)
     expected = model(pixels, **PROMPTS["points"])
     assert_close(masks, expected.pred_masks)
     assert_close(scores, expected.iou_scores)
+    gradients = jax.grad(lambda p: masks_of(p, pixels, points, labels)[1].sum())(params)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
+
+
+def test_numpy_and_jax_prompts_may_be_mixed(model, embeddings):
+    expected = model(image_embeddings=embeddings.numpy(), **PROMPTS["points_and_boxes"])
+    for name in PROMPTS["points_and_boxes"]:
+        mixed = dict(PROMPTS["points_and_boxes"])
+        mixed[name] = jnp.asarray(mixed[name])
+        actual = model(image_embeddings=embeddings.numpy(), **mixed)
+        assert_close(actual.pred_masks, expected.pred_masks)
 
 
 def objective_weights(shape):

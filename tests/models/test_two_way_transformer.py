@@ -46,14 +46,14 @@ def test_attention_at_every_size(pair, tokens, keys):
     reference, transformer = pair
     q, k, v = normal((tokens, 32)), normal((keys, 32), seed=1), normal((keys, 32), seed=2)
     for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
-        expected = getattr(reference.layers[0], name)(*(tensor(x)[None] for x in (q, k, v)))
-        assert_close(run(getattr(transformer.layers[0], name), q, k, v), expected[0])
+        expected = getattr(reference.layers[1], name)(*(tensor(x)[None] for x in (q, k, v)))
+        assert_close(run(getattr(transformer.layers[1], name), q, k, v), expected[0])
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(3, 144), (144, 3), (40, 50)])
 def test_attention_bias(pair, queries, keys):
     """A bias of full shape, against the definition written out."""
-    attention = pair[1].layers[0].cross_attn_token_to_image
+    attention = pair[1].layers[1].cross_attn_token_to_image
     q, k, v = normal((queries, 32)), normal((keys, 32), seed=1), normal((keys, 32), seed=2)
     bias = normal((4, queries, keys), seed=3)
     heads = [
