@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from sam_jax.config import SamConfig
 from sam_jax.models.layers import Buffer, LayerNorm, Neck, gelu, join_windows, partition_windows
+from sam_jax.ops.attention import softmax
 
 _EPS = 1e-5  # of batch norms and of layer norms outside the neck: PyTorch's default
 
@@ -208,7 +209,7 @@ class Attention(nnx.Module):
 
         scale = (c // heads) ** -0.5
         logits = jnp.einsum("bnqd,bnkd->bnqk", q * scale, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits + bias, axis=-1).astype(v.dtype)
+        weights = softmax(logits + bias).astype(v.dtype)
         out = jnp.einsum("bnqk,bnkd->bnqd", weights, v)
         return self.proj(out.transpose(0, 2, 1, 3).reshape(b, window, window, c))
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
 from sam_jax.models.layers import MLP, LayerNorm
+from sam_jax.ops.attention import softmax
 
 
 class TwoWayTransformer(nnx.Module):
@@ -153,7 +154,7 @@ class Attention(nnx.Module):
         logits = jnp.einsum("qhd,khd->hqk", q * scale, k, preferred_element_type=jnp.float32)
         if bias is not None:
             logits = logits + bias
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        weights = softmax(logits).astype(v.dtype)
         out = jnp.einsum("hqk,khd->qhd", weights, v)
         return self.out_proj(out.reshape(len(q), -1))
 
@@ -166,7 +167,7 @@ class Attention(nnx.Module):
         if bias is not None:
             bias = jnp.broadcast_to(bias, (self.num_heads, len(logits), len(k)))
             logits = logits + bias.transpose(1, 0, 2)
-        weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype).reshape(len(q), len(k))
+        weights = softmax(logits).astype(q.dtype).reshape(len(q), len(k))
         out = self.v_proj(weights @ v.astype(q.dtype)).reshape(-1, self.num_heads, q.shape[-1])
         return self.out_proj((out * self._own_channels()).sum(1))
 
@@ -179,7 +180,7 @@ class Attention(nnx.Module):
         if bias is not None:
             bias = jnp.broadcast_to(bias, (self.num_heads, len(q), logits.shape[1]))
             logits = logits + bias.transpose(1, 2, 0)
-        weights = jax.nn.softmax(logits, axis=1).astype(k.dtype).reshape(len(q), len(k))
+        weights = softmax(logits, 1).astype(k.dtype).reshape(len(q), len(k))
         v = self._rows_per_head(self.v_proj(v))
         return weights @ (v @ self.out_proj.kernel[...].astype(k.dtype)) + self._bias(self.out_proj)
 

@@ -6,7 +6,12 @@ import torch
 import torch_reference
 from reference import assert_close, normal, tensor
 
-from sam_jax.ops.attention import _rows_per_block, rel_pos_attention, relative_positions
+from sam_jax.ops.attention import (
+    _rows_per_block,
+    rel_pos_attention,
+    relative_positions,
+    softmax,
+)
 
 image_encoder = torch_reference.import_reference("segment_anything").modeling.image_encoder
 
@@ -91,3 +96,21 @@ def test_unknown_implementation():
     with pytest.raises(ValueError, match=r"'flash'.*chunked.*xla"):
         # Through the undecorated function: the type of the argument names the known ones.
         rel_pos_attention.__wrapped__(q, k, v, tables, (2, 2), "flash")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_softmax_gradient_sums_to_zero(axis):
+    """Also where all that is weighted is nearly the same, as values after a layer norm are."""
+    logits = normal((300, 300), seed=1)
+    similar = 1 + 1e-3 * normal((300, 300), seed=2)
+    value, pullback = jax.vjp(lambda x: softmax(x, axis), logits)
+    (gradient,) = pullback(similar)
+
+    exact_logits = tensor(logits).double().requires_grad_()
+    exact = torch.softmax(exact_logits, axis)
+    exact.backward(tensor(similar).double())
+    assert_close(value, exact, 1e-6)
+    assert_close(gradient, exact_logits.grad, 1e-4)
+    # The sum over all keys, as a mean that they share multiplies it.
+    largest = np.abs(exact_logits.grad.numpy()).sum(axis).max()
+    assert np.abs(np.asarray(gradient, np.float64).sum(axis)).max() <= 1e-6 * largest
