@@ -5,6 +5,7 @@ python convert/flax_to_torch.py --checkpoint sam_vit_b --output sam_vit_b.pth --
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import tyro
@@ -34,4 +35,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

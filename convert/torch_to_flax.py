@@ -8,6 +8,7 @@ MobileSAM's `.pt`, Hugging Face folders and `.safetensors`, short names and hub 
 """
 
 import dataclasses
+import importlib
 import sys
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,9 @@ import numpy as np
 import tyro
 
 from sam_jax.checkpoints import from_pretrained, load_params, orbax, read_state_dict
-from sam_jax.checkpoints.torch_names import detect_format
-from sam_jax.config import SamConfig
+from sam_jax.checkpoints.sources import locate
+from sam_jax.checkpoints.torch_names import detect_format, infer_config
+from sam_jax.config import SamConfig, TinyViTConfig
 
 
 @dataclasses.dataclass
@@ -37,6 +39,8 @@ class Args:
 
 def main(args: Args) -> None:
     """Converts, and compares if asked to."""
+    if args.verify:
+        check_verifiable(args.checkpoint)
     params, config = load_params(args.checkpoint)
     orbax.save(args.output, params, config, args.dtype)
     count = sum(v.size for v in params.values())
@@ -45,20 +49,36 @@ def main(args: Args) -> None:
         verify(args.checkpoint, args.output, config)
 
 
+def check_verifiable(checkpoint: str) -> None:
+    """Raises ValueError, before anything is written, if there is nothing to compare with."""
+    if orbax.is_checkpoint(locate(checkpoint)):
+        raise ValueError(
+            f"--verify compares with PyTorch's model, but {checkpoint} is a folder of sam_jax "
+            "already; give the PyTorch checkpoint, or leave --verify out"
+        )
+    tensors = read_state_dict(checkpoint)
+    tiny = isinstance(infer_config(tensors).image_encoder, TinyViTConfig)
+    try:
+        from torch_reference import import_reference
+
+        if detect_format(tensors) == "hf":
+            importlib.import_module("transformers")
+        else:
+            import_reference("mobile_sam" if tiny else "segment_anything")
+    except ImportError as error:
+        raise ValueError(
+            f"--verify runs PyTorch's model, which cannot be imported: {error}"
+        ) from error
+
+
 def verify(checkpoint: str, output: Path, config: SamConfig) -> None:
     """Runs the reference on the PyTorch checkpoint and ours on the converted one."""
-    try:
-        import torch
-        from torch_reference import hf_sam, meta_sam
-    except ImportError as error:
-        sys.exit(f"--verify runs PyTorch's model, which cannot be imported: {error}")
+    import torch
+    from torch_reference import hf_sam, meta_sam
 
     tensors = read_state_dict(checkpoint)
     fmt = detect_format(tensors)
-    try:
-        reference = meta_sam(config) if fmt == "meta" else hf_sam(config)
-    except ImportError as error:
-        sys.exit(f"--verify runs PyTorch's model, which cannot be imported: {error}")
+    reference = meta_sam(config) if fmt == "meta" else hf_sam(config)
     state = {k: torch.from_numpy(np.array(v, np.float32)) for k, v in tensors.items()}
     # Hugging Face ties two names to one tensor; a file may hold either.
     reference.load_state_dict(state, strict=fmt == "meta")
@@ -114,4 +134,7 @@ def _picture(size: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -10,6 +10,8 @@ Where to read on: `models/sam.py` for the model (and its functional way in, for 
 `ops/` for the maths, `checkpoints/torch_names.py` for what each weight is called elsewhere.
 """
 
+import importlib.metadata
+
 from sam_jax.checkpoints import CheckpointError, from_pretrained, save_pretrained
 from sam_jax.config import SamConfig
 from sam_jax.models.sam import Sam
@@ -22,6 +24,9 @@ __all__ = [
     "SamConfig",
     "SamPredictor",
     "SamProcessor",
+    "__version__",
     "from_pretrained",
     "save_pretrained",
 ]
+
+__version__ = importlib.metadata.version("sam-jax")

@@ -102,6 +102,12 @@ class SamConfig:
                 f"image_size {self.image_size} is not a multiple of the patch size "
                 f"{self.image_encoder.patch_size}"
             )
+        mean, std = self.pixel_mean, self.pixel_std
+        if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
+            raise ValueError(
+                f"pixel_mean is {mean} and pixel_std is {std}, expected three numbers each, for "
+                "red, green and blue, with positive deviations"
+            )
 
     @property
     def image_embedding_size(self) -> int:
@@ -231,9 +237,7 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
         raise ValueError("this SamConfig cannot be represented: " + "; ".join(wrong))
 
     mlp_dim = vision.get("mlp_dim")
-    preprocessor = preprocessor or {}
-    mean = preprocessor.get("image_mean", (0.485, 0.456, 0.406))
-    std = preprocessor.get("image_std", (0.229, 0.224, 0.225))
+    mean, std = _pixel_statistics(preprocessor or {}, image_size)
     return SamConfig(
         image_encoder=ViTConfig(
             embed_dim=embed_dim,
@@ -264,9 +268,27 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
         ),
         image_size=image_size,
         prompt_embed_dim=out_chans,
-        pixel_mean=tuple(round(255.0 * m, 6) for m in mean),
-        pixel_std=tuple(round(255.0 * s, 6) for s in std),
+        pixel_mean=mean,
+        pixel_std=std,
     )
+
+
+def _pixel_statistics(preprocessor: Mapping[str, Any], image_size: int) -> tuple[tuple, tuple]:
+    """Mean and deviation of pixels from 0 to 255 that a `preprocessor_config.json` stands for."""
+    longest = (preprocessor.get("size") or {}).get("longest_edge", image_size)
+    if longest != image_size:
+        raise ValueError(
+            f"preprocessor_config.json resizes the longest edge to {longest} pixels, but the model "
+            f"takes {image_size}"
+        )
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if preprocessor.get("do_normalize", True):
+        mean = preprocessor.get("image_mean", (0.485, 0.456, 0.406))
+        std = preprocessor.get("image_std", (0.229, 0.224, 0.225))
+    scale = 1.0
+    if preprocessor.get("do_rescale", True):
+        scale = preprocessor.get("rescale_factor", 1 / 255)
+    return tuple(round(m / scale, 6) for m in mean), tuple(round(s / scale, 6) for s in std)
 
 
 def to_hf(config: SamConfig) -> dict[str, Any]:

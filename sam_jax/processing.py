@@ -15,10 +15,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sam_jax.checkpoints import load_config
 from sam_jax.config import SamConfig
-from sam_jax.ops.prompts import FOREGROUND, LABELS, PADDING, count_bucket, pad_axis
+from sam_jax.ops.prompts import FOREGROUND, PADDING, check_values, count_bucket, pad_axis
 from sam_jax.ops.resize import mask_resize_matrix, resize_masks
 
-ImageInput = Image.Image | np.ndarray | str | os.PathLike
+ImageInput = Image.Image | np.ndarray | jax.Array | str | os.PathLike
 
 _MAP_SIZE = 256  # side of segmentation maps, as of low-resolution masks
 
@@ -268,14 +268,16 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
                 f"the picture has mode {image.mode}, more than 8 bits per channel; scale it to "
                 "0-255 and convert it to 'L' or 'RGB'"
             )
-        # By way of RGBA, since PIL warns of transparent palette colours that become opaque.
-        opaque = image.convert("RGBA") if image.mode == "P" else image
-        array = np.asarray(opaque.convert("RGB"))
-    elif isinstance(image, np.ndarray):
-        array = _rgb_array(image)
+        # By way of another mode where PIL would warn (palette colours that are transparent) or has
+        # no way to RGB (premultiplied alpha).
+        between = {"P": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
+        array = np.asarray(image.convert(between).convert("RGB"))
+    elif isinstance(image, (np.ndarray, jax.Array)):
+        array = _rgb_array(np.asarray(image))
     else:
         raise TypeError(
-            f"an image is a {type(image).__name__}, expected a PIL image, a numpy array or a path"
+            f"an image is a {type(image).__name__}, expected a PIL image, a numpy or "
+            "JAX array, or a path"
         )
     if array.size == 0:
         raise ValueError(f"the picture is empty: its shape is {array.shape}")
@@ -338,11 +340,7 @@ def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.n
             f"{where} are {len(coords)} points, but their labels have shape {labels.shape}; "
             "expected one label per point"
         )
-    if unknown := sorted(set(labels.tolist()) - set(LABELS)):
-        raise ValueError(
-            f"{where} have labels {unknown}; known are 1 (foreground), 0 (background), -1 (not a "
-            "point), 2 and 3 (a box's corners) and -10 (padding)"
-        )
+    check_values(coords, labels, None, where)
     return coords, labels.astype(np.int32)
 
 
@@ -359,12 +357,7 @@ def check_boxes(boxes: Any, where: str) -> np.ndarray:
         raise ValueError(
             f"{where} have shape {boxes.shape}, expected (n, 4): x0, y0, x1, y1 of each box"
         )
-    wrong = (boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1])
-    if wrong.any():
-        raise ValueError(
-            f"{where} hold {boxes[wrong][0].tolist()}, expected x0, y0, x1, y1 with x0 <= x1 and "
-            "y0 <= y1"
-        )
+    check_values(None, None, boxes, where)
     return boxes
 
 
@@ -375,7 +368,8 @@ def check_sizes(sizes: Any, images: int, where: str) -> list[tuple[int, int]]:
         ValueError: for another number of sizes, and for what is no positive integer.
     """
     array = _numbers(sizes, where)
-    if array.shape != (images, 2) or (array < 1).any() or (array % 1).any():
+    whole = np.isfinite(array).all() and (array >= 1).all() and not (array % 1).any()
+    if array.shape != (images, 2) or not whole:
         raise ValueError(
             f"{where} are {array.tolist()}, expected one positive (h, w) per image, {images} in all"
         )
@@ -389,8 +383,6 @@ def _numbers(values: Any, where: str) -> np.ndarray:
         raise ValueError(
             f"{where} are {values!r}, expected numbers in lists of equal lengths"
         ) from error
-    if not np.isfinite(array).all():
-        raise ValueError(f"{where} hold numbers that are not finite: {array.tolist()}")
     return array
 
 

@@ -1,4 +1,5 @@
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 from network import needs_package_index
@@ -16,3 +17,23 @@ def mobile_sam_file():
 
     with needs_package_index():
         return locate("mobile_sam")
+
+
+@pytest.fixture
+def compilations():
+    """A list to which the name of every event of XLA's compiler is added."""
+    events = []
+
+    def listen(event, *_args, **_kwargs):
+        if "backend_compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without the tests' type checks, as users run it, so that our own errors are seen."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -168,6 +168,25 @@ def test_statistics_of_pixels():
     config = from_hf({}, preprocessor)
     assert config.pixel_mean == (0, 127.5, 255)
     assert config.pixel_std == (255, 25.5, 51)
+    raw = from_hf({}, {"do_rescale": False, "image_mean": [1, 2, 3], "image_std": [4, 5, 6]})
+    assert (raw.pixel_mean, raw.pixel_std) == ((1, 2, 3), (4, 5, 6))
+    plain = from_hf({}, {"do_normalize": False, "size": {"longest_edge": 1024}})
+    assert (plain.pixel_mean, plain.pixel_std) == ((0, 0, 0), (255, 255, 255))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("preprocessor", "message"),
+    [
+        ({"image_mean": [0.5]}, "pixel_mean is (127.5,) and pixel_std is (58.395, 57.12, 57.375),"),
+        ({"image_std": [0.1, 0, 0.1]}, "with positive deviations"),
+        ({"size": {"longest_edge": 512}}, "to 512 pixels, but the model takes 1024"),
+    ],
+    ids=str,
+)
+def test_preprocessors_that_cannot_be(preprocessor, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_hf({}, preprocessor)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,36 @@ def test_verify(tmp_path, capsys, fmt):
     assert lines[4].split(":")[1].strip() == "1.000000"
 
 
+@pytest.mark.parametrize("missing", ["torch", "segment_anything"])
+def test_nothing_is_written_if_the_reference_cannot_be_imported(tmp_path, monkeypatch, missing):
+    torch.save(meta_sam(VIT).state_dict(), tmp_path / "sam.pth")
+    monkeypatch.delitem(sys.modules, "torch_reference")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ValueError, match=f"cannot be imported: .*{missing}"):
+        to_ours(tmp_path / "sam.pth", tmp_path / "ours", verify=True)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_our_own_folder_cannot_be_verified(tmp_path):
+    torch.save(meta_sam(VIT).state_dict(), tmp_path / "sam.pth")
+    to_ours(tmp_path / "sam.pth", tmp_path / "ours")
+    with pytest.raises(ValueError, match="a folder of sam_jax already"):
+        to_ours(tmp_path / "ours", tmp_path / "copy", verify=True)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_errors_are_one_line(tmp_path):
+    for script, *args in (
+        ("torch_to_flax.py", "--output", "ours"),
+        ("flax_to_torch.py", "--output", "b.pth", "--format", "meta"),
+    ):
+        command = [sys.executable, SCRIPTS / script, "--checkpoint", "missing.pth", *args]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 1
+        assert run.stderr.startswith("error: missing.pth does not exist. Pass a short name")
+        assert run.stderr.count("\n") == 1
+
+
 def test_existing_output_is_kept(tmp_path):
     torch.save(meta_sam(VIT).state_dict(), tmp_path / "sam.pth")
     (tmp_path / "ours").mkdir()

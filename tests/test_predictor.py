@@ -104,20 +104,6 @@ PROMPTS = {
 # --- compilations -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def compilations():
-    """A list to which the name of every event of XLA's compiler is added."""
-    events = []
-
-    def listen(event, *_args, **_kwargs):
-        if "backend_compile" in event:
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_number_of_compilations(compilations):
     """20 sizes of pictures times 10 numbers of points: a few programs, whatever the size."""
     rng = np.random.default_rng(0)

@@ -1,8 +1,8 @@
 import dataclasses
 import os
 
+import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -48,12 +48,6 @@ def meta():
 @pytest.fixture(scope="module")
 def hf():
     return transformers.SamProcessor(SamImageProcessorPil())
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the tests' type checks, as users run it, so that our own errors are seen."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def picture(height, width, seed=0):
@@ -188,6 +182,12 @@ def test_pil_modes(mode, tmp_path):
         assert np.array_equal(load_image(str(tmp_path / "image.png")), found)
 
 
+@pytest.mark.parametrize("mode", ["RGBa", "La"])
+def test_premultiplied_alpha_is_dropped(mode):
+    opaque = Image.fromarray(picture(12, 17)).convert(mode.upper())
+    assert np.array_equal(load_image(opaque.convert(mode)), load_image(opaque))
+
+
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_deep_pil_modes_are_refused(mode, tmp_path):
     dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
@@ -205,6 +205,7 @@ def test_arrays():
     gray = rgb[..., 0]
     three = np.stack([gray] * 3, -1)
     assert np.array_equal(load_image(rgb), rgb)
+    assert np.array_equal(load_image(jax.device_put(rgb)), rgb)
     assert np.array_equal(load_image(gray), three)
     assert np.array_equal(load_image(gray[..., None]), three)
     assert np.array_equal(load_image(np.dstack([rgb, gray])), rgb)
@@ -285,7 +286,7 @@ def test_a_file_of_far_too_many_pixels(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("value", [None, [[1, 2], [3, 4]], 5, b"bytes", torch.zeros(4, 4, 3)])
 def test_other_types_are_refused(value, small):
-    message = f"an image is a {type(value).__name__}, expected a PIL image, a numpy array or a path"
+    message = f"an image is a {type(value).__name__}, expected a PIL image, a numpy or JAX"
     with pytest.raises(TypeError, match=message):
         load_image(value)
     with pytest.raises(TypeError, match=r"an image is a .*, expected a PIL image"):
@@ -465,7 +466,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
         ),
         ({"input_points": [[[float("nan"), 3]]]}, r"not finite: \[\[nan, 3.0\]\]"),
         ({"input_points": [[[float("inf"), 3]]]}, r"input_points\[0\]\[0\] hold .* not finite"),
-        ({"input_points": [[POINT]], "input_labels": [[None]]}, "the labels of .* not finite"),
+        ({"input_points": [[POINT]], "input_labels": [[None]]}, r"have labels \[nan\]"),
         (
             {"input_points": POINT},
             r"are for 2 images, but there are 1; .*\[prompt\]\[point\]\[xy\]",

@@ -78,11 +78,10 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
     path = Path(path).absolute()
     config = load_config(path)
     try:
-        params = ocp.load(path / PARAMS)
-        shapes = {name: value.shape for name, value in params.items()}
+        params = dict(ocp.load(path / PARAMS))
     except Exception as error:  # whatever Orbax meets in a damaged folder
         raise CheckpointError(f"{path / PARAMS} cannot be read by Orbax: {error}") from error
-    check_tensors(shapes, param_shapes(config))
+    check_tensors(params, param_shapes(config))
     return params, config
 
 

@@ -71,26 +71,29 @@ def build_model(
 
 
 def check_tensors(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+    found: Mapping[str, np.ndarray | jax.Array], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Compares two sets of named shapes.
+    """Compares named tensors with the names and shapes that a model has.
 
     Raises:
-        CheckpointError: listing every tensor that is missing, misshapen or left over.
+        CheckpointError: listing every tensor that is missing, misshapen, no float or left over.
     """
     problems = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
-    problems += [
-        f"misshapen: {name} is {found[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    problems += [
-        f"left over: {name} {shape}" for name, shape in found.items() if name not in expected
-    ]
+    for name, tensor in found.items():
+        if name not in expected:
+            problems.append(f"left over: {name} {tensor.shape}")
+        elif tensor.shape != expected[name]:
+            problems.append(f"misshapen: {name} is {tensor.shape}, expected {expected[name]}")
+        elif not _is_float(tensor) and not name.endswith("num_batches_tracked"):
+            problems.append(f"no floats: {name} is {tensor.dtype}")
     if problems:
         raise CheckpointError(
             f"the tensors do not fit the model, {len(problems)} do not:\n  " + "\n  ".join(problems)
         )
+
+
+def _is_float(tensor: np.ndarray | jax.Array) -> bool:
+    return jnp.issubdtype(tensor.dtype, jnp.floating)
 
 
 def resize_positions(

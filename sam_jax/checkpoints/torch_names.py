@@ -315,7 +315,7 @@ def from_torch(
         _settle_alias(tensors)
     names = {path: torch_name(path, config, fmt) for path in shapes}
     check_tensors(
-        {name: tensor.shape for name, tensor in tensors.items()},
+        tensors,
         {name: _torch_shape(shapes[path], layout) for path, (name, layout) in names.items()},
     )
     return {path: layout.to_ours(tensors[name]) for path, (name, layout) in names.items()}

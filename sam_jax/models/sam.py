@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
@@ -25,7 +26,7 @@ from sam_jax.models.prompt_encoder import PromptEncoder
 from sam_jax.models.tiny_vit import TinyViT
 from sam_jax.models.vit import ImageEncoderViT
 from sam_jax.ops.attention import Implementation
-from sam_jax.ops.prompts import PADDING, count_bucket, join_prompts, pad_axis
+from sam_jax.ops.prompts import PADDING, check_values, count_bucket, join_prompts, pad_axis
 
 
 class SamImageSegmentationOutput(NamedTuple):
@@ -47,7 +48,7 @@ class Sam(nnx.Module):
         dtype: of the computation, float32 or bfloat16. Parameters are float32 either way; norms,
             softmax, positional encodings and mask logits are computed in float32.
         attention: how the ViT's attention is computed; None chooses by platform
-            (`sam_jax.ops.attention`).
+            (`sam_jax.ops.attention`). TinyViT has no choice.
         rngs: for the initial parameters.
     """
 
@@ -59,9 +60,16 @@ class Sam(nnx.Module):
         attention: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype is {jnp.dtype(dtype)}, expected float32, bfloat16 or float16")
         if isinstance(config.image_encoder, ViTConfig):
             self.image_encoder = ImageEncoderViT(
                 config, dtype=dtype, attention=attention, rngs=rngs
+            )
+        elif attention is not None:
+            raise ValueError(
+                f"attention is {attention!r}, but TinyViT (MobileSAM) computes its attention in "
+                "one way only; leave it out"
             )
         else:
             self.image_encoder = TinyViT(config, dtype=dtype, rngs=rngs)
@@ -159,7 +167,8 @@ class Sam(nnx.Module):
                 or one per prompt.
             image_embeddings: [b, c, g, g], of `get_image_embeddings`, channels first.
             multimask_output: three masks per prompt, or one.
-            attention_similarity: broadcasts to [b * p, heads, tokens, g * g].
+            attention_similarity: broadcasts to [b * p, heads, tokens, g * g]; the tokens are the
+                IoU token, the mask tokens, the points, and two for a box or one for none.
             target_embedding: broadcasts to [b, p, tokens, c].
             original_sizes: not used, nor are the following: they let `model(**inputs)` pass on all
                 that the processor returns.
@@ -170,7 +179,9 @@ class Sam(nnx.Module):
         once per such size; JAX arrays are taken as they are.
 
         Raises:
-            ValueError: for shapes that do not fit; the message names them.
+            TypeError: for what is no array.
+            ValueError: for shapes that do not fit; and, unless they are traced, for coordinates
+                that are not finite, unknown labels, and boxes inside out. The message says which.
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("give either pixel_values or image_embeddings, and not both")
@@ -187,25 +198,18 @@ class Sam(nnx.Module):
             points, point_labels = join_prompts(input_points, input_labels, input_boxes)
         else:  # no prompt but perhaps a mask: one padding token
             count = 1 if input_masks is None else input_masks.shape[1]
-            points = jnp.zeros((batch, count, 1, 2))
-            point_labels = jnp.full((batch, count, 1), PADDING)
+            points = np.zeros((batch, count, 1, 2), np.float32)
+            point_labels = np.full((batch, count, 1), PADDING, np.int32)
         for prompts in (points, input_masks):
             if prompts is not None and len(prompts) != batch:
                 raise ValueError(f"there are {batch} images, but prompts for {len(prompts)}")
 
         count = points.shape[1]
-        if attention_similarity is not None:
-            similarity = jnp.asarray(attention_similarity)
-            lead = (batch, count) if len(similarity) == batch * count else (1, 1)
-            similarity = similarity.reshape(*lead, *similarity.shape[1:])
-            attention_similarity = jnp.broadcast_to(
-                similarity, (batch, count, *similarity.shape[2:])
+        if attention_similarity is not None or target_embedding is not None:
+            attention_similarity, target_embedding = self._broadcast_guidance(
+                attention_similarity, target_embedding, point_labels.shape
             )
-        if target_embedding is not None:
-            target = jnp.asarray(target_embedding)
-            target = target.reshape((1,) * (4 - target.ndim) + target.shape)
-            target_embedding = jnp.broadcast_to(target, (batch, count, *target.shape[2:]))
-        elif attention_similarity is None and not isinstance(points, jax.Array):
+        elif not isinstance(points, jax.Array):
             points, point_labels, input_masks = pad_prompts(points, point_labels, input_masks)
 
         masks, scores = decode(
@@ -220,7 +224,7 @@ class Sam(nnx.Module):
             multimask_output=multimask_output,
         )
         if masks.shape[1] != count:
-            masks, scores = masks[:, :count], scores[:, :count]
+            masks, scores = _first_prompts(masks, count), _first_prompts(scores, count)
         return SamImageSegmentationOutput(iou_scores=scores, pred_masks=masks)
 
     def get_image_embeddings(self, pixel_values: ArrayLike) -> Float[Array, "b c g g"]:
@@ -241,23 +245,33 @@ class Sam(nnx.Module):
         masks the same for every image.
         """
         self._check_prompts(input_points, input_labels, input_boxes, input_masks)
-        sparse, batch, encoder = None, 1, self.prompt_encoder
+        points = labels = None
         if input_points is not None or input_boxes is not None:
             points, labels = join_prompts(input_points, input_labels, input_boxes)
-            batch, count, n = labels.shape
-            points, labels = jnp.asarray(points), jnp.asarray(labels)
-            sparse, _ = encoder(points.reshape(-1, 2), labels.reshape(-1))
-            sparse = sparse.reshape(batch, count, n, -1)
-        if input_masks is None:
-            dense = encoder.embed_mask(None)[:, None, None]
-            return sparse, jnp.broadcast_to(dense, (batch, len(dense), encoder.grid, encoder.grid))
-        masks = jnp.asarray(input_masks)
-        dense = jax.vmap(encoder.embed_mask)(masks.reshape(-1, *masks.shape[2:]))
-        return sparse, jnp.moveaxis(dense, -1, 1)
+        sparse, dense = encode_prompts(*nnx.split(self), points, labels, input_masks)
+        if input_masks is None and points is not None:
+            dense = jnp.broadcast_to(dense, (len(points), *dense.shape[1:]))
+        return sparse, dense
 
     def get_image_wide_positional_embeddings(self) -> Float[Array, "1 c g g"]:
         """The positional encoding of the image embedding's grid, channels first."""
         return jnp.moveaxis(self.prompt_encoder.get_dense_pe(), -1, 0)[None]
+
+    def _broadcast_guidance(self, similarity, target, prompts: tuple[int, ...]):
+        """PerSAM's two arguments as `decode` takes them, for labels of the shape `prompts`."""
+        batch, count, n = prompts
+        decoder, grid = self.config.mask_decoder, self.config.image_embedding_size
+        tokens = 1 + (decoder.num_multimask_outputs + 1) + n
+        if similarity is not None:
+            full = (batch * count, decoder.num_heads, tokens, grid * grid)
+            similarity = _check_broadcast("attention_similarity", similarity, full)
+            shape = (*full[:1], *similarity.shape[1:3], *full[3:])
+            similarity = jnp.broadcast_to(similarity, shape).reshape(batch, count, *shape[1:])
+        if target is not None:
+            full = (batch, count, tokens, self.config.prompt_embed_dim)
+            target = _check_broadcast("target_embedding", target, full)
+            target = jnp.broadcast_to(target, (*full[:2], target.shape[2], full[3]))
+        return similarity, target
 
     def _check_prompts(self, points, labels, boxes, masks):
         mask_size = self.config.mask_size
@@ -283,6 +297,7 @@ class Sam(nnx.Module):
                 f"input_masks have shape {masks.shape}: expected one mask per image, or one for "
                 f"each of its {prompts.shape[1]} prompts"
             )
+        check_values(*(_concrete(array) for array in (points, labels, boxes)))
 
 
 def _check_shape(name: str, array, expected: tuple[int | None, ...]) -> None:
@@ -296,6 +311,28 @@ def _check_shape(name: str, array, expected: tuple[int | None, ...]) -> None:
     if not fits:
         shape = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{name} have shape {tuple(array.shape)}, expected ({shape})")
+
+
+def _check_broadcast(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """The array with leading axes of one up to the number of `shape`, which it broadcasts to."""
+    array = jnp.asarray(array)
+    full = (1,) * (len(shape) - array.ndim) + array.shape
+    if len(full) != len(shape) or any(a not in (1, n) for a, n in zip(full, shape, strict=True)):
+        raise ValueError(f"{name} has shape {array.shape}, expected one that broadcasts to {shape}")
+    return array.reshape(full)
+
+
+def _concrete(array):
+    """The array, or None if it is traced and so has no values to look at."""
+    return None if isinstance(array, jax.core.Tracer) else array
+
+
+def _first_prompts(array: Array, count: int) -> Array:
+    """Without the padding prompts at the end."""
+    if isinstance(array, jax.core.Tracer):
+        return array[:, :count]
+    # By way of the host: a slice on the device would be a new program for each count.
+    return jax.device_put(np.asarray(array)[:, :count])
 
 
 def pad_prompts(points, labels, masks):
@@ -317,6 +354,30 @@ def pad_prompts(points, labels, masks):
 def encode_image(graphdef, params, pixel_values):
     """`Sam.encode_image` of `nnx.merge(graphdef, params)`, compiled."""
     return nnx.merge(graphdef, params).encode_image(pixel_values)
+
+
+@jax.jit
+def encode_prompts(graphdef, params, points, labels, masks):
+    """The prompt encoder of `nnx.merge(graphdef, params)` over all prompts, compiled.
+
+    Args:
+        points: [b, p, n, 2] of `join_prompts`, or None.
+        labels: [b, p, n], or None.
+        masks: [b, m, 256, 256], or None.
+
+    Returns:
+        The sparse embeddings [b, p, n, c], or None without points, and the dense ones, channels
+        first: [b * m, c, g, g], or [1, c, g, g] without masks.
+    """
+    encoder = nnx.merge(graphdef, params).prompt_encoder
+    sparse = None
+    if points is not None:
+        sparse, _ = jax.vmap(jax.vmap(encoder))(points, labels)
+    if masks is None:
+        dense = encoder.embed_mask(None)[:, None, None]
+        return sparse, jnp.broadcast_to(dense, (1, len(dense), encoder.grid, encoder.grid))
+    dense = jax.vmap(encoder.embed_mask)(masks.reshape(-1, *masks.shape[2:]))
+    return sparse, jnp.moveaxis(dense, -1, 1)
 
 
 @functools.partial(jax.jit, static_argnames="multimask_output")

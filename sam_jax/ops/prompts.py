@@ -6,6 +6,7 @@ until the one compiled call, and traced prompts stay traced.
 
 from typing import Any
 
+import numpy as np
 from jaxtyping import Float, Int, Num
 
 # Labels of points; see models/prompt_encoder.py for what each becomes.
@@ -46,6 +47,37 @@ def join_prompts(
         xp.concat([p for p, _ in parts], axis=-2),
         xp.concat([label for _, label in parts], axis=-1),
     )
+
+
+def check_values(
+    points: Num[Any, "*batch n 2"] | None,
+    labels: Num[Any, "*batch n"] | None,
+    boxes: Num[Any, "*batch 4"] | None,
+    where: str = "prompts",
+) -> None:
+    """Refuses prompts that mean nothing, on arrays that are not traced.
+
+    Raises:
+        ValueError: for coordinates that are not finite, unknown labels, and boxes inside out.
+    """
+    for array in (points, boxes):
+        if array is not None and not np.isfinite(array).all():
+            raise ValueError(
+                f"{where} hold numbers that are not finite: {np.asarray(array).tolist()}"
+            )
+    if labels is not None and (unknown := sorted(set(np.unique(labels).tolist()) - set(LABELS))):
+        raise ValueError(
+            f"{where} have labels {unknown}; known are 1 (foreground), 0 (background), -1 (not a "
+            "point), 2 and 3 (a box's corners) and -10 (padding)"
+        )
+    if boxes is not None:
+        boxes = np.asarray(boxes)
+        wrong = (boxes[..., 2] < boxes[..., 0]) | (boxes[..., 3] < boxes[..., 1])
+        if wrong.any():
+            raise ValueError(
+                f"{where} hold {boxes[wrong][0].tolist()}, expected x0, y0, x1, y1 with x0 <= x1 "
+                "and y0 <= y1"
+            )
 
 
 def _namespace(arrays: list) -> Any:

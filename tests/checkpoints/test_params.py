@@ -1,5 +1,6 @@
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -57,10 +58,19 @@ def test_image_size_must_fit_the_patches():
 
 
 def test_check_tensors_lists_all():
+    found = {
+        "a": np.zeros(1, ml_dtypes.bfloat16),
+        "b": np.zeros(2),
+        "d": np.zeros(()),
+        "e": np.zeros(3, np.int8),
+        "bn.num_batches_tracked": np.zeros((), np.int64),
+    }
+    expected = {"a": (1,), "b": (3,), "c": (4, 5), "e": (3,), "bn.num_batches_tracked": ()}
     with pytest.raises(CheckpointError) as caught:
-        check_tensors({"a": (1,), "b": (2,), "d": ()}, {"a": (1,), "b": (3,), "c": (4, 5)})
+        check_tensors(found, expected)
     assert str(caught.value).splitlines()[1:] == [
         "  missing: c (4, 5)",
         "  misshapen: b is (2,), expected (3,)",
         "  left over: d ()",
+        "  no floats: e is int8",
     ]

@@ -18,9 +18,10 @@ from reference import (
     to_torch,
 )
 
-from sam_jax.checkpoints.params import flat_params
+from sam_jax.checkpoints.params import build_model, flat_params
 from sam_jax.checkpoints.torch_names import torch_name
 from sam_jax.models.layers import Buffer
+from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import join_prompts
 
 SMALL_HF = dataclasses.replace(
@@ -255,6 +256,133 @@ def test_shapes_that_do_not_fit(model, inputs, message):
     inputs = {k: v.astype(np.float32) if v.dtype == float else v for k, v in inputs.items()}
     with pytest.raises(ValueError, match=message):
         model(**inputs)
+
+
+@pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_points": np.where(POINTS > 90, np.nan, POINTS)}, "not finite"),
+        (
+            {"input_points": POINTS, "input_labels": LABELS + 4},
+            r"have labels \[4, 5\]; known are 1",
+        ),
+        ({"input_boxes": BOXES[..., ::-1]}, "expected x0, y0, x1, y1 with x0 <= x1"),
+        ({"input_boxes": BOXES + np.inf}, "not finite"),
+    ],
+)
+def test_values_that_mean_nothing(model, embeddings, inputs, message, asarray):
+    inputs = {k: asarray(v) for k, v in inputs.items()}
+    with pytest.raises(ValueError, match=message):
+        model(image_embeddings=embeddings.numpy(), **inputs)
+    with pytest.raises(ValueError, match=message):
+        model.get_prompt_embeddings(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("attention_similarity", (144,)),
+        ("attention_similarity", (1, 1, 1, 100)),
+        ("attention_similarity", (3, 1, 1, 144)),  # neither one nor 2 * 3 prompts
+        ("attention_similarity", (1, 1, 9, 144)),  # there are 5 + 4 + 1 tokens
+        ("attention_similarity", (1, 1, 1, 1, 144)),
+        ("target_embedding", (32,)),
+        ("target_embedding", (1, 1, 31)),
+        ("target_embedding", (6, 1, 32)),
+    ],
+    ids=str,
+)
+def test_guidance_must_broadcast(model, embeddings, name, shape):
+    def call():
+        return model(
+            image_embeddings=embeddings.numpy(), **PROMPTS["points"], **{name: np.ones(shape)}
+        )
+
+    if len(shape) == 1:  # the plainest shape of all, for every prompt, head and token
+        assert call().pred_masks.shape == (2, 3, 3, 48, 48)
+        return
+    with pytest.raises(ValueError, match=rf"{name} has shape .*, expected one that broadcasts to"):
+        call()
+
+
+def test_number_of_compilations(compilations):
+    """Any number of images' prompts and points of the same buckets: no new program."""
+    model, rng = ours(hf_sam(SMALL_HF), SMALL_HF), np.random.default_rng(0)
+    embeddings = rng.normal(size=(1, 32, 12, 12)).astype(np.float32)
+
+    def call(prompts, length):
+        points = rng.uniform(0, 96, (1, prompts, length, 2)).astype(np.float32)
+        masks = rng.normal(size=(1, prompts, 48, 48)).astype(np.float32)
+        boxes = np.concatenate([points[:, :, 0] / 2, 48 + points[:, :, 0] / 2], axis=-1)
+        for inputs in (
+            {"input_points": points},
+            {"input_points": points, "input_boxes": boxes},
+            {"input_points": points, "input_masks": masks},
+            {},
+            {"input_masks": masks},
+        ):
+            outputs = model(image_embeddings=embeddings, **inputs)
+            count = prompts if inputs else 1
+            assert outputs.pred_masks.shape == (1, count, 3, 48, 48)
+            assert isinstance(outputs.iou_scores, jax.Array)
+
+    call(8, 6)
+    compilations.clear()
+    for prompts in (5, 6, 7, 8):
+        for length in (4, 5, 6):
+            call(prompts, length)
+    assert compilations == []
+
+
+def test_what_depends_on_the_image_alone_is_computed_once(model):
+    """The first layer's projections of the image: two images' [144, 32] @ [32, 16], not six."""
+
+    def products(masks):
+        prompts = join_prompts(jnp.asarray(POINTS), jnp.asarray(LABELS), None)
+        jaxpr = jax.make_jaxpr(model.decode)(jnp.zeros((2, 12, 12, 32)), *prompts, masks)
+        sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if "dot" in str(eqn)]
+        return sizes.count(2 * 144 * 16)
+
+    # Keys and values of token-to-image, queries of image-to-token.
+    assert products(None) == 3
+    # A mask per image: also two of its convolutions. A mask per prompt: none.
+    assert products(jnp.asarray(MASKS[:, :1])) == 3 + 2
+    assert products(jnp.asarray(MASKS)) == 0
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
+def test_bfloat16(config):
+    """Computed in bfloat16: near float32's answer, and given in float32."""
+    torch_sam = meta_sam(config)
+    pixels = normal((1, config.image_size, config.image_size, 3))
+    prompts = {k: v[:1] for k, v in PROMPTS["points_and_boxes"].items()}
+    mask = np.asarray(normal((1, 1, config.mask_size, config.mask_size), seed=5))
+    exact = ours(torch_sam, config)(pixels, **prompts, input_masks=mask)
+    outputs = ours(torch_sam, config, dtype=jnp.bfloat16)(pixels, **prompts, input_masks=mask)
+    for actual, expected in zip(outputs, exact, strict=True):
+        assert actual.dtype == jnp.float32
+        assert_close(actual, expected, 0.05)
+        assert not np.array_equal(actual, expected)
+
+
+def test_parameters_kept_in_bfloat16():
+    """As after `--dtype bfloat16`: computed in float32, it is the model of the rounded numbers."""
+    torch_sam = meta_sam(SMALL)
+    params = flat_params(ours(torch_sam, SMALL))
+    short = {k: v.astype(jnp.bfloat16) for k, v in params.items()}
+    long = {k: v.astype(jnp.float32) for k, v in short.items()}
+    pixels, prompts = normal((1, 96, 96, 3)), {"input_boxes": BOXES[:1]}
+    actual, expected = (build_model(p, SMALL)(pixels, **prompts) for p in (short, long))
+    assert_close(actual.pred_masks, expected.pred_masks)
+    assert_close(actual.iou_scores, expected.iou_scores)
+
+
+def test_options_that_cannot_be():
+    with pytest.raises(ValueError, match="dtype is int8, expected float32, bfloat16 or float16"):
+        Sam(SMALL, dtype=jnp.int8, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="attention is 'xla', but TinyViT"):
+        Sam(SMALL_TINY, attention="xla", rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
