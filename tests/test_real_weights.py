@@ -1,5 +1,6 @@
 """Real weights on real photos, and full-size encoders with random weights, against PyTorch."""
 
+import jax
 import numpy as np
 import onnxruntime
 import pytest
@@ -83,6 +84,32 @@ def test_point_finds_the_face(mobile_sam_file):
     assert best[130, 225]
     assert not best[:, 350:].any()
     assert 0.02 < best.mean() < 0.1
+
+
+def test_padded_batch_equals_one_at_a_time(mobile_sam_file):
+    """Two photos at once, with lists of points of different lengths, padded twice over."""
+    model = from_pretrained(mobile_sam_file)
+    processor = SamProcessor(model.config)
+    photos = [skimage.data.astronaut(), skimage.data.coffee()]
+    points = [
+        [[[225, 130]], [[225, 130], [200, 40], [60, 300]]],
+        [[[300, 180], [80, 350]], [[300, 180]]],
+    ]
+    together = processor(photos, input_points=points)
+    assert together["input_points"].shape == (2, 2, 3, 2)
+    outputs = model(**together)
+    embeddings = model.get_image_embeddings(together["pixel_values"])
+    for i, photo in enumerate(photos):
+        embedding = model.get_image_embeddings(processor(photo)["pixel_values"])
+        assert_close(embeddings[i], embedding[0])
+        for j, prompt in enumerate(points[i]):
+            alone = processor(photo, input_points=[[prompt]])
+            # A JAX array is taken as it is, without padding.
+            alone = jax.device_put(alone["input_points"])
+            assert alone.shape == (1, 1, len(prompt), 2)
+            expected = model(image_embeddings=embedding, input_points=alone)
+            assert_close(outputs.pred_masks[i, j], expected.pred_masks[0, 0])
+            assert_close(outputs.iou_scores[i, j], expected.iou_scores[0, 0])
 
 
 # The official ViT-H decoder, exported to ONNX, with image embeddings of the real ViT-H encoder.

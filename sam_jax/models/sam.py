@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.models.mask_decoder import MaskDecoder
@@ -335,7 +335,11 @@ def _first_prompts(array: Array, count: int) -> Array:
     return jax.device_put(np.asarray(array)[:, :count])
 
 
-def pad_prompts(points, labels, masks):
+def pad_prompts(
+    points: Float[Any, "b p n 2"],
+    labels: Int[Any, "b p n"],
+    masks: Float[Any, "b m side side"] | None,
+) -> tuple[Any, Any, Any]:
     """Prompts padded to the next power of two in number (axis 1) and in length (axis 2).
 
     Padding points have label -10 and so change nothing; padding prompts are to be dropped from the
@@ -351,23 +355,25 @@ def pad_prompts(points, labels, masks):
 
 
 @jax.jit
-def encode_image(graphdef, params, pixel_values):
+def encode_image(
+    graphdef: nnx.GraphDef, params: PyTree, pixel_values: Float[Array, "b h w rgb"]
+) -> Float[Array, "b g g c"]:
     """`Sam.encode_image` of `nnx.merge(graphdef, params)`, compiled."""
     return nnx.merge(graphdef, params).encode_image(pixel_values)
 
 
 @jax.jit
-def encode_prompts(graphdef, params, points, labels, masks):
+def encode_prompts(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    points: Float[Array, "b p n 2"] | None,
+    labels: Int[Array, "b p n"] | None,
+    masks: Float[Array, "b m side side"] | None,
+) -> tuple[Float[Array, "b p n c"] | None, Float[Array, "_ c g g"]]:
     """The prompt encoder of `nnx.merge(graphdef, params)` over all prompts, compiled.
 
-    Args:
-        points: [b, p, n, 2] of `join_prompts`, or None.
-        labels: [b, p, n], or None.
-        masks: [b, m, 256, 256], or None.
-
-    Returns:
-        The sparse embeddings [b, p, n, c], or None without points, and the dense ones, channels
-        first: [b * m, c, g, g], or [1, c, g, g] without masks.
+    Takes what `join_prompts` gives. The sparse embeddings are None without points; the dense ones
+    are channels first, one for each mask [b * m, c, g, g], or without masks [1, c, g, g].
     """
     encoder = nnx.merge(graphdef, params).prompt_encoder
     sparse = None
@@ -382,17 +388,17 @@ def encode_prompts(graphdef, params, points, labels, masks):
 
 @functools.partial(jax.jit, static_argnames="multimask_output")
 def decode(
-    graphdef,
-    params,
-    image_embeddings,
-    points,
-    labels,
-    masks,
-    attention_similarity=None,
-    target_embedding=None,
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    image_embeddings: Float[Array, "b g g c"],
+    points: Float[Array, "b p n 2"],
+    labels: Int[Array, "b p n"],
+    masks: Float[Array, "b #p 4*g 4*g"] | None,
+    attention_similarity: Float[Array, "b p #heads #t g*g"] | None = None,
+    target_embedding: Float[Array, "b p #t c"] | None = None,
     *,
-    multimask_output,
-):
+    multimask_output: bool,
+) -> tuple[Float[Array, "b p m 4*g 4*g"], Float[Array, "b p m"]]:
     """`Sam.decode` of `nnx.merge(graphdef, params)`, compiled."""
     return nnx.merge(graphdef, params).decode(
         image_embeddings,

@@ -1,0 +1,34 @@
+"""What README.md tells to do in Python, done."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+from PIL import Image
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):
+    """In one session, as one reads; the picture is the one whose coordinates README uses."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    photo = Image.fromarray(skimage.data.coffee()).resize((1800, 1200))
+    photo.save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+
+    names = {}
+    exec(blocks[0], names)
+    masks = names["masks"]
+    assert masks.shape == (3, 1200, 1800)
+    assert masks[:, 600, 450].any()
+    exec(blocks[1], names)
+    (same,) = names["masks"]
+    assert np.array_equal(same[0], masks)
+    assert names["scores"].shape == (1, 1, 3)
+    exec(blocks[2], names)
+    assert np.allclose(names["scores"], names["outputs"].iou_scores, atol=1e-5)
+    gradients = names["gradients"]["mask_decoder"]["iou_token"][...]
+    assert np.isfinite(gradients).all()
+    assert gradients.any()
