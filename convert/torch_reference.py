@@ -21,8 +21,23 @@ def _resize(image, size):
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def _not_needed(*_args, **_kwargs):
-    raise RuntimeError("this needs the real torchvision")
+def _box_area(boxes):
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _batched_nms(boxes, scores, categories, iou_threshold):
+    """Torchvision's on a CPU, written plainly; `categories` are all the same here."""
+    assert not categories.any()
+    areas, order, kept = _box_area(boxes), scores.sort(stable=True, descending=True)[1], []
+    while len(order):
+        best, order = order[0], order[1:]
+        kept.append(best)
+        corner0 = torch.maximum(boxes[best, :2], boxes[order, :2])
+        corner1 = torch.minimum(boxes[best, 2:], boxes[order, 2:])
+        intersection = (corner1 - corner0).clamp(min=0).prod(1)
+        iou = intersection / (areas[best] + areas[order] - intersection)
+        order = order[~(iou > iou_threshold)]
+    return torch.stack(kept) if kept else order
 
 
 _STAND_INS = {
@@ -30,7 +45,7 @@ _STAND_INS = {
     "torchvision.transforms": {},
     "torchvision.transforms.functional": {"resize": _resize, "to_pil_image": Image.fromarray},
     "torchvision.ops": {},
-    "torchvision.ops.boxes": {"batched_nms": _not_needed, "box_area": _not_needed},
+    "torchvision.ops.boxes": {"batched_nms": _batched_nms, "box_area": _box_area},
     "timm": {},
     "timm.models": {},
     "timm.models.layers": {

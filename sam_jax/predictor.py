@@ -13,6 +13,7 @@ from sam_jax.processing import (
     ImageInput,
     SamProcessor,
     check_boxes,
+    check_embedding,
     check_points,
     check_sizes,
     load_image,
@@ -69,12 +70,9 @@ class SamPredictor:
             embedding: [1, c, g, g] of `get_image_embedding`, of the same model.
             original_size: (h, w) of the picture.
         """
-        grid = self.config.image_embedding_size
-        expected = (1, self.config.prompt_embed_dim, grid, grid)
-        if np.shape(embedding) != expected:
-            raise ValueError(f"the embedding has shape {np.shape(embedding)}, expected {expected}")
+        embedding = check_embedding(embedding, self.config)
         (size,) = check_sizes([original_size], 1, "original_size")
-        self._features = jax.device_put(np.moveaxis(np.asarray(embedding, np.float32), 1, -1))
+        self._features = jax.device_put(embedding[None])
         self.original_size = size
 
     def reset_image(self) -> None:

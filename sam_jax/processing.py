@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sam_jax.checkpoints import load_config
 from sam_jax.config import SamConfig
 from sam_jax.ops.prompts import FOREGROUND, PADDING, check_values, count_bucket, pad_axis
-from sam_jax.ops.resize import mask_resize_matrix, resize_masks
+from sam_jax.ops.resize import mask_resize_matrix, resize_masks, size_bucket
 
 ImageInput = Image.Image | np.ndarray | jax.Array | str | os.PathLike
 
@@ -204,7 +204,7 @@ class SamProcessor:
         """
         side, image_size = masks.shape[-1], self.config.image_size
         rows, columns = (
-            mask_resize_matrix(side, image_size, inp, orig)
+            mask_resize_matrix(side, image_size, inp, orig, size_bucket(orig))
             for inp, orig in zip(input_size, original_size, strict=True)
         )
         padded = pad_axis(masks, count_bucket(len(masks)), 0, 0)
@@ -374,6 +374,19 @@ def check_sizes(sizes: Any, images: int, where: str) -> list[tuple[int, int]]:
             f"{where} are {array.tolist()}, expected one positive (h, w) per image, {images} in all"
         )
     return [(int(height), int(width)) for height, width in array]
+
+
+def check_embedding(embedding: Any, config: SamConfig) -> Float[np.ndarray, "g g c"]:
+    """An image embedding [1, c, g, g] as saved, float32 with its channels last.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    grid = config.image_embedding_size
+    expected = (1, config.prompt_embed_dim, grid, grid)
+    if np.shape(embedding) != expected:
+        raise ValueError(f"the embedding has shape {np.shape(embedding)}, expected {expected}")
+    return np.moveaxis(np.asarray(embedding, np.float32)[0], 0, -1)
 
 
 def _numbers(values: Any, where: str) -> np.ndarray:

@@ -31,8 +31,8 @@ def linear_resize_matrix(in_size: int, out_size: int) -> Float[np.ndarray, "out_
 
 
 def mask_resize_matrix(
-    mask_size: int, image_size: int, input_size: int, original_size: int
-) -> Float[np.ndarray, "bucket mask_size"]:
+    mask_size: int, image_size: int, input_size: int, original_size: int, padded_size: int
+) -> Float[np.ndarray, "padded_size mask_size"]:
     """One axis of Meta's `postprocess_masks`: mask -> padded square -> crop -> original image.
 
     Args:
@@ -40,14 +40,14 @@ def mask_resize_matrix(
         image_size: side of the model's padded input (1024).
         input_size: what of it the picture fills along this axis.
         original_size: the original picture's pixels along this axis.
+        padded_size: of the result.
 
     Returns:
-        float32; `original_size` rows, then rows of zeros up to `size_bucket(original_size)`.
+        float32; `original_size` rows, then rows of zeros.
     """
     to_image = linear_resize_matrix(mask_size, image_size)[:input_size]
     matrix = linear_resize_matrix(input_size, original_size) @ to_image
-    padding = size_bucket(original_size) - original_size
-    return np.pad(matrix, ((0, padding), (0, 0))).astype(np.float32)
+    return np.pad(matrix, ((0, padded_size - original_size), (0, 0))).astype(np.float32)
 
 
 def size_bucket(size: int) -> int:

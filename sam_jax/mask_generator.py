@@ -1,0 +1,663 @@
+"""Everything-mode: `SamAutomaticMaskGenerator`, with the surface of Meta's.
+
+A picture is prompted with a grid of points. Decision by decision, as little is computed as can be:
+
+1. a few points at a time go through the two-way transformer, which gives the predicted IoUs;
+2. points of which a mask may be good enough go on to the upscaling, which gives its logits;
+3. those masks are measured at full size, tile by tile: box and stability;
+4. the host picks the survivors by these numbers (non-maximum suppression);
+5. survivors are decoded again, and only they become full-size masks.
+
+So no mask is kept that is not in the result, and memory depends on `points_per_batch`, not on the
+number of masks or the size of the picture.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pycocotools.mask
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from sam_jax.models.sam import Sam
+from sam_jax.ops.boxes import (
+    box_area,
+    build_point_grid,
+    generate_crop_boxes,
+    is_box_near_crop_edge,
+    non_maximum_suppression,
+)
+from sam_jax.ops.masks import (
+    MaskStatistics,
+    mask_statistics,
+    mask_to_box,
+    remove_small_regions,
+    rle_area,
+    rle_decode,
+    rle_encode,
+)
+from sam_jax.ops.prompts import join_prompts, pad_axis
+from sam_jax.ops.resize import mask_resize_matrix
+from sam_jax.processing import (
+    ImageInput,
+    SamProcessor,
+    check_embedding,
+    check_sizes,
+    load_image,
+)
+
+OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
+
+
+class SamAutomaticMaskGenerator:
+    """Finds all objects of a picture by prompting a grid of points.
+
+    Compiled once, for pictures of every size (above 4096 pixels once more for each power of two).
+    With a `mesh` of several devices, `generate_batch` works on as many pictures at a time, one on
+    each device.
+
+    Args:
+        model: its parameters are taken as they are now; make a new generator after changing them.
+        points_per_side: the grid has as many points squared. Give this or `point_grids`.
+        points_per_batch: how many points are decoded by one call; more take more memory.
+        pred_iou_thresh: a mask's predicted IoU must be larger; 0 lets all pass.
+        stability_score_thresh: a mask's stability must be as large; 0 lets all pass. It is the IoU
+            of the masks that a higher and a lower threshold of the logits give.
+        stability_score_offset: how far these thresholds are from the middle one.
+        box_nms_thresh: of masks whose boxes have a larger IoU the one of the best predicted IoU
+            stays.
+        crop_n_layers: also look at crops, 2^i x 2^i of them in layer i = 1 to n.
+        crop_nms_thresh: like `box_nms_thresh` between crops, where the smaller crop's mask stays.
+        crop_overlap_ratio: how much of the picture's shorter side the crops of the first layer
+            overlap, 0 to 1.
+        crop_n_points_downscale_factor: layer i has as many times fewer points per side, to the
+            power of i.
+        point_grids: for each layer, the whole picture's first, points [n, 2], x and y from 0 to 1.
+        min_mask_region_area: fill holes and drop islands of fewer pixels, if it is not 0.
+        output_mode: how a record holds its mask: "binary_mask", a boolean array;
+            "uncompressed_rle", COCO's run lengths as a list; "coco_rle", as pycocotools' string.
+        mesh: of the devices that images are spread over, along all its axes; None for the device
+            that the model is on.
+
+    Raises:
+        ValueError: for an argument that cannot be; the message says which.
+    """
+
+    def __init__(
+        self,
+        model: Sam,
+        points_per_side: int | None = 32,
+        points_per_batch: int = 64,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        box_nms_thresh: float = 0.7,
+        crop_n_layers: int = 0,
+        crop_nms_thresh: float = 0.7,
+        crop_overlap_ratio: float = 512 / 1500,
+        crop_n_points_downscale_factor: int = 1,
+        point_grids: Sequence[Any] | None = None,
+        min_mask_region_area: float = 0,
+        output_mode: OutputMode = "binary_mask",
+        *,
+        mesh: Mesh | None = None,
+    ):
+        if (points_per_side is None) == (point_grids is None):
+            raise ValueError(
+                f"points_per_side is {points_per_side} and point_grids is "
+                f"{'None' if point_grids is None else 'given'}, expected exactly one of them"
+            )
+        _check_at_least(1, points_per_batch=points_per_batch)
+        _check_at_least(0, crop_n_layers=crop_n_layers)
+        _check_at_least(1, crop_n_points_downscale_factor=crop_n_points_downscale_factor)
+        if not 0 <= crop_overlap_ratio < 1:
+            raise ValueError(f"crop_overlap_ratio is {crop_overlap_ratio}, expected 0 to below 1")
+        if output_mode not in get_args(OutputMode):
+            raise ValueError(
+                f"output_mode is {output_mode!r}, expected one of {', '.join(get_args(OutputMode))}"
+            )
+        if point_grids is None:
+            _check_at_least(1, points_per_side=points_per_side)
+            sides = [
+                int(points_per_side / crop_n_points_downscale_factor**i)
+                for i in range(crop_n_layers + 1)
+            ]
+            if 0 in sides:
+                raise ValueError(
+                    f"points_per_side {points_per_side} over crop_n_points_downscale_factor "
+                    f"{crop_n_points_downscale_factor} leaves no points for layer {sides.index(0)}"
+                )
+            point_grids = [build_point_grid(n) for n in sides]
+        self.point_grids = _check_grids(point_grids, crop_n_layers + 1)
+        self.points_per_batch = points_per_batch
+        self.pred_iou_thresh = pred_iou_thresh
+        self.stability_score_thresh = stability_score_thresh
+        self.stability_score_offset = stability_score_offset
+        self.box_nms_thresh = box_nms_thresh
+        self.crop_n_layers = crop_n_layers
+        self.crop_nms_thresh = crop_nms_thresh
+        self.crop_overlap_ratio = crop_overlap_ratio
+        self.min_mask_region_area = min_mask_region_area
+        self.output_mode = output_mode
+        self.mask_threshold = model.config.mask_threshold
+
+        self.config = model.config
+        self.processor = SamProcessor(model.config)
+        self._graphdef, params = nnx.split(model)
+        if mesh is None:
+            (device, *_) = jax.tree.leaves(params)[0].devices()
+            mesh = Mesh(np.array([device]), ("images",))
+        self.mesh = mesh
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        self._at_once = _points_at_once(points_per_batch, mesh.devices.flat[0].platform)
+
+    def generate(self, image: ImageInput) -> list[dict[str, Any]]:
+        """The masks of one picture.
+
+        Args:
+            image: whatever `sam_jax.processing.load_image` takes.
+
+        Returns:
+            A record for each mask, a dictionary of
+
+            * `segmentation`: see `output_mode`;
+            * `area`: int, in pixels;
+            * `bbox`: [x, y, w, h], ints in pixels, w and h from the first pixel to the last;
+            * `predicted_iou`: float, what the model expects;
+            * `point_coords`: [[x, y]], floats, the point that gave the mask;
+            * `stability_score`: float; 0 for an empty mask, where the reference has NaN;
+            * `crop_box`: [x, y, w, h], ints, the crop that gave the mask.
+
+            Without crops, the best predicted IoU comes first, otherwise the smallest crop.
+        """
+        return self.generate_batch([image])[0]
+
+    def generate_batch(self, images: Sequence[ImageInput]) -> list[list[dict[str, Any]]]:
+        """The masks of several pictures, of any sizes: for each what `generate` returns."""
+        results, devices = [], self.mesh.devices.size
+        for start in range(0, len(images), devices):
+            arrays = [load_image(image) for image in images[start : start + devices]]
+            results += self._generate([self._crops(a.shape[:2], a) for a in arrays])
+        return results
+
+    def generate_from_embedding(
+        self, embedding: Any, original_size: tuple[int, int]
+    ) -> list[dict[str, Any]]:
+        """What `generate` returns for a picture whose embedding is known.
+
+        Args:
+            embedding: [1, c, g, g] of `SamPredictor.get_image_embedding`, of the same model.
+            original_size: (h, w) of the picture.
+
+        Raises:
+            ValueError: for another shape, and with crops, of which there are no embeddings.
+        """
+        if self.crop_n_layers:
+            raise ValueError(
+                f"crop_n_layers is {self.crop_n_layers}, and crops need the picture: call generate"
+            )
+        embedding = check_embedding(embedding, self.config)
+        (size,) = check_sizes([original_size], 1, "original_size")
+        return self._generate([self._crops(size, embedding=embedding)])[0]
+
+    def _crops(
+        self,
+        size: tuple[int, int],
+        image: np.ndarray | None = None,
+        embedding: np.ndarray | None = None,
+    ) -> "list[_Crop]":
+        """A picture's crops, those first whose masks win over others'."""
+        boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+        order = np.argsort(-1 / box_area(np.array(boxes)), kind="stable")
+        found: list[_Found] = []
+        return [
+            _Crop(size, boxes[i], self.point_grids[layers[i]], image, embedding, found)
+            for i in order
+        ]
+
+    def _generate(self, pictures: "list[list[_Crop]]") -> list[list[dict[str, Any]]]:
+        """The records of at most as many pictures as there are devices."""
+        for turn in itertools.zip_longest(*pictures):
+            # A crop for each device, or nothing to do.
+            self._add_masks([crop for crop in turn if crop is not None])
+        return [self._records(crops[0].found) for crops in pictures]
+
+    def _add_masks(self, crops: "list[_Crop]") -> None:
+        """Finds the masks of a crop on each device and adds them to those of its picture."""
+        if crops[0].embedding is None:
+            pixels = self._spread([self.processor.preprocess(crop.pixels) for crop in crops])
+            embeddings = _encode(self._graphdef, self._params, pixels, mesh=self.mesh)
+        else:
+            embeddings = self._spread([crop.embedding for crop in crops])
+        padded_size = _padded_size(max(max(crop.size) for crop in crops))
+        frames = [self._frame(crop.size, padded_size) for crop in crops]
+        on_devices = self._graphdef, self._params, embeddings, self._spread(frames)
+        static = {"mesh": self.mesh, "at_once": self._at_once}
+
+        every = [(np.arange(len(crop.grid)), np.zeros(len(crop.grid), int)) for crop in crops]
+        measured = [
+            _measure(*on_devices, points, **static) for points in self._batches(crops, every)
+        ]
+        measured = jax.device_get(measured)  # only now is the first batch waited for
+        chosen = []
+        for i, crop in enumerate(crops):
+            mine = [jax.tree.map(lambda x, i=i: x[i], batch) for batch in measured]
+            mine = jax.tree.map(lambda *parts: np.concatenate(parts), *mine)
+            chosen.append(self._choose(crop, mine))
+
+        start = 0
+        for points in self._batches(crops, [(c.point, c.which) for c in chosen]):
+            low_res = np.asarray(_decode(*on_devices, points, **static))
+            for crop, frame, masks, logits in zip(crops, frames, chosen, low_res, strict=False):
+                for k in range(start, min(start + self.points_per_batch, len(masks.point))):
+                    crop.found.append(self._found(crop, frame, masks, k, logits[k - start]))
+            start += self.points_per_batch
+
+    def _spread(self, items: list) -> Any:
+        """Trees of arrays, one for each device, stacked; devices without one get zeros."""
+
+        def stack(*arrays):
+            idle = self.mesh.devices.size - len(arrays)
+            return np.stack([*arrays, *[np.zeros_like(arrays[0])] * idle])
+
+        return jax.device_put(jax.tree.map(stack, *items), self._sharding)
+
+    def _frame(self, size: tuple[int, int], padded_size: int) -> "_Frame":
+        """How the low-resolution masks of a crop of (h, w) are measured."""
+        rows, columns = (
+            mask_resize_matrix(
+                self.config.mask_size, self.config.image_size, input_side, side, padded_size
+            )
+            for input_side, side in zip(self.processor.input_size(size), size, strict=True)
+        )
+        limits = [self.pred_iou_thresh, self.mask_threshold, self.stability_score_offset]
+        return _Frame(rows, columns, np.array(size, np.int32), np.array(limits, np.float32))
+
+    def _batches(
+        self, crops: "list[_Crop]", masks: list[tuple[np.ndarray, np.ndarray]]
+    ) -> "Iterator[_Points]":
+        """`points_per_batch` points at a time for each device.
+
+        Args:
+            crops: one for each device.
+            masks: for each crop which points of its grid, and which of a point's masks.
+        """
+        size = self.points_per_batch
+        for start in range(0, max(len(point) for point, _ in masks), size):
+            batch = []
+            for crop, (point, which) in zip(crops, masks, strict=True):
+                point, which = point[start : start + size], which[start : start + size]
+                coords = self.processor.scale_coords(crop.points[point], crop.size)
+                count = np.array(len(point), np.int32)
+                which = pad_axis(which.astype(np.int32), size, 0, 0)
+                batch.append(_Points(pad_axis(coords, size, 0, 0), which, count))
+            yield self._spread(batch)
+
+    def _choose(self, crop: "_Crop", measured: "_Measured") -> "_Chosen":
+        """The masks of a crop that are kept, in the order of the result."""
+        count = len(crop.grid)
+        iou, box, intersection, union = (
+            array[:count].reshape(-1, *array.shape[2:])
+            for array in (measured.iou, *measured.statistics)
+        )
+        with np.errstate(invalid="ignore"):
+            stability = intersection.astype(np.float32) / union.astype(np.float32)
+        x0, y0, _, _ = crop.box
+        box = box + np.array([x0, y0, x0, y0])
+        keep = ~is_box_near_crop_edge(box, crop.box, crop.image_size)
+        if self.pred_iou_thresh > 0:
+            keep &= iou > np.float32(self.pred_iou_thresh)
+        if self.stability_score_thresh > 0:
+            keep &= stability >= np.float32(self.stability_score_thresh)
+        (index,) = np.nonzero(keep)
+        index = index[non_maximum_suppression(box[index], iou[index], self.box_nms_thresh)]
+        if self.crop_n_layers:
+            # What earlier crops have found comes first, then this crop's in their order.
+            boxes = np.concatenate(
+                [np.array([m.box for m in crop.found]).reshape(-1, 4), box[index]]
+            )
+            kept = non_maximum_suppression(
+                boxes, -np.arange(len(boxes), dtype=np.float32), self.crop_nms_thresh
+            )
+            index = index[kept[kept >= len(crop.found)] - len(crop.found)]
+        point, which = np.divmod(index, measured.iou.shape[1])
+        return _Chosen(point, which, iou[index], np.nan_to_num(stability[index]), box[index])
+
+    def _found(
+        self, crop: "_Crop", frame: "_Frame", chosen: "_Chosen", k: int, logits: np.ndarray
+    ) -> "_Found":
+        """A chosen mask at full size."""
+        x0, y0, x1, y1 = chosen.box[k]
+        left, top, _, _ = crop.box
+        # Outside its box the mask is empty.
+        rows, columns = (
+            frame.rows[y0 - top : y1 - top + 1],
+            frame.columns[x0 - left : x1 - left + 1],
+        )
+        height, width = crop.image_size
+        # Column by column in memory, as run lengths go.
+        mask = np.zeros((width, height), bool).T
+        mask[y0 : y1 + 1, x0 : x1 + 1] = rows @ logits @ columns.T > self.mask_threshold
+        return _Found(
+            rle=rle_encode(mask),
+            box=chosen.box[k],
+            predicted_iou=float(chosen.iou[k]),
+            stability_score=float(chosen.stability[k]),
+            point=(crop.points[chosen.point[k]] + np.array([left, top])).tolist(),
+            crop_box=crop.box,
+        )
+
+    def _records(self, found: "list[_Found]") -> list[dict[str, Any]]:
+        if self.min_mask_region_area > 0 and found:
+            found = self._without_small_regions(found)
+        return [
+            {
+                "segmentation": self._segmentation(mask.rle),
+                "area": rle_area(mask.rle),
+                "bbox": _xywh(mask.box),
+                "predicted_iou": mask.predicted_iou,
+                "point_coords": [mask.point],
+                "stability_score": mask.stability_score,
+                "crop_box": _xywh(mask.crop_box),
+            }
+            for mask in found
+        ]
+
+    def _without_small_regions(self, found: "list[_Found]") -> "list[_Found]":
+        """Holes filled and islands dropped; of masks that now are the same, the unchanged stay."""
+        masks, scores = [], []
+        for one in found:
+            mask, changed = remove_small_regions(rle_decode(one.rle), self.min_mask_region_area)
+            if changed:
+                one = dataclasses.replace(one, rle=rle_encode(mask), box=mask_to_box(mask))
+            masks.append(one)
+            scores.append(float(not changed))
+        threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
+        boxes = np.array([mask.box for mask in masks])
+        return [masks[i] for i in non_maximum_suppression(boxes, np.array(scores), threshold)]
+
+    def _segmentation(self, rle: dict) -> Any:
+        if self.output_mode == "binary_mask":
+            return rle_decode(rle)
+        if self.output_mode == "coco_rle":
+            rle = pycocotools.mask.frPyObjects(rle, *rle["size"])
+            return {"size": rle["size"], "counts": rle["counts"].decode()}
+        return rle
+
+
+@dataclass(frozen=True)
+class _Crop:
+    """A crop of a picture, and what was found in the picture so far."""
+
+    image_size: tuple[int, int]  # (h, w) of the picture
+    box: tuple[int, int, int, int]  # in it: x0, y0, x1, y1
+    grid: np.ndarray  # points [n, 2], x and y from 0 to 1
+    image: np.ndarray | None
+    embedding: np.ndarray | None  # [g, g, c], instead of the image
+    found: "list[_Found]"  # the same list for all crops of a picture
+
+    @property
+    def size(self) -> tuple[int, int]:
+        x0, y0, x1, y1 = self.box
+        return y1 - y0, x1 - x0
+
+    @property
+    def pixels(self) -> np.ndarray:
+        x0, y0, x1, y1 = self.box
+        return np.ascontiguousarray(self.image[y0:y1, x0:x1])
+
+    @property
+    def points(self) -> np.ndarray:
+        """In pixels of the crop."""
+        return self.grid * np.array(self.size[::-1])
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A mask of the result."""
+
+    rle: dict
+    box: np.ndarray
+    predicted_iou: float
+    stability_score: float
+    point: list[float]
+    crop_box: tuple[int, int, int, int]
+
+
+class _Chosen(NamedTuple):
+    """Masks that passed: their points and which masks of these, and what was measured."""
+
+    point: np.ndarray
+    which: np.ndarray
+    iou: np.ndarray
+    stability: np.ndarray
+    box: np.ndarray  # in pixels of the picture
+
+
+def _xywh(box: Any) -> list[int]:
+    x0, y0, x1, y1 = map(int, box)
+    return [x0, y0, x1 - x0, y1 - y0]
+
+
+def _check_at_least(least: int, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+
+
+def _check_grids(grids: Sequence[Any], layers: int) -> list[np.ndarray]:
+    if len(grids) != layers:
+        raise ValueError(
+            f"there are {len(grids)} point_grids, expected {layers}: one for the whole picture "
+            "and one for each of the crop_n_layers"
+        )
+    grids = [np.asarray(grid, np.float64) for grid in grids]
+    for i, grid in enumerate(grids):
+        if grid.ndim != 2 or grid.shape[1] != 2 or not len(grid):
+            raise ValueError(f"point_grids[{i}] has shape {grid.shape}, expected (n, 2)")
+        inside = (grid >= 0) & (grid <= 1)
+        if not inside.all():
+            raise ValueError(
+                f"point_grids[{i}] holds {grid[~inside.all(axis=1)][0].tolist()}, expected x and y "
+                "from 0 to 1, as fractions of the picture"
+            )
+    return grids
+
+
+# ---- on the device -------------------------------------------------------------------------------
+
+
+class _AtOnce(NamedTuple):
+    """How many of each are computed together."""
+
+    points: int  # through the transformer
+    upscaled: int  # through the upscaling
+    measured: int  # masks at full size
+
+
+class _Frame(NamedTuple):
+    """How masks become full size and are measured; arrays."""
+
+    rows: Float[Array, "padded side"]
+    columns: Float[Array, "padded side"]
+    size: Int[Array, "2"]  # (h, w)
+    limits: Float[Array, "3"]  # of predicted IoU, of logits, offset of the latter for stability
+
+
+class _Points(NamedTuple):
+    """A batch of points; arrays."""
+
+    coords: Float[Array, "n 2"]  # in pixels of the model's input
+    which: Int[Array, " n"]  # of a point's masks
+    count: Int[Array, ""]  # of points that are no padding
+
+
+class _Measured(NamedTuple):
+    """Of every mask of every point; zeros for masks whose predicted IoU is too low."""
+
+    iou: Float[Array, "n m"]
+    statistics: MaskStatistics
+
+
+def _points_at_once(points_per_batch: int, platform: str) -> _AtOnce:
+    if platform == "cpu":
+        # What two points need stays in a CPU's cache; measured in benchmarks/README.md.
+        return _AtOnce(min(2, points_per_batch), 1, 1)
+    return _AtOnce(points_per_batch, -(-points_per_batch // 4), 3)
+
+
+def _padded_size(size: int) -> int:
+    """4096, or the next power of two."""
+    return max(4096, 1 << (size - 1).bit_length())
+
+
+def _per_image(function: Callable) -> Callable:
+    """Compiles `function(model, *arrays, at_once)` for one image on each device of a mesh.
+
+    The result is called with arrays that have an axis of devices before their own.
+    """
+
+    @functools.partial(jax.jit, static_argnames=("mesh", "at_once"))
+    def compiled(graphdef, params, *arrays, mesh, **static):
+        def one_image(params, *arrays):
+            arrays = jax.tree.map(lambda x: x[0], arrays)
+            result = function(nnx.merge(graphdef, params), *arrays, **static)
+            return jax.tree.map(lambda x: x[None], result)
+
+        images = PartitionSpec(mesh.axis_names)
+        in_specs = (PartitionSpec(), *[images] * len(arrays))
+        # The loops' trip counts differ from device to device, which the check does not allow for.
+        return jax.shard_map(
+            one_image, mesh=mesh, in_specs=in_specs, out_specs=images, check_vma=False
+        )(params, *arrays)
+
+    return compiled
+
+
+@_per_image
+def _encode(model: Sam, pixel_values: Float[Array, "h w rgb"]) -> Float[Array, "g g c"]:
+    return model.encode_image(pixel_values[None])[0]
+
+
+@_per_image
+def _measure(
+    model: Sam,
+    image_embedding: Float[Array, "g g c"],
+    frame: _Frame,
+    points: _Points,
+    *,
+    at_once: _AtOnce,
+) -> _Measured:
+    decoder = model.mask_decoder
+    outputs = decoder.outputs(multimask_output=True)
+    iou_limit, threshold, offset = frame.limits
+
+    def measure(mask):
+        return mask_statistics(mask, frame.rows, frame.columns, frame.size, threshold, offset)
+
+    def masks_of_point(mask_tokens, keys, wanted):
+        masks = decoder.predict_masks(mask_tokens, keys, outputs)
+        return _for_each_wanted(measure, wanted, (masks,), at_once.measured)
+
+    def some_points(coords, _, real):
+        iou_token, mask_tokens, keys = _attend(model, image_embedding, coords)
+        iou = jax.vmap(decoder.predict_iou)(iou_token)[:, outputs]
+        wanted = real[:, None] & ((iou > iou_limit) | (iou_limit <= 0))
+        statistics = _for_each_wanted(
+            masks_of_point, wanted.any(1), (mask_tokens, keys, wanted), at_once.upscaled
+        )
+        return _Measured(iou, statistics)
+
+    return _for_some_at_a_time(some_points, points, at_once.points)
+
+
+@_per_image
+def _decode(
+    model: Sam,
+    image_embedding: Float[Array, "g g c"],
+    frame: _Frame,
+    points: _Points,
+    *,
+    at_once: _AtOnce,
+) -> Float[Array, "n side side"]:
+    decoder = model.mask_decoder
+    outputs = decoder.outputs(multimask_output=True)
+
+    def mask_of_point(mask_tokens, keys, which):
+        return decoder.predict_masks(mask_tokens, keys, outputs)[which]
+
+    def some_points(coords, which, real):
+        _, mask_tokens, keys = _attend(model, image_embedding, coords)
+        arrays = mask_tokens, keys, which
+        return _for_each_wanted(mask_of_point, real, arrays, at_once.upscaled)
+
+    return _for_some_at_a_time(some_points, points, at_once.points)
+
+
+def _attend(model: Sam, image_embedding: Float[Array, "g g c"], coords: Float[Array, "n 2"]):
+    """What the two-way transformer makes of n prompts of one foreground point each."""
+    image_pe = model.prompt_encoder.get_dense_pe()
+    no_mask = model.prompt_encoder.embed_mask(None)
+
+    def one_prompt(points, labels):
+        sparse, sparse_mask = model.prompt_encoder(points, labels)
+        return model.mask_decoder.attend(image_embedding, image_pe, sparse, sparse_mask, no_mask)
+
+    return jax.vmap(one_prompt)(*join_prompts(coords[:, None], None, None))
+
+
+def _for_some_at_a_time(function: Callable, points: _Points, size: int) -> PyTree:
+    """`function(coords, which, real)` of `size` points at a time, as far as there are points."""
+    total = len(points.coords)
+    padded = -(-total // size) * size
+    coords, which = (pad_axis(x, padded, 0, 0) for x in (points.coords, points.which))
+
+    def call(start):
+        some = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (coords, which))
+        return function(*some, start + jnp.arange(size) < points.count)
+
+    def step(i, results):
+        start = i * size
+        return jax.tree.map(
+            lambda all, some: jax.lax.dynamic_update_slice_in_dim(all, some, start, 0),
+            results,
+            call(start),
+        )
+
+    some = jax.eval_shape(call, 0)
+    results = jax.tree.map(lambda s: jnp.zeros((padded, *s.shape[1:]), s.dtype), some)
+    results = jax.lax.fori_loop(0, -(-points.count // size), step, results)
+    return jax.tree.map(lambda x: x[:total], results)
+
+
+def _for_each_wanted(
+    function: Callable, wanted: Bool[Array, " n"], arrays: Sequence[Array], size: int
+) -> PyTree:
+    """`function` of each entry of the arrays that is wanted, `size` together; zeros elsewhere."""
+    n = len(wanted)
+    order = jnp.argsort(~wanted, stable=True)
+    one = jax.eval_shape(function, *(x[0] for x in arrays))
+    results = jax.tree.map(lambda s: jnp.zeros((n, *s.shape), s.dtype), one)
+
+    def step(k, results):
+        if size == 1:
+            index = order[k]
+            entry = (jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in arrays)
+            found = function(*entry)
+        else:
+            # Beyond the end there is nothing to read (the last is read again) or to write.
+            index = jnp.where(k * size + jnp.arange(size) < n, 0, n)
+            index += jax.lax.dynamic_slice_in_dim(jnp.pad(order, (0, size)), k * size, size)
+            found = jax.vmap(function)(*(x[index] for x in arrays))
+        return jax.tree.map(lambda all, some: all.at[index].set(some, mode="drop"), results, found)
+
+    return jax.lax.fori_loop(0, -(-wanted.sum() // size), step, results)

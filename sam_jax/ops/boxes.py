@@ -1,0 +1,104 @@
+"""Point grids, crop boxes and non-maximum suppression of everything-mode.
+
+These are a few thousand numbers per picture, in numpy on the host: the same result every time, and
+nothing to compile. Boxes are x0, y0, x1, y1 in pixels; those of masks include their last pixel.
+"""
+
+import itertools
+import math
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Num
+
+# How near a box may come to the edge of a crop, in pixels, before it counts as cut off by it.
+_EDGE_TOLERANCE = 20.0
+
+
+def build_point_grid(n_per_side: int) -> Float[np.ndarray, "n_per_side*n_per_side 2"]:
+    """The centres (x, y) of n x n equal cells of the unit square, row by row."""
+    centres = np.linspace(1 / (2 * n_per_side), 1 - 1 / (2 * n_per_side), n_per_side)
+    x, y = np.meshgrid(centres, centres)
+    return np.stack([x, y], axis=-1).reshape(-1, 2)
+
+
+def generate_crop_boxes(
+    image_size: tuple[int, int], n_layers: int, overlap_ratio: float
+) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+    """The whole picture, then for each layer i = 1, ..., n the boxes of 2^i x 2^i crops.
+
+    Args:
+        image_size: (h, w).
+        n_layers: how many layers of crops.
+        overlap_ratio: how much of the shorter side crops of the first layer overlap; those of
+            later layers overlap less, in proportion.
+
+    Returns:
+        The boxes x0, y0, x1, y1 (x1, y1 excluded), and the layer of each. Crops that would be
+        empty, as there are in pictures a few pixels wide, are left out.
+    """
+    height, width = image_size
+    boxes, layers = [(0, 0, width, height)], [0]
+    for layer in range(1, n_layers + 1):
+        n = 2**layer
+        overlap = int(overlap_ratio * min(height, width) * (2 / n))
+        crop_width, crop_height = (
+            math.ceil((overlap * (n - 1) + side) / n) for side in (width, height)
+        )
+        # Column by column, as the reference.
+        for i, j in itertools.product(range(n), range(n)):
+            x0, y0 = (crop_width - overlap) * i, (crop_height - overlap) * j
+            x1, y1 = min(x0 + crop_width, width), min(y0 + crop_height, height)
+            if x0 < x1 and y0 < y1:
+                boxes.append((x0, y0, x1, y1))
+                layers.append(layer)
+    return boxes, layers
+
+
+def is_box_near_crop_edge(
+    boxes: Num[np.ndarray, "n 4"],
+    crop_box: tuple[int, int, int, int],
+    image_size: tuple[int, int],
+) -> Bool[np.ndarray, " n"]:
+    """Which boxes come within 20 pixels of an edge of the crop that is no edge of the picture.
+
+    Args:
+        boxes: in pixels of the picture.
+        crop_box: of the crop.
+        image_size: (h, w) of the picture.
+    """
+    height, width = image_size
+    near_crop = abs(boxes - np.array(crop_box)) <= _EDGE_TOLERANCE
+    near_image = abs(boxes - np.array([0, 0, width, height])) <= _EDGE_TOLERANCE
+    return (near_crop & ~near_image).any(axis=1)
+
+
+def box_area(boxes: Num[np.ndarray, "*n 4"]) -> Float[np.ndarray, "*n"]:
+    """Width times height, float32."""
+    sides = np.asarray(boxes[..., 2:] - boxes[..., :2], np.float32)
+    return sides[..., 0] * sides[..., 1]
+
+
+def box_iou(box: Num[np.ndarray, "4"], boxes: Num[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
+    """Intersection over union of one box with others, float32; NaN if both are empty."""
+    corner0, corner1 = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
+    sides = np.maximum(corner1 - corner0, 0).astype(np.float32)
+    intersection = sides[:, 0] * sides[:, 1]
+    with np.errstate(invalid="ignore"):
+        return intersection / (box_area(box) + box_area(boxes) - intersection)
+
+
+def non_maximum_suppression(
+    boxes: Num[np.ndarray, "n 4"], scores: Float[np.ndarray, " n"], iou_threshold: float
+) -> Int[np.ndarray, " kept"]:
+    """Which boxes are kept, best first, if each drops all worse ones that overlap it too much.
+
+    The result of `torchvision.ops.nms` on a CPU: of equal scores the earlier box goes first, and
+    a box is dropped if the IoU is larger than the threshold.
+    """
+    order = np.argsort(-scores, kind="stable")
+    kept = []
+    while len(order):
+        best, order = order[0], order[1:]
+        kept.append(best)
+        order = order[~(box_iou(boxes[best], boxes[order]) > iou_threshold)]
+    return np.array(kept, np.int64)
