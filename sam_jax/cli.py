@@ -60,6 +60,7 @@ def segment(args: Segment) -> None:
     output = args.output or Path(f"{args.image.stem}_masks")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output is {output}, a file; expected a folder")
+    _check_free(output)
 
     predictor = SamPredictor(from_pretrained(args.model))
     predictor.set_image(image)
@@ -106,19 +107,31 @@ def _write(folder: Path, pictures: dict[str, Image.Image], summary: str) -> None
         for name, picture in pictures.items():
             picture.save(Path(temporary, name))
         Path(temporary, "masks.json").write_text(summary)
-        for old in _masks_of_earlier_run(folder):
+        for old in _files_of_earlier_run(folder):
             (folder / old).unlink(missing_ok=True)
         for name in (*pictures, "masks.json"):
             os.replace(Path(temporary, name), folder / name)
 
 
-def _masks_of_earlier_run(folder: Path) -> list[str]:
-    """What its masks.json lists; other people's files of such names are left alone."""
+def _check_free(folder: Path) -> None:
+    """Refuses a folder in which files of our names are somebody else's, the picture for one."""
+    ours = _files_of_earlier_run(folder)
+    for file in sorted(folder.glob("*")):
+        name = file.name
+        if name not in ours and re.fullmatch(r"mask_\d+\.png|overlay\.png|masks\.json", name):
+            raise ValueError(
+                f"{file} is not of an earlier run, and is not overwritten; choose another --output"
+            )
+
+
+def _files_of_earlier_run(folder: Path) -> list[str]:
+    """What its masks.json tells of."""
     try:
         names = [r["file"] for r in json.loads((folder / "masks.json").read_text())["masks"]]
+        names = [name for name in names if re.fullmatch(r"mask_\d+\.png", name)]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return [name for name in names if re.fullmatch(r"mask_\d+\.png", name)]
+    return [*names, "overlay.png", "masks.json"]
 
 
 def _parse_points(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -4,8 +4,31 @@ Field names are those of Meta's `segment_anything`; the defaults of each class a
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_origin
+
+
+def _check_types(config: Any) -> None:
+    """Raises ValueError for the first field whose value is not of its type; integers count things.
+
+    Configurations are read from files, and a wrong type would come to light far from there.
+    """
+
+    def fits(value, hint) -> bool:
+        if hint is int:
+            return type(value) is int and value >= 0
+        if hint is float:
+            return type(value) in (int, float) and math.isfinite(value)
+        if get_origin(hint) is tuple:
+            return isinstance(value, tuple) and all(fits(v, get_args(hint)[0]) for v in value)
+        return isinstance(value, hint)
+
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if not fits(value, f.type):
+            kind = getattr(f.type, "__name__", f.type)
+            raise ValueError(f"{type(config).__name__}.{f.name} is {value!r}, expected {kind}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +48,7 @@ class ViTConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self):
+        _check_types(self)
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
@@ -51,6 +75,9 @@ class TinyViTConfig:
     # The stem halves the picture twice, the first two stages once each; the third does not.
     patch_size = 16
 
+    def __post_init__(self):
+        _check_types(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptEncoderConfig:
@@ -58,6 +85,9 @@ class PromptEncoderConfig:
 
     mask_in_chans: int = 16
     layer_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        _check_types(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +106,9 @@ class MaskDecoderConfig:
     iou_head_depth: int = 3
     iou_head_hidden_dim: int = 256
     layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        _check_types(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +130,14 @@ class SamConfig:
     mask_threshold: float = 0.0
 
     def __post_init__(self):
-        if self.image_size < 1 or self.image_size % self.image_encoder.patch_size:
+        _check_types(self)
+        if self.image_size % self.image_encoder.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of the patch size "
                 f"{self.image_encoder.patch_size}"
             )
         mean, std = self.pixel_mean, self.pixel_std
-        if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(
                 f"pixel_mean is {mean} and pixel_std is {std}, expected three numbers each, for "
                 "red, green and blue, with positive deviations"
@@ -275,12 +309,17 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
 
 def _pixel_statistics(preprocessor: Mapping[str, Any], image_size: int) -> tuple[tuple, tuple]:
     """Mean and deviation of pixels from 0 to 255 that a `preprocessor_config.json` stands for."""
-    longest = (preprocessor.get("size") or {}).get("longest_edge", image_size)
-    if longest != image_size:
-        raise ValueError(
-            f"preprocessor_config.json resizes the longest edge to {longest} pixels, but the model "
-            f"takes {image_size}"
-        )
+    expected = {
+        "size": {"longest_edge": image_size},
+        "do_resize": True,
+        "resample": 2,  # PIL's bilinear
+        "do_pad": True,
+    }
+    for name, value in expected.items():
+        if preprocessor.get(name, value) != value:
+            raise ValueError(
+                f"preprocessor_config.json has {name} {preprocessor[name]!r}, expected {value!r}"
+            )
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if preprocessor.get("do_normalize", True):
         mean = preprocessor.get("image_mean", (0.485, 0.456, 0.406))
@@ -291,12 +330,32 @@ def _pixel_statistics(preprocessor: Mapping[str, Any], image_size: int) -> tuple
     return tuple(round(m / scale, 6) for m in mean), tuple(round(s / scale, 6) for s in std)
 
 
+def to_hf_preprocessor(config: SamConfig) -> dict[str, Any]:
+    """The Hugging Face `preprocessor_config.json` of a model."""
+    return {
+        "image_processor_type": "SamImageProcessor",
+        "image_mean": [m / 255 for m in config.pixel_mean],
+        "image_std": [s / 255 for s in config.pixel_std],
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": config.image_size},
+        "pad_size": {"height": config.image_size, "width": config.image_size},
+        "mask_size": {"longest_edge": config.mask_size},
+        "mask_pad_size": {"height": config.mask_size, "width": config.mask_size},
+    }
+
+
 def to_hf(config: SamConfig) -> dict[str, Any]:
     """The Hugging Face `config.json` of a SAM with a ViT encoder; `from_hf` is the inverse.
 
     Raises:
-        ValueError: for MobileSAM, which `transformers` has no class for.
+        ValueError: for MobileSAM, which `transformers` has no class for, and for a threshold of
+            masks other than 0, which it has no place for.
     """
+    if config.mask_threshold != 0:
+        raise ValueError(
+            f"mask_threshold is {config.mask_threshold}, but Hugging Face's configuration has no "
+            "place for it: its models have 0"
+        )
     encoder, prompt, decoder = config.image_encoder, config.prompt_encoder, config.mask_decoder
     if not isinstance(encoder, ViTConfig):
         raise ValueError(

@@ -49,7 +49,8 @@ class SamPredictor:
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format is {image_format!r}, expected 'RGB' or 'BGR'")
         array = load_image(image)
-        if image_format == "BGR":
+        # Pictures of PIL and files say themselves what their channels are.
+        if image_format == "BGR" and hasattr(image, "shape"):
             array = np.ascontiguousarray(array[..., ::-1])
         pixels = self.processor.preprocess(array)[None]
         self._features = encode_image(self._graphdef, self._params, pixels)
@@ -191,16 +192,17 @@ class SamPredictor:
             if point_coords is None:
                 given, missing = missing, given
             raise ValueError(f"{given} are given without {missing}")
-        counts = {
-            name: len(value)
-            for name, value in (
-                ("point_coords", point_coords),
-                ("point_labels", point_labels),
-                ("boxes", boxes),
-                ("mask_input", mask_input),
-            )
-            if value is not None
-        }
+        counts = {}
+        for name, value in (
+            ("point_coords", point_coords),
+            ("point_labels", point_labels),
+            ("boxes", boxes),
+            ("mask_input", mask_input),
+        ):
+            if value is not None:
+                if not hasattr(value, "__len__"):
+                    raise ValueError(f"{name} is {value!r}, expected an entry for each prompt")
+                counts[name] = len(value)
         if len(set(counts.values())) > 1:
             raise ValueError(f"there must be as many of each prompt, but there are {counts}")
         count = next(iter(counts.values()), 1)
@@ -232,6 +234,8 @@ class SamPredictor:
                     "mask of the picture's size"
                 )
             masks = np.asarray(mask_input, np.float32)[:, 0]
+            if not np.isfinite(masks).all():
+                raise ValueError("mask_input holds logits that are not finite")
         if coords is None and boxes is None:  # a mask alone, or no prompt at all
             coords = np.zeros((count, 1, 2), np.float32)
             return coords, np.full((count, 1), PADDING, np.int32), masks

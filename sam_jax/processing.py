@@ -268,6 +268,10 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
                 f"the picture has mode {image.mode}, more than 8 bits per channel; scale it to "
                 "0-255 and convert it to 'L' or 'RGB'"
             )
+        try:
+            image.load()
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"the picture cannot be read: {error}") from error
         # By way of another mode where PIL would warn (palette colours that are transparent) or has
         # no way to RGB (premultiplied alpha).
         between = {"P": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
@@ -380,17 +384,22 @@ def check_embedding(embedding: Any, config: SamConfig) -> Float[np.ndarray, "g g
     """An image embedding [1, c, g, g] as saved, float32 with its channels last.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: for another shape, and for numbers that are not finite.
     """
     grid = config.image_embedding_size
     expected = (1, config.prompt_embed_dim, grid, grid)
     if np.shape(embedding) != expected:
         raise ValueError(f"the embedding has shape {np.shape(embedding)}, expected {expected}")
-    return np.moveaxis(np.asarray(embedding, np.float32)[0], 0, -1)
+    embedding = np.asarray(embedding, np.float32)
+    if not np.isfinite(embedding).all():
+        raise ValueError("the embedding holds numbers that are not finite")
+    return np.moveaxis(embedding[0], 0, -1)
 
 
 def _numbers(values: Any, where: str) -> np.ndarray:
     try:
+        if np.iscomplexobj(values):
+            raise TypeError("complex numbers")
         array = np.asarray(values, np.float64)
     except (ValueError, TypeError) as error:
         raise ValueError(

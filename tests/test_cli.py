@@ -157,15 +157,28 @@ def test_overlay_shows_the_best_mask_and_the_prompt(run, predictor, folder, tmp_
 def test_a_second_run_replaces_the_first(run, tmp_path):
     run("--point", "60,30", "--output", "out")
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    (tmp_path / "out" / "mask_7.png").write_text("mine")
     run("--box", "12,8,90,66", "--output", "out")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "out" / "mask_7.png").read_text() == "mine"
     (tmp_path / "out" / "notes.txt").unlink()
-    (tmp_path / "out" / "mask_7.png").unlink()
     summary, masks = results(tmp_path / "out")
     assert len(masks) == 1
     assert "box" in summary["masks"][0]
+
+
+@pytest.mark.parametrize("name", ["mask_7.png", "mask_0.png", "overlay.png", "masks.json"])
+def test_other_peoples_files_are_left_alone(fails, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    message = fails("--point", "3,4", "--output", "out", model="/no/such/model")
+    assert f"out/{name} is not of an earlier run, and is not overwritten" in message
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_the_picture_is_not_overwritten(fails, folder, tmp_path):
+    picture = tmp_path / "overlay.png"
+    picture.write_bytes((folder / "photo.png").read_bytes())
+    assert "is not overwritten" in fails("--point", "3,4", "--output", ".", image="overlay.png")
+    assert picture.read_bytes() == (folder / "photo.png").read_bytes()
 
 
 def test_gray_and_transparent_pictures(run, folder, tmp_path):

@@ -10,6 +10,7 @@ from reference import SMALL
 from sam_jax.checkpoints.params import param_shapes
 from sam_jax.config import (
     MaskDecoderConfig,
+    PromptEncoderConfig,
     SamConfig,
     TinyViTConfig,
     ViTConfig,
@@ -180,7 +181,14 @@ def test_statistics_of_pixels():
     [
         ({"image_mean": [0.5]}, "pixel_mean is (127.5,) and pixel_std is (58.395, 57.12, 57.375),"),
         ({"image_std": [0.1, 0, 0.1]}, "with positive deviations"),
-        ({"size": {"longest_edge": 512}}, "to 512 pixels, but the model takes 1024"),
+        ({"image_mean": [float("nan")] * 3}, "pixel_mean is (nan, nan, nan), expected"),
+        (
+            {"size": {"longest_edge": 512}},
+            "has size {'longest_edge': 512}, expected {'longest_edge': 1024}",
+        ),
+        ({"size": {"shortest_edge": 5}}, "has size {'shortest_edge': 5}"),
+        ({"resample": 0}, "has resample 0, expected 2"),
+        ({"do_resize": False}, "has do_resize False, expected True"),
     ],
     ids=str,
 )
@@ -215,6 +223,32 @@ def test_preprocessors_that_cannot_be(preprocessor, message):
 def test_from_hf_refuses_what_sam_does_not_have(values, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         from_hf(values)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        (ViTConfig, {"depth": "2"}, "ViTConfig.depth is '2', expected int"),
+        (ViTConfig, {"num_heads": 12.0}, "ViTConfig.num_heads is 12.0, expected int"),
+        (ViTConfig, {"depth": -1}, "ViTConfig.depth is -1"),
+        (ViTConfig, {"qkv_bias": "yes"}, "ViTConfig.qkv_bias is 'yes', expected bool"),
+        (ViTConfig, {"global_attn_indexes": (1, "2")}, "global_attn_indexes is (1, '2')"),
+        (TinyViTConfig, {"depths": 2}, "TinyViTConfig.depths is 2"),
+        (PromptEncoderConfig, {"layer_norm_eps": "x"}, "layer_norm_eps is 'x', expected float"),
+        (MaskDecoderConfig, {"mlp_dim": None}, "MaskDecoderConfig.mlp_dim is None, expected int"),
+        (SamConfig, {"image_size": 96.0}, "SamConfig.image_size is 96.0, expected int"),
+        (SamConfig, {"mask_threshold": None}, "SamConfig.mask_threshold is None, expected float"),
+    ],
+)
+def test_wrong_types(part, values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        part(**values)
+
+
+def test_a_threshold_of_masks_has_no_place_in_hf():
+    with pytest.raises(ValueError, match=r"mask_threshold is 0\.5"):
+        to_hf(dataclasses.replace(vit_b(), mask_threshold=0.5))
 
 
 def test_all_that_is_wrong_is_listed():

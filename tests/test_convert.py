@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 import torch
 import torch_to_flax
-from reference import SMALL, SMALL_TINY, hf_sam, meta_sam
+import transformers
+from reference import SMALL, SMALL_TINY, hf_sam, meta_sam, ours
+
+from sam_jax import save_pretrained
+from sam_jax.checkpoints import load_config
 
 SCRIPTS = Path(torch_to_flax.__file__).parent
 VIT, TINY = (
     dataclasses.replace(c, mask_decoder=dataclasses.replace(c.mask_decoder, num_heads=8))
     for c in (SMALL, SMALL_TINY)
+)
+
+HF = dataclasses.replace(
+    SMALL, mask_decoder=dataclasses.replace(SMALL.mask_decoder, layer_norm_eps=1e-6)
 )
 
 
@@ -63,15 +71,32 @@ def test_bits_of_special_numbers_survive(tmp_path):
 
 
 def test_bfloat16(tmp_path):
-    sam = meta_sam(TINY)
+    sam = meta_sam(VIT)
     torch.save(sam.state_dict(), tmp_path / "sam.pth")
     to_ours(tmp_path / "sam.pth", tmp_path / "ours", dtype="bfloat16")
     to_torch(tmp_path / "ours", tmp_path / "again.pth", "meta")
     for name, tensor in torch.load(tmp_path / "again.pth", weights_only=True).items():
         expected = sam.state_dict()[name]
-        if expected.is_floating_point():
+        if "gaussian" not in name:  # positions are encoded in float32
             expected = expected.bfloat16()
         assert torch.equal(tensor, expected), name
+
+
+def test_the_configuration_goes_to_hf_and_back(tmp_path):
+    """The decoder's heads and epsilon, and the statistics of pixels, which no tensor tells."""
+    config = dataclasses.replace(HF, pixel_mean=(25.5, 51.0, 76.5), pixel_std=(51.0, 102.0, 153.0))
+    save_pretrained(ours(hf_sam(HF), config), tmp_path / "ours")
+    to_torch(tmp_path / "ours", tmp_path / "hf/model.safetensors", "hf")
+    assert load_config(tmp_path / "hf") == config
+    processor = transformers.SamImageProcessor.from_pretrained(tmp_path / "hf")
+    np.testing.assert_allclose(processor.image_mean, (0.1, 0.2, 0.3))
+    assert processor.size["longest_edge"] == processor.pad_size["height"] == 96
+
+
+def test_what_metas_format_cannot_say_is_said(tmp_path):
+    save_pretrained(ours(hf_sam(HF), HF), tmp_path / "ours")
+    with pytest.warns(UserWarning, match=r"mask_decoder.num_heads is 4, taken to be 8$"):
+        to_torch(tmp_path / "ours", tmp_path / "sam.pth", "meta")
 
 
 @pytest.mark.parametrize("fmt", ["meta", "hf"])

@@ -417,6 +417,16 @@ def test_a_picture_that_cannot_be_read_leaves_the_former(predictor):
         assert np.array_equal(part, array)
 
 
+def test_pictures_that_know_their_channels_are_not_swapped(predictor, tmp_path):
+    image = Image.fromarray(picture())
+    image.save(tmp_path / "picture.png")
+    for given in (image, tmp_path / "picture.png"):
+        predictor.set_image(given, "BGR")
+        swapped = predictor.get_image_embedding()
+        predictor.set_image(given)
+        assert np.array_equal(swapped, predictor.get_image_embedding())
+
+
 def test_parameters_are_those_of_when_it_was_made():
     sam = ours(torch_model(), SMALL)
     predictor = SamPredictor(sam)
@@ -461,6 +471,9 @@ def test_parameters_are_those_of_when_it_was_made():
             {"mask_input": np.zeros((1, *SIZE))},
             r"mask_input has shape \(1, 71, 113\), expected \(1, 48, 48\): low-resolution logits",
         ),
+        ({"point_coords": [[1e39, 1]], "point_labels": [1]}, "not finite or too large"),
+        ({"point_coords": [[1j, 2]], "point_labels": [1]}, "point_coords are .*, expected numbers"),
+        ({"mask_input": np.full((1, 48, 48), np.nan)}, "mask_input holds logits .* not finite"),
         ({"mask_input": np.zeros((48, 48))}, r"shape \(48, 48\), expected \(1, 48, 48\)"),
         ({"mask_input": np.zeros((3, 48, 48))}, r"shape \(3, 48, 48\), expected \(1, 48, 48\)"),
     ],

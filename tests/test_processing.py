@@ -464,7 +464,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
             {"input_points": [[POINT]], "input_labels": [[1], [1]]},
             r"input_labels are for 2 images, but there are 1; expected them nested \[image\]",
         ),
-        ({"input_points": [[[float("nan"), 3]]]}, r"not finite: \[\[nan, 3.0\]\]"),
+        ({"input_points": [[[float("nan"), 3]]]}, r"not finite or too large: \[\[nan, 3.0\]\]"),
         ({"input_points": [[[float("inf"), 3]]]}, r"input_points\[0\]\[0\] hold .* not finite"),
         ({"input_points": [[POINT]], "input_labels": [[None]]}, r"have labels \[nan\]"),
         (

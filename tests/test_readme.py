@@ -1,13 +1,27 @@
 """What README.md tells to do in Python, done."""
 
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
 import skimage.data
 from PIL import Image
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 README = Path(__file__).parents[1] / "README.md"
+
+
+def test_quickstart(mobile_sam_file, tmp_path):
+    """It makes README's picture, but for how another matplotlib might draw it."""
+    main = runpy.run_path(str(EXAMPLES / "quickstart.py"))["main"]
+    main(tmp_path / "quickstart.png")
+    made, shown = (
+        np.asarray(Image.open(folder / "quickstart.png").convert("RGB"), np.float32)
+        for folder in (tmp_path, EXAMPLES)
+    )
+    assert made.shape == shown.shape
+    assert (abs(made - shown).max(-1) > 50).mean() < 0.01
 
 
 def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):

@@ -4,9 +4,12 @@
 for PyTorch.
 """
 
+import dataclasses
 import json
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +18,7 @@ from jax.typing import DTypeLike
 from sam_jax.checkpoints import orbax
 from sam_jax.checkpoints.params import (
     build_model,
+    check_depth,
     flat_params,
     param_shapes,
     resize_positions,
@@ -33,7 +37,7 @@ from sam_jax.checkpoints.torch_names import (
     infer_config,
     to_torch,
 )
-from sam_jax.config import SamConfig, from_hf, to_hf
+from sam_jax.config import SamConfig, from_hf, to_hf, to_hf_preprocessor
 from sam_jax.models.sam import Sam
 from sam_jax.ops.attention import Implementation
 
@@ -46,6 +50,9 @@ __all__ = [
     "save_pretrained",
     "write_checkpoint",
 ]
+
+
+_HF_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def from_pretrained(
@@ -92,10 +99,11 @@ def load_params(name_or_path: str | os.PathLike) -> tuple[dict[str, np.ndarray],
     Takes what `from_pretrained` takes and raises what it raises.
     """
     path = locate(name_or_path)
-    if path.is_dir() and orbax.is_checkpoint(path):
+    if orbax.is_checkpoint(path):
         return orbax.load(path)
     tensors = read_state_dict(path)
     config = _torch_config(path, tensors)
+    check_depth(config, len(tensors))
     return from_torch(tensors, config, param_shapes(config)), config
 
 
@@ -109,14 +117,14 @@ def read_state_dict(name_or_path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def load_config(name_or_path: str | os.PathLike) -> SamConfig:
-    """The configuration of a checkpoint, without reading its weights.
+    """The configuration of a checkpoint; of its tensors only the names and shapes are looked at.
 
     Takes what `from_pretrained` takes and raises what it raises.
     """
     path = locate(name_or_path)
-    if path.is_dir():
-        return orbax.load_config(path) if orbax.is_checkpoint(path) else _hf_config(path)
-    return _torch_config(path, read_tensors(path))
+    if orbax.is_checkpoint(path):
+        return orbax.load_config(path)
+    return _torch_config(path, read_state_dict(path))
 
 
 def write_checkpoint(
@@ -127,8 +135,10 @@ def write_checkpoint(
     Args:
         path: `.safetensors`, or `.pth`, `.pt` or `.bin` for what `torch.load` reads.
         params: every parameter by its path.
-        config: of the model. For the "hf" format it is also written, as `config.json` beside the
-            file, so that `transformers.SamModel.from_pretrained` takes the folder.
+        config: of the model. For the "hf" format it is also written, as `config.json` and
+            `preprocessor_config.json` beside the file, which must have the name that
+            `transformers.SamModel.from_pretrained` looks for in a folder. Meta's format has no
+            place for it: a warning names what a reader of the file would get wrong.
         fmt: "meta" for the names of `segment_anything` and MobileSAM, "hf" for those of
             `transformers`.
 
@@ -141,20 +151,59 @@ def write_checkpoint(
     writers |= dict.fromkeys((".pth", ".pt", ".bin"), write_torch)
     if path.suffix not in writers:
         raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(writers)}")
-    tensors = to_torch(params, config, fmt)
-    config_file = path.with_name("config.json") if fmt == "hf" else None
-    for file in (path, config_file):
-        if file is not None and file.exists():
+    tensors, texts = to_torch(params, config, fmt), {}
+    if fmt == "hf":
+        if path.name not in _HF_FILES:
+            raise ValueError(
+                f"cannot write {path}: transformers looks for {' or '.join(_HF_FILES)} in a folder"
+            )
+        texts = {
+            path.with_name("config.json"): to_hf(config),
+            path.with_name("preprocessor_config.json"): to_hf_preprocessor(config),
+        }
+    else:
+        _warn_of_lost_settings(config, infer_config(tensors))
+    for file in (path, *texts):
+        if file.exists():
             raise FileExistsError(f"{file} exists already; choose another folder or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    writers[path.suffix](path, tensors)
-    if config_file is not None:
-        config_file.write_text(json.dumps(to_hf(config), indent=2) + "\n")
+    try:
+        for file, values in texts.items():
+            file.write_text(json.dumps(values, indent=2) + "\n")
+        writers[path.suffix](path, tensors)
+    except BaseException:
+        for file in texts:
+            file.unlink(missing_ok=True)
+        raise
+
+
+def _warn_of_lost_settings(config: SamConfig, inferred: SamConfig) -> None:
+    """Warns of what tensors do not tell, and whoever reads them takes to be as in Meta's models."""
+    lost = [
+        f"{name} is {value}, taken to be {dict(_flat(inferred))[name]}"
+        for name, value in _flat(config)
+        if value != dict(_flat(inferred))[name] and not name.endswith("layer_norm_eps")
+    ]
+    if lost:
+        warnings.warn(
+            "Meta's format holds tensors only; a model built from them has other settings than "
+            "this one unless you give them: " + "; ".join(lost),
+            stacklevel=3,
+        )
+
+
+def _flat(config: SamConfig) -> list[tuple[str, Any]]:
+    """Every setting by its name, those of parts as "part.name"."""
+    return [
+        (f"{name}.{key}" if key else name, value)
+        for name, part in dataclasses.asdict(config).items()
+        for key, value in (part.items() if isinstance(part, dict) else [("", part)])
+    ]
 
 
 def _read_folder(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a Hugging Face folder, in one file or in several with an index."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in _HF_FILES:
         if (path / name).is_file():
             return read_tensors(path / name)
         if (index := path / f"{name}.index.json").is_file():

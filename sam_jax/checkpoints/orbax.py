@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from sam_jax.checkpoints.params import check_tensors, param_shapes
+from sam_jax.checkpoints.params import check_depth, check_tensors, param_shapes
 from sam_jax.checkpoints.torch_file import CheckpointError
 from sam_jax.config import SamConfig
 
@@ -35,7 +35,8 @@ def save(
         path: of the new folder.
         params: every parameter by its path, as `flat_params` gives them.
         config: of the model.
-        dtype: what to keep the parameters as; None keeps each as it is. Counters stay integers.
+        dtype: what to keep the parameters as; None keeps each as it is. Counters stay integers,
+            and the matrix of the positional encoding as it is.
 
     Raises:
         FileExistsError: if there is something at `path` already.
@@ -65,7 +66,7 @@ def load_config(path: str | os.PathLike) -> SamConfig:
     file = Path(path) / CONFIG
     try:
         return SamConfig.from_dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is no configuration of sam_jax: {error}") from error
 
 
@@ -78,9 +79,11 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
     path = Path(path).absolute()
     config = load_config(path)
     try:
-        params = dict(ocp.load(path / PARAMS))
+        params = ocp.load(path / PARAMS)
+        _ = [value.shape for value in params.values()]
     except Exception as error:  # whatever Orbax meets in a damaged folder
         raise CheckpointError(f"{path / PARAMS} cannot be read by Orbax: {error}") from error
+    check_depth(config, len(params))
     check_tensors(params, param_shapes(config))
     return params, config
 
@@ -91,7 +94,9 @@ def _save_params(
     # In batches: Orbax copies all that it is given and holds it, compressed, until the end.
     batch, size = {}, 0
     for name, value in params.items():
-        batch[name] = _to_numpy(value, dtype)
+        # Positions are encoded in float32 whatever the rest is.
+        short = not name.endswith("positional_encoding_gaussian_matrix")
+        batch[name] = _to_numpy(value, dtype if short else None)
         size += batch[name].nbytes
         if size >= _BATCH_BYTES:
             ocp.partial.save(path, batch)

@@ -96,6 +96,21 @@ def _is_float(tensor: np.ndarray | jax.Array) -> bool:
     return jnp.issubdtype(tensor.dtype, jnp.floating)
 
 
+def check_depth(config: SamConfig, count: int) -> None:
+    """Refuses a configuration of more layers than there are tensors, before it is built.
+
+    Raises:
+        CheckpointError: if it has.
+    """
+    encoder, decoder = config.image_encoder, config.mask_decoder
+    layers = encoder.depth if isinstance(encoder, ViTConfig) else sum(encoder.depths)
+    layers += decoder.transformer_depth + decoder.iou_head_depth + decoder.num_multimask_outputs
+    if layers > count:
+        raise CheckpointError(
+            f"the configuration asks for {layers} layers, but there are only {count} tensors"
+        )
+
+
 def resize_positions(
     params: Mapping[str, np.ndarray], config: SamConfig, image_size: int
 ) -> tuple[dict[str, np.ndarray], SamConfig]:

@@ -112,7 +112,10 @@ def locate(name_or_path: str | os.PathLike) -> Path:
     name = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and name in MODELS:
         return _locate_model(MODELS[name])
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise FileNotFoundError(f"{name} does not exist: {error} {_accepted_forms()}") from error
     if name and path.exists():
         return path
     if isinstance(name_or_path, os.PathLike) or _looks_like_path(name):

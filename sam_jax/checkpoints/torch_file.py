@@ -507,7 +507,10 @@ def _read_safetensors(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
             raise CheckpointError(f"entry {name!r} is {entry['dtype']}; expected one of {dtypes}.")
         begin, end = entry["data_offsets"]
         dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-        tensors[name] = np.ndarray(entry["shape"], dtype, buffer=body[begin:end])
+        try:
+            tensors[name] = np.ndarray(entry["shape"], dtype, buffer=body[begin:end])
+        except ValueError as error:
+            raise CheckpointError(f"entry {name!r}: {error}") from error
     return tensors
 
 

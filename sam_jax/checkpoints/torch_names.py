@@ -5,6 +5,7 @@ set of tensors that is not exactly the model's.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -386,10 +387,11 @@ def _infer_config(tensors: Tensors, fmt: Format) -> SamConfig:
         return tensors[key].shape
 
     def count(pattern: str, *indices: int) -> int:
-        """One more than the largest index that stands in the place of the pattern's next "#"."""
+        """How many indices from 0 on stand in the place of the pattern's next "#"."""
         prefix = name(pattern, *indices).split("#")[0]
-        found = [re.match(r"\d+", k.removeprefix(prefix)) for k in tensors if k.startswith(prefix)]
-        return max((int(m[0]) for m in found if m), default=-1) + 1
+        found = {k.removeprefix(prefix).split(".")[0] for k in tensors if k.startswith(prefix)}
+        # Up to the first that is missing: what is beyond is left over, however large its number.
+        return next(i for i in itertools.count() if str(i) not in found)
 
     if tiny:
         encoder, image_size = _infer_tiny_vit(shape, count), 1024
@@ -402,7 +404,8 @@ def _infer_config(tensors: Tensors, fmt: Format) -> SamConfig:
         iou_head_depth = count(head)
     else:
         prefix = "mask_decoder.iou_prediction_head.layers."
-        iou_head_depth = 2 + sum(k.startswith(prefix) and k.endswith("weight") for k in tensors)
+        inner = {k.removeprefix(prefix).split(".")[0] for k in tensors if k.startswith(prefix)}
+        iou_head_depth = 2 + next(i for i in itertools.count() if str(i) not in inner)
     num_mask_tokens, dim = shape("mask_decoder.mask_tokens")
     cross = "mask_decoder.transformer.layers.#.cross_attn_token_to_image.q_proj.kernel"
     iou_in = name(head, 0).replace("@", "proj_in")

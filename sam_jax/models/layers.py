@@ -102,6 +102,11 @@ class Neck(nnx.Module):
         return self.norm2(self.conv2(self.norm1(self.conv1(x))))
 
 
+def relu(x: Array) -> Array:
+    """`jax.nn.relu`, which cannot be pickled, and so no model that holds it."""
+    return jax.nn.relu(x)
+
+
 def gelu(x: Array) -> Array:
     """The exact GELU, by the error function, as PyTorch's default."""
     return jax.nn.gelu(x, approximate=False)

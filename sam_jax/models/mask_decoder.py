@@ -5,14 +5,13 @@ Written for one prompt of one image, without batch axes: `jax.vmap` adds them.
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
-from sam_jax.models.layers import LayerNorm, UpscaleConv, gelu
+from sam_jax.models.layers import LayerNorm, UpscaleConv, gelu, relu
 from sam_jax.models.two_way_transformer import TwoWayTransformer
 
 
@@ -151,5 +150,5 @@ class Head(nnx.Module):
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         *hidden, last = self.layers
         for layer in hidden:
-            x = jax.nn.relu(layer(x))
+            x = relu(layer(x))
         return last(x)

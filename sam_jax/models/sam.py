@@ -60,7 +60,7 @@ class Sam(nnx.Module):
         attention: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise ValueError(f"dtype is {jnp.dtype(dtype)}, expected float32, bfloat16 or float16")
         if isinstance(config.image_encoder, ViTConfig):
             self.image_encoder = ImageEncoderViT(
@@ -127,6 +127,11 @@ class Sam(nnx.Module):
                 target,
             )
 
+        if masks is not None and masks.shape[1] not in (1, points.shape[1]):
+            raise ValueError(
+                f"masks have shape {masks.shape}: expected one per image, or one for each of its "
+                f"{points.shape[1]} prompts"
+            )
         mask_per_prompt = masks is not None and masks.shape[1] == points.shape[1]
         if masks is not None and not mask_per_prompt:
             masks = masks[:, 0]
@@ -187,6 +192,8 @@ class Sam(nnx.Module):
             raise ValueError("give either pixel_values or image_embeddings, and not both")
         grid, channels = self.config.image_embedding_size, self.config.prompt_embed_dim
         _check_shape("image_embeddings", image_embeddings, (None, channels, grid, grid))
+        if pixel_values is not None:
+            self._check_pixels(pixel_values)
         self._check_prompts(input_points, input_labels, input_boxes, input_masks)
         graphdef, params = nnx.split(self)
         if image_embeddings is None:
@@ -229,6 +236,7 @@ class Sam(nnx.Module):
 
     def get_image_embeddings(self, pixel_values: ArrayLike) -> Float[Array, "b c g g"]:
         """Image embeddings of [b, size, size, 3] pixels, channels first as in `transformers`."""
+        self._check_pixels(pixel_values)
         return jnp.moveaxis(encode_image(*nnx.split(self), pixel_values), -1, 1)
 
     def get_prompt_embeddings(
@@ -256,6 +264,15 @@ class Sam(nnx.Module):
     def get_image_wide_positional_embeddings(self) -> Float[Array, "1 c g g"]:
         """The positional encoding of the image embedding's grid, channels first."""
         return jnp.moveaxis(self.prompt_encoder.get_dense_pe(), -1, 0)[None]
+
+    def _check_pixels(self, pixel_values):
+        size = self.config.image_size
+        _check_shape("pixel_values", pixel_values, (None, size, size, 3))
+        if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
+            raise TypeError(
+                f"pixel_values are {pixel_values.dtype}, expected floats, normalised as by "
+                "SamProcessor"
+            )
 
     def _broadcast_guidance(self, similarity, target, prompts: tuple[int, ...]):
         """PerSAM's two arguments as `decode` takes them, for labels of the shape `prompts`."""
@@ -298,10 +315,12 @@ class Sam(nnx.Module):
                 f"each of its {prompts.shape[1]} prompts"
             )
         check_values(*(_concrete(array) for array in (points, labels, boxes)))
+        if (concrete := _concrete(masks)) is not None and not np.isfinite(concrete).all():
+            raise ValueError("input_masks hold logits that are not finite")
 
 
 def _check_shape(name: str, array, expected: tuple[int | None, ...]) -> None:
-    if array is None:
+    if array is None and name != "pixel_values":
         return
     if not hasattr(array, "__array_namespace__"):
         raise TypeError(f"{name} are a {type(array).__name__}, expected a numpy or JAX array")

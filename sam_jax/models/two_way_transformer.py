@@ -4,14 +4,13 @@ Written for one prompt of one image, without batch axes: `jax.vmap` adds them. P
 ("queries") attend to each other and to the image's positions ("keys"), and those to the tokens.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
-from sam_jax.models.layers import MLP, LayerNorm
+from sam_jax.models.layers import MLP, LayerNorm, relu
 from sam_jax.ops.attention import softmax
 
 
@@ -77,7 +76,7 @@ class TwoWayAttentionBlock(nnx.Module):
             dim, heads, rate, regroup=not skip_first_layer_pe, dtype=dtype, rngs=rngs
         )
         self.norm2 = LayerNorm(dim, eps=eps, dtype=dtype)
-        self.mlp = MLP(dim, decoder.mlp_dim, jax.nn.relu, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(dim, decoder.mlp_dim, relu, dtype=dtype, rngs=rngs)
         self.norm3 = LayerNorm(dim, eps=eps, dtype=dtype)
         self.cross_attn_image_to_token = Attention(dim, heads, rate, dtype=dtype, rngs=rngs)
         self.norm4 = LayerNorm(dim, eps=eps, dtype=dtype)

@@ -24,8 +24,17 @@ def join_prompts(
 
     With a box: the points, then the box's two corners. Without: the points, then one that is
     (0, 0) with label -1. `points` without `labels` are foreground.
+
+    Raises:
+        TypeError: for what is no array.
+        ValueError: if there are neither points nor boxes.
     """
-    xp = _namespace([array for array in (points, labels, boxes) if array is not None])
+    given = [array for array in (points, labels, boxes) if array is not None]
+    if points is None and boxes is None:
+        raise ValueError("there are neither points nor boxes to join")
+    if wrong := [type(a).__name__ for a in given if not hasattr(a, "__array_namespace__")]:
+        raise TypeError(f"prompts are given as {wrong[0]}, expected numpy or JAX arrays")
+    xp = _namespace(given)
     points, labels, boxes = (
         None if array is None else xp.asarray(array) for array in (points, labels, boxes)
     )
@@ -61,10 +70,10 @@ def check_values(
         ValueError: for coordinates that are not finite, unknown labels, and boxes inside out.
     """
     for array in (points, boxes):
-        if array is not None and not np.isfinite(array).all():
-            raise ValueError(
-                f"{where} hold numbers that are not finite: {np.asarray(array).tolist()}"
-            )
+        # What float32 cannot hold becomes infinite later.
+        if array is not None and not (abs(np.asarray(array)) < 1e30).all():
+            numbers = np.asarray(array).tolist()
+            raise ValueError(f"{where} hold numbers that are not finite or too large: {numbers}")
     if labels is not None and (unknown := sorted(set(np.unique(labels).tolist()) - set(LABELS))):
         raise ValueError(
             f"{where} have labels {unknown}; known are 1 (foreground), 0 (background), -1 (not a "

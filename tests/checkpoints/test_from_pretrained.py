@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import transformers
 from reference import SMALL, assert_close, hf_sam, meta_sam, normal, ours
 from safetensors.torch import save_file
 
+import sam_jax.checkpoints
 from sam_jax import CheckpointError, SamProcessor, from_pretrained, save_pretrained
 from sam_jax.checkpoints import load_config, load_params, write_checkpoint
 from sam_jax.checkpoints.params import flat_params
@@ -192,12 +194,67 @@ def test_hugging_face_loads_what_we_write(meta, tmp_path):
     assert_close(actual.iou_scores, expected.iou_scores)
 
 
+def test_a_write_that_fails_leaves_nothing(meta, tmp_path, monkeypatch):
+    torch.save(meta.state_dict(), tmp_path / "sam.pth")
+    params, config = load_params(tmp_path / "sam.pth")
+
+    def full(path, tensors):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sam_jax.checkpoints, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(tmp_path / "hf/model.safetensors", params, config, "hf")
+    assert list((tmp_path / "hf").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mask_decoder.transformer.layers.100000000.norm1.weight",
+        "image_encoder.blocks.100000000.norm1.weight",
+        "mask_decoder.iou_prediction_head.layers.100000000.weight",
+    ],
+)
+def test_a_forged_index_is_left_over(meta, tmp_path, name):
+    """It does not make a model of so many layers."""
+    torch.save({**meta.state_dict(), name: torch.zeros(1)}, tmp_path / "sam.pth")
+    message = rf"1 do not:\n  left over: {re.escape(name)} \(1,\)$"
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(tmp_path / "sam.pth")
+
+
+def test_a_configuration_of_too_many_layers(hf, tmp_path):
+    hf.save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf/config.json"
+    values = json.loads(file.read_text())
+    values["vision_config"]["num_hidden_layers"] = 100_000_000
+    file.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"asks for 10000\d+ layers, but there are only"):
+        from_pretrained(tmp_path / "hf")
+    save_pretrained(ours(hf, HF), tmp_path / "ours")
+    file = tmp_path / "ours/config.json"
+    values = json.loads(file.read_text())
+    values["mask_decoder"]["transformer_depth"] = 100_000_000
+    file.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"asks for 10000\d+ layers, but there are only"):
+        from_pretrained(tmp_path / "ours")
+
+
+def test_model_and_processor_agree_on_a_folder(meta, tmp_path):
+    """Meta's tensors tell the configuration, whatever file lies beside them."""
+    save_file(meta.state_dict(), tmp_path / "model.safetensors")
+    transformers.SamConfig().save_pretrained(tmp_path)
+    assert load_config(tmp_path) == load_params(tmp_path)[1]
+    assert load_config(tmp_path).image_size == 96
+
+
 def test_nothing_is_overwritten(meta, tmp_path):
     torch.save(meta.state_dict(), tmp_path / "sam.pth")
     params, config = load_params(tmp_path / "sam.pth")
-    for name, fmt in (("sam.pth", "meta"), ("sam.pth", "hf")):
-        with pytest.raises(FileExistsError, match="exists already"):
-            write_checkpoint(tmp_path / name, params, config, fmt)
+    with pytest.raises(FileExistsError, match="exists already"):
+        write_checkpoint(tmp_path / "sam.pth", params, config, "meta")
+    with pytest.raises(ValueError, match=r"looks for model.safetensors or pytorch_model.bin"):
+        write_checkpoint(tmp_path / "sam.safetensors", params, config, "hf")
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(FileExistsError, match=r"config\.json exists"):
         write_checkpoint(tmp_path / "model.safetensors", params, config, "hf")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from reference import SMALL
+from reference import SMALL, SMALL_TINY
 
 from sam_jax.checkpoints import orbax
 from sam_jax.checkpoints.params import param_shapes
@@ -34,7 +34,7 @@ def params():
     rng = np.random.default_rng(0)
     result = {}
     for i, (name, shape) in enumerate(param_shapes(SMALL).items()):
-        dtype = (np.dtype(np.float32), BFLOAT16, np.dtype(np.int32))[i % 3]
+        dtype = (np.dtype(np.float32), BFLOAT16, np.dtype(np.float16))[i % 3]
         values = np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype)
         result[name] = values.reshape(shape[::-1]).T
     return result
@@ -87,10 +87,15 @@ def test_many_batches_load_as_one(tmp_path, monkeypatch, params):
     assert_same(orbax.load(tmp_path / "model")[0], params)
 
 
-def test_dtype_casts_all_but_integers(tmp_path, params):
-    values = {k: v if v.dtype == np.int32 else np.ones(v.shape) for k, v in params.items()}
-    orbax.save(tmp_path / "model", values, SMALL, dtype="bfloat16")
-    expected = {k: v if v.dtype == np.int32 else v.astype(BFLOAT16) for k, v in values.items()}
+def test_dtype_casts_all_but_counters_and_positions(tmp_path):
+    values = {
+        name: np.ones(shape, np.int32 if name.endswith("tracked") else np.float32)
+        for name, shape in param_shapes(SMALL_TINY).items()
+    }
+    orbax.save(tmp_path / "model", values, SMALL_TINY, dtype="bfloat16")
+    kept = [n for n in values if n.endswith(("tracked", "gaussian_matrix"))]
+    assert len(kept) > 10
+    expected = {k: v if k in kept else v.astype(BFLOAT16) for k, v in values.items()}
     assert_same(orbax.load(tmp_path / "model")[0], expected)
 
 

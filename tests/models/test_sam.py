@@ -1,4 +1,5 @@
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -376,6 +377,34 @@ def test_parameters_kept_in_bfloat16():
     actual, expected = (build_model(p, SMALL)(pixels, **prompts) for p in (short, long))
     assert_close(actual.pred_masks, expected.pred_masks)
     assert_close(actual.iou_scores, expected.iou_scores)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_masks_must_fit_the_prompts(model, embeddings):
+    for masks in (np.where(MASKS > 8, np.nan, MASKS), np.where(MASKS > 8, np.inf, MASKS)):
+        with pytest.raises(ValueError, match="input_masks hold logits that are not finite"):
+            model(image_embeddings=embeddings.numpy(), input_masks=masks)
+    points, labels = join_prompts(POINTS, LABELS, None)
+    with pytest.raises(ValueError, match="one per image, or one for each of its 3 prompts"):
+        model.decode(jnp.zeros((2, 12, 12, 32)), points, labels, jnp.asarray(MASKS[:, :2]))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_pixels_must_be_normalised_floats(model):
+    for call in (model, model.get_image_embeddings):
+        with pytest.raises(TypeError, match="pixel_values are uint8, expected floats"):
+            call(np.zeros((1, 96, 96, 3), np.uint8))
+        with pytest.raises(TypeError, match="pixel_values are a str, expected a numpy or JAX"):
+            call("photo.jpg")
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
+def test_a_model_can_be_pickled(config):
+    model = ours(meta_sam(config), config)
+    again = pickle.loads(pickle.dumps(model))
+    for name, value in flat_params(again).items():
+        np.testing.assert_array_equal(value, flat_params(model)[name])
+    assert again.config == config
 
 
 def test_options_that_cannot_be():

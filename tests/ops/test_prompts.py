@@ -30,6 +30,14 @@ def test_points_without_labels_are_foreground():
     assert labels.tolist() == [[1, 1, 1, -1]] * 2
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_nothing_to_join():
+    with pytest.raises(ValueError, match="neither points nor boxes"):
+        join_prompts(None, None, None)
+    with pytest.raises(TypeError, match="prompts are given as list, expected numpy or JAX arrays"):
+        join_prompts([[1, 2]], [1], None)
+
+
 def test_boxes_alone():
     points, labels = join_prompts(None, None, BOXES)
     assert labels.tolist() == [[2, 3]] * 2
