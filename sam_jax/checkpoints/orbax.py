@@ -80,7 +80,8 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
     config = load_config(path)
     try:
         params = ocp.load(path / PARAMS)
-        _ = [value.shape for value in params.values()]
+        if not all(hasattr(value, "shape") for value in params.values()):
+            raise ValueError("it is no flat dictionary of arrays")
     except Exception as error:  # whatever Orbax meets in a damaged folder
         raise CheckpointError(f"{path / PARAMS} cannot be read by Orbax: {error}") from error
     check_depth(config, len(params))
