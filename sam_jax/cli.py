@@ -1,6 +1,7 @@
 """The command `sam-jax`."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -9,11 +10,16 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 from PIL import Image
+from tqdm import tqdm
 
 from sam_jax.checkpoints import from_pretrained
+from sam_jax.folder import Format, Results, find_pictures, generate_folder
+from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.predictor import SamPredictor
 from sam_jax.processing import check_boxes, check_points, load_image
 from sam_jax.visualize import overlay
@@ -44,6 +50,104 @@ class Segment:
     replaced."""
     multimask: bool | None = None
     """Three candidate masks per object instead of one; by default for a single point only."""
+
+
+@dataclasses.dataclass
+class Generate:
+    """Find the masks of everything in pictures.
+
+    The run can be stopped and started again: pictures that have a result are passed over.
+    """
+
+    input: tyro.conf.Positional[tuple[Path, ...]]
+    """Pictures and folders of pictures."""
+    output: Path
+    """Folder for the results."""
+    model: str = "mobile_sam"
+    """Short name, hub repository, file or folder."""
+    format: Format = "png"
+    """A folder of PNG masks with metadata.csv for each picture, or one annotations.json of COCO's
+    format for all."""
+    overlays: bool = False
+    """Also draw each picture with its masks."""
+    devices: int | None = None
+    """How many devices of this machine to use, one picture on each; all of them if left out."""
+    points_per_side: int = 32
+    """Points along one side of the picture; their number is its square."""
+    points_per_batch: int = 64
+    """Points decoded by one call; more take more memory."""
+    pred_iou_thresh: float = 0.88
+    """What a mask's predicted IoU must exceed."""
+    stability_score_thresh: float = 0.95
+    """What a mask's stability must reach."""
+    stability_score_offset: float = 1.0
+    """How much higher and lower the thresholds are that stability compares."""
+    box_nms_thresh: float = 0.7
+    """IoU of boxes above which only the better mask stays."""
+    crop_n_layers: int = 0
+    """Layers of crops to look at too, 2^i x 2^i in layer i."""
+    crop_nms_thresh: float = 0.7
+    """Like box_nms_thresh, between crops."""
+    crop_overlap_ratio: float = 512 / 1500
+    """How much of the picture's shorter side the crops of the first layer overlap."""
+    crop_n_points_downscale_factor: int = 1
+    """How many times fewer points per side each further layer has."""
+    point_grids: Path | None = None
+    """JSON file with a list of points [x, y], from 0 to 1, for each layer; instead of
+    points_per_side."""
+    min_mask_region_area: int = 0
+    """Fill holes and drop islands of fewer pixels."""
+
+
+# The fields that say which masks there are: what is in one folder must have them in common.
+_ARGUMENTS = inspect.signature(SamAutomaticMaskGenerator).parameters
+_GENERATOR = {f.name for f in dataclasses.fields(Generate)} & set(_ARGUMENTS) - {"model"}
+
+
+def generate(args: Generate) -> None:
+    """Writes the results of all pictures; see `sam_jax.folder`."""
+    pictures = find_pictures(args.input)
+    options = {name: getattr(args, name) for name in sorted(_GENERATOR)}
+    if args.point_grids is not None:
+        options |= {"points_per_side": None, "point_grids": _read_grids(args.point_grids)}
+    available = jax.local_devices()
+    count = len(available) if args.devices is None else args.devices
+    if not 1 <= count <= len(available):
+        raise ValueError(f"--devices is {count}, expected 1 to {len(available)}, as many there are")
+    results = Results(args.output, args.format, args.overlays)
+    how_many = {"points_per_batch"}
+    results.begin({"model": args.model} | {k: v for k, v in options.items() if k not in how_many})
+
+    todo = [picture for picture in pictures if not results.is_finished(picture)]
+    failures = []
+    if todo:
+        generator = SamAutomaticMaskGenerator(
+            from_pretrained(args.model),
+            **options,
+            output_mode="uncompressed_rle",
+            mesh=Mesh(np.array(available[:count]), ("images",)),
+        )
+        with tqdm(total=len(pictures), initial=len(pictures) - len(todo), unit="image") as bar:
+
+            def on_picture(picture: Path, problem: str | None) -> None:
+                bar.update()
+                if problem is not None:
+                    failures.append(f"  {picture}: {problem}")
+
+            generate_folder(generator, todo, results, on_picture)
+    results.finish(pictures)
+    print(f"{len(pictures) - len(failures)} of {len(pictures)} pictures in {args.output}")
+    if failures:
+        raise ValueError("\n".join([f"{len(failures)} could not be read:", *failures]))
+
+
+def _read_grids(path: Path) -> list[list]:
+    try:
+        return [np.array(grid, np.float64).tolist() for grid in json.loads(path.read_text())]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"--point-grids {path} is no JSON list of lists of points [x, y]: {error}"
+        ) from error
 
 
 def segment(args: Segment) -> None:
@@ -159,10 +263,12 @@ def _parse_numbers(text: str, counts: tuple[int, ...], option: str, form: str) -
 def main() -> None:
     """Runs the command; errors of the user go to stderr in one line, with exit code 1."""
     args = tyro.extras.subcommand_cli_from_dict(
-        {"segment": Segment}, prog="sam-jax", description="Segment Anything in JAX."
+        {"segment": Segment, "generate": Generate},
+        prog="sam-jax",
+        description="Segment Anything in JAX.",
     )
     try:
-        segment(args)
+        generate(args) if isinstance(args, Generate) else segment(args)
     except (OSError, ValueError, TypeError) as error:
         sys.exit(f"sam-jax: {error}")
 

@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pycocotools.mask
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -41,6 +40,7 @@ from sam_jax.ops.masks import (
     mask_to_box,
     remove_small_regions,
     rle_area,
+    rle_compress,
     rle_decode,
     rle_encode,
 )
@@ -388,10 +388,7 @@ class SamAutomaticMaskGenerator:
     def _segmentation(self, rle: dict) -> Any:
         if self.output_mode == "binary_mask":
             return rle_decode(rle)
-        if self.output_mode == "coco_rle":
-            rle = pycocotools.mask.frPyObjects(rle, *rle["size"])
-            return {"size": rle["size"], "counts": rle["counts"].decode()}
-        return rle
+        return rle_compress(rle) if self.output_mode == "coco_rle" else rle
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,10 @@ from jaxtyping import install_import_hook
 from network import needs_package_index
 
 # Shapes and dtypes in the signatures are checked while the tests run, and only then.
-install_import_hook("sam_jax", "beartype.beartype")
+# (An int is a float, as everywhere in Python's typing.)
+install_import_hook(
+    "sam_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 jax.config.update("jax_default_matmul_precision", "highest")
 

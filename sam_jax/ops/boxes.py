@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Num
 _EDGE_TOLERANCE = 20.0
 
 
-def build_point_grid(n_per_side: int) -> Float[np.ndarray, "n_per_side*n_per_side 2"]:
+def build_point_grid(n_per_side: int) -> Float[np.ndarray, "n 2"]:
     """The centres (x, y) of n x n equal cells of the unit square, row by row."""
     centres = np.linspace(1 / (2 * n_per_side), 1 - 1 / (2 * n_per_side), n_per_side)
     x, y = np.meshgrid(centres, centres)
@@ -72,10 +72,10 @@ def is_box_near_crop_edge(
     return (near_crop & ~near_image).any(axis=1)
 
 
-def box_area(boxes: Num[np.ndarray, "*n 4"]) -> Float[np.ndarray, "*n"]:
+def box_area(boxes: Num[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
     """Width times height, float32."""
-    sides = np.asarray(boxes[..., 2:] - boxes[..., :2], np.float32)
-    return sides[..., 0] * sides[..., 1]
+    sides = np.asarray(boxes[:, 2:] - boxes[:, :2], np.float32)
+    return sides[:, 0] * sides[:, 1]
 
 
 def box_iou(box: Num[np.ndarray, "4"], boxes: Num[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
@@ -84,7 +84,7 @@ def box_iou(box: Num[np.ndarray, "4"], boxes: Num[np.ndarray, "n 4"]) -> Float[n
     sides = np.maximum(corner1 - corner0, 0).astype(np.float32)
     intersection = sides[:, 0] * sides[:, 1]
     with np.errstate(invalid="ignore"):
-        return intersection / (box_area(box) + box_area(boxes) - intersection)
+        return intersection / (box_area(box[None]) + box_area(boxes) - intersection)
 
 
 def non_maximum_suppression(

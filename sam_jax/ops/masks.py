@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pycocotools.mask
 import scipy.ndimage
 from jaxtyping import Array, Bool, Float, Int
 
@@ -112,6 +113,12 @@ def rle_decode(rle: dict) -> Bool[np.ndarray, "h w"]:
     height, width = rle["size"]
     values = np.arange(len(rle["counts"])) % 2 == 1
     return np.repeat(values, rle["counts"]).reshape(width, height).T
+
+
+def rle_compress(rle: dict) -> dict:
+    """Run lengths as pycocotools' string, which JSON takes: `{"size": [h, w], "counts": str}`."""
+    compressed = pycocotools.mask.frPyObjects(rle, *rle["size"])
+    return {"size": rle["size"], "counts": compressed["counts"].decode()}
 
 
 def rle_area(rle: dict) -> int:

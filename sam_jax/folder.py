@@ -1,0 +1,228 @@
+"""Everything-mode over a folder of pictures: what `sam-jax generate` does.
+
+A run can be stopped at any time and started again. Each picture's result appears whole or not at
+all, and pictures that have one are passed over.
+"""
+
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from sam_jax.mask_generator import SamAutomaticMaskGenerator
+from sam_jax.ops.masks import rle_compress, rle_decode
+from sam_jax.processing import load_image
+from sam_jax.visualize import overlay
+
+Format = Literal["png", "coco"]
+SETTINGS, ANNOTATIONS = "settings.json", "annotations.json"
+_TABLE = "metadata.csv"
+_COLUMNS = (
+    *("id", "area", "bbox_x0", "bbox_y0", "bbox_w", "bbox_h", "point_input_x", "point_input_y"),
+    *("predicted_iou", "stability_score", "crop_box_x0", "crop_box_y0", "crop_box_w", "crop_box_h"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """A folder of results.
+
+    * "png": `<stem>/0.png`, `1.png`, ... and `<stem>/metadata.csv` for each picture, as Meta's
+      `amg.py` writes them; with `overlays` also `<stem>/overlay.png`, the picture with its masks;
+    * "coco": a file for each picture in `parts/`, put together as `annotations.json` at the end
+      of a run (category "object", compressed run lengths); `overlays/<stem>.png`.
+    """
+
+    folder: Path
+    format: Format = "png"
+    overlays: bool = False
+
+    def is_finished(self, picture: Path) -> bool:
+        """Whether there is a result for the picture."""
+        result = self._result(picture)
+        return (result / _TABLE if self.format == "png" else result).is_file()
+
+    def write(self, picture: Path, image: np.ndarray, records: list[dict[str, Any]]) -> None:
+        """Writes a picture's records, whose masks are uncompressed run lengths."""
+        drawn = _draw(image, records) if self.overlays else None
+        if self.format == "png":
+            with _appearing(self._result(picture)) as path:
+                _write_pngs(path, records)
+                if drawn:
+                    drawn.save(path / "overlay.png")
+            return
+        if drawn:
+            with _appearing(self.folder / "overlays" / f"{picture.stem}.png") as path:
+                drawn.save(path, format="PNG")
+        with _appearing(self._result(picture)) as path:
+            path.write_text(json.dumps(_coco_part(picture, image, records)))
+
+    def finish(self, pictures: Sequence[Path]) -> None:
+        """Puts the parts of "coco" together in one file, in the order of `pictures`."""
+        if self.format == "coco":
+            parts = (self._result(p) for p in pictures if self.is_finished(p))
+            with _appearing(self.folder / ANNOTATIONS) as path:
+                _write_coco(path, parts)
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Makes the folder, and refuses one whose results were made with other settings.
+
+        Raises:
+            OSError: if it cannot be made or written to.
+            ValueError: for other settings; the message names them.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / SETTINGS
+        settings = json.loads(json.dumps({"format": self.format, **settings}))
+        if file.exists():
+            try:
+                earlier = json.loads(file.read_text())
+                other = [k for k in {**earlier, **settings} if earlier.get(k) != settings.get(k)]
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{file} is not of an earlier run: {error}") from error
+            if other:
+                names = ", ".join(
+                    f"{k} was {earlier.get(k)!r} and is {settings.get(k)!r}" for k in other
+                )
+                raise ValueError(f"{self.folder} has results of other settings: {names}")
+        else:
+            with _appearing(file) as path:
+                path.write_text(json.dumps(settings, indent=2) + "\n")
+
+    def _result(self, picture: Path) -> Path:
+        if self.format == "png":
+            return self.folder / picture.stem
+        return self.folder / "parts" / f"{picture.stem}.json"
+
+
+def find_pictures(inputs: Iterable[Path]) -> list[Path]:
+    """The files given, and all files in the folders given but hidden ones, sorted in each.
+
+    Raises:
+        FileNotFoundError: for a path that does not exist.
+        ValueError: if there is none, or if two of them would have one result.
+    """
+    pictures: dict[str, Path] = {}
+    for path in inputs:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            if file.name.startswith("."):
+                continue
+            other = pictures.setdefault(file.stem, file)
+            if other.resolve() != file.resolve():
+                raise ValueError(
+                    f"{other} and {file} would both be written as {file.stem!r}; rename one, or "
+                    "give them separately with another output"
+                )
+    if not pictures:
+        raise ValueError(f"there is no picture in {', '.join(map(str, inputs)) or 'no input'}")
+    return list(pictures.values())
+
+
+def generate_folder(
+    generator: SamAutomaticMaskGenerator,
+    pictures: Sequence[Path],
+    results: Results,
+    on_picture: Callable[[Path, str | None], None],
+) -> None:
+    """Generates and writes the masks of pictures, as many at a time as the generator has devices.
+
+    Args:
+        generator: its output mode must be "uncompressed_rle".
+        pictures: files.
+        results: where to write.
+        on_picture: called for each picture once it is done, with what was wrong if it could not be
+            read.
+    """
+    devices = generator.mesh.devices.size
+    readable = _read(pictures, on_picture)
+    while some := list(itertools.islice(readable, devices)):
+        records = generator.generate_batch([image for _, image in some])
+        for (picture, image), found in zip(some, records, strict=True):
+            results.write(picture, image, found)
+            on_picture(picture, None)
+
+
+def _read(
+    pictures: Iterable[Path], on_picture: Callable[[Path, str | None], None]
+) -> Iterator[tuple[Path, np.ndarray]]:
+    for picture in pictures:
+        try:
+            image = load_image(picture)
+        except (OSError, ValueError, TypeError) as error:
+            on_picture(picture, str(error))
+        else:
+            yield picture, image
+
+
+def _write_pngs(folder: Path, records: list[dict[str, Any]]) -> None:
+    folder.mkdir()
+    with (folder / _TABLE).open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(_COLUMNS)
+        for i, record in enumerate(records):
+            mask = rle_decode(record["segmentation"])
+            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{i}.png")
+            (point,) = record["point_coords"]
+            scores = record["predicted_iou"], record["stability_score"]
+            table.writerow(
+                [i, record["area"], *record["bbox"], *point, *scores, *record["crop_box"]]
+            )
+
+
+def _coco_part(picture: Path, image: np.ndarray, records: list[dict[str, Any]]) -> dict[str, Any]:
+    height, width = image.shape[:2]
+    annotations = [
+        {**record, "segmentation": rle_compress(record["segmentation"]), "iscrowd": 0}
+        for record in records
+    ]
+    size = {"height": height, "width": width}
+    return {"image": {"file_name": picture.name, **size}, "annotations": annotations}
+
+
+def _write_coco(path: Path, parts: Iterable[Path]) -> None:
+    """COCO's file, one part in memory at a time."""
+    images, count = [], 0
+    with path.open("w") as file:
+        file.write('{"categories": [{"id": 1, "name": "object"}], "annotations": [')
+        for image_id, part in enumerate(parts, start=1):
+            values = json.loads(part.read_text())
+            images.append({"id": image_id, **values["image"]})
+            for annotation in values["annotations"]:
+                file.write(",\n" if count else "\n")
+                count += 1
+                ids = {"id": count, "image_id": image_id, "category_id": 1}
+                file.write(json.dumps({**ids, **annotation}))
+        file.write('\n], "images": ' + json.dumps(images) + "}\n")
+
+
+def _draw(image: np.ndarray, records: list[dict[str, Any]]) -> Image.Image:
+    """The picture with its masks, small ones over large ones."""
+    largest_first = sorted(records, key=lambda record: -record["area"])
+    return overlay(image, (rle_decode(record["segmentation"]) for record in largest_first))
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """Gives a path beside `path` to write a file or a folder to, which then takes its name."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,125 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pycocotools.mask
+import pytest
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+import torch_reference
+from reference import tensor
+
+from sam_jax.ops.masks import (
+    mask_statistics,
+    mask_to_box,
+    remove_small_regions,
+    rle_area,
+    rle_decode,
+    rle_encode,
+)
+from sam_jax.ops.resize import mask_resize_matrix
+
+amg = torch_reference.import_reference("segment_anything").utils.amg
+
+
+def blobs(shape, seed=0, smooth=5.0):
+    """Smooth logits, some above zero and some below."""
+    noise = np.random.default_rng(seed).normal(size=shape)
+    return (20 * scipy.ndimage.gaussian_filter(noise, smooth) * smooth).astype(np.float32)
+
+
+LOGITS = {
+    "blobs": blobs((256, 256)),
+    "all": np.full((256, 256), 5, np.float32),
+    "none": np.full((256, 256), -5, np.float32),
+    "between the thresholds": np.full((256, 256), 0.5, np.float32),
+    "a speck": np.where(np.arange(65536).reshape(256, 256) == 65536 // 3, 4, -4).astype(np.float32),
+    "a corner": np.where(np.add.outer(np.arange(256), np.arange(256)) > 480, 4.0, -4.0).astype(
+        np.float32
+    ),
+}
+
+
+@pytest.mark.parametrize("logits", LOGITS.values(), ids=LOGITS)
+@pytest.mark.parametrize("size", [(500, 333), (64, 256), (700, 1024), (7, 90), (1200, 900)])
+@pytest.mark.parametrize("limits", [(0.0, 1.0), (0.5, 0.25), (0.0, 0.0)], ids=str)
+def test_statistics(logits, size, limits):
+    threshold, offset = limits
+    scale = 1024 / max(size)
+    input_size = [int(n * scale + 0.5) for n in size]
+    rows, columns = (
+        mask_resize_matrix(256, 1024, i, n, 2048) for i, n in zip(input_size, size, strict=True)
+    )
+    found = jax.jit(mask_statistics)(
+        *map(jnp.asarray, (logits, rows, columns, np.array(size, np.int32))),
+        jnp.float32(threshold),
+        jnp.float32(offset),
+    )
+    full = F.interpolate(tensor(logits)[None, None], (1024, 1024), mode="bilinear")
+    full = full[..., : input_size[0], : input_size[1]]
+    full = F.interpolate(full, size, mode="bilinear")[0]
+    stability = amg.calculate_stability_score(full, threshold, offset)[0].item()
+    assert found.box.tolist() == amg.batched_mask_to_box(full > threshold)[0].tolist()
+    # A pixel whose logit is a threshold but for rounding may fall on either side.
+    at_edges = 3 + 2e-5 * full.numel()
+    for counted, level in ((found.intersection, offset), (found.union, -offset)):
+        assert abs(int(counted) - (full > threshold + level).sum().item()) <= at_edges
+    if found.union:
+        assert abs(int(found.intersection) / int(found.union) - stability) <= 1e-3
+    else:
+        assert np.isnan(stability)
+
+
+# pycocotools' decoder is not up to numpy 2.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
+@pytest.mark.parametrize("seed", range(3))
+def test_run_lengths(seed):
+    some = blobs((37, 53), seed, 2) > 0
+    for mask in (some, ~some, some & False, some | True, some.T, some[:1], some[:, :1]):
+        rle = rle_encode(mask)
+        (expected,) = amg.mask_to_rle_pytorch(torch.tensor(np.ascontiguousarray(mask))[None])
+        assert rle == expected
+        assert all(type(n) is int for n in (*rle["counts"], *rle["size"]))
+        np.testing.assert_array_equal(rle_decode(rle), mask)
+        assert rle_area(rle) == mask.sum()
+        compressed = pycocotools.mask.frPyObjects(rle, *rle["size"])
+        np.testing.assert_array_equal(pycocotools.mask.decode(compressed), mask)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_box(seed):
+    mask = blobs((37, 53), seed, 2) > 4
+    expected = amg.batched_mask_to_box(torch.tensor(mask)[None])[0]
+    np.testing.assert_array_equal(mask_to_box(mask), expected)
+    assert mask_to_box(mask & False).tolist() == [0, 0, 0, 0]
+    full = np.zeros((8, 9), bool)
+    full[:5, :6] = True
+    assert mask_to_box(full).tolist() == [0, 0, 5, 4]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("area", [1, 5, 30, 100, 10_000])
+def test_small_regions(seed, area):
+    mask = blobs((60, 70), seed, 1.5) > 1
+    expected, holes = amg.remove_small_regions(mask, area, "holes")
+    expected, islands = amg.remove_small_regions(expected, area, "islands")
+    found, changed = remove_small_regions(mask, area)
+    np.testing.assert_array_equal(found, expected)
+    assert changed == (holes or islands)
+    assert changed == (area > 1)
+
+
+def test_small_regions_touch_by_corners():
+    mask = np.eye(8, dtype=bool)
+    assert remove_small_regions(mask, 8)[1] is False
+    found, changed = remove_small_regions(mask, 9)  # too small, but the largest
+    assert changed
+    np.testing.assert_array_equal(found, mask)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_no_regions(value):
+    mask = np.full((5, 6), value)
+    found, changed = remove_small_regions(mask, 10)
+    np.testing.assert_array_equal(found, mask)
+    assert not changed

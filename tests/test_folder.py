@@ -1,0 +1,252 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pycocotools.coco
+import pytest
+from PIL import Image
+from reference import SMALL, meta_sam, ours
+from test_mask_generator import ALL, picture
+
+from sam_jax import cli, save_pretrained
+from sam_jax.folder import Results, find_pictures
+from sam_jax.mask_generator import SamAutomaticMaskGenerator
+
+SIZES = {"wide": (60, 110), "tall": (130, 70), "small": (20, 25)}
+OPTIONS = ["--pred-iou-thresh", "0", "--stability-score-thresh", "0", "--points-per-side", "4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small"
+    save_pretrained(ours(meta_sam(SMALL), SMALL), path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, (name, size) in enumerate(SIZES.items()):
+        Image.fromarray(picture(*size, seed=i)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def run(model, photos, tmp_path, monkeypatch, capsys):
+    """Runs the command; returns its exit message and what it printed."""
+
+    def run(*arguments, inputs=(photos,), options=OPTIONS, output=tmp_path / "out"):
+        command = ["sam-jax", "generate", *inputs, "--output", output, "--model", model]
+        monkeypatch.setattr(sys, "argv", [str(a) for a in (*command, *options, *arguments)])
+        message = None
+        try:
+            cli.main()
+        except SystemExit as error:
+            message = error.code
+        return message, capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    from sam_jax import from_pretrained
+
+    options = {**ALL, "box_nms_thresh": 0.7, "points_per_side": 4}
+    generator = SamAutomaticMaskGenerator(from_pretrained(model), **options)
+    return {
+        name: generator.generate(picture(*size, seed=i))
+        for i, (name, size) in enumerate(SIZES.items())
+    }
+
+
+def files(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_png_folders(run, expected, tmp_path):
+    message, printed = run("--overlays")
+    assert message is None
+    assert printed.out == f"3 of 3 pictures in {tmp_path / 'out'}\n"
+    assert "image/s" in printed.err
+    for name, records in expected.items():
+        folder = tmp_path / "out" / name
+        masks = {f"{i}.png" for i in range(len(records))}
+        assert files(folder) == {"metadata.csv", "overlay.png", *masks}
+        with (folder / "metadata.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        for i, (row, record) in enumerate(zip(rows, records, strict=True)):
+            mask = np.asarray(Image.open(folder / f"{i}.png"))
+            assert mask.dtype == np.uint8
+            np.testing.assert_array_equal(mask == 255, record["segmentation"])
+            assert row["id"] == str(i)
+            assert row["area"] == str(record["area"])
+            bbox = [int(row[f"bbox_{k}"]) for k in ("x0", "y0", "w", "h")]
+            assert bbox == record["bbox"]
+            assert float(row["predicted_iou"]) == record["predicted_iou"]
+            assert [float(row["point_input_x"]), float(row["point_input_y"])] == record[
+                "point_coords"
+            ][0]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
+def test_coco(run, expected, tmp_path, capsys):
+    assert run("--format", "coco", "--overlays")[0] is None
+    assert {f"overlays/{n}.png" for n in SIZES} < files(tmp_path / "out")
+    coco = pycocotools.coco.COCO(tmp_path / "out/annotations.json")
+    assert coco.loadCats(coco.getCatIds()) == [{"id": 1, "name": "object"}]
+    for image in coco.loadImgs(coco.getImgIds()):
+        records = expected[Path(image["file_name"]).stem]
+        assert (image["height"], image["width"]) == SIZES[Path(image["file_name"]).stem]
+        annotations = coco.loadAnns(coco.getAnnIds([image["id"]]))
+        for annotation, record in zip(annotations, records, strict=True):
+            assert annotation["area"] == record["area"]
+            assert annotation["bbox"] == record["bbox"]
+            assert annotation["predicted_iou"] == record["predicted_iou"]
+            np.testing.assert_array_equal(coco.annToMask(annotation), record["segmentation"])
+    assert len(coco.getImgIds()) == 3
+
+
+@pytest.mark.parametrize("kind", ["png", "coco"])
+def test_what_is_finished_is_passed_over(run, tmp_path, kind):
+    run("--format", kind)
+    before = {
+        p: (p.stat().st_mtime_ns, p.read_bytes())
+        for p in (tmp_path / "out").rglob("*.*")
+        if p.is_file() and p.name != "annotations.json"
+    }
+    # One result is lost, and a half-written one was left behind by a run that was killed.
+    lost = tmp_path / "out" / ("wide/metadata.csv" if kind == "png" else "parts/wide.json")
+    content = lost.read_bytes()
+    lost.unlink()
+    if kind == "png":
+        for file in lost.parent.iterdir():
+            file.unlink()
+        lost.parent.rmdir()
+    message, printed = run("--format", kind)
+    assert message is None
+    assert printed.out.startswith("3 of 3 pictures")
+    assert lost.read_bytes() == content
+    for path, (time_written, data) in before.items():
+        assert path.read_bytes() == data
+        if "wide" not in str(path):
+            assert path.stat().st_mtime_ns == time_written
+    assert run("--format", kind)[0] is None  # nothing to do
+
+
+def test_other_settings_are_refused(run, tmp_path):
+    run()
+    message, _ = run("--crop-n-layers", "1")
+    assert "has results of other settings: crop_n_layers was 0 and is 1" in message
+    message, _ = run("--format", "coco")
+    assert "format was 'png' and is 'coco'" in message
+    assert run("--points-per-batch", "5")[0] is None  # which changes no result
+    (tmp_path / "out/settings.json").write_text("[")
+    assert "settings.json is not of an earlier run" in run()[0]
+
+
+@pytest.mark.parametrize("kind", ["png", "coco"])
+def test_bad_pictures_do_not_stop_the_rest(run, photos, tmp_path, kind):
+    (photos / "empty.png").touch()
+    whole = (photos / "wide.png").read_bytes()
+    (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "notes.txt").write_text("no picture")
+    (photos / ".hidden").write_text("not looked at")
+    message, printed = run("--format", kind)
+    assert message.startswith("sam-jax: 3 could not be read:\n")
+    for name in ("empty.png", "cut.png", "notes.txt"):
+        assert f"  {photos / name}: " in message
+    assert printed.out.startswith("3 of 6 pictures")
+    assert not any("empty" in f or "cut" in f or "notes" in f for f in files(tmp_path / "out"))
+    if kind == "coco":
+        images = json.loads((tmp_path / "out/annotations.json").read_text())["images"]
+        assert [image["file_name"] for image in images] == ["small.png", "tall.png", "wide.png"]
+
+
+def test_a_run_that_is_killed_goes_on(model, photos, tmp_path, run, expected):
+    """A process killed while it works leaves nothing half, and the next run does the rest."""
+    for i in range(30):
+        Image.fromarray(picture(40, 50, seed=i)).save(photos / f"more_{i:02}.png")
+    command = [sys.executable, "-m", "sam_jax.cli", "generate", photos, "--output"]
+    command += [tmp_path / "out", "--model", model, *OPTIONS, "--format", "coco"]
+    process = subprocess.Popen(
+        [str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    parts = tmp_path / "out/parts"
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = list(parts.glob("[!.]*.json"))
+    assert 2 <= len(done) < 33
+    assert not (tmp_path / "out/annotations.json").exists()
+    for part in done:
+        json.loads(part.read_text())
+    assert run("--format", "coco")[0] is None
+    coco = json.loads((tmp_path / "out/annotations.json").read_text())
+    names = [image["file_name"] for image in coco["images"]]
+    assert len(names) == len(set(names)) == 33
+    wide = coco["images"][names.index("wide.png")]["id"]
+    found = [a for a in coco["annotations"] if a["image_id"] == wide]
+    assert len(found) == len(expected["wide"])
+
+
+def test_point_grids(run, tmp_path):
+    (tmp_path / "grid.json").write_text("[[[0.5, 0.5], [0.25, 0.75]]]")
+    assert run("--point-grids", tmp_path / "grid.json")[0] is None
+    with (tmp_path / "out/small/metadata.csv").open() as file:
+        points = {(r["point_input_x"], r["point_input_y"]) for r in csv.DictReader(file)}
+    assert points <= {("12.5", "10.0"), ("6.25", "15.0")}
+    (tmp_path / "grid.json").write_text("[[[0.5, 2]]]")
+    message, _ = run("--point-grids", tmp_path / "grid.json", output=tmp_path / "other")
+    assert "point_grids[0] holds [0.5, 2.0]" in message
+    (tmp_path / "grid.json").write_text("5")
+    message, _ = run("--point-grids", tmp_path / "grid.json", output=tmp_path / "third")
+    assert "is no JSON list of lists of points" in message
+
+
+def test_bad_arguments(run, photos, tmp_path):
+    assert "missing does not exist" in run(inputs=[tmp_path / "missing"])[0]
+    (tmp_path / "empty").mkdir()
+    assert "there is no picture in" in run(inputs=[tmp_path / "empty"])[0]
+    assert "--devices is 5, expected 1 to 1" in run("--devices", "5")[0]
+    assert "points_per_batch is 0, expected" in run("--points-per-batch", "0")[0]
+    (tmp_path / "file").touch()
+    assert "file" in run(output=tmp_path / "file")[0]
+    message, _ = run(inputs=[photos / "wide.png", tmp_path / "file"])
+    assert message.startswith("sam-jax: ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert "Permission denied" in run(output=tmp_path / "closed" / "out")[0]
+
+
+def test_two_pictures_of_one_name(photos, tmp_path):
+    (photos / "wide.jpg").write_bytes((photos / "wide.png").read_bytes())
+    with pytest.raises(ValueError, match=r"would both be written as 'wide'"):
+        find_pictures([photos])
+    # The same file twice is one.
+    assert find_pictures([photos / "tall.png"] * 2) == [photos / "tall.png"]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, path, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    rle = {"size": [2, 2], "counts": [1, 2, 1]}
+    record = {"segmentation": rle, "area": 2, "bbox": [0, 0, 1, 1], "point_coords": [[0.0, 0.0]]}
+    record |= {"predicted_iou": 1.0, "stability_score": 1.0, "crop_box": [0, 0, 2, 2]}
+    with pytest.raises(OSError, match="No space"):
+        Results(tmp_path).write(Path("a.png"), np.zeros((2, 2, 3), np.uint8), [record])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,304 @@
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pycocotools.mask
+import pytest
+import skimage.data
+import torch_reference
+from PIL import Image
+from reference import SMALL, mask_iou, meta_sam, mobile_sam_torch, ours
+
+from sam_jax import SamPredictor, from_pretrained
+from sam_jax.mask_generator import SamAutomaticMaskGenerator
+
+amg = torch_reference.import_reference("segment_anything")
+
+# Random weights: every mask passes, and they are many, large, small and empty.
+ALL = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 0.99}
+
+
+@functools.cache
+def small():
+    sam = meta_sam(SMALL)
+    return sam, ours(sam, SMALL)
+
+
+def picture(height, width, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def segmentation(record):
+    """The mask, however it is held."""
+    rle = record["segmentation"]
+    if isinstance(rle, np.ndarray):
+        return rle
+    if isinstance(rle["counts"], list):
+        return amg.utils.amg.rle_to_mask(rle)
+    return pycocotools.mask.decode(rle).astype(bool)
+
+
+def assert_same_records(actual, expected, exact=False):
+    """As many records, in the same order, of the same masks."""
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.keys() == e.keys()
+        for name in ("point_coords", "crop_box"):
+            assert a[name] == e[name]
+        if exact:
+            assert a["bbox"] == e["bbox"]
+            assert a["area"] == e["area"]
+        assert type(a["area"]) is int
+        assert all(type(n) is int for n in (*a["bbox"], *a["crop_box"]))
+        assert all(type(n) is float for n in a["point_coords"][0])
+        for name in ("predicted_iou", "stability_score"):
+            assert type(a[name]) is float
+            assert abs(a[name] - np.nan_to_num(e[name])) <= 1e-3
+    masks = zip(map(segmentation, actual), map(segmentation, expected), strict=True)
+    ious = [float(mask_iou(a, e)) for a, e in masks]
+    assert min(ious, default=1) >= 0.99
+    assert np.mean(np.array([1.0, *ious]) >= 0.999) >= 0.99
+
+
+# ---- against the reference, real weights ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mobile(mobile_sam_file):
+    return mobile_sam_torch(mobile_sam_file), from_pretrained(mobile_sam_file)
+
+
+def photo(name):
+    coffee = skimage.data.coffee()  # 600 x 400
+    return {
+        "landscape": coffee,
+        "portrait": np.ascontiguousarray(skimage.data.astronaut()[:, 100:400]),
+        "small": np.asarray(Image.fromarray(skimage.data.chelsea()).resize((150, 100))),
+        "large": np.asarray(Image.fromarray(skimage.data.rocket()).resize((1601, 1068))),
+    }[name]
+
+
+GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("landscape", {}),
+        ("portrait", {}),
+        ("small", {}),
+        ("large", {}),
+        ("landscape", {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2}),
+        ("portrait", {"points_per_side": None, "point_grids": [GRID]}),
+        ("landscape", {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.5}),
+        ("landscape", {"pred_iou_thresh": 0.5, "min_mask_region_area": 200}),
+        ("small", {"output_mode": "uncompressed_rle"}),
+        ("small", {"output_mode": "coco_rle"}),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
+def test_records_are_metas(mobile, name, options):
+    options = {"points_per_side": 5, **options}
+    torch_sam, model = mobile
+    expected = amg.SamAutomaticMaskGenerator(torch_sam, **options).generate(photo(name))
+    actual = SamAutomaticMaskGenerator(model, **options).generate(photo(name))
+    assert len(actual) >= 3
+    assert_same_records(actual, expected)
+    if options.get("output_mode", "binary_mask") != "binary_mask":
+        assert json.loads(json.dumps(actual)) == actual
+        assert type(actual[0]["segmentation"]) is type(expected[0]["segmentation"])
+
+
+# ---- against the reference, random weights -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"points_per_batch": 7},
+        {"crop_n_layers": 1, "crop_nms_thresh": 0.99},
+        {"crop_n_layers": 2, "crop_n_points_downscale_factor": 2, "crop_overlap_ratio": 0.1},
+        {"box_nms_thresh": 0.5},
+        {"stability_score_thresh": 0.2, "stability_score_offset": 0.05},
+        {"min_mask_region_area": 40},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_options_are_metas(options):
+    torch_sam, model = small()
+    options = {**ALL, "points_per_side": 6, **options}
+    image = picture(120, 160)
+    expected = amg.SamAutomaticMaskGenerator(torch_sam, **options).generate(image)
+    actual = SamAutomaticMaskGenerator(model, **options).generate(image)
+    assert actual
+    assert_same_records(actual, expected)
+
+
+# ---- the same records whichever way --------------------------------------------------------------
+
+
+def generator(**options):
+    return SamAutomaticMaskGenerator(small()[1], **{**ALL, "points_per_side": 6, **options})
+
+
+@pytest.mark.parametrize("points_per_batch", [1, 7, 1024])
+def test_points_per_batch_changes_nothing(points_per_batch):
+    image = picture(100, 75)
+    expected = generator().generate(image)
+    actual = generator(points_per_batch=points_per_batch).generate(image)
+    assert_same_records(actual, expected, exact=True)
+
+
+def test_a_batch_is_as_one_at_a_time():
+    images = [picture(50, 200, 1), picture(130, 90, 2), picture(96, 96, 3)]
+    some = generator(crop_n_layers=1)
+    for actual, image in zip(some.generate_batch(images), images, strict=True):
+        assert_same_records(actual, some.generate(image), exact=True)
+    assert some.generate_batch([]) == []
+
+
+DEVICES = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh
+import test_mask_generator as tests
+
+images = [tests.picture(60 + 10 * i, 120 - 7 * i, i) for i in range(10)]
+for options in ({}, {"crop_n_layers": 1}):
+    one = tests.generator(**options)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    eight = tests.generator(**options, mesh=mesh)
+    assert len(jax.devices()) == 8
+    for actual, image in zip(eight.generate_batch(images), images, strict=True):
+        tests.assert_same_records(actual, one.generate(image), exact=True)
+print("same")
+"""
+
+
+def test_eight_devices_are_as_one():
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-c", DEVICES]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "same\n"
+
+
+def test_a_saved_embedding_serves_for_the_picture():
+    image = picture(70, 110)
+    predictor = SamPredictor(small()[1])
+    predictor.set_image(image)
+    embedding = predictor.get_image_embedding()
+    actual = generator().generate_from_embedding(embedding, (70, 110))
+    assert_same_records(actual, generator().generate(image), exact=True)
+    with pytest.raises(ValueError, match="crop_n_layers is 1, and crops need the picture"):
+        generator(crop_n_layers=1).generate_from_embedding(embedding, (70, 110))
+    with pytest.raises(ValueError, match=r"shape \(1, 2\), expected \(1, 32, 12, 12\)"):
+        generator().generate_from_embedding(np.zeros((1, 2)), (70, 110))
+
+
+def test_another_picture_compiles_nothing(compilations):
+    some = generator(crop_n_layers=1)
+    some.generate(picture(100, 75))
+    compilations.clear()
+    some.generate(picture(33, 250))
+    some.generate(picture(700, 1300))
+    generator(crop_n_layers=1, pred_iou_thresh=0.3).generate(picture(20, 20))
+    assert compilations == []
+
+
+def test_other_kinds_of_pictures(tmp_path):
+    image = picture(40, 60)
+    Image.fromarray(image).save(tmp_path / "picture.png")
+    expected = generator().generate(image)
+    for given in (Image.fromarray(image), tmp_path / "picture.png"):
+        assert_same_records(generator().generate(given), expected, exact=True)
+
+
+# ---- nothing, and what cannot be -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"pred_iou_thresh": 100.0},
+        {"stability_score_thresh": 2.0},
+        {"pred_iou_thresh": 100.0, "min_mask_region_area": 50, "output_mode": "coco_rle"},
+    ],
+    ids=str,
+)
+def test_nothing_survives(layers, limits):
+    assert generator(crop_n_layers=layers, **limits).generate(picture(50, 80)) == []
+
+
+def test_blank_and_tiny_pictures():
+    for size in ((64, 64), (1, 1), (1, 40), (3, 2)):
+        records = generator(crop_n_layers=2).generate(np.zeros((*size, 3), np.uint8))
+        for record in records:
+            assert record["segmentation"].shape == size
+            assert 0 <= record["stability_score"] <= 1
+
+
+def test_empty_masks_are_valid_json():
+    records = generator(output_mode="coco_rle").generate(picture(50, 80))
+    assert any(record["area"] == 0 for record in records)
+    json.dumps(records, allow_nan=False)
+
+
+def test_bfloat16():
+    config = dataclasses.replace(SMALL)
+    model = ours(small()[0], config, dtype=jax.numpy.bfloat16)
+    records = SamAutomaticMaskGenerator(model, **ALL, points_per_side=4).generate(picture(50, 80))
+    assert records
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"points_per_side": None}, "points_per_side is None and point_grids is None, expected"),
+        ({"point_grids": [GRID]}, "points_per_side is 6 and point_grids is given, expected exact"),
+        ({"points_per_side": 0}, "points_per_side is 0, expected a whole number of at least 1"),
+        ({"points_per_batch": 0}, "points_per_batch is 0, expected a whole number of at least 1"),
+        ({"points_per_batch": 1.5}, "points_per_batch is 1.5, expected a whole number"),
+        ({"crop_n_layers": -1}, "crop_n_layers is -1, expected a whole number of at least 0"),
+        ({"crop_n_points_downscale_factor": 0}, "crop_n_points_downscale_factor is 0, expected"),
+        (
+            {"crop_n_layers": 2, "crop_n_points_downscale_factor": 4},
+            "points_per_side 6 over crop_n_points_downscale_factor 4 leaves no points for layer 2",
+        ),
+        ({"crop_overlap_ratio": 1.0}, "crop_overlap_ratio is 1.0, expected 0 to below 1"),
+        ({"output_mode": "png"}, "output_mode is 'png', expected one of binary_mask, uncompresse"),
+        (
+            {"points_per_side": None, "point_grids": [[[0.5, 1.5], [0.1, 0.1]]]},
+            r"point_grids\[0\] holds \[0.5, 1.5\], expected x and y from 0 to 1",
+        ),
+        (
+            {"points_per_side": None, "point_grids": [[[float("nan"), 0.5]]]},
+            r"point_grids\[0\] holds \[nan, 0.5\], expected x and y from 0 to 1",
+        ),
+        ({"points_per_side": None, "point_grids": [[]]}, r"point_grids\[0\] has shape \(0,\)"),
+        (
+            {"points_per_side": None, "point_grids": [GRID], "crop_n_layers": 1},
+            "there are 1 point_grids, expected 2: one for the whole picture",
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        generator(**options)
