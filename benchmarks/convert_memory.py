@@ -68,7 +68,7 @@ def run(*command: str | Path) -> Peak:
     return Peak(peaks["VmHWM"], peaks["RssAnon"], peaks["RssFile"], seconds)
 
 
-def read_status(pid: int) -> dict[str, int]:
+def read_status(pid: int | str) -> dict[str, int]:
     """The sizes in /proc/<pid>/status, in bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {

@@ -12,18 +12,22 @@ Where to read on: `models/sam.py` for the model (and its functional way in, for 
 
 from sam_jax.checkpoints import CheckpointError, from_pretrained, save_pretrained
 from sam_jax.config import SamConfig
+from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.models.sam import Sam
+from sam_jax.pipeline import pipeline
 from sam_jax.predictor import SamPredictor
 from sam_jax.processing import SamProcessor
 
 __all__ = [
     "CheckpointError",
     "Sam",
+    "SamAutomaticMaskGenerator",
     "SamConfig",
     "SamPredictor",
     "SamProcessor",
     "__version__",
     "from_pretrained",
+    "pipeline",
     "save_pretrained",
 ]
 

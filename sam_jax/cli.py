@@ -18,7 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from sam_jax.checkpoints import from_pretrained
-from sam_jax.folder import Format, Results, find_pictures, generate_folder
+from sam_jax.checkpoints.sources import MODELS
+from sam_jax.folder import Format, Results, find_pictures, generate_folder, generate_with_ray
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.predictor import SamPredictor
 from sam_jax.processing import check_boxes, check_points, load_image
@@ -72,6 +73,9 @@ class Generate:
     """Also draw each picture with its masks."""
     devices: int | None = None
     """How many devices of this machine to use, one picture on each; all of them if left out."""
+    ray: tuple[str, ...] | None = None
+    """Use the machines of a Ray cluster: the one at this address, or without an address one that
+    runs here or a new one. All machines must see the same folders."""
     points_per_side: int = 32
     """Points along one side of the picture; their number is its square."""
     points_per_batch: int = 64
@@ -110,23 +114,16 @@ def generate(args: Generate) -> None:
     options = {name: getattr(args, name) for name in sorted(_GENERATOR)}
     if args.point_grids is not None:
         options |= {"points_per_side": None, "point_grids": _read_grids(args.point_grids)}
-    available = jax.local_devices()
-    count = len(available) if args.devices is None else args.devices
-    if not 1 <= count <= len(available):
-        raise ValueError(f"--devices is {count}, expected 1 to {len(available)}, as many there are")
     results = Results(args.output, args.format, args.overlays)
     how_many = {"points_per_batch"}
     results.begin({"model": args.model} | {k: v for k, v in options.items() if k not in how_many})
 
+    if args.ray is not None and len(args.ray) > 1:
+        raise ValueError(f"--ray is {' '.join(args.ray)!r}, expected one address or none")
     todo = [picture for picture in pictures if not results.is_finished(picture)]
     failures = []
     if todo:
-        generator = SamAutomaticMaskGenerator(
-            from_pretrained(args.model),
-            **options,
-            output_mode="uncompressed_rle",
-            mesh=Mesh(np.array(available[:count]), ("images",)),
-        )
+        options["output_mode"] = "uncompressed_rle"
         with tqdm(total=len(pictures), initial=len(pictures) - len(todo), unit="image") as bar:
 
             def on_picture(picture: Path, problem: str | None) -> None:
@@ -134,11 +131,30 @@ def generate(args: Generate) -> None:
                 if problem is not None:
                     failures.append(f"  {picture}: {problem}")
 
-            generate_folder(generator, todo, results, on_picture)
+            if args.ray is not None:
+                address = args.ray[0] if args.ray else None
+                model = args.model
+                if model not in MODELS and Path(model).exists():
+                    model = str(Path(model).absolute())
+                generate_with_ray(address, model, options, todo, results, on_picture)
+            else:
+                mesh = Mesh(np.array(_devices(args.devices)), ("images",))
+                model = from_pretrained(args.model)
+                generator = SamAutomaticMaskGenerator(model, **options, mesh=mesh)
+                generate_folder(generator, todo, results, on_picture)
     results.finish(pictures)
     print(f"{len(pictures) - len(failures)} of {len(pictures)} pictures in {args.output}")
     if failures:
         raise ValueError("\n".join([f"{len(failures)} could not be read:", *failures]))
+
+
+def _devices(count: int | None) -> list[jax.Device]:
+    """So many of this machine's, or all."""
+    available = jax.local_devices()
+    count = len(available) if count is None else count
+    if not 1 <= count <= len(available):
+        raise ValueError(f"--devices is {count}, expected 1 to {len(available)}, as many there are")
+    return available[:count]
 
 
 def _read_grids(path: Path) -> list[list]:

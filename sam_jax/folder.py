@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from sam_jax.checkpoints import from_pretrained
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.ops.masks import rle_compress, rle_decode
 from sam_jax.processing import load_image
@@ -84,12 +85,15 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / SETTINGS
         settings = json.loads(json.dumps({"format": self.format, **settings}))
-        if file.exists():
+        # A run that came to nothing binds no other.
+        if any(itertools.chain(self.folder.glob(f"*/{_TABLE}"), self.folder.glob("parts/*.json"))):
             try:
                 earlier = json.loads(file.read_text())
                 other = [k for k in {**earlier, **settings} if earlier.get(k) != settings.get(k)]
-            except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file} is not of an earlier run: {error}") from error
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{self.folder} has results, but their {file.name} cannot be read: {error}"
+                ) from error
             if other:
                 names = ", ".join(
                     f"{k} was {earlier.get(k)!r} and is {settings.get(k)!r}" for k in other
@@ -153,6 +157,76 @@ def generate_folder(
         for (picture, image), found in zip(some, records, strict=True):
             results.write(picture, image, found)
             on_picture(picture, None)
+
+
+def generate_with_ray(
+    address: str | None,
+    model: str,
+    options: dict[str, Any],
+    pictures: Sequence[Path],
+    results: Results,
+    on_picture: Callable[[Path, str | None], None],
+) -> None:
+    """`generate_folder` on the machines of a Ray cluster, which must all see the same folders.
+
+    Ray Data schedules the pictures on actors (one for each GPU, or for each machine if there are
+    none), which load the model once and compile once. What a lost one was at is tried again by
+    another, which passes over what is finished.
+
+    Args:
+        address: of the cluster; None for one that runs on this machine or a new one.
+        model: what `from_pretrained` takes, on every machine.
+        options: of `SamAutomaticMaskGenerator`.
+        pictures: files.
+        results: where to write.
+        on_picture: as for `generate_folder`.
+
+    Raises:
+        ValueError: if Ray is not installed.
+        ConnectionError: if there is no such cluster.
+    """
+    try:
+        import ray.data
+    except ImportError as error:
+        raise ValueError("Ray is not installed; install sam_jax with its extra `ray`") from error
+    ray.init(address, log_to_driver=False, logging_level="warning")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    machines = sum(node["Alive"] for node in ray.nodes())
+    results = dataclasses.replace(results, folder=results.folder.absolute())
+    rows = ray.data.from_items(
+        [{"picture": str(picture.absolute())} for picture in pictures],
+        override_num_blocks=min(len(pictures), 1000),
+    ).map(
+        _Worker,
+        fn_constructor_args=(model, options, results),
+        concurrency=(1, gpus or machines),
+        num_gpus=1 if gpus else None,
+        scheduling_strategy="SPREAD",
+    )
+    given = {str(picture.absolute()): picture for picture in pictures}
+    for row in rows.iter_rows():
+        on_picture(given[row["picture"]], row["problem"] or None)
+
+
+class _Worker:
+    """A Ray actor: a generator that does one picture after the other."""
+
+    def __init__(self, model: str, options: dict[str, Any], results: Results):
+        self.generator = SamAutomaticMaskGenerator(from_pretrained(model), **options)
+        self.results = results
+
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        picture, problems = Path(row["picture"]), []
+        if not self.results.is_finished(picture):
+            generate_folder(
+                self.generator,
+                [picture],
+                self.results,
+                lambda _, problem: problems.append(problem or ""),
+            )
+        return {"picture": row["picture"], "problem": "".join(problems)}
 
 
 def _read(

@@ -14,8 +14,8 @@ from PIL import Image
 from reference import SMALL, meta_sam, ours
 from test_mask_generator import ALL, picture
 
-from sam_jax import cli, save_pretrained
-from sam_jax.folder import Results, find_pictures
+from sam_jax import cli, from_pretrained, save_pretrained
+from sam_jax.folder import Results, find_pictures, generate_folder
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
 
 SIZES = {"wide": (60, 110), "tall": (130, 70), "small": (20, 25)}
@@ -57,8 +57,6 @@ def run(model, photos, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    from sam_jax import from_pretrained
-
     options = {**ALL, "box_nms_thresh": 0.7, "points_per_side": 4}
     generator = SamAutomaticMaskGenerator(from_pretrained(model), **options)
     return {
@@ -149,7 +147,12 @@ def test_other_settings_are_refused(run, tmp_path):
     assert "format was 'png' and is 'coco'" in message
     assert run("--points-per-batch", "5")[0] is None  # which changes no result
     (tmp_path / "out/settings.json").write_text("[")
-    assert "settings.json is not of an earlier run" in run()[0]
+    assert "has results, but their settings.json cannot be read" in run()[0]
+
+
+def test_a_run_that_came_to_nothing_binds_no_other(run):
+    assert "crop_overlap_ratio is 2.0" in run("--crop-overlap-ratio", "2")[0]
+    assert run()[0] is None
 
 
 @pytest.mark.parametrize("kind", ["png", "coco"])
@@ -197,6 +200,85 @@ def test_a_run_that_is_killed_goes_on(model, photos, tmp_path, run, expected):
     wide = coco["images"][names.index("wide.png")]["id"]
     found = [a for a in coco["annotations"] if a["image_id"] == wide]
     assert len(found) == len(expected["wide"])
+
+
+# In a process of its own, since starting nodes forks it, which JAX does not bear.
+CLUSTER = """
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+cluster.add_node(num_cpus=1)
+print(cluster.address, flush=True)
+input()
+cluster.shutdown()
+"""
+
+
+def ray_workers():
+    """The processes of Ray's actors, by what they call themselves."""
+    workers = []
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            name = status.read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if name.startswith(b"ray::") and b"MapWorker" in name:
+            workers.append(int(status.parent.name))
+    return workers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
+    """Ray Data on a cluster of two nodes: every picture once, though a worker is lost."""
+    for i in range(20):
+        Image.fromarray(picture(40, 50, seed=i)).save(photos / f"more_{i:02}.png")
+    (photos / "bad.png").write_text("no picture")
+    cluster = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        address = cluster.stdout.readline().strip()
+        command = [sys.executable, "-m", "sam_jax.cli", "generate", photos, "--output"]
+        command += [tmp_path / "out", "--model", model, *OPTIONS, "--format", "coco"]
+        command += ["--ray", address]
+        process = subprocess.Popen(
+            [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        parts = tmp_path / "out/parts"
+        deadline = time.monotonic() + 120
+        while len(list(parts.glob("[!.]*.json"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        workers = ray_workers()
+        assert workers
+        os.kill(workers[0], signal.SIGKILL)
+        done = len(list(parts.glob("[!.]*.json")))
+        assert done < 23, "all was done before a worker could be killed"
+        printed, errors = process.communicate(timeout=180)
+    finally:
+        cluster.communicate("\n", timeout=60)
+    assert process.returncode == 1, errors
+    assert "1 could not be read:" in errors
+    assert f"  {photos / 'bad.png'}: " in errors
+    assert "23 of 24 pictures" in printed
+    coco = json.loads((tmp_path / "out/annotations.json").read_text())
+    names = [image["file_name"] for image in coco["images"]]
+    assert len(names) == len(set(names)) == 23
+    alone = Results(tmp_path / "alone", "coco")
+    alone.begin({})
+    generator = SamAutomaticMaskGenerator(
+        from_pretrained(model),
+        pred_iou_thresh=0,
+        stability_score_thresh=0,
+        points_per_side=4,
+        output_mode="uncompressed_rle",
+    )
+    generate_folder(generator, [photos / "wide.png"], alone, lambda *_: None)
+    expected = json.loads((tmp_path / "alone/parts/wide.json").read_text())
+    assert json.loads((parts / "wide.json").read_text()) == expected
+
+
+def test_ray_is_asked_for_by_one_address(run):
+    assert "--ray is 'a b', expected one address or none" in run("--ray", "a", "b")[0]
 
 
 def test_point_grids(run, tmp_path):

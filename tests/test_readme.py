@@ -24,10 +24,16 @@ def test_quickstart(mobile_sam_file, tmp_path):
     assert (abs(made - shown).max(-1) > 50).mean() < 0.01
 
 
+def test_everything(mobile_sam_file, tmp_path):
+    main = runpy.run_path(str(EXAMPLES / "everything.py"))["main"]
+    main(tmp_path / "everything.png", points_per_side=4)
+    assert Image.open(tmp_path / "everything.png").size == (1024, 512)
+
+
 def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):
     """In one session, as one reads; the picture is the one whose coordinates README uses."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     photo = Image.fromarray(skimage.data.coffee()).resize((1800, 1200))
     photo.save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
@@ -41,7 +47,11 @@ def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):
     (same,) = names["masks"]
     assert np.array_equal(same[0], masks)
     assert names["scores"].shape == (1, 1, 3)
-    exec(blocks[2], names)
+    # A few of the 32 x 32 points, since all of them take half a minute.
+    exec(blocks[2].replace('"mobile_sam")', '"mobile_sam"), points_per_side=4'), names)
+    assert len(names["records"]) >= 2
+    assert names["records"][0]["segmentation"].shape == (1200, 1800)
+    exec(blocks[3], names)
     assert np.allclose(names["scores"], names["outputs"].iou_scores, atol=1e-5)
     gradients = names["gradients"]["mask_decoder"]["iou_token"][...]
     assert np.isfinite(gradients).all()

@@ -1,0 +1,146 @@
+"""Everything-mode beside Meta's generator on PyTorch: the same masks? how much faster?
+
+    python -m benchmarks.everything                      # MobileSAM on four photos
+    python -m benchmarks.everything --crops              # the same with two layers of crops
+    python -m benchmarks.everything --model vit_b        # one photo
+
+Both run in one process, one after the other, on the same weights and pictures. Times are printed
+only where the masks agree. ViT-B has a random image encoder here, with MobileSAM's prompt encoder
+and mask decoder, which are the official ones.
+"""
+
+import argparse
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+import pycocotools.mask
+import skimage.data
+import torch
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+
+from sam_jax import from_pretrained
+from sam_jax.checkpoints.params import build_model, param_shapes
+from sam_jax.checkpoints.sources import locate
+from sam_jax.checkpoints.torch_names import from_torch
+from sam_jax.config import mobile_sam, vit_b
+from sam_jax.mask_generator import SamAutomaticMaskGenerator
+
+sys.path.append(str(Path(__file__).parents[1] / "convert"))
+import torch_reference
+
+CROPS = {"crop_n_layers": 2, "crop_n_points_downscale_factor": 2}
+MATRIX = 2048
+
+
+def photos() -> dict[str, np.ndarray]:
+    """Photos of scikit-image's wheel: landscape, portrait, small, larger than 1024 pixels."""
+
+    def resized(image, width, height):
+        return np.asarray(Image.fromarray(image).resize((width, height)))
+
+    return {
+        "landscape 600x400": skimage.data.coffee(),
+        "portrait 300x512": np.ascontiguousarray(skimage.data.astronaut()[:, 100:400]),
+        "small 226x150": resized(skimage.data.chelsea(), 226, 150),
+        "large 1601x1068": resized(skimage.data.rocket(), 1601, 1068),
+    }
+
+
+def models(name: str):
+    """The PyTorch model and ours, of the same weights."""
+    mobile = torch_reference.meta_sam(mobile_sam())
+    mobile.load_state_dict(torch.load(locate("mobile_sam"), weights_only=True))
+    if name == "mobile_sam":
+        return mobile.eval(), from_pretrained(name)
+    torch.manual_seed(0)
+    config = vit_b()
+    sam = torch_reference.meta_sam(config)
+    for p in sam.image_encoder.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    torch.nn.init.constant_(sam.image_encoder.neck[3].weight, 0.5)
+    for part in ("prompt_encoder", "mask_decoder"):
+        getattr(sam, part).load_state_dict(getattr(mobile, part).state_dict())
+    tensors = {k: v.numpy() for k, v in sam.state_dict().items()}
+    return sam.eval(), build_model(from_torch(tensors, config, param_shapes(config)), config)
+
+
+def timed(function, *args):
+    start = time.perf_counter()
+    result = function(*args)
+    return result, time.perf_counter() - start
+
+
+def compare(actual: list[dict], expected: list[dict]) -> tuple[np.ndarray, float]:
+    """IoUs of masks matched one to one, and the largest difference of their scores."""
+    masks = [[record["segmentation"] for record in records] for records in (actual, expected)]
+    ious = pycocotools.mask.iou(*masks, [0] * len(expected))
+    rows, columns = linear_sum_assignment(-ious)
+    scores = [
+        abs(actual[i][name] - expected[j][name])
+        for i, j in zip(rows, columns, strict=True)
+        for name in ("predicted_iou", "stability_score")
+    ]
+    return ious[rows, columns], max(scores)
+
+
+def matrix_rate() -> float:
+    """Floating-point operations per second of a large float32 matrix product."""
+    a = jax.numpy.ones((MATRIX, MATRIX))
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    seconds = [timed(lambda: product(a).block_until_ready())[1] for _ in range(10)]
+    return 2 * MATRIX**3 / float(np.median(seconds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("mobile_sam", "vit_b"), default="mobile_sam")
+    parser.add_argument("--crops", action="store_true", help="two layers of crops")
+    parser.add_argument("--photos", nargs="*", help="beginnings of their names")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of ours; the median counts")
+    args = parser.parse_args()
+
+    torch_sam, model = models(args.model)
+    options = {"output_mode": "coco_rle"} | (CROPS if args.crops else {})
+    reference = torch_reference.import_reference("segment_anything").SamAutomaticMaskGenerator(
+        torch_sam, **options
+    )
+    generator = SamAutomaticMaskGenerator(model, **options)
+    wanted = tuple(args.photos or (["landscape"] if args.model == "vit_b" else [""]))
+
+    packages = ", ".join(f"{p} {version(p)}" for p in ("jax", "torch"))
+    print(
+        f"{jax.devices()[0].device_kind}, {platform.machine()}, Python "
+        f"{platform.python_version()}, {packages}; {matrix_rate() / 1e9:.0f} GFLOP/s\n"
+    )
+    print(
+        "| Photo | Masks, Meta | Ours | Worst IoU | IoU >= 0.999 | Scores | Meta | First | Ours "
+        "| Ratio |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    )
+    for name, photo in photos().items():
+        if not name.startswith(wanted):
+            continue
+        actual, first = timed(generator.generate, photo)
+        ours = float(np.median([timed(generator.generate, photo)[1] for _ in range(args.repeat)]))
+        expected, theirs = timed(reference.generate, photo)
+        ious, scores = compare(actual, expected)
+        if len(actual) != len(expected) or ious.min() < 0.99 or scores > 1e-3:
+            raise SystemExit(
+                f"{name}: the masks differ: {len(actual)} {len(expected)} {ious.min()}"
+            )
+        print(
+            f"| {name} | {len(expected)} | {len(actual)} | {ious.min():.6f} "
+            f"| {(ious >= 0.999).mean():.1%} | {scores:.0e} | {theirs:.1f} s | {first:.1f} s "
+            f"| {ours:.1f} s | {theirs / ours:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""`pipeline("mask-generation")`: everything-mode with the surface of `transformers`.
+
+The masks are those of `SamAutomaticMaskGenerator`, which follows Meta. Hugging Face's pipeline
+differs from Meta's generator, and so from this, in that
+
+* with crops it suppresses duplicates once, by predicted IoU, where Meta does so within each crop
+  and then between crops, of which the smaller wins;
+* a mask's stability must exceed its threshold, where Meta's may equal it;
+* it fails where no mask survives, and here the lists are empty.
+
+Without crops the results are the same.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sam_jax.checkpoints import from_pretrained
+from sam_jax.mask_generator import SamAutomaticMaskGenerator
+from sam_jax.models.sam import Sam
+from sam_jax.ops.masks import rle_decode
+from sam_jax.processing import ImageInput
+
+# Hugging Face's names of the generator's arguments.
+_ARGUMENTS = {
+    "points_per_batch": ("points_per_batch",),
+    "points_per_crop": ("points_per_side",),
+    "pred_iou_thresh": ("pred_iou_thresh",),
+    "stability_score_thresh": ("stability_score_thresh",),
+    "stability_score_offset": ("stability_score_offset",),
+    "crops_n_layers": ("crop_n_layers",),
+    "crops_nms_thresh": ("box_nms_thresh", "crop_nms_thresh"),
+    "crop_overlap_ratio": ("crop_overlap_ratio",),
+    "crop_n_points_downscale_factor": ("crop_n_points_downscale_factor",),
+}
+_OUTPUTS = ("output_rle_mask", "output_bboxes_mask")
+
+
+def pipeline(
+    task: str = "mask-generation", model: Sam | str | os.PathLike = "mobile_sam", **options: Any
+) -> "MaskGenerationPipeline":
+    """A pipeline that finds the masks of everything in a picture.
+
+    Args:
+        task: "mask-generation", the only one.
+        model: a model, or what `from_pretrained` takes.
+        options: of each call, unless it is given others; see `MaskGenerationPipeline`.
+
+    Raises:
+        ValueError: for another task.
+        TypeError: for an unknown option.
+    """
+    if task != "mask-generation":
+        raise ValueError(f"task is {task!r}, expected 'mask-generation'")
+    if not isinstance(model, Sam):
+        model = from_pretrained(model)
+    return MaskGenerationPipeline(model, **options)
+
+
+class MaskGenerationPipeline:
+    """What `pipeline` returns; called with pictures.
+
+    Options, with the defaults of `transformers`: `points_per_batch` (64; None for all at once),
+    `points_per_crop` (32, along a side), `pred_iou_thresh` (0.88), `stability_score_thresh` (0.95),
+    `stability_score_offset` (1), `mask_threshold` (0), `crops_n_layers` (0), `crops_nms_thresh`
+    (0.7), `crop_overlap_ratio` (512 / 1500), `crop_n_points_downscale_factor` (1),
+    `output_rle_mask` (False), `output_bboxes_mask` (False). See `SamAutomaticMaskGenerator` for
+    what they mean.
+    """
+
+    def __init__(self, model: Sam, **options: Any):
+        _check_options(options)
+        self.model = model
+        self.options = options
+
+    def __call__(
+        self, images: ImageInput | Sequence[ImageInput], **options: Any
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """The masks of a picture, or of each picture of a list.
+
+        Returns:
+            A dictionary of `masks`, a list of booleans [h, w]; `scores`, their predicted IoUs,
+            float32 [n]; with `output_rle_mask` also `rle_mask`, COCO's uncompressed run lengths;
+            with `output_bboxes_mask` also `bounding_boxes`, int64 [n, 4], x0, y0, x1, y1 with the
+            last pixels included.
+        """
+        _check_options(options)
+        options = {**self.options, **options}
+        generator = self._generator(options)
+        some = list(images) if isinstance(images, (list, tuple)) else [images]
+        results = [_outputs(records, options) for records in generator.generate_batch(some)]
+        return results if isinstance(images, (list, tuple)) else results[0]
+
+    def _generator(self, options: dict[str, Any]) -> SamAutomaticMaskGenerator:
+        arguments = {
+            ours: value for name, value in options.items() for ours in _ARGUMENTS.get(name, ())
+        }
+        if options.get("points_per_batch", 64) is None:
+            arguments["points_per_batch"] = options.get("points_per_crop", 32) ** 2
+        generator = SamAutomaticMaskGenerator(
+            self.model, **arguments, output_mode="uncompressed_rle"
+        )
+        generator.mask_threshold = options.get("mask_threshold", generator.mask_threshold)
+        return generator
+
+
+def _outputs(records: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
+    result = {
+        "masks": [rle_decode(record["segmentation"]) for record in records],
+        "scores": np.array([record["predicted_iou"] for record in records], np.float32),
+    }
+    if options.get("output_rle_mask"):
+        result["rle_mask"] = [record["segmentation"] for record in records]
+    if options.get("output_bboxes_mask"):
+        boxes = np.array([record["bbox"] for record in records], np.int64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        result["bounding_boxes"] = boxes
+    return result
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    known = (*_ARGUMENTS, "mask_threshold", *_OUTPUTS)
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"unknown options {', '.join(unknown)}; known: {', '.join(known)}")

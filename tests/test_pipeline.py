@@ -1,0 +1,102 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch_reference
+import transformers
+from PIL import Image
+from reference import SMALL, hf_sam, mask_iou, ours
+from test_mask_generator import picture
+from transformers.models.sam import image_processing_pil_sam
+
+from sam_jax.pipeline import pipeline
+
+HF = dataclasses.replace(
+    SMALL, mask_decoder=dataclasses.replace(SMALL.mask_decoder, layer_norm_eps=1e-6)
+)
+# Random weights: all masks pass.
+ALL = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_crop": 5}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ours(hf_sam(HF), HF)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Hugging Face's pipeline; suppression stands in for torchvision's."""
+    size = {"height": 96, "width": 96}
+    processor = image_processing_pil_sam.SamImageProcessorPil(
+        size={"longest_edge": 96}, pad_size=size
+    )
+    nms = torch_reference.import_reference("segment_anything").automatic_mask_generator.batched_nms
+
+    def suppress(rles, scores, boxes, threshold):
+        kept = nms(boxes.float(), scores, torch.zeros(len(boxes)), threshold)
+        rles = [rles[i] for i in kept]
+        masks = [image_processing_pil_sam._rle_to_mask(rle) for rle in rles]
+        return masks, scores[kept], rles, boxes[kept]
+
+    processor.post_process_for_mask_generation = suppress
+    return transformers.pipeline("mask-generation", model=hf_sam(HF), image_processor=processor)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"points_per_batch": 7, "crops_nms_thresh": 0.95},
+        {"mask_threshold": 0.02, "crops_nms_thresh": 0.99},
+    ],
+    ids=str,
+)
+def test_results_are_hugging_faces(model, reference, options):
+    image = Image.fromarray(picture(80, 120))
+    options = {**ALL, **options, "output_rle_mask": True, "output_bboxes_mask": True}
+    expected = reference(image, **options)
+    actual = pipeline("mask-generation", model)(image, **options)
+    assert actual.keys() == expected.keys()
+    assert len(actual["masks"]) == len(expected["masks"]) > 0
+    for mask, other in zip(actual["masks"], expected["masks"], strict=True):
+        assert mask.dtype == bool
+        assert mask_iou(mask, other) >= 0.999
+    np.testing.assert_allclose(actual["scores"], expected["scores"], atol=1e-4)
+    np.testing.assert_array_equal(actual["bounding_boxes"], expected["bounding_boxes"])
+    for rle, other in zip(actual["rle_mask"], expected["rle_mask"], strict=True):
+        assert rle["size"] == list(other["size"])
+        assert type(rle["counts"]) is list
+
+
+def test_lists_and_defaults(model, tmp_path):
+    images = [picture(40, 60), picture(50, 30)]
+    generate = pipeline(model=model, **ALL)
+    results = generate(images)
+    assert [r["masks"][0].shape for r in results] == [(40, 60), (50, 30)]
+    for result, image in zip(results, images, strict=True):
+        alone = generate(image)
+        assert alone.keys() == {"masks", "scores"}
+        np.testing.assert_array_equal(result["scores"], alone["scores"])
+    fewer = generate(images[0], points_per_crop=1, points_per_batch=None)
+    assert 0 < len(fewer["masks"]) <= 3
+
+
+def test_nothing_survives(model):
+    result = pipeline(model=model, **{**ALL, "pred_iou_thresh": 100.0})(
+        picture(40, 60), output_bboxes_mask=True, output_rle_mask=True
+    )
+    assert result["masks"] == result["rle_mask"] == []
+    assert result["scores"].shape == (0,)
+    assert result["bounding_boxes"].shape == (0, 4)
+
+
+def test_what_cannot_be(model):
+    with pytest.raises(ValueError, match="task is 'depth-estimation', expected 'mask-generation'"):
+        pipeline("depth-estimation")
+    with pytest.raises(TypeError, match=r"unknown options points_per_side; known: points_per_batc"):
+        pipeline(model=model, points_per_side=3)
+    with pytest.raises(TypeError, match=r"unknown options device; known"):
+        pipeline(model=model)(picture(4, 5), device=0)
+    with pytest.raises(ValueError, match="Unknown model 'vit_x'"):
+        pipeline(model="vit_x")
