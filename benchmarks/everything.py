@@ -79,7 +79,7 @@ def timed(function, *args):
 def compare(actual: list[dict], expected: list[dict]) -> tuple[np.ndarray, float]:
     """IoUs of masks matched one to one, and the largest difference of their scores."""
     masks = [[record["segmentation"] for record in records] for records in (actual, expected)]
-    ious = pycocotools.mask.iou(*masks, [0] * len(expected))
+    ious = np.array(pycocotools.mask.iou(*masks, [0] * len(expected)))
     rows, columns = linear_sum_assignment(-ious)
     scores = [
         abs(actual[i][name] - expected[j][name])
