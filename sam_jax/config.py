@@ -10,18 +10,18 @@ from typing import Any, get_args, get_origin
 
 
 def _check_types(config: Any) -> None:
-    """Raises ValueError for the first field whose value is not of its type; integers count things.
+    """Raises ValueError for the first field whose value is not of its type; integers are positive.
 
     Configurations are read from files, and a wrong type would come to light far from there.
     """
 
-    def fits(value, hint) -> bool:
+    def fits(value, hint, least=1) -> bool:
         if hint is int:
-            return type(value) is int and value >= 0
+            return type(value) is int and value >= least
         if hint is float:
             return type(value) in (int, float) and math.isfinite(value)
         if get_origin(hint) is tuple:
-            return isinstance(value, tuple) and all(fits(v, get_args(hint)[0]) for v in value)
+            return isinstance(value, tuple) and all(fits(v, get_args(hint)[0], 0) for v in value)
         return isinstance(value, hint)
 
     for f in dataclasses.fields(config):

@@ -35,7 +35,9 @@ from sam_jax.ops.boxes import (
     non_maximum_suppression,
 )
 from sam_jax.ops.masks import (
+    FullSize,
     MaskStatistics,
+    full_size,
     mask_statistics,
     mask_to_box,
     remove_small_regions,
@@ -45,7 +47,6 @@ from sam_jax.ops.masks import (
     rle_encode,
 )
 from sam_jax.ops.prompts import join_prompts, pad_axis
-from sam_jax.ops.resize import mask_resize_matrix
 from sam_jax.processing import (
     ImageInput,
     SamProcessor,
@@ -273,14 +274,10 @@ class SamAutomaticMaskGenerator:
 
     def _frame(self, size: tuple[int, int], padded_size: int) -> "_Frame":
         """How the low-resolution masks of a crop of (h, w) are measured."""
-        rows, columns = (
-            mask_resize_matrix(
-                self.config.mask_size, self.config.image_size, input_side, side, padded_size
-            )
-            for input_side, side in zip(self.processor.input_size(size), size, strict=True)
-        )
+        config, input_size = self.config, self.processor.input_size(size)
+        full = full_size(config.mask_size, config.image_size, input_size, size, padded_size)
         limits = [self.pred_iou_thresh, self.mask_threshold, self.stability_score_offset]
-        return _Frame(rows, columns, np.array(size, np.int32), np.array(limits, np.float32))
+        return _Frame(full, np.array(limits, np.float32))
 
     def _batches(
         self, crops: "list[_Crop]", masks: list[tuple[np.ndarray, np.ndarray]]
@@ -340,8 +337,8 @@ class SamAutomaticMaskGenerator:
         left, top, _, _ = crop.box
         # Outside its box the mask is empty.
         rows, columns = (
-            frame.rows[y0 - top : y1 - top + 1],
-            frame.columns[x0 - left : x1 - left + 1],
+            frame.full.rows[y0 - top : y1 - top + 1],
+            frame.full.columns[x0 - left : x1 - left + 1],
         )
         height, width = crop.image_size
         # Column by column in memory, as run lengths go.
@@ -484,9 +481,7 @@ class _AtOnce(NamedTuple):
 class _Frame(NamedTuple):
     """How masks become full size and are measured; arrays."""
 
-    rows: Float[Array, "padded side"]
-    columns: Float[Array, "padded side"]
-    size: Int[Array, "2"]  # (h, w)
+    full: FullSize
     limits: Float[Array, "3"]  # of predicted IoU, of logits, offset of the latter for stability
 
 
@@ -559,7 +554,7 @@ def _measure(
     iou_limit, threshold, offset = frame.limits
 
     def measure(mask):
-        return mask_statistics(mask, frame.rows, frame.columns, frame.size, threshold, offset)
+        return mask_statistics(mask, frame.full, threshold, offset)
 
     def masks_of_point(mask_tokens, keys, wanted):
         masks = decoder.predict_masks(mask_tokens, keys, outputs)

@@ -231,7 +231,8 @@ def test_from_hf_refuses_what_sam_does_not_have(values, message):
     [
         (ViTConfig, {"depth": "2"}, "ViTConfig.depth is '2', expected int"),
         (ViTConfig, {"num_heads": 12.0}, "ViTConfig.num_heads is 12.0, expected int"),
-        (ViTConfig, {"depth": -1}, "ViTConfig.depth is -1"),
+        (ViTConfig, {"depth": 0}, "ViTConfig.depth is 0"),
+        (MaskDecoderConfig, {"attention_downsample_rate": 0}, "downsample_rate is 0, expected int"),
         (ViTConfig, {"qkv_bias": "yes"}, "ViTConfig.qkv_bias is 'yes', expected bool"),
         (ViTConfig, {"global_attn_indexes": (1, "2")}, "global_attn_indexes is (1, '2')"),
         (TinyViTConfig, {"depths": 2}, "TinyViTConfig.depths is 2"),

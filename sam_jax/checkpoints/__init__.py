@@ -162,7 +162,7 @@ def write_checkpoint(
             path.with_name("preprocessor_config.json"): to_hf_preprocessor(config),
         }
     else:
-        _warn_of_lost_settings(config, infer_config(tensors))
+        _warn_of_lost_settings(config, tensors)
     for file in (path, *texts):
         if file.exists():
             raise FileExistsError(f"{file} exists already; choose another folder or remove it")
@@ -177,13 +177,18 @@ def write_checkpoint(
         raise
 
 
-def _warn_of_lost_settings(config: SamConfig, inferred: SamConfig) -> None:
+def _warn_of_lost_settings(config: SamConfig, tensors: dict[str, np.ndarray]) -> None:
     """Warns of what tensors do not tell, and whoever reads them takes to be as in Meta's models."""
-    lost = [
-        f"{name} is {value}, taken to be {dict(_flat(inferred))[name]}"
-        for name, value in _flat(config)
-        if value != dict(_flat(inferred))[name] and not name.endswith("layer_norm_eps")
-    ]
+    try:
+        inferred = dict(_flat(infer_config(tensors)))
+    except CheckpointError as error:
+        lost = [f"nothing can be told ({error})"]
+    else:
+        lost = [
+            f"{name} is {value}, taken to be {inferred[name]}"
+            for name, value in _flat(config)
+            if value != inferred[name] and not name.endswith("layer_norm_eps")
+        ]
     if lost:
         warnings.warn(
             "Meta's format holds tensors only; a model built from them has other settings than "

@@ -1,6 +1,7 @@
 """Masks to numbers: boxes, areas, stability; run lengths; small holes and islands."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,56 @@ import pycocotools.mask
 import scipy.ndimage
 from jaxtyping import Array, Bool, Float, Int
 
+from sam_jax.ops.resize import mask_resize_matrix
+
 # Full-size logits exist in tiles of this many pixels (rows, columns), one at a time.
-_TILE = (64, 256)
+_TILE = (64, 128)
+# Such a tile of a picture of at least 512 pixels takes at most 67 rows or columns of a mask.
+_WINDOW = 72
+
+
+class FullSize(NamedTuple):
+    """How low-resolution masks become full size: `rows @ mask @ columns.T`, in tiles; arrays.
+
+    Rows and columns are padded with zeros to a multiple of the tiles'. For each tile of them there
+    is the range of the mask's rows, or columns, that it takes, an empty one if it is padding.
+    """
+
+    rows: Float[Any, "height side"]
+    columns: Float[Any, "width side"]
+    row_tiles: Int[Any, "i 2"]
+    column_tiles: Int[Any, "j 2"]
+    size: Int[Any, "2"]
+
+
+def full_size(
+    mask_size: int,
+    image_size: int,
+    input_size: tuple[int, int],
+    original_size: tuple[int, int],
+    padded_size: int,
+) -> FullSize:
+    """The way to a picture's size, on the host.
+
+    Args:
+        mask_size: side of the low-resolution mask (256).
+        image_size: side of the model's padded input (1024).
+        input_size: (h, w) of the picture in it.
+        original_size: (h, w) of the picture.
+        padded_size: what both sides are padded to, a multiple of 128.
+    """
+    rows, columns = (
+        mask_resize_matrix(mask_size, image_size, i, o, padded_size)
+        for i, o in zip(input_size, original_size, strict=True)
+    )
+    tiles = (_ranges(matrix, tile) for matrix, tile in zip((rows, columns), _TILE, strict=True))
+    return FullSize(rows, columns, *tiles, np.array(original_size, np.int32))
+
+
+def _ranges(matrix: Float[np.ndarray, "size side"], tile: int) -> Int[np.ndarray, "tiles 2"]:
+    taken = (matrix != 0).reshape(-1, tile, matrix.shape[1]).any(1)
+    first, last = taken.argmax(1), taken.shape[1] - taken[:, ::-1].argmax(1)
+    return np.where(taken.any(1)[:, None], np.stack([first, last], axis=1), 0).astype(np.int32)
 
 
 class MaskStatistics(NamedTuple):
@@ -27,72 +76,90 @@ class MaskStatistics(NamedTuple):
 
 def mask_statistics(
     mask: Float[Array, "side side"],
-    rows: Float[Array, "height side"],
-    columns: Float[Array, "width side"],
-    size: Int[Array, "2"],
+    full: FullSize,
     threshold: Float[Array, ""],
     offset: Float[Array, ""],
 ) -> MaskStatistics:
-    """Box and stability of the mask `rows @ mask @ columns.T`, which is never there as a whole.
+    """Box and stability of the mask at full size, where it is never there as a whole.
 
     Args:
         mask: low-resolution logits.
-        rows: of `mask_resize_matrix`, padded with zeros to a multiple of 64 rows.
-        columns: likewise, to a multiple of 256.
-        size: (h, w), how much of rows and columns is no padding.
+        full: of `full_size`.
         threshold: a pixel above it belongs to the mask.
         offset: what the two thresholds of stability differ from it by.
 
     Only tiles in which the mask can be are computed. Interpolation lies between the numbers that it
     interpolates, so that the low-resolution logits tell where that is.
     """
-    lower = threshold - jnp.abs(offset)
-    # A little lower still, since interpolation is rounded.
-    reach = mask > lower - 1e-3
-    first_row, last_row = _tiles_reached(rows, reach.any(1), _TILE[0])
-    first_column, last_column = _tiles_reached(columns, reach.any(0), _TILE[1])
-    y, x = jnp.arange(_TILE[0]), jnp.arange(_TILE[1])
-    highest = jax.lax.Precision.HIGHEST
+    # A little lower than the lowest threshold, since interpolation is rounded.
+    reach = mask > threshold - jnp.abs(offset) - 1e-3
+    row_range = _tiles_reached(full.row_tiles, reach.any(1))
+    column_range = _tiles_reached(full.column_tiles, reach.any(0))
+    spans = jnp.concatenate([full.row_tiles, full.column_tiles])
+    window = min(_WINDOW, len(mask))
 
-    def one_tile(i, j, some_rows, found):
-        some_columns = jax.lax.dynamic_slice_in_dim(columns, j * _TILE[1], _TILE[1])
-        logits = jnp.dot(some_rows, some_columns.T, precision=highest)
-        ys, xs = i * _TILE[0] + y, j * _TILE[1] + x
-        inside = (ys < size[0])[:, None] & (xs < size[1])
-        on = inside & (logits > threshold)
-        in_rows, in_columns = on.any(1), on.any(0)
-        box, intersection, union = found
-        far = jnp.iinfo(jnp.int32).max
-        low = [jnp.where(on, at, far).min() for on, at in ((in_columns, xs), (in_rows, ys))]
-        high = [jnp.where(on, at, -1).max() for on, at in ((in_columns, xs), (in_rows, ys))]
-        box = jnp.concatenate(
-            [jnp.minimum(box[:2], jnp.stack(low)), jnp.maximum(box[2:], jnp.stack(high))]
-        )
-        intersection += (inside & (logits > threshold + offset)).sum(dtype=jnp.int32)
-        union += (inside & (logits > threshold - offset)).sum(dtype=jnp.int32)
-        return MaskStatistics(box, intersection, union)
-
-    def row_of_tiles(i, found):
-        some_rows = jax.lax.dynamic_slice_in_dim(rows, i * _TILE[0], _TILE[0])
-        some_rows = jnp.dot(some_rows, mask, precision=highest)
-        return jax.lax.fori_loop(
-            first_column, last_column, lambda j, found: one_tile(i, j, some_rows, found), found
+    def measure(window):
+        return lambda: _measure_tiles(
+            mask, full, row_range, column_range, threshold, offset, window
         )
 
-    nothing = jnp.array([jnp.iinfo(jnp.int32).max] * 2 + [-1] * 2, jnp.int32)
-    found = MaskStatistics(nothing, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-    found = jax.lax.fori_loop(first_row, last_row, row_of_tiles, found)
-    return found._replace(box=jnp.where(found.box[2] < 0, 0, found.box))
+    fits = (spans[:, 1] - spans[:, 0]).max() <= window
+    return jax.lax.cond(fits, measure(window), measure(len(mask)))
 
 
 def _tiles_reached(
-    matrix: Float[Array, "size side"], reach: Bool[Array, " side"], tile: int
+    tiles: Int[Array, "tiles 2"], reach: Bool[Array, " side"]
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """The first tile that takes something from what is reached, and the one after the last."""
-    taken = (matrix @ reach.astype(matrix.dtype)).reshape(-1, tile).max(1) > 0
+    """The first tile that takes something of what is reached, and the one after the last."""
+    before = jnp.pad(jnp.cumsum(reach), (1, 0))  # how many are reached before each
+    taken = before[tiles[:, 1]] > before[tiles[:, 0]]
     index = jnp.arange(len(taken))
     last = jnp.where(taken, index, -1).max() + 1
     return jnp.where(taken, index, last).min(), last
+
+
+def _measure_tiles(mask, full, row_range, column_range, threshold, offset, window):
+    """Takes `window` rows and columns of the mask for each tile, from the first that it needs."""
+    slice_ = jax.lax.dynamic_slice
+    dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+    height, width = _TILE
+    y, x = jnp.arange(height), jnp.arange(width)
+    far = jnp.iinfo(jnp.int32).max
+
+    def one_tile(i, j, some_rows, found):
+        start = jnp.minimum(full.column_tiles[j, 0], len(mask) - window)
+        some_columns = slice_(full.columns, (j * width, start), (width, window))
+        logits = dot(slice_(some_rows, (0, start), (height, window)), some_columns.T)
+        ys, xs = i * height + y, j * width + x
+        inside = (ys < full.size[0])[:, None] & (xs < full.size[1])
+        on = inside & (logits > threshold)
+        places = (on.any(0), xs), (on.any(1), ys)
+        low = jnp.stack([jnp.where(any_on, at, far).min() for any_on, at in places])
+        high = jnp.stack([jnp.where(any_on, at, -1).max() for any_on, at in places])
+        box = jnp.concatenate([jnp.minimum(found.box[:2], low), jnp.maximum(found.box[2:], high)])
+        above = inside & (logits > threshold + offset)
+        below = inside & (logits > threshold - offset)
+        return MaskStatistics(
+            box,
+            found.intersection + above.sum(dtype=jnp.int32),
+            found.union + below.sum(dtype=jnp.int32),
+        )
+
+    def row_of_tiles(i, found):
+        start = jnp.minimum(full.row_tiles[i, 0], len(mask) - window)
+        some_rows = dot(
+            slice_(full.rows, (i * height, start), (height, window)),
+            slice_(mask, (start, 0), (window, len(mask))),
+        )
+        return jax.lax.fori_loop(
+            *column_range, lambda j, found: one_tile(i, j, some_rows, found), found
+        )
+
+    nothing = MaskStatistics(
+        jnp.array([far, far, -1, -1], jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    )
+    found = jax.lax.fori_loop(*row_range, row_of_tiles, nothing)
+    return found._replace(box=jnp.where(found.box[2] < 0, 0, found.box))
 
 
 def rle_encode(mask: Bool[np.ndarray, "h w"]) -> dict:

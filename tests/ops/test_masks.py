@@ -10,6 +10,7 @@ import torch_reference
 from reference import tensor
 
 from sam_jax.ops.masks import (
+    full_size,
     mask_statistics,
     mask_to_box,
     remove_small_regions,
@@ -17,7 +18,6 @@ from sam_jax.ops.masks import (
     rle_decode,
     rle_encode,
 )
-from sam_jax.ops.resize import mask_resize_matrix
 
 amg = torch_reference.import_reference("segment_anything").utils.amg
 
@@ -47,11 +47,9 @@ def test_statistics(logits, size, limits):
     threshold, offset = limits
     scale = 1024 / max(size)
     input_size = [int(n * scale + 0.5) for n in size]
-    rows, columns = (
-        mask_resize_matrix(256, 1024, i, n, 2048) for i, n in zip(input_size, size, strict=True)
-    )
     found = jax.jit(mask_statistics)(
-        *map(jnp.asarray, (logits, rows, columns, np.array(size, np.int32))),
+        jnp.asarray(logits),
+        jax.device_put(full_size(256, 1024, tuple(input_size), size, 2048)),
         jnp.float32(threshold),
         jnp.float32(offset),
     )
