@@ -1,6 +1,6 @@
 """Everything-mode: `SamAutomaticMaskGenerator`, with the surface of Meta's.
 
-A picture is prompted with a grid of points. Decision by decision, as little is computed as can be:
+A picture is prompted with a grid of points. Step by step, as little is computed as can be:
 
 1. a few points at a time go through the two-way transformer, which gives the predicted IoUs;
 2. points of which a mask may be good enough go on to the upscaling, which gives its logits;
@@ -241,12 +241,13 @@ class SamAutomaticMaskGenerator:
             embeddings = self._spread([crop.embedding for crop in crops])
         padded_size = _padded_size(max(max(crop.size) for crop in crops))
         frames = [self._frame(crop.size, padded_size) for crop in crops]
-        on_devices = self._graphdef, self._params, embeddings, self._spread(frames)
+        state, spread_frames = (self._graphdef, self._params, embeddings), self._spread(frames)
         static = {"mesh": self.mesh, "at_once": self._at_once}
 
         every = [(np.arange(len(crop.grid)), np.zeros(len(crop.grid), int)) for crop in crops]
         measured = [
-            _measure(*on_devices, points, **static) for points in self._batches(crops, every)
+            _measure(*state, spread_frames, points, **static)
+            for points in self._batches(crops, every)
         ]
         measured = jax.device_get(measured)  # only now is the first batch waited for
         chosen = []
@@ -257,7 +258,7 @@ class SamAutomaticMaskGenerator:
 
         start = 0
         for points in self._batches(crops, [(c.point, c.which) for c in chosen]):
-            low_res = np.asarray(_decode(*on_devices, points, **static))
+            low_res = np.asarray(_decode(*state, points, **static))
             for crop, frame, masks, logits in zip(crops, frames, chosen, low_res, strict=False):
                 for k in range(start, min(start + self.points_per_batch, len(masks.point))):
                     crop.found.append(self._found(crop, frame, masks, k, logits[k - start]))
@@ -576,7 +577,6 @@ def _measure(
 def _decode(
     model: Sam,
     image_embedding: Float[Array, "g g c"],
-    frame: _Frame,
     points: _Points,
     *,
     at_once: _AtOnce,

@@ -1,5 +1,6 @@
 """`SamPredictor`: one picture, many prompts. The surface is that of Meta's `SamPredictor`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -148,7 +149,7 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Masks for b prompts in one compiled call; stands for Meta's `predict_torch`.
+        """Masks for b prompts in one compiled call.
 
         Args:
             point_coords: [b, n, 2] or b lists of different lengths; x and y of each point.
@@ -158,14 +159,39 @@ class SamPredictor:
             multimask_output: see `predict`.
             return_logits: see `predict`.
 
-        Unlike in `predict_torch`, coordinates are in pixels of the picture.
-
         Returns:
             masks [b, m, h, w] of the picture's size, predicted IoUs [b, m] and low-resolution
             logits [b, m, 256, 256], all numpy.
         """
+        prompts = point_coords, point_labels, boxes, mask_input
+        return self._predict(prompts, self._to_input, multimask_output, return_logits)
+
+    def predict_torch(
+        self,
+        point_coords: Any = None,
+        point_labels: Any = None,
+        boxes: Any = None,
+        mask_input: Any = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`predict_batch` with coordinates in pixels of the model's input, as Meta's of that name.
+
+        Takes and gives numpy arrays, of the shapes that `predict_batch` names;
+        `SamProcessor.scale_coords` makes such coordinates.
+        """
+        prompts = point_coords, point_labels, boxes, mask_input
+        return self._predict(prompts, np.float32, multimask_output, return_logits)
+
+    def _to_input(self, coords: np.ndarray) -> np.ndarray:
+        """From pixels of the picture to pixels of the model's input."""
+        return self.processor.scale_coords(coords, self.original_size)
+
+    def _predict(
+        self, prompts: tuple, to_input: Callable, multimask_output: bool, return_logits: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         self._check_image()
-        points, labels, masks = self._prompts(point_coords, point_labels, boxes, mask_input)
+        points, labels, masks = self._prompts(*prompts, to_input)
         count = len(labels)
         points, labels, masks = pad_prompts(
             points[None], labels[None], None if masks is None else masks[None]
@@ -185,7 +211,7 @@ class SamPredictor:
         full = self.processor.resize_masks(flat, self.original_size, self.input_size, threshold)
         return full.reshape(*low_res.shape[:2], *self.original_size), scores, low_res
 
-    def _prompts(self, point_coords, point_labels, boxes, mask_input):
+    def _prompts(self, point_coords, point_labels, boxes, mask_input, to_input):
         """The prompts as labelled points [b, n, 2], [b, n], and masks [b, side, side] or None."""
         if (point_coords is None) != (point_labels is None):
             given, missing = "point_coords", "point_labels"
@@ -219,11 +245,11 @@ class SamPredictor:
             coords = np.zeros((count, length, 2), np.float32)
             labels = np.full((count, length), PADDING, np.int32)
             for i, (c, k) in enumerate(checked):
-                coords[i, : len(c)] = self.processor.scale_coords(c, self.original_size)
+                coords[i, : len(c)] = to_input(c)
                 labels[i, : len(k)] = k
         if boxes is not None:
             corners = check_boxes(boxes, "boxes").reshape(count, 2, 2)
-            boxes = self.processor.scale_coords(corners, self.original_size).reshape(count, 4)
+            boxes = to_input(corners).reshape(count, 4)
         masks = None
         if mask_input is not None:
             side = self.config.mask_size

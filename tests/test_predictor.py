@@ -271,7 +271,11 @@ def test_predict_batch(predictor, reference, kind, count):
         scaled["point_coords"] = coords
     if "boxes" in prompts:
         scaled["boxes"] = reference.transform.apply_boxes_torch(scaled["boxes"], SIZE)
-    assert_same(found, reference.predict_torch(**scaled))
+    expected = reference.predict_torch(**scaled)
+    assert_same(found, expected)
+    # The same in pixels of the model's input.
+    arrays = {k: None if v is None else v.numpy() for k, v in scaled.items()}
+    assert_same(predictor.predict_torch(**arrays), expected)
 
     for i in range(count):
         alone = {k.removesuffix("es") if k == "boxes" else k: v[i] for k, v in prompts.items()}

@@ -191,9 +191,10 @@ class Sam(nnx.Module):
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("give either pixel_values or image_embeddings, and not both")
         grid, channels = self.config.image_embedding_size, self.config.prompt_embed_dim
-        _check_shape("image_embeddings", image_embeddings, (None, channels, grid, grid))
         if pixel_values is not None:
             self._check_pixels(pixel_values)
+        else:
+            _check_shape("image_embeddings", image_embeddings, (None, channels, grid, grid))
         self._check_prompts(input_points, input_labels, input_boxes, input_masks)
         graphdef, params = nnx.split(self)
         if image_embeddings is None:
@@ -292,9 +293,13 @@ class Sam(nnx.Module):
 
     def _check_prompts(self, points, labels, boxes, masks):
         mask_size = self.config.mask_size
-        _check_shape("input_points", points, (None, None, None, 2))
-        _check_shape("input_boxes", boxes, (None, None, 4))
-        _check_shape("input_masks", masks, (None, None, mask_size, mask_size))
+        for name, array, shape in (
+            ("input_points", points, (None, None, None, 2)),
+            ("input_boxes", boxes, (None, None, 4)),
+            ("input_masks", masks, (None, None, mask_size, mask_size)),
+        ):
+            if array is not None:
+                _check_shape(name, array, shape)
         if labels is not None:
             if points is None:
                 raise ValueError("input_labels are given without input_points")
@@ -315,13 +320,12 @@ class Sam(nnx.Module):
                 f"each of its {prompts.shape[1]} prompts"
             )
         check_values(*(_concrete(array) for array in (points, labels, boxes)))
-        if (concrete := _concrete(masks)) is not None and not np.isfinite(concrete).all():
+        # Masks on a device are not fetched for this.
+        if isinstance(masks, np.ndarray) and not np.isfinite(masks).all():
             raise ValueError("input_masks hold logits that are not finite")
 
 
 def _check_shape(name: str, array, expected: tuple[int | None, ...]) -> None:
-    if array is None and name != "pixel_values":
-        return
     if not hasattr(array, "__array_namespace__"):
         raise TypeError(f"{name} are a {type(array).__name__}, expected a numpy or JAX array")
     fits = len(array.shape) == len(expected) and all(
