@@ -5,8 +5,9 @@
     python -m benchmarks.everything --model vit_b        # one photo
 
 Both run in one process, one after the other, on the same weights and pictures. Times are printed
-only where the masks agree. ViT-B has a random image encoder here, with MobileSAM's prompt encoder
-and mask decoder, which are the official ones.
+only where the masks agree. ViT-B has a random image encoder here, with MobileSAM's neck after it;
+prompt encoder and mask decoder are the official ones, of MobileSAM. What they find in noise scores
+lower than objects do, and so the thresholds are lower, for as many masks to pass as in a photo.
 """
 
 import argparse
@@ -35,6 +36,7 @@ sys.path.append(str(Path(__file__).parents[1] / "convert"))
 import torch_reference
 
 CROPS = {"crop_n_layers": 2, "crop_n_points_downscale_factor": 2}
+RANDOM_ENCODER = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.7}
 MATRIX = 2048
 
 
@@ -61,9 +63,13 @@ def models(name: str):
     torch.manual_seed(0)
     config = vit_b()
     sam = torch_reference.meta_sam(config)
-    for p in sam.image_encoder.parameters():
-        torch.nn.init.normal_(p, std=0.02)
-    torch.nn.init.constant_(sam.image_encoder.neck[3].weight, 0.5)
+    for module in sam.image_encoder.modules():
+        for p in module.parameters(recurse=False):
+            torch.nn.init.normal_(p, std=0.02)
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.ones_(module.weight)
+    same = mobile.image_encoder.neck[1:]  # what comes after the 1 x 1 convolution
+    sam.image_encoder.neck[1:].load_state_dict(same.state_dict())
     for part in ("prompt_encoder", "mask_decoder"):
         getattr(sam, part).load_state_dict(getattr(mobile, part).state_dict())
     tensors = {k: v.numpy() for k, v in sam.state_dict().items()}
@@ -77,16 +83,21 @@ def timed(function, *args):
 
 
 def compare(actual: list[dict], expected: list[dict]) -> tuple[np.ndarray, float]:
-    """IoUs of masks matched one to one, and the largest difference of their scores."""
+    """IoUs of masks matched one to one, and the largest difference of their scores.
+
+    One pixel more or less above a threshold of stability is no difference.
+    """
     masks = [[record["segmentation"] for record in records] for records in (actual, expected)]
     ious = np.array(pycocotools.mask.iou(*masks, [0] * len(expected)))
+    ious = ious.reshape(len(actual), len(expected))  # pycocotools gives [] for no masks
     rows, columns = linear_sum_assignment(-ious)
-    scores = [
-        abs(actual[i][name] - expected[j][name])
-        for i, j in zip(rows, columns, strict=True)
-        for name in ("predicted_iou", "stability_score")
-    ]
-    return ious[rows, columns], max(scores)
+    scores = []
+    for i, j in zip(rows, columns, strict=True):
+        ours, theirs = actual[i], expected[j]
+        scores.append(abs(ours["predicted_iou"] - theirs["predicted_iou"]))
+        difference = abs(ours["stability_score"] - theirs["stability_score"])
+        scores.append(max(difference - 1 / theirs["area"], 0))
+    return ious[rows, columns], max(scores, default=0.0)
 
 
 def matrix_rate() -> float:
@@ -108,6 +119,7 @@ def main() -> None:
 
     torch_sam, model = models(args.model)
     options = {"output_mode": "coco_rle"} | (CROPS if args.crops else {})
+    options |= RANDOM_ENCODER if args.model == "vit_b" else {}
     reference = torch_reference.import_reference("segment_anything").SamAutomaticMaskGenerator(
         torch_sam, **options
     )
@@ -130,12 +142,14 @@ def main() -> None:
         ours = float(np.median([timed(generator.generate, photo)[1] for _ in range(args.repeat)]))
         expected, theirs = timed(reference.generate, photo)
         ious, scores = compare(actual, expected)
-        if len(actual) != len(expected) or ious.min() < 0.99 or scores > 1e-3:
+        worst = ious.min(initial=1.0)
+        if len(actual) != len(expected) or worst < 0.99 or scores > 1e-3:
             raise SystemExit(
-                f"{name}: the masks differ: {len(actual)} {len(expected)} {ious.min()}"
+                f"{name}: the masks differ: {len(actual)} of ours, {len(expected)} of Meta's, "
+                f"worst IoU {worst:.6f}, scores {scores:.0e}"
             )
         print(
-            f"| {name} | {len(expected)} | {len(actual)} | {ious.min():.6f} "
+            f"| {name} | {len(expected)} | {len(actual)} | {worst:.6f} "
             f"| {(ious >= 0.999).mean():.1%} | {scores:.0e} | {theirs:.1f} s | {first:.1f} s "
             f"| {ours:.1f} s | {theirs / ours:.1f} |",
             flush=True,

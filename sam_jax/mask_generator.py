@@ -490,7 +490,7 @@ class _Points(NamedTuple):
     """A batch of points; arrays."""
 
     coords: Float[Array, "n 2"]  # in pixels of the model's input
-    which: Int[Array, " n"]  # of a point's masks
+    which: Int[Array, " n"]  # of a point's masks, to decode one
     count: Int[Array, ""]  # of points that are no padding
 
 
@@ -561,7 +561,7 @@ def _measure(
         masks = decoder.predict_masks(mask_tokens, keys, outputs)
         return _for_each_wanted(measure, wanted, (masks,), at_once.measured)
 
-    def some_points(coords, _, real):
+    def some_points(real, coords):
         iou_token, mask_tokens, keys = _attend(model, image_embedding, coords)
         iou = jax.vmap(decoder.predict_iou)(iou_token)[:, outputs]
         wanted = real[:, None] & ((iou > iou_limit) | (iou_limit <= 0))
@@ -570,7 +570,7 @@ def _measure(
         )
         return _Measured(iou, statistics)
 
-    return _for_some_at_a_time(some_points, points, at_once.points)
+    return _for_some_at_a_time(some_points, (points.coords,), points.count, at_once.points)
 
 
 @_per_image
@@ -587,12 +587,13 @@ def _decode(
     def mask_of_point(mask_tokens, keys, which):
         return decoder.predict_masks(mask_tokens, keys, outputs)[which]
 
-    def some_points(coords, which, real):
+    def some_points(real, coords, which):
         _, mask_tokens, keys = _attend(model, image_embedding, coords)
         arrays = mask_tokens, keys, which
         return _for_each_wanted(mask_of_point, real, arrays, at_once.upscaled)
 
-    return _for_some_at_a_time(some_points, points, at_once.points)
+    arrays = points.coords, points.which
+    return _for_some_at_a_time(some_points, arrays, points.count, at_once.points)
 
 
 def _attend(model: Sam, image_embedding: Float[Array, "g g c"], coords: Float[Array, "n 2"]):
@@ -607,15 +608,17 @@ def _attend(model: Sam, image_embedding: Float[Array, "g g c"], coords: Float[Ar
     return jax.vmap(one_prompt)(*join_prompts(coords[:, None], None, None))
 
 
-def _for_some_at_a_time(function: Callable, points: _Points, size: int) -> PyTree:
-    """`function(coords, which, real)` of `size` points at a time, as far as there are points."""
-    total = len(points.coords)
+def _for_some_at_a_time(
+    function: Callable, arrays: Sequence[Array], count: Int[Array, ""], size: int
+) -> PyTree:
+    """`function(real, *arrays)` of `size` entries of the arrays at a time, as far as `count`."""
+    total = len(arrays[0])
     padded = -(-total // size) * size
-    coords, which = (pad_axis(x, padded, 0, 0) for x in (points.coords, points.which))
+    arrays = [pad_axis(x, padded, 0, 0) for x in arrays]
 
     def call(start):
-        some = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (coords, which))
-        return function(*some, start + jnp.arange(size) < points.count)
+        some = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in arrays)
+        return function(start + jnp.arange(size) < count, *some)
 
     def step(i, results):
         start = i * size
@@ -627,7 +630,7 @@ def _for_some_at_a_time(function: Callable, points: _Points, size: int) -> PyTre
 
     some = jax.eval_shape(call, 0)
     results = jax.tree.map(lambda s: jnp.zeros((padded, *s.shape[1:]), s.dtype), some)
-    results = jax.lax.fori_loop(0, -(-points.count // size), step, results)
+    results = jax.lax.fori_loop(0, -(-count // size), step, results)
     return jax.tree.map(lambda x: x[:total], results)
 
 

@@ -223,21 +223,22 @@ def test_a_forged_index_is_left_over(meta, tmp_path, name):
         from_pretrained(tmp_path / "sam.pth")
 
 
-def test_a_configuration_of_too_many_layers(hf, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "part", "name"),
+    [
+        ("hf", "vision_config", "num_hidden_layers"),
+        ("ours", "mask_decoder", "transformer_depth"),
+    ],
+)
+def test_a_configuration_of_too_many_layers(hf, tmp_path, kind, part, name):
     hf.save_pretrained(tmp_path / "hf")
-    file = tmp_path / "hf/config.json"
-    values = json.loads(file.read_text())
-    values["vision_config"]["num_hidden_layers"] = 100_000_000
-    file.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=r"asks for 10000\d+ layers, but there are only"):
-        from_pretrained(tmp_path / "hf")
     save_pretrained(ours(hf, HF), tmp_path / "ours")
-    file = tmp_path / "ours/config.json"
+    file = tmp_path / kind / "config.json"
     values = json.loads(file.read_text())
-    values["mask_decoder"]["transformer_depth"] = 100_000_000
+    values[part][name] = 100_000_000
     file.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"asks for 10000\d+ layers, but there are only"):
-        from_pretrained(tmp_path / "ours")
+        from_pretrained(tmp_path / kind)
 
 
 def test_model_and_processor_agree_on_a_folder(meta, tmp_path):

@@ -1,0 +1,111 @@
+"""Where everything-mode's time goes on a CPU, and how far that is from the machine's limit.
+
+    python -m benchmarks.everything_profile
+
+MobileSAM, default arguments, one photo. Each part is run alone, many times within one compiled
+loop; the floor is what its floating-point operations take at the rate of a matrix product of the
+decoder's shape (4096 x 256 by 256 x 4096, float32).
+"""
+
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import skimage.data
+from flax import nnx
+
+from benchmarks.everything import timed
+from sam_jax import SamAutomaticMaskGenerator, SamProcessor, from_pretrained
+from sam_jax.mask_generator import _attend, _points_at_once
+from sam_jax.models.sam import encode_image
+from sam_jax.ops.masks import full_size, mask_statistics
+
+POINTS, REPEAT = 64, 5
+
+
+def seconds(function: Callable, *args) -> float:
+    """The median of several runs, compiled before."""
+    jax.block_until_ready(function(*args))
+    runs = [timed(lambda: jax.block_until_ready(function(*args)))[1] for _ in range(REPEAT)]
+    return float(np.median(runs))
+
+
+def flops(function: Callable, *args) -> float:
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+def main() -> None:
+    photo = skimage.data.coffee()
+    model = from_pretrained("mobile_sam")
+    config, decoder = model.config, model.mask_decoder
+    outputs = decoder.outputs(multimask_output=True)
+    processor = SamProcessor(config)
+    graphdef, params = nnx.split(model)
+    pixels = processor.preprocess(photo)[None]
+    embedding = encode_image(graphdef, params, pixels)[0]
+    at_once = _points_at_once(64, "cpu").points
+    coords = np.random.default_rng(0).uniform(0, 600, (POINTS, 2)).astype(np.float32)
+
+    def attend(params, embedding, coords):
+        return _attend(nnx.merge(graphdef, params), embedding, coords)
+
+    def upscale(params, tokens, keys):
+        decoder = nnx.merge(graphdef, params).mask_decoder
+        return decoder.predict_masks(tokens, keys, outputs)
+
+    def over_all(function):
+        return jax.jit(lambda params, *xs: jax.lax.map(lambda x: function(params, *x), xs))
+
+    groups = coords.reshape(-1, at_once, 2)
+    embeddings = jnp.broadcast_to(embedding, (len(groups), *embedding.shape))
+    of_points = over_all(lambda p, coords: attend(p, embedding, coords))
+    per_point = seconds(of_points, params, groups) / POINTS
+    iou_tokens, tokens, keys = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), of_points(params, groups)
+    )
+    per_upscaled = seconds(over_all(upscale), params, tokens, keys) / POINTS
+    masks = over_all(upscale)(params, tokens, keys).reshape(-1, config.mask_size, config.mask_size)
+    scores = jax.vmap(decoder.predict_iou)(iou_tokens)[:, outputs].reshape(-1)
+    masks = masks[np.asarray(scores) > 0.88]
+    sizes = processor.input_size(photo.shape[:2]), photo.shape[:2]
+    full = full_size(config.mask_size, config.image_size, *sizes, 4096)
+    full = jax.tree.map(jnp.asarray, full)
+    statistics = over_all(lambda _, mask: mask_statistics(mask, full, 0.0, 1.0))
+    per_mask = seconds(statistics, params, masks) / len(masks)
+
+    a, b = np.ones((4096, 256), np.float32), np.ones((256, 4096), np.float32)
+    rate = 2 * 4096 * 4096 * 256 / seconds(jax.jit(jnp.matmul), a, b)
+    work_point = flops(attend, params, embeddings[0], groups[0]) / at_once
+    work_upscale = flops(upscale, params, tokens[0], keys[0])
+
+    generator = SamAutomaticMaskGenerator(model, output_mode="coco_rle")
+    generator.generate(photo)
+    whole = float(np.median([timed(generator.generate, photo)[1] for _ in range(3)]))
+    encoded = seconds(encode_image, graphdef, params, pixels)
+    passing = len(masks) / POINTS
+    floor = 1024 * (work_point + work_upscale) / rate
+    parts = {
+        "image encoder": (encoded, None),
+        "two-way transformer, 1024 points": (1024 * per_point, 1024 * work_point / rate),
+        "upscaling, 1024 points": (1024 * per_upscaled, 1024 * work_upscale / rate),
+        f"measuring, {1024 * passing:.0f} masks": (1024 * passing * per_mask, None),
+    }
+    print(
+        f"{os.cpu_count()}-core {platform.machine()} CPU, jax {version('jax')}, "
+        f"{rate / 1e9:.0f} GFLOP/s; {work_point / 1e9:.2f} and {work_upscale / 1e9:.2f} GFLOP a "
+        "point for transformer and upscaling\n"
+    )
+    print("| Part | Time | Floor | Ratio |\n|---|---:|---:|---:|")
+    rest = whole - sum(time for time, _ in parts.values())
+    for name, (time, least) in {**parts, "everything else": (rest, None)}.items():
+        limit = "| | |" if least is None else f"| {least:.1f} s | {time / least:.1f} |"
+        print(f"| {name} | {time:.1f} s {limit}")
+    print(f"| the whole of `generate` | {whole:.1f} s | {floor:.1f} s | {whole / floor:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
