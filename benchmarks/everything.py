@@ -5,9 +5,13 @@
     python -m benchmarks.everything --model vit_b        # one photo
 
 Both run in one process, one after the other, on the same weights and pictures. Times are printed
-only where the masks agree. ViT-B has a random image encoder here, with MobileSAM's neck after it;
-prompt encoder and mask decoder are the official ones, of MobileSAM. What they find in noise scores
-lower than objects do, and so the thresholds are lower, for as many masks to pass as in a photo.
+only where the masks agree. Both are warm; Meta's, which compiles nothing, runs once on each photo,
+and of ours, which takes seconds, the median counts.
+
+ViT-B has a random image encoder here, with MobileSAM's neck after it; prompt encoder and mask
+decoder are the official ones, of MobileSAM. What they find in noise scores lower than objects do,
+and so the thresholds are lower, for as many masks to pass as in a photo; these are small, and a
+pixel of them may differ.
 """
 
 import argparse
@@ -82,10 +86,10 @@ def timed(function, *args):
     return result, time.perf_counter() - start
 
 
-def compare(actual: list[dict], expected: list[dict]) -> tuple[np.ndarray, float]:
+def compare(actual: list[dict], expected: list[dict], pixels: int) -> tuple[np.ndarray, float]:
     """IoUs of masks matched one to one, and the largest difference of their scores.
 
-    One pixel more or less above a threshold of stability is no difference.
+    So many pixels more or less above a threshold of stability are no difference.
     """
     masks = [[record["segmentation"] for record in records] for records in (actual, expected)]
     ious = np.array(pycocotools.mask.iou(*masks, [0] * len(expected)))
@@ -96,7 +100,7 @@ def compare(actual: list[dict], expected: list[dict]) -> tuple[np.ndarray, float
         ours, theirs = actual[i], expected[j]
         scores.append(abs(ours["predicted_iou"] - theirs["predicted_iou"]))
         difference = abs(ours["stability_score"] - theirs["stability_score"])
-        scores.append(max(difference - 1 / theirs["area"], 0))
+        scores.append(max(difference - pixels / theirs["area"], 0))
     return ious[rows, columns], max(scores, default=0.0)
 
 
@@ -123,6 +127,10 @@ def main() -> None:
     reference = torch_reference.import_reference("segment_anything").SamAutomaticMaskGenerator(
         torch_sam, **options
     )
+    warm = torch_reference.import_reference("segment_anything").SamAutomaticMaskGenerator(
+        torch_sam, points_per_side=4
+    )
+    warm.generate(photos()["small 226x150"])
     generator = SamAutomaticMaskGenerator(model, **options)
     wanted = tuple(args.photos or (["landscape"] if args.model == "vit_b" else [""]))
 
@@ -141,9 +149,9 @@ def main() -> None:
         actual, first = timed(generator.generate, photo)
         ours = float(np.median([timed(generator.generate, photo)[1] for _ in range(args.repeat)]))
         expected, theirs = timed(reference.generate, photo)
-        ious, scores = compare(actual, expected)
-        worst = ious.min(initial=1.0)
-        if len(actual) != len(expected) or worst < 0.99 or scores > 1e-3:
+        ious, scores = compare(actual, expected, pixels=int(args.model == "vit_b"))
+        worst, good = ious.min(initial=1.0), (ious >= 0.999).sum() >= 0.99 * len(ious)
+        if len(actual) != len(expected) or worst < 0.99 or not good or scores > 1e-3:
             raise SystemExit(
                 f"{name}: the masks differ: {len(actual)} of ours, {len(expected)} of Meta's, "
                 f"worst IoU {worst:.6f}, scores {scores:.0e}"

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +21,17 @@ import numpy as np
 from PIL import Image
 
 from sam_jax.checkpoints import from_pretrained
-from sam_jax.mask_generator import SamAutomaticMaskGenerator
+from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
 from sam_jax.ops.masks import rle_compress, rle_decode
 from sam_jax.processing import load_image
 from sam_jax.visualize import overlay
 
 Format = Literal["png", "coco"]
-SETTINGS, ANNOTATIONS = "settings.json", "annotations.json"
-_TABLE = "metadata.csv"
+ANNOTATIONS = "annotations.json"
+_SETTINGS, _TABLE, _SOURCE, _PARTS, _OVERLAYS = (
+    *("sam_jax.json", "metadata.csv", "source.json", "parts", "overlays"),
+)
+_RESERVED = (ANNOTATIONS, _SETTINGS, _PARTS, _OVERLAYS)
 _COLUMNS = (
     *("id", "area", "bbox_x0", "bbox_y0", "bbox_w", "bbox_h", "point_input_x", "point_input_y"),
     *("predicted_iou", "stability_score", "crop_box_x0", "crop_box_y0", "crop_box_w", "crop_box_h"),
@@ -39,19 +43,68 @@ class Results:
     """A folder of results.
 
     * "png": `<stem>/0.png`, `1.png`, ... and `<stem>/metadata.csv` for each picture, as Meta's
-      `amg.py` writes them; with `overlays` also `<stem>/overlay.png`, the picture with its masks;
+      `amg.py` writes them, with `source.json`, which tells the picture; with `overlays` also
+      `<stem>/overlay.png`, the picture with its masks;
     * "coco": a file for each picture in `parts/`, put together as `annotations.json` at the end
-      of a run (category "object", compressed run lengths); `overlays/<stem>.png`.
+      of a run (category "object", compressed run lengths), for the pictures of that run;
+      `overlays/<stem>.png`.
+
+    `sam_jax.json` has the settings.
     """
 
     folder: Path
     format: Format = "png"
     overlays: bool = False
 
+    def begin(self, settings: dict[str, Any], pictures: Sequence[Path]) -> list[Path]:
+        """Makes the folder; the pictures that have no result in it yet.
+
+        Raises:
+            OSError: if it cannot be made or written to.
+            ValueError: if its results were made with other settings or of other pictures, or if
+                something else is where they belong; the message names it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        ours = (self.folder / _SETTINGS).exists()
+        for name in (ANNOTATIONS, _PARTS, _OVERLAYS) if self.format == "coco" else ():
+            if not ours and (self.folder / name).exists():
+                raise ValueError(
+                    f"{self.folder / name} is not of an earlier run, and is not overwritten; "
+                    "choose another output"
+                )
+        # A run that came to nothing binds no other.
+        results = (self.folder.glob(f"[!.]*/{_SOURCE}"), self.folder.glob(f"{_PARTS}/[!.]*"))
+        settings = {"format": self.format, "overlays": self.overlays, **settings}
+        keep_settings(self.folder / _SETTINGS, settings, any(itertools.chain(*results)))
+        return [picture for picture in pictures if not self.is_finished(picture)]
+
     def is_finished(self, picture: Path) -> bool:
-        """Whether there is a result for the picture."""
+        """Whether there is a result for the picture.
+
+        Raises:
+            ValueError: if what has its name is the result of another one, or none.
+        """
         result = self._result(picture)
-        return (result / _TABLE if self.format == "png" else result).is_file()
+        if not result.exists():
+            return False
+        try:
+            if self.format == "png":
+                source = json.loads((result / _SOURCE).read_text())
+            else:
+                source = json.loads(result.read_text())["source"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if self.format == "coco":  # damaged; all in `parts` is ours to write again
+                return False
+            raise ValueError(
+                f"{result} is where the result of {picture} belongs, but is none ({error}); remove "
+                "it or choose another output"
+            ) from error
+        if source != _source(picture):
+            raise ValueError(
+                f"{result} is the result of another picture than {picture}, or of what that was "
+                "before it was changed; remove it or choose another output"
+            )
+        return True
 
     def write(self, picture: Path, image: np.ndarray, records: list[dict[str, Any]]) -> None:
         """Writes a picture's records, whose masks are uncompressed run lengths."""
@@ -59,14 +112,16 @@ class Results:
         if self.format == "png":
             with _appearing(self._result(picture)) as path:
                 _write_pngs(path, records)
+                (path / _SOURCE).write_text(json.dumps(_source(picture)))
                 if drawn:
                     drawn.save(path / "overlay.png")
             return
         if drawn:
-            with _appearing(self.folder / "overlays" / f"{picture.stem}.png") as path:
+            with _appearing(self.folder / _OVERLAYS / f"{picture.stem}.png") as path:
                 drawn.save(path, format="PNG")
+        part = {"source": _source(picture), **_coco_part(picture, image, records)}
         with _appearing(self._result(picture)) as path:
-            path.write_text(json.dumps(_coco_part(picture, image, records)))
+            path.write_text(json.dumps(part))
 
     def finish(self, pictures: Sequence[Path]) -> None:
         """Puts the parts of "coco" together in one file, in the order of `pictures`."""
@@ -75,38 +130,33 @@ class Results:
             with _appearing(self.folder / ANNOTATIONS) as path:
                 _write_coco(path, parts)
 
-    def begin(self, settings: dict[str, Any]) -> None:
-        """Makes the folder, and refuses one whose results were made with other settings.
-
-        Raises:
-            OSError: if it cannot be made or written to.
-            ValueError: for other settings; the message names them.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / SETTINGS
-        settings = json.loads(json.dumps({"format": self.format, **settings}))
-        # A run that came to nothing binds no other.
-        if any(itertools.chain(self.folder.glob(f"*/{_TABLE}"), self.folder.glob("parts/*.json"))):
-            try:
-                earlier = json.loads(file.read_text())
-                other = [k for k in {**earlier, **settings} if earlier.get(k) != settings.get(k)]
-            except (OSError, ValueError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{self.folder} has results, but their {file.name} cannot be read: {error}"
-                ) from error
-            if other:
-                names = ", ".join(
-                    f"{k} was {earlier.get(k)!r} and is {settings.get(k)!r}" for k in other
-                )
-                raise ValueError(f"{self.folder} has results of other settings: {names}")
-        else:
-            with _appearing(file) as path:
-                path.write_text(json.dumps(settings, indent=2) + "\n")
-
     def _result(self, picture: Path) -> Path:
         if self.format == "png":
             return self.folder / picture.stem
-        return self.folder / "parts" / f"{picture.stem}.json"
+        return self.folder / _PARTS / f"{picture.stem}.json"
+
+
+def keep_settings(file: Path, settings: dict[str, Any], has_results: bool) -> None:
+    """Writes the settings of a run, or compares them with those of its results.
+
+    Raises:
+        ValueError: for other settings than those of the results; the message names them.
+    """
+    settings = json.loads(json.dumps(settings))
+    if not has_results:
+        with _appearing(file) as path:
+            path.write_text(json.dumps(settings, indent=2) + "\n")
+        return
+    try:
+        earlier = json.loads(file.read_text())
+        other = [k for k in {**earlier, **settings} if earlier.get(k) != settings.get(k)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file.parent} has results, but their {file.name} cannot be read: {error}"
+        ) from error
+    if other:
+        names = ", ".join(f"{k} was {earlier.get(k)!r} and is {settings.get(k)!r}" for k in other)
+        raise ValueError(f"{file.parent} has results of other settings: {names}")
 
 
 def find_pictures(inputs: Iterable[Path]) -> list[Path]:
@@ -122,8 +172,12 @@ def find_pictures(inputs: Iterable[Path]) -> list[Path]:
             raise FileNotFoundError(f"{path} does not exist")
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
         for file in files:
-            if file.name.startswith("."):
+            if path.is_dir() and file.name.startswith("."):
                 continue
+            if file.stem in _RESERVED:
+                raise ValueError(
+                    f"{file} would be written as {file.stem!r}, a name of ours; rename it"
+                )
             other = pictures.setdefault(file.stem, file)
             if other.resolve() != file.resolve():
                 raise ValueError(
@@ -169,8 +223,8 @@ def generate_with_ray(
 ) -> None:
     """`generate_folder` on the machines of a Ray cluster, which must all see the same folders.
 
-    Ray Data schedules the pictures on actors (one for each GPU, or for each machine if there are
-    none), which load the model once and compile once. What a lost one was at is tried again by
+    Ray Data schedules the pictures on actors (as many as GPUs, or as machines if there are none),
+    which load the model once and compile once. What a lost one was at is tried again by
     another, which passes over what is finished.
 
     Args:
@@ -182,14 +236,38 @@ def generate_with_ray(
         on_picture: as for `generate_folder`.
 
     Raises:
-        ValueError: if Ray is not installed.
-        ConnectionError: if there is no such cluster.
+        ValueError: if Ray is not installed, for arguments that cannot be, and if the run fails.
+        ConnectionError: if nothing answers at the address.
     """
+    check_arguments(**options)
     try:
         import ray.data
     except ImportError as error:
         raise ValueError("Ray is not installed; install sam_jax with its extra `ray`") from error
-    ray.init(address, log_to_driver=False, logging_level="warning")
+    _check_reachable(address)
+    ours = not ray.is_initialized()
+    ray.init(address, log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
+    try:
+        _run_on_ray(ray, model, options, pictures, results, on_picture)
+    except ray.exceptions.RayError as error:
+        raise ValueError(f"the run on Ray failed: {str(error).splitlines()[-1]}") from error
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray waits for minutes for a cluster that is not there."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host:  # None, "auto", "local"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from error
+
+
+def _run_on_ray(ray, model, options, pictures, results, on_picture) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -236,9 +314,15 @@ def _read(
         try:
             image = load_image(picture)
         except (OSError, ValueError, TypeError) as error:
-            on_picture(picture, str(error))
+            on_picture(picture, " ".join(str(error).split()))
         else:
             yield picture, image
+
+
+def _source(picture: Path) -> dict[str, Any]:
+    """What tells a picture from another of its name, and from itself before a change."""
+    stat = picture.stat()
+    return {"file": picture.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
 
 
 def _write_pngs(folder: Path, records: list[dict[str, Any]]) -> None:
@@ -292,9 +376,13 @@ def _draw(image: np.ndarray, records: list[dict[str, Any]]) -> Image.Image:
 def _appearing(path: Path) -> Iterator[Path]:
     """Gives a path beside `path` to write a file or a folder to, which then takes its name."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{uuid.uuid4().hex}")
     try:
         yield temporary
+        # On the disk before it has its name, so that a power failure leaves nothing half either.
+        for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
         os.replace(temporary, path)
     finally:
         if temporary.is_dir():

@@ -8,14 +8,16 @@ A picture is prompted with a grid of points. Step by step, as little is computed
 4. the host picks the survivors by these numbers (non-maximum suppression);
 5. survivors are decoded again, and only they become full-size masks.
 
-So no mask is kept that is not in the result, and memory depends on `points_per_batch`, not on the
-number of masks or the size of the picture.
+So no mask is kept on the device, or made at full size, that is not in the result. What the device
+holds depends on `points_per_batch`, not on how many masks there are.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import numbers
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -25,6 +27,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
+from PIL import Image
 
 from sam_jax.models.sam import Sam
 from sam_jax.ops.boxes import (
@@ -68,11 +71,14 @@ class SamAutomaticMaskGenerator:
     Args:
         model: its parameters are taken as they are now; make a new generator after changing them.
         points_per_side: the grid has as many points squared. Give this or `point_grids`.
-        points_per_batch: how many points are decoded by one call; more take more memory.
+        points_per_batch: how many points are decoded by one call. On a GPU or TPU more take more
+            memory; a CPU works on two at a time whatever it is. Float32 results do not depend on
+            it; those of bfloat16, whose rounding depends on what is computed together, may by a
+            few masks at the thresholds.
         pred_iou_thresh: a mask's predicted IoU must be larger; 0 lets all pass.
         stability_score_thresh: a mask's stability must be as large; 0 lets all pass. It is the IoU
             of the masks that a higher and a lower threshold of the logits give.
-        stability_score_offset: how far these thresholds are from the middle one.
+        stability_score_offset: how far these thresholds are from the middle one; not negative.
         box_nms_thresh: of masks whose boxes have a larger IoU the one of the best predicted IoU
             stays.
         crop_n_layers: also look at crops, 2^i x 2^i of them in layer i = 1 to n.
@@ -111,33 +117,21 @@ class SamAutomaticMaskGenerator:
         *,
         mesh: Mesh | None = None,
     ):
-        if (points_per_side is None) == (point_grids is None):
-            raise ValueError(
-                f"points_per_side is {points_per_side} and point_grids is "
-                f"{'None' if point_grids is None else 'given'}, expected exactly one of them"
-            )
-        _check_at_least(1, points_per_batch=points_per_batch)
-        _check_at_least(0, crop_n_layers=crop_n_layers)
-        _check_at_least(1, crop_n_points_downscale_factor=crop_n_points_downscale_factor)
-        if not 0 <= crop_overlap_ratio < 1:
-            raise ValueError(f"crop_overlap_ratio is {crop_overlap_ratio}, expected 0 to below 1")
-        if output_mode not in get_args(OutputMode):
-            raise ValueError(
-                f"output_mode is {output_mode!r}, expected one of {', '.join(get_args(OutputMode))}"
-            )
-        if point_grids is None:
-            _check_at_least(1, points_per_side=points_per_side)
-            sides = [
-                int(points_per_side / crop_n_points_downscale_factor**i)
-                for i in range(crop_n_layers + 1)
-            ]
-            if 0 in sides:
-                raise ValueError(
-                    f"points_per_side {points_per_side} over crop_n_points_downscale_factor "
-                    f"{crop_n_points_downscale_factor} leaves no points for layer {sides.index(0)}"
-                )
-            point_grids = [build_point_grid(n) for n in sides]
-        self.point_grids = _check_grids(point_grids, crop_n_layers + 1)
+        self.point_grids = check_arguments(
+            points_per_side=points_per_side,
+            points_per_batch=points_per_batch,
+            pred_iou_thresh=pred_iou_thresh,
+            stability_score_thresh=stability_score_thresh,
+            stability_score_offset=stability_score_offset,
+            box_nms_thresh=box_nms_thresh,
+            crop_n_layers=crop_n_layers,
+            crop_nms_thresh=crop_nms_thresh,
+            crop_overlap_ratio=crop_overlap_ratio,
+            crop_n_points_downscale_factor=crop_n_points_downscale_factor,
+            point_grids=point_grids,
+            min_mask_region_area=min_mask_region_area,
+            output_mode=output_mode,
+        )
         self.points_per_batch = points_per_batch
         self.pred_iou_thresh = pred_iou_thresh
         self.stability_score_thresh = stability_score_thresh
@@ -159,6 +153,8 @@ class SamAutomaticMaskGenerator:
         self.mesh = mesh
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        # Whole groups of survivors' masks are fetched from the device: small ones waste little.
+        self._kept_at_once = min(points_per_batch, 16)
         self._at_once = _points_at_once(points_per_batch, mesh.devices.flat[0].platform)
 
     def generate(self, image: ImageInput) -> list[dict[str, Any]]:
@@ -178,13 +174,19 @@ class SamAutomaticMaskGenerator:
             * `stability_score`: float; 0 for an empty mask, where the reference has NaN;
             * `crop_box`: [x, y, w, h], ints, the crop that gave the mask.
 
-            Without crops, the best predicted IoU comes first, otherwise the smallest crop.
+            Without crops, the best predicted IoU comes first, otherwise the smallest crop; with
+            `min_mask_region_area` those before both that it did not change.
         """
         return self.generate_batch([image])[0]
 
-    def generate_batch(self, images: Sequence[ImageInput]) -> list[list[dict[str, Any]]]:
+    def generate_batch(self, images: Iterable[ImageInput]) -> list[list[dict[str, Any]]]:
         """The masks of several pictures, of any sizes: for each what `generate` returns."""
-        results, devices = [], self.mesh.devices.size
+        if hasattr(images, "__array__") or isinstance(images, (str, os.PathLike, Image.Image)):
+            raise TypeError(
+                f"images is a {type(images).__name__}, expected a list of pictures; generate takes "
+                "one picture"
+            )
+        images, results, devices = list(images), [], self.mesh.devices.size
         for start in range(0, len(images), devices):
             arrays = [load_image(image) for image in images[start : start + devices]]
             results += self._generate([self._crops(a.shape[:2], a) for a in arrays])
@@ -247,7 +249,7 @@ class SamAutomaticMaskGenerator:
         every = [(np.arange(len(crop.grid)), np.zeros(len(crop.grid), int)) for crop in crops]
         measured = [
             _measure(*state, spread_frames, points, **static)
-            for points in self._batches(crops, every)
+            for points in self._batches(crops, every, self.points_per_batch)
         ]
         measured = jax.device_get(measured)  # only now is the first batch waited for
         chosen = []
@@ -257,12 +259,14 @@ class SamAutomaticMaskGenerator:
             chosen.append(self._choose(crop, mine))
 
         start = 0
-        for points in self._batches(crops, [(c.point, c.which) for c in chosen]):
+        for points in self._batches(
+            crops, [(c.point, c.which) for c in chosen], self._kept_at_once
+        ):
             low_res = np.asarray(_decode(*state, points, **static))
             for crop, frame, masks, logits in zip(crops, frames, chosen, low_res, strict=False):
-                for k in range(start, min(start + self.points_per_batch, len(masks.point))):
+                for k in range(start, min(start + self._kept_at_once, len(masks.point))):
                     crop.found.append(self._found(crop, frame, masks, k, logits[k - start]))
-            start += self.points_per_batch
+            start += self._kept_at_once
 
     def _spread(self, items: list) -> Any:
         """Trees of arrays, one for each device, stacked; devices without one get zeros."""
@@ -281,15 +285,15 @@ class SamAutomaticMaskGenerator:
         return _Frame(full, np.array(limits, np.float32))
 
     def _batches(
-        self, crops: "list[_Crop]", masks: list[tuple[np.ndarray, np.ndarray]]
+        self, crops: "list[_Crop]", masks: list[tuple[np.ndarray, np.ndarray]], size: int
     ) -> "Iterator[_Points]":
-        """`points_per_batch` points at a time for each device.
+        """`size` points at a time for each device.
 
         Args:
             crops: one for each device.
             masks: for each crop which points of its grid, and which of a point's masks.
+            size: the last are padded to it.
         """
-        size = self.points_per_batch
         for start in range(0, max(len(point) for point, _ in masks), size):
             batch = []
             for crop, (point, which) in zip(crops, masks, strict=True):
@@ -307,7 +311,7 @@ class SamAutomaticMaskGenerator:
             array[:count].reshape(-1, *array.shape[2:])
             for array in (measured.iou, *measured.statistics)
         )
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore"):
             stability = intersection.astype(np.float32) / union.astype(np.float32)
         x0, y0, _, _ = crop.box
         box = box + np.array([x0, y0, x0, y0])
@@ -389,6 +393,56 @@ class SamAutomaticMaskGenerator:
         return rle_compress(rle) if self.output_mode == "coco_rle" else rle
 
 
+def check_arguments(
+    *,
+    points_per_side: int | None = 32,
+    points_per_batch: int = 64,
+    crop_n_layers: int = 0,
+    crop_n_points_downscale_factor: int = 1,
+    crop_overlap_ratio: float = 512 / 1500,
+    point_grids: Sequence[Any] | None = None,
+    output_mode: OutputMode = "binary_mask",
+    **others: float,
+) -> list[np.ndarray]:
+    """Checks arguments of `SamAutomaticMaskGenerator`, without a model; the grids that they mean.
+
+    Raises:
+        ValueError: for what cannot be; the message says which.
+    """
+    if (points_per_side is None) == (point_grids is None):
+        raise ValueError(
+            f"points_per_side is {points_per_side} and point_grids is "
+            f"{'None' if point_grids is None else 'given'}, expected exactly one of them"
+        )
+    _check_numbers(crop_overlap_ratio=crop_overlap_ratio, **others)
+    if others.get("stability_score_offset", 1.0) < 0:
+        raise ValueError(
+            f"stability_score_offset is {others['stability_score_offset']}, expected 0 or more"
+        )
+    _check_at_least(1, points_per_batch=points_per_batch)
+    _check_at_least(0, crop_n_layers=crop_n_layers)
+    _check_at_least(1, crop_n_points_downscale_factor=crop_n_points_downscale_factor)
+    if not 0 <= crop_overlap_ratio < 1:
+        raise ValueError(f"crop_overlap_ratio is {crop_overlap_ratio}, expected 0 to below 1")
+    if output_mode not in get_args(OutputMode):
+        raise ValueError(
+            f"output_mode is {output_mode!r}, expected one of {', '.join(get_args(OutputMode))}"
+        )
+    if point_grids is None:
+        _check_at_least(1, points_per_side=points_per_side)
+        sides = [
+            int(points_per_side / crop_n_points_downscale_factor**i)
+            for i in range(crop_n_layers + 1)
+        ]
+        if 0 in sides:
+            raise ValueError(
+                f"points_per_side {points_per_side} over crop_n_points_downscale_factor "
+                f"{crop_n_points_downscale_factor} leaves no points for layer {sides.index(0)}"
+            )
+        point_grids = [build_point_grid(n) for n in sides]
+    return _check_grids(point_grids, crop_n_layers + 1)
+
+
 @dataclass(frozen=True)
 class _Crop:
     """A crop of a picture, and what was found in the picture so far."""
@@ -443,19 +497,31 @@ def _xywh(box: Any) -> list[int]:
     return [x0, y0, x1 - x0, y1 - y0]
 
 
+def _check_numbers(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or np.isnan(value):
+            raise ValueError(f"{name} is {value!r}, expected a number")
+
+
 def _check_at_least(least: int, **arguments: Any) -> None:
     for name, value in arguments.items():
-        if not isinstance(value, (int, np.integer)) or value < least:
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not whole or value < least:
             raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
 
 
 def _check_grids(grids: Sequence[Any], layers: int) -> list[np.ndarray]:
+    if not hasattr(grids, "__len__"):
+        raise ValueError(f"point_grids are {grids!r}, expected a list of arrays [n, 2]")
     if len(grids) != layers:
         raise ValueError(
             f"there are {len(grids)} point_grids, expected {layers}: one for the whole picture "
             "and one for each of the crop_n_layers"
         )
-    grids = [np.asarray(grid, np.float64) for grid in grids]
+    try:
+        grids = [np.asarray(grid, np.float64) for grid in grids]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"point_grids hold no lists of points (x, y): {error}") from error
     for i, grid in enumerate(grids):
         if grid.ndim != 2 or grid.shape[1] != 2 or not len(grid):
             raise ValueError(f"point_grids[{i}] has shape {grid.shape}, expected (n, 2)")
@@ -495,7 +561,7 @@ class _Points(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """Of every mask of every point; zeros for masks whose predicted IoU is too low."""
+    """Of every mask of every point; of no meaning for masks whose predicted IoU is too low."""
 
     iou: Float[Array, "n m"]
     statistics: MaskStatistics
@@ -504,7 +570,7 @@ class _Measured(NamedTuple):
 def _points_at_once(points_per_batch: int, platform: str) -> _AtOnce:
     if platform == "cpu":
         # What two points need stays in a CPU's cache; measured in benchmarks/README.md.
-        return _AtOnce(min(2, points_per_batch), 1, 1)
+        return _AtOnce(2, 1, 1)
     return _AtOnce(points_per_batch, -(-points_per_batch // 4), 3)
 
 
@@ -637,7 +703,10 @@ def _for_some_at_a_time(
 def _for_each_wanted(
     function: Callable, wanted: Bool[Array, " n"], arrays: Sequence[Array], size: int
 ) -> PyTree:
-    """`function` of each entry of the arrays that is wanted, `size` together; zeros elsewhere."""
+    """`function` of each entry of the arrays that is wanted, `size` together.
+
+    Other entries of the result are of no meaning.
+    """
     n = len(wanted)
     order = jnp.argsort(~wanted, stable=True)
     one = jax.eval_shape(function, *(x[0] for x in arrays))

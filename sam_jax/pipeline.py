@@ -6,9 +6,11 @@ differs from Meta's generator, and so from this, in that
 * with crops it suppresses duplicates once, by predicted IoU, where Meta does so within each crop
   and then between crops, of which the smaller wins;
 * a mask's stability must exceed its threshold, where Meta's may equal it;
-* it fails where no mask survives, and here the lists are empty.
+* it fails where no mask survives, and here the lists are empty;
+* its scores and boxes are PyTorch tensors, and here numpy arrays;
+* it also takes addresses on the network and generators, and here a list is a list of pictures.
 
-Without crops the results are the same.
+Without crops the masks are the same.
 """
 
 import os
@@ -98,7 +100,7 @@ class MaskGenerationPipeline:
             ours: value for name, value in options.items() for ours in _ARGUMENTS.get(name, ())
         }
         if options.get("points_per_batch", 64) is None:
-            arguments["points_per_batch"] = options.get("points_per_crop", 32) ** 2
+            arguments["points_per_batch"] = (options.get("points_per_crop") or 32) ** 2
         generator = SamAutomaticMaskGenerator(
             self.model, **arguments, output_mode="uncompressed_rle"
         )

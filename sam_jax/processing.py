@@ -134,6 +134,11 @@ class SamProcessor:
         if (height, width) != image.shape[:2]:
             resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
             image = np.asarray(resized)
+        return self.normalize(image)
+
+    def normalize(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "size size 3"]:
+        """Normalises a picture that fits the model's input, then pads it."""
+        height, width = image.shape[:2]
         size = self.config.image_size
         mean, std = (
             np.array(v, np.float32) for v in (self.config.pixel_mean, self.config.pixel_std)
@@ -270,7 +275,7 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
             )
         try:
             image.load()
-        except (OSError, SyntaxError) as error:
+        except Exception as error:  # whatever Pillow's decoders meet in a damaged file
             raise ValueError(f"the picture cannot be read: {error}") from error
         # By way of another mode where PIL would warn (palette colours that are transparent) or has
         # no way to RGB (premultiplied alpha).
@@ -296,7 +301,7 @@ def _read_image(path: str | os.PathLike) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not a picture of a known format") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever Pillow's decoders meet in a damaged file
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 

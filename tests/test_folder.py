@@ -1,6 +1,8 @@
 import csv
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,8 @@ from sam_jax.folder import Results, find_pictures, generate_folder
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
 
 SIZES = {"wide": (60, 110), "tall": (130, 70), "small": (20, 25)}
-OPTIONS = ["--pred-iou-thresh", "0", "--stability-score-thresh", "0", "--points-per-side", "4"]
+ALL_PASS = ["--pred-iou-thresh", "0", "--stability-score-thresh", "0"]
+OPTIONS = [*ALL_PASS, "--points-per-side", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def test_png_folders(run, expected, tmp_path):
     for name, records in expected.items():
         folder = tmp_path / "out" / name
         masks = {f"{i}.png" for i in range(len(records))}
-        assert files(folder) == {"metadata.csv", "overlay.png", *masks}
+        assert files(folder) == {"metadata.csv", "source.json", "overlay.png", *masks}
         with (folder / "metadata.csv").open() as file:
             rows = list(csv.DictReader(file))
         for i, (row, record) in enumerate(zip(rows, records, strict=True)):
@@ -94,7 +97,6 @@ def test_png_folders(run, expected, tmp_path):
             ][0]
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
 def test_coco(run, expected, tmp_path, capsys):
     assert run("--format", "coco", "--overlays")[0] is None
     assert {f"overlays/{n}.png" for n in SIZES} < files(tmp_path / "out")
@@ -123,11 +125,10 @@ def test_what_is_finished_is_passed_over(run, tmp_path, kind):
     # One result is lost, and a half-written one was left behind by a run that was killed.
     lost = tmp_path / "out" / ("wide/metadata.csv" if kind == "png" else "parts/wide.json")
     content = lost.read_bytes()
-    lost.unlink()
     if kind == "png":
-        for file in lost.parent.iterdir():
-            file.unlink()
-        lost.parent.rmdir()
+        shutil.rmtree(lost.parent)
+    else:  # what a power failure may leave of it
+        lost.write_bytes(content[:100])
     message, printed = run("--format", kind)
     assert message is None
     assert printed.out.startswith("3 of 3 pictures")
@@ -146,8 +147,79 @@ def test_other_settings_are_refused(run, tmp_path):
     message, _ = run("--format", "coco")
     assert "format was 'png' and is 'coco'" in message
     assert run("--points-per-batch", "5")[0] is None  # which changes no result
-    (tmp_path / "out/settings.json").write_text("[")
-    assert "has results, but their settings.json cannot be read" in run()[0]
+    (tmp_path / "out/sam_jax.json").write_text("[")
+    assert "has results, but their sam_jax.json cannot be read" in run()[0]
+
+
+@pytest.mark.parametrize("kind", ["png", "coco"])
+def test_another_picture_of_the_same_name(run, photos, tmp_path, kind):
+    run("--format", kind)
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.fromarray(picture(30, 30)).save(other / "wide.png")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*") if p.is_file()}
+    message, _ = run("--format", kind, inputs=[other])
+    assert "is the result of another picture than" in message
+    os.utime(photos / "tall.png", (1, 1))
+    message, _ = run("--format", kind)
+    assert "or of what that was before it was changed; remove it" in message
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_files_of_others_are_not_overwritten(run, photos, tmp_path):
+    for name in ("annotations.json", "parts"):
+        output = tmp_path / name
+        output.mkdir()
+        (output / name).write_text("mine")
+        message, _ = run("--format", "coco", output=output)
+        assert f"{output / name} is not of an earlier run, and is not overwritten" in message
+        assert (output / name).read_text() == "mine"
+    (tmp_path / "out/wide").mkdir(parents=True)
+    (tmp_path / "out/wide/0.png").write_text("mine")
+    message, _ = run()
+    assert "is where the result of" in message
+    assert files(tmp_path / "out") == {"wide/0.png", "sam_jax.json"}
+    message, _ = run(output=photos)
+    assert "is an input, too; choose another folder" in message
+    (photos / "parts.png").write_bytes((photos / "wide.png").read_bytes())
+    assert "would be written as 'parts', a name of ours" in run(output=tmp_path / "new")[0]
+
+
+def test_overlays_are_a_setting(run):
+    run()
+    assert "overlays was False and is True" in run("--overlays")[0]
+
+
+def test_stopping(run, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "generate_folder", stop)
+    message, printed = run()
+    assert message == 130
+    assert printed.err.endswith("sam-jax: stopped\n")
+
+
+def test_names_may_be_as_long_as_the_system_allows(run, photos, tmp_path):
+    name = "x" * 246
+    (photos / "wide.png").rename(photos / f"{name}.png")
+    assert run()[0] is None
+    assert (tmp_path / "out" / name / "metadata.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ray", "--points-per-batch", "0"], "points_per_batch is 0, expected a whole number"),
+        (["--ray", "--devices", "1"], "--devices is for this machine; it cannot be given with"),
+        (["--ray", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
+        (["--stability-score-offset", "nan"], "stability_score_offset is nan, expected a number"),
+    ],
+    ids=str,
+)
+def test_refused_before_anything_is_done(run, tmp_path, arguments, message):
+    assert message in run(*arguments)[0]
+    assert not list(tmp_path.glob("out/*/*"))
 
 
 def test_a_run_that_came_to_nothing_binds_no_other(run):
@@ -161,12 +233,15 @@ def test_bad_pictures_do_not_stop_the_rest(run, photos, tmp_path, kind):
     whole = (photos / "wide.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
     (photos / "notes.txt").write_text("no picture")
+    pixels = io.BytesIO()
+    Image.fromarray(picture(20, 20)).save(pixels, "AVIF")
+    (photos / "damaged.avif").write_bytes(pixels.getvalue()[:300])
     (photos / ".hidden").write_text("not looked at")
     message, printed = run("--format", kind)
-    assert message.startswith("sam-jax: 3 could not be read:\n")
-    for name in ("empty.png", "cut.png", "notes.txt"):
+    assert message.startswith("sam-jax: 4 could not be read:\n")
+    for name in ("empty.png", "cut.png", "notes.txt", "damaged.avif"):
         assert f"  {photos / name}: " in message
-    assert printed.out.startswith("3 of 6 pictures")
+    assert printed.out.startswith("3 of 7 pictures")
     assert not any("empty" in f or "cut" in f or "notes" in f for f in files(tmp_path / "out"))
     if kind == "coco":
         images = json.loads((tmp_path / "out/annotations.json").read_text())["images"]
@@ -264,7 +339,7 @@ def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
     names = [image["file_name"] for image in coco["images"]]
     assert len(names) == len(set(names)) == 23
     alone = Results(tmp_path / "alone", "coco")
-    alone.begin({})
+    alone.begin({}, [])
     generator = SamAutomaticMaskGenerator(
         from_pretrained(model),
         pred_iou_thresh=0,
@@ -282,17 +357,20 @@ def test_ray_is_asked_for_by_one_address(run):
 
 
 def test_point_grids(run, tmp_path):
-    (tmp_path / "grid.json").write_text("[[[0.5, 0.5], [0.25, 0.75]]]")
-    assert run("--point-grids", tmp_path / "grid.json")[0] is None
+    grid = tmp_path / "grid.json"
+    grid.write_text("[[[0.5, 0.5], [0.25, 0.75]]]")
+    assert run("--point-grids", grid, options=ALL_PASS)[0] is None
     with (tmp_path / "out/small/metadata.csv").open() as file:
         points = {(r["point_input_x"], r["point_input_y"]) for r in csv.DictReader(file)}
     assert points <= {("12.5", "10.0"), ("6.25", "15.0")}
-    (tmp_path / "grid.json").write_text("[[[0.5, 2]]]")
-    message, _ = run("--point-grids", tmp_path / "grid.json", output=tmp_path / "other")
-    assert "point_grids[0] holds [0.5, 2.0]" in message
-    (tmp_path / "grid.json").write_text("5")
-    message, _ = run("--point-grids", tmp_path / "grid.json", output=tmp_path / "third")
-    assert "is no JSON list of lists of points" in message
+
+    other = {"options": ALL_PASS, "output": tmp_path / "other"}
+    message, _ = run("--point-grids", grid, "--points-per-side", "2", **other)
+    assert "expected exactly one" in message
+    grid.write_text("[[[0.5, 2]]]")
+    assert "point_grids[0] holds [0.5, 2.0]" in run("--point-grids", grid, **other)[0]
+    grid.write_text("5")
+    assert "is no JSON list of lists of points" in run("--point-grids", grid, **other)[0]
 
 
 def test_bad_arguments(run, photos, tmp_path):

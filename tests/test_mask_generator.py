@@ -15,7 +15,7 @@ from PIL import Image
 from reference import SMALL, mask_iou, meta_sam, mobile_sam_torch, ours
 
 from sam_jax import SamPredictor, from_pretrained
-from sam_jax.mask_generator import SamAutomaticMaskGenerator
+from sam_jax.mask_generator import SamAutomaticMaskGenerator, _points_at_once
 
 amg = torch_reference.import_reference("segment_anything")
 
@@ -54,6 +54,7 @@ def assert_same_records(actual, expected, exact=False):
         if exact:
             assert a["bbox"] == e["bbox"]
             assert a["area"] == e["area"]
+            np.testing.assert_array_equal(segmentation(a), segmentation(e))
         assert type(a["area"]) is int
         assert all(type(n) is int for n in (*a["bbox"], *a["crop_box"]))
         assert all(type(n) is float for n in a["point_coords"][0])
@@ -84,6 +85,7 @@ def photo(name):
     }[name]
 
 
+CROPS = {"crop_n_layers": 2, "crop_n_points_downscale_factor": 2}
 GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
 
 
@@ -94,7 +96,7 @@ GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
         ("portrait", {}),
         ("small", {}),
         ("large", {}),
-        ("landscape", {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2}),
+        ("landscape", {**CROPS, "points_per_side": 4, "min_mask_region_area": 150}),
         ("portrait", {"points_per_side": None, "point_grids": [GRID]}),
         ("landscape", {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.5}),
         ("landscape", {"pred_iou_thresh": 0.5, "min_mask_region_area": 200}),
@@ -103,7 +105,6 @@ GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
 def test_records_are_metas(mobile, name, options):
     options = {"points_per_side": 5, **options}
     torch_sam, model = mobile
@@ -129,6 +130,7 @@ def test_records_are_metas(mobile, name, options):
         {"box_nms_thresh": 0.5},
         {"stability_score_thresh": 0.2, "stability_score_offset": 0.05},
         {"min_mask_region_area": 40},
+        {"points_per_side": None, "point_grids": [GRID, GRID[:5]], "crop_n_layers": 1},
     ],
     ids=str,
 )
@@ -153,9 +155,16 @@ def generator(**options):
 @pytest.mark.parametrize("points_per_batch", [1, 7, 1024])
 def test_points_per_batch_changes_nothing(points_per_batch):
     image = picture(100, 75)
-    expected = generator().generate(image)
-    actual = generator(points_per_batch=points_per_batch).generate(image)
+    expected = generator(points_per_side=9).generate(image)  # 81 points, 64 at a time
+    actual = generator(points_per_side=9, points_per_batch=points_per_batch).generate(image)
     assert_same_records(actual, expected, exact=True)
+
+
+def test_the_schedule_of_accelerators_changes_nothing():
+    image, some = picture(100, 75), generator(points_per_side=9)
+    expected = some.generate(image)
+    some._at_once = _points_at_once(64, "gpu")
+    assert_same_records(some.generate(image), expected, exact=True)
 
 
 def test_a_batch_is_as_one_at_a_time():
@@ -164,6 +173,8 @@ def test_a_batch_is_as_one_at_a_time():
     for actual, image in zip(some.generate_batch(images), images, strict=True):
         assert_same_records(actual, some.generate(image), exact=True)
     assert some.generate_batch([]) == []
+    (once,) = some.generate_batch(image for image in images[:1])
+    assert_same_records(once, some.generate(images[0]), exact=True)
 
 
 DEVICES = """
@@ -267,6 +278,13 @@ def test_bfloat16():
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_one_picture_is_no_list():
+    for image in (picture(5, 5), "photo.jpg", Image.fromarray(picture(5, 5))):
+        with pytest.raises(TypeError, match="expected a list of pictures; generate takes one"):
+            generator().generate_batch(image)
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -280,6 +298,15 @@ def test_bfloat16():
         (
             {"crop_n_layers": 2, "crop_n_points_downscale_factor": 4},
             "points_per_side 6 over crop_n_points_downscale_factor 4 leaves no points for layer 2",
+        ),
+        ({"pred_iou_thresh": float("nan")}, "pred_iou_thresh is nan, expected a number"),
+        ({"box_nms_thresh": None}, "box_nms_thresh is None, expected a number"),
+        ({"stability_score_offset": -1.0}, "stability_score_offset is -1.0, expected 0 or more"),
+        ({"points_per_side": True}, "points_per_side is True, expected a whole number"),
+        ({"points_per_side": None, "point_grids": 5}, "point_grids are 5, expected a list of arr"),
+        (
+            {"points_per_side": None, "point_grids": [[[1, 2], [3]]]},
+            "point_grids hold no lists of points",
         ),
         ({"crop_overlap_ratio": 1.0}, "crop_overlap_ratio is 1.0, expected 0 to below 1"),
         ({"output_mode": "png"}, "output_mode is 'png', expected one of binary_mask, uncompresse"),
