@@ -20,9 +20,11 @@ from tqdm import tqdm
 from sam_jax.checkpoints import from_pretrained
 from sam_jax.checkpoints.sources import MODELS
 from sam_jax.folder import Format, Results, find_pictures, generate_folder, generate_with_ray
-from sam_jax.mask_generator import SamAutomaticMaskGenerator
+from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
 from sam_jax.predictor import SamPredictor
 from sam_jax.processing import check_boxes, check_points, load_image
+from sam_jax.training.data import open_source
+from sam_jax.training.evaluate import evaluate as evaluate_model
 from sam_jax.visualize import overlay
 
 
@@ -76,10 +78,10 @@ class Generate:
     ray: tuple[str, ...] | None = None
     """Use the machines of a Ray cluster: the one at this address, or without an address one that
     runs here or a new one. All machines must see the same folders."""
-    points_per_side: int = 32
-    """Points along one side of the picture; their number is its square."""
+    points_per_side: int | None = None
+    """Points along one side of the picture, 32 if left out; their number is its square."""
     points_per_batch: int = 64
-    """Points decoded by one call; more take more memory."""
+    """Points decoded by one call; on a GPU or TPU more take more memory."""
     pred_iou_thresh: float = 0.88
     """What a mask's predicted IoU must exceed."""
     stability_score_thresh: float = 0.95
@@ -103,6 +105,21 @@ class Generate:
     """Fill holes and drop islands of fewer pixels."""
 
 
+@dataclasses.dataclass
+class Evaluate:
+    """Compare a model's masks with annotated objects, by the number of clicks and by box.
+
+    Prints mean IoUs over all objects as JSON; see `sam_jax.training.evaluate`.
+    """
+
+    annotations: tyro.conf.Positional[Path]
+    """A COCO instance file, or a folder of SA-1B."""
+    images: Path | None = None
+    """The COCO file's folder of pictures."""
+    model: str = "mobile_sam"
+    """Short name, hub repository, file or folder."""
+
+
 # The fields that say which masks there are: what is in one folder must have them in common.
 _ARGUMENTS = inspect.signature(SamAutomaticMaskGenerator).parameters
 _GENERATOR = {f.name for f in dataclasses.fields(Generate)} & set(_ARGUMENTS) - {"model"}
@@ -111,41 +128,55 @@ _GENERATOR = {f.name for f in dataclasses.fields(Generate)} & set(_ARGUMENTS) - 
 def generate(args: Generate) -> None:
     """Writes the results of all pictures; see `sam_jax.folder`."""
     pictures = find_pictures(args.input)
-    options = {name: getattr(args, name) for name in sorted(_GENERATOR)}
-    if args.point_grids is not None:
-        options |= {"points_per_side": None, "point_grids": _read_grids(args.point_grids)}
-    results = Results(args.output, args.format, args.overlays)
-    how_many = {"points_per_batch"}
-    results.begin({"model": args.model} | {k: v for k, v in options.items() if k not in how_many})
-
+    if any(path.resolve() == args.output.resolve() for path in args.input):
+        raise ValueError(f"--output {args.output} is an input, too; choose another folder")
     if args.ray is not None and len(args.ray) > 1:
         raise ValueError(f"--ray is {' '.join(args.ray)!r}, expected one address or none")
-    todo = [picture for picture in pictures if not results.is_finished(picture)]
-    failures = []
-    if todo:
-        options["output_mode"] = "uncompressed_rle"
-        with tqdm(total=len(pictures), initial=len(pictures) - len(todo), unit="image") as bar:
+    if args.ray is not None and args.devices is not None:
+        raise ValueError("--devices is for this machine; it cannot be given with --ray")
+    options = {name: getattr(args, name) for name in sorted(_GENERATOR)}
+    if args.point_grids is not None:
+        options["point_grids"] = _read_grids(args.point_grids)
+    elif args.points_per_side is None:
+        options["points_per_side"] = 32
+    check_arguments(**options)
+    model = args.model
+    if model not in MODELS and Path(model).exists():
+        model = str(Path(model).resolve())
+    results = Results(args.output, args.format, args.overlays)
+    how_many = {"points_per_batch"}
+    settings = {"model": model} | {k: v for k, v in options.items() if k not in how_many}
+    todo = results.begin(settings, pictures)
 
-            def on_picture(picture: Path, problem: str | None) -> None:
-                bar.update()
-                if problem is not None:
-                    failures.append(f"  {picture}: {problem}")
-
-            if args.ray is not None:
-                address = args.ray[0] if args.ray else None
-                model = args.model
-                if model not in MODELS and Path(model).exists():
-                    model = str(Path(model).absolute())
-                generate_with_ray(address, model, options, todo, results, on_picture)
-            else:
-                mesh = Mesh(np.array(_devices(args.devices)), ("images",))
-                model = from_pretrained(args.model)
-                generator = SamAutomaticMaskGenerator(model, **options, mesh=mesh)
-                generate_folder(generator, todo, results, on_picture)
+    failures: list[str] = []
+    try:
+        if todo:
+            _generate(args, model, options, results, todo, len(pictures), failures)
+    except BaseException:
+        print("".join(f"{failure}\n" for failure in failures), end="", file=sys.stderr)
+        raise
     results.finish(pictures)
     print(f"{len(pictures) - len(failures)} of {len(pictures)} pictures in {args.output}")
     if failures:
         raise ValueError("\n".join([f"{len(failures)} could not be read:", *failures]))
+
+
+def _generate(args, model, options, results, todo, total, failures) -> None:
+    options["output_mode"] = "uncompressed_rle"
+    with tqdm(total=total, initial=total - len(todo), unit="image") as bar:
+
+        def on_picture(picture: Path, problem: str | None) -> None:
+            bar.update()
+            if problem is not None:
+                failures.append(f"  {picture}: {problem}")
+
+        if args.ray is not None:
+            address = args.ray[0] if args.ray else None
+            generate_with_ray(address, model, options, todo, results, on_picture)
+        else:
+            mesh = Mesh(np.array(_devices(args.devices)), ("images",))
+            generator = SamAutomaticMaskGenerator(from_pretrained(model), **options, mesh=mesh)
+            generate_folder(generator, todo, results, on_picture)
 
 
 def _devices(count: int | None) -> list[jax.Device]:
@@ -164,6 +195,14 @@ def _read_grids(path: Path) -> list[list]:
         raise ValueError(
             f"--point-grids {path} is no JSON list of lists of points [x, y]: {error}"
         ) from error
+
+
+def evaluate(args: Evaluate) -> None:
+    """Prints mean IoUs."""
+    source = open_source(args.annotations, args.images)
+    model = from_pretrained(args.model)
+    with tqdm(total=len(source), unit="image") as bar:
+        print(json.dumps(evaluate_model(model, source, on_image=bar.update), indent=2))
 
 
 def segment(args: Segment) -> None:
@@ -279,14 +318,17 @@ def _parse_numbers(text: str, counts: tuple[int, ...], option: str, form: str) -
 def main() -> None:
     """Runs the command; errors of the user go to stderr in one line, with exit code 1."""
     args = tyro.extras.subcommand_cli_from_dict(
-        {"segment": Segment, "generate": Generate},
+        {"segment": Segment, "generate": Generate, "evaluate": Evaluate},
         prog="sam-jax",
         description="Segment Anything in JAX.",
     )
     try:
-        generate(args) if isinstance(args, Generate) else segment(args)
+        {Segment: segment, Generate: generate, Evaluate: evaluate}[type(args)](args)
     except (OSError, ValueError, TypeError) as error:
         sys.exit(f"sam-jax: {error}")
+    except KeyboardInterrupt:
+        print("sam-jax: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from sam_jax.checkpoints import orbax
 from sam_jax.checkpoints.params import (
     build_model,
     check_depth,
+    check_tensors,
     flat_params,
     param_shapes,
     resize_positions,
@@ -89,8 +90,11 @@ def save_pretrained(model: Sam, path: str | os.PathLike) -> None:
 
     Raises:
         FileExistsError: if there is something at `path` already.
+        CheckpointError: for a model of other parameters, such as one with LoRA's adapters.
     """
-    orbax.save(path, flat_params(model), model.config)
+    params = flat_params(model)
+    check_tensors(params, param_shapes(model.config))
+    orbax.save(path, params, model.config)
 
 
 def load_params(name_or_path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:

@@ -47,6 +47,37 @@ class MLP(nnx.Module):
         return self.lin2(self.activation(self.lin1(x)))
 
 
+class LoRALinear(nnx.Linear):
+    """A linear layer whose kernel W counts as W + scale A B (Hu et al. 2022).
+
+    `sam_jax.training.lora` puts it in the place of others.
+    """
+
+    def __init__(self, linear: nnx.Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
+        i, o = linear.kernel.shape
+        super().__init__(i, o, use_bias=linear.use_bias, dtype=linear.dtype, rngs=rngs)
+        self.kernel, self.bias = linear.kernel, linear.bias
+        self.lora_a = nnx.LoRAParam(nnx.initializers.he_uniform()(rngs.params(), (i, rank)))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((rank, o)))
+        self.scale = scale
+
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        y = super().__call__(x)
+        a, b = (v[...].astype(y.dtype) for v in (self.lora_a, self.lora_b))
+        return y + (x.astype(y.dtype) @ a) @ b * self.scale
+
+    def added(self) -> Float[Array, "i o"]:
+        """scale A B."""
+        a, b = self.lora_a[...], self.lora_b[...]
+        return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST) * self.scale
+
+
+def kernel_of(linear: nnx.Linear) -> Float[Array, "i o"]:
+    """What the layer multiplies with, adapters included."""
+    kernel = linear.kernel[...]
+    return kernel + linear.added() if isinstance(linear, LoRALinear) else kernel
+
+
 class PatchConv(nnx.Module):
     """A convolution whose stride is its kernel size: one matmul over non-overlapping patches."""
 
@@ -110,6 +141,29 @@ def relu(x: Array) -> Array:
 def gelu(x: Array) -> Array:
     """The exact GELU, by the error function, as PyTorch's default."""
     return jax.nn.gelu(x, approximate=False)
+
+
+def drop_path(x: Float[Array, "b h w c"], rate: float, keys: Array | None) -> Array:
+    """Stochastic depth (Huang et al. 2016): leaves the branch out for some images of the batch.
+
+    What stays is scaled up, so that nothing changes on average. There is a key for each image, so
+    that what happens to it does not depend on the batch; without keys nothing is left out.
+    """
+    if keys is None or rate == 0:
+        return x
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (1, 1, 1)))(keys)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def split_keys(keys: Array, count: int) -> Array:
+    """[b] keys -> [count, b]."""
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
+
+
+def call_block(block, x: Array, *args, remat: bool) -> Array:
+    """`block(x, *args)`; with `remat` it is computed again in the backward pass, not kept."""
+    call = jax.checkpoint(lambda x: block(x, *args)) if remat else lambda x: block(x, *args)
+    return call(x)
 
 
 def partition_windows(

@@ -78,12 +78,34 @@ class Sam(nnx.Module):
         self.config = config
 
     def encode_image(
-        self, pixel_values: Float[Array, "b h w rgb"]
+        self,
+        pixel_values: Float[Array, "b h w rgb"],
+        *,
+        remat: bool = False,
+        drop_path_rate: float = 0.0,
+        keys: Array | None = None,
     ) -> Float[Array, "b grid grid c"]:
-        """Image embeddings of normalised, padded pixels [b, size, size, 3], channels last."""
+        """Image embeddings of normalised, padded pixels [b, size, size, 3], channels last.
+
+        Args:
+            pixel_values: channels last.
+            remat: to train with less memory: activations within blocks are computed again in the
+                backward pass.
+            drop_path_rate: to train a ViT with stochastic depth, the last block's rate (the paper's
+                is 0.4, for ViT-H); earlier blocks have less, in proportion.
+            keys: for it, [b] of `jax.random`, one for each image.
+        """
         size = self.config.image_size
         _check_shape("pixel_values", pixel_values, (None, size, size, 3))
-        return self.image_encoder(pixel_values)
+        if drop_path_rate == 0:
+            return self.image_encoder(pixel_values, remat=remat)
+        if not isinstance(self.config.image_encoder, ViTConfig) or keys is None:
+            raise ValueError(
+                f"drop_path_rate is {drop_path_rate}, which needs a ViT encoder and keys"
+            )
+        return self.image_encoder(
+            pixel_values, remat=remat, drop_path_rate=drop_path_rate, keys=keys
+        )
 
     def decode(
         self,

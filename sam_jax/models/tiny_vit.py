@@ -11,7 +11,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sam_jax.config import SamConfig
-from sam_jax.models.layers import Buffer, LayerNorm, Neck, gelu, join_windows, partition_windows
+from sam_jax.models.layers import (
+    Buffer,
+    LayerNorm,
+    Neck,
+    call_block,
+    gelu,
+    join_windows,
+    partition_windows,
+)
 from sam_jax.ops.attention import softmax
 
 _EPS = 1e-5  # of batch norms and of layer norms outside the neck: PyTorch's default
@@ -51,11 +59,11 @@ class TinyViT(nnx.Module):
         self.neck = Neck(dims[-1], config.prompt_embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, pixel_values: Float[Array, "b size size 3"]
+        self, pixel_values: Float[Array, "b size size 3"], *, remat: bool = False
     ) -> Float[Array, "b grid grid c"]:
         x = self.patch_embed(pixel_values)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, remat=remat)
         return self.neck(x)
 
 
@@ -66,9 +74,11 @@ class Stage(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.downsample = downsample
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, remat: bool = False
+    ) -> Float[Array, "b h2 w2 c2"]:
         for block in self.blocks:
-            x = block(x)
+            x = call_block(block, x, remat=remat)
         return x if self.downsample is None else self.downsample(x)
 
 

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
-from sam_jax.models.layers import MLP, LayerNorm, relu
+from sam_jax.models.layers import MLP, LayerNorm, kernel_of, relu
 from sam_jax.ops.attention import softmax
 
 
@@ -181,7 +181,7 @@ class Attention(nnx.Module):
             logits = logits + bias.transpose(1, 2, 0)
         weights = softmax(logits, 1).astype(k.dtype).reshape(len(q), len(k))
         v = self._rows_per_head(self.v_proj(v))
-        return weights @ (v @ self.out_proj.kernel[...].astype(k.dtype)) + self._bias(self.out_proj)
+        return weights @ (v @ kernel_of(self.out_proj).astype(k.dtype)) + self._bias(self.out_proj)
 
     def _scaled(self, x):
         return x * (x.shape[-1] // self.num_heads) ** -0.5
@@ -198,7 +198,7 @@ class Attention(nnx.Module):
 
     def _project_back(self, linear, x):
         """`x @ W.T`: then `_project_back(linear, x) @ y.T` is `x @ linear(y).T` less its bias."""
-        return x @ linear.kernel[...].astype(x.dtype).T
+        return x @ kernel_of(linear).astype(x.dtype).T
 
     def _bias(self, linear):
         return linear.bias[...].astype(linear.dtype)

@@ -5,6 +5,7 @@ relative positions; a neck of two convolutions brings the result to 256 channels
 """
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -15,9 +16,12 @@ from sam_jax.models.layers import (
     LayerNorm,
     Neck,
     PatchConv,
+    call_block,
+    drop_path,
     gelu,
     join_windows,
     partition_windows,
+    split_keys,
 )
 from sam_jax.ops.attention import Implementation, rel_pos_attention
 
@@ -52,13 +56,22 @@ class ImageEncoderViT(nnx.Module):
         self.neck = Neck(vit.embed_dim, config.prompt_embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, pixel_values: Float[Array, "b size size 3"]
+        self,
+        pixel_values: Float[Array, "b size size 3"],
+        *,
+        remat: bool = False,
+        drop_path_rate: float = 0.0,
+        keys: Array | None = None,
     ) -> Float[Array, "b grid grid c"]:
         x = self.patch_embed(pixel_values)
         if self.pos_embed is not None:
             x = x + self.pos_embed[...].astype(x.dtype)
-        for block in self.blocks:
-            x = block(x)
+        depth = len(self.blocks)
+        # From 0 in the first block to the whole rate in the last.
+        rates = np.linspace(0, drop_path_rate, depth)
+        block_keys = [None] * depth if keys is None else split_keys(keys, depth)
+        for block, rate, some_keys in zip(self.blocks, rates, block_keys, strict=True):
+            x = call_block(block, x, rate, some_keys, remat=remat)
         return self.neck(x)
 
 
@@ -74,15 +87,18 @@ class Block(nnx.Module):
         self.mlp = MLP(vit.embed_dim, vit.mlp_dim, gelu, dtype=dtype, rngs=rngs)
         self.window = window
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], drop_path_rate: float = 0.0, keys: Array | None = None
+    ) -> Float[Array, "b h w c"]:
+        attn_keys, mlp_keys = (None, None) if keys is None else split_keys(keys, 2)
         y = self.norm1(x)
         if self.window:  # the padding comes after the norm: padded positions are zeros
             windows = self.attn(partition_windows(y, self.window))
             y = join_windows(windows, x.shape[1:3])
         else:
             y = self.attn(y)
-        x = x + y
-        return x + self.mlp(self.norm2(x))
+        x = x + drop_path(y, drop_path_rate, attn_keys)
+        return x + drop_path(self.mlp(self.norm2(x)), drop_path_rate, mlp_keys)
 
 
 class Attention(nnx.Module):

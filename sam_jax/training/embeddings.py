@@ -1,0 +1,82 @@
+"""Image embeddings on disk: with a frozen encoder, each picture is encoded once and for all."""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from sam_jax.checkpoints.params import flat_params
+from sam_jax.models.sam import Sam, encode_image
+from sam_jax.processing import SamProcessor
+from sam_jax.training.data import Source
+
+
+class CachedEmbeddings:
+    """A source whose examples also have `image_embedding`, float32 [g, g, c].
+
+    Files are named by the picture's pixels, in a folder named by the encoder's weights, compute
+    dtype and configuration: another picture or another encoder finds nothing rather than something
+    stale.
+
+    Args:
+        source: examples; see `sam_jax.training.data`.
+        model: whose image encoder it is.
+        folder: of the cache; runs may share it.
+        on_image: called after each picture that is made sure of.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        model: Sam,
+        folder: str | Path,
+        on_image: Callable[[], None] = lambda: None,
+    ):
+        self.source = source
+        self.folder = Path(folder) / _encoder_key(model)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        processor, split = SamProcessor(model.config), nnx.split(model)
+        for i in range(len(source)):
+            image = source[i]["image"]
+            file = self._file(image)
+            if not file.exists():
+                pixels = processor.preprocess(image)[None]
+                embedding = np.asarray(encode_image(*split, pixels)[0], np.float32)
+                temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.npy")
+                np.save(temporary, embedding)
+                os.replace(temporary, file)
+            on_image()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.source[index]
+        file = self._file(example["image"])
+        try:
+            embedding = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"the cached embedding {file} cannot be read ({error}); if its picture was "
+                "changed while the run went on, start it again"
+            ) from error
+        return {**example, "image_embedding": embedding}
+
+    def _file(self, image: np.ndarray) -> Path:
+        digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes())
+        return self.folder / f"{digest.hexdigest()}.npy"
+
+
+def _encoder_key(model: Sam) -> str:
+    digest = hashlib.sha256(repr((model.config, model.image_encoder.neck.norm2.dtype)).encode())
+    for name, array in sorted(flat_params(model).items()):
+        if name.startswith("image_encoder."):
+            array = np.asarray(array)
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(array.tobytes())
+    return digest.hexdigest()[:32]

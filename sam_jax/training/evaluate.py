@@ -1,0 +1,122 @@
+"""How good a model's masks are, by the number of clicks and by box (paper, section 7.1)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.ndimage
+from jaxtyping import Bool, Float
+
+from sam_jax.models.sam import Sam
+from sam_jax.ops.masks import mask_to_box
+from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
+from sam_jax.predictor import SamPredictor
+from sam_jax.training.data import Source
+
+CLICKS = (1, 2, 3, 5)
+
+
+def evaluate(
+    model: Sam,
+    source: Source,
+    *,
+    clicks: Sequence[int] = CLICKS,
+    objects_at_once: int = 16,
+    on_image: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """The mean IoU over all objects, at the pictures' own resolution.
+
+    The first click is in the middle of the object, each later one in the middle of the largest
+    error. After one click, which is ambiguous, the candidate with the best predicted IoU counts;
+    after more, the single mask, which has the logits before as a mask prompt. A box is the object's
+    own.
+
+    Args:
+        model: of any kind.
+        source: examples; see `sam_jax.training.data`.
+        clicks: numbers of clicks.
+        objects_at_once: prompts decoded together.
+        on_image: called after each picture.
+
+    Returns:
+        `miou@1`, ... for each number of clicks, `miou@box`, and `objects`, how many there were.
+    """
+    names = [*(f"miou@{n}" for n in clicks), "miou@box"]
+    found: dict[str, list[float]] = {name: [] for name in names}
+    predictor = SamPredictor(model)
+    for i in range(len(source)):
+        example = source[i]
+        if len(example["masks"]):
+            set_image(predictor, example)
+        for start in range(0, len(example["masks"]), objects_at_once):
+            masks = example["masks"][start : start + objects_at_once]
+            for count, ious in _by_clicks(predictor, masks, max(clicks)).items():
+                if count in clicks:
+                    found[f"miou@{count}"] += ious
+            boxes = np.array([mask_to_box(mask) for mask in masks])
+            predicted, _, _ = predictor.predict_batch(boxes=boxes, multimask_output=False)
+            found["miou@box"] += iou(predicted[:, 0], masks).tolist()
+        on_image()
+    objects = len(found["miou@box"])
+    if not objects:
+        raise ValueError("there is no object to evaluate on")
+    return {**{name: float(np.mean(values)) for name, values in found.items()}, "objects": objects}
+
+
+def set_image(predictor: SamPredictor, example: dict[str, Any]) -> None:
+    """Gives the predictor the example's picture, or its embedding if it has one."""
+    if "image_embedding" in example:
+        embedding = np.moveaxis(example["image_embedding"], -1, 0)[None]
+        predictor.set_image_embedding(embedding, example["image"].shape[:2])
+    else:
+        predictor.set_image(example["image"])
+
+
+def middle(region: Bool[np.ndarray, "h w"]) -> tuple[int, int]:
+    """(x, y) of the pixel farthest from what is not in the region, the picture's edge included."""
+    x0, y0, x1, y1 = mask_to_box(region)
+    part = np.pad(region[y0 : y1 + 1, x0 : x1 + 1], 1)
+    distance = scipy.ndimage.distance_transform_edt(part)[1:-1, 1:-1]
+    y, x = np.unravel_index(distance.argmax(), distance.shape)
+    return int(x + x0), int(y + y0)
+
+
+def iou(
+    masks: Bool[np.ndarray, "*n h w"], others: Bool[np.ndarray, "*n h w"]
+) -> Float[np.ndarray, "*n"]:
+    """IoU of masks pair by pair; 1 where both are empty."""
+    intersection = (masks & others).sum((-2, -1))
+    union = (masks | others).sum((-2, -1))
+    return np.where(union == 0, 1.0, intersection / np.maximum(union, 1))
+
+
+def _by_clicks(predictor, targets, most: int) -> dict[int, list[float]]:
+    """For 1, 2, ... clicks the IoUs of all objects."""
+    predicted, ious, low_res = np.zeros_like(targets), {}, None
+    points: list[list] = [[] for _ in targets]
+    labels: list[list] = [[] for _ in targets]
+    for count in range(1, most + 1):
+        for k, target in enumerate(targets):
+            missed, extra = target & ~predicted[k], predicted[k] & ~target
+            regions = [(_largest(missed), FOREGROUND), (_largest(extra), BACKGROUND)]
+            region, label = max(regions, key=lambda pair: pair[0].sum())
+            if region.any():
+                points[k].append(middle(region))
+                labels[k].append(label)
+        masks, scores, low = predictor.predict_batch(
+            points, labels, mask_input=low_res, multimask_output=count == 1
+        )
+        best = scores.argmax(1)
+        predicted, low_res = (x[np.arange(len(x)), best] for x in (masks, low))
+        low_res = low_res[:, None]
+        ious[count] = iou(predicted, targets).tolist()
+    return ious
+
+
+def _largest(region: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """The region's largest connected part."""
+    labels, count = scipy.ndimage.label(region)
+    if count < 2:
+        return region
+    sizes = np.bincount(labels.ravel())
+    return labels == 1 + sizes[1:].argmax()

@@ -1,0 +1,46 @@
+"""What a run tells: a line of JSON for each step, and TensorBoard's files."""
+
+import json
+import os
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class MetricsLog:
+    """`metrics.jsonl`, a line per step, and `tensorboard/` beside it.
+
+    A run that goes on from an earlier step drops the lines of the steps that it does again.
+
+    Args:
+        folder: of the run.
+        step: where it goes on; 0 for a new run.
+    """
+
+    def __init__(self, folder: str | os.PathLike, step: int):
+        path = Path(folder) / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(path.with_name("tensorboard")), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One step's values; they are on disk when this returns."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        self._board.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Its whole lines; a run that was killed may have left half of one."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text().split("\n")
+    return lines

@@ -1,0 +1,183 @@
+r"""LoRA (Hu et al. 2022): a linear layer's kernel W becomes W + scale A B, and only A and B train.
+
+    model = add_lora(model, r"image_encoder\..*\.qkv", rank=4, rngs=nnx.Rngs(0))
+    graphdef, trained, frozen = split_model(model, LORA_ONLY)
+    ...
+    save_lora(model, "adapters.safetensors")
+    plain = merge_lora(model)
+
+A model with adapters works wherever another does. Only checkpoints hold plain models: merge first.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from sam_jax.models.layers import LoRALinear, kernel_of
+from sam_jax.models.sam import Sam
+
+
+def add_lora(
+    model: Sam, pattern: str, rank: int, *, alpha: float | None = None, rngs: nnx.Rngs
+) -> Sam:
+    """A copy of the model with adapters at linear layers, which change nothing until they train.
+
+    Args:
+        model: whose arrays the copy shares.
+        pattern: a regular expression that matches the whole path of the layers, for instance
+            `r"image_encoder\\..*\\.qkv"`.
+        rank: of A B.
+        alpha: the scale is alpha / rank; 1 if left out.
+        rngs: for A; B begins as zeros.
+
+    Raises:
+        ValueError: if no linear layer matches, or one that does has adapters already.
+    """
+    if rank < 1:
+        raise ValueError(f"rank is {rank}, expected at least 1")
+    scale = 1.0 if alpha is None else alpha / rank
+    model = nnx.clone(model)
+    layers = _linear_layers(model)
+    chosen = [path for path in layers if re.fullmatch(pattern, path)]
+    if not chosen:
+        raise ValueError(
+            f"{pattern!r} matches no linear layer; some are {', '.join(list(layers)[:4])}"
+        )
+    for path in chosen:
+        linear = layers[path]
+        if isinstance(linear, LoRALinear):
+            raise ValueError(f"{path} has adapters already; merge them first")
+        _replace(model, path, LoRALinear(linear, rank, scale, rngs=rngs))
+    return model
+
+
+def merge_lora(model: Sam) -> Sam:
+    """The plain model that computes the same: adapters added to the kernels."""
+    model = nnx.clone(model)
+    for path, linear in _adapted(model).items():
+        _replace(model, path, _plain(linear, kernel_of(linear)))
+    return model
+
+
+def unmerge_lora(merged: Sam, model: Sam) -> Sam:
+    """The opposite of `merge_lora`: `merged` less the adapters of `model`, which stand beside it.
+
+    Kernels come back to rounding errors.
+
+    Raises:
+        ValueError: if `model` has no adapters, or `merged` not the layers that they are for.
+    """
+    merged, adapters = nnx.clone(merged), _adapted(model)
+    if not adapters:
+        raise ValueError("the second model has no adapters to take out of the first")
+    for path, (adapter, linear) in _matching(adapters, merged).items():
+        linear = _plain(linear, linear.kernel[...] - adapter.added())
+        _replace(merged, path, _adapter(linear, *_factors(adapter), adapter.scale))
+    return merged
+
+
+def save_lora(model: Sam, path: str | os.PathLike) -> None:
+    """Writes the adapters alone, as a `.safetensors` file.
+
+    Raises:
+        ValueError: if the model has none.
+        FileExistsError: if there is something at `path` already.
+    """
+    path, adapters = Path(path), _adapted(model)
+    if not adapters:
+        raise ValueError("the model has no adapters to save")
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; choose another file or remove it first")
+    tensors = {
+        f"{name}.{part}": np.asarray(factor)
+        for name, linear in adapters.items()
+        for part, factor in zip(("lora_a", "lora_b"), _factors(linear), strict=True)
+    }
+    scales = {name: linear.scale for name, linear in adapters.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, {"lora_scales": json.dumps(scales)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_lora(model: Sam, path: str | os.PathLike) -> Sam:
+    """A copy of a plain model with the adapters of a file of `save_lora`.
+
+    Raises:
+        ValueError: if the file is none of these, or its layers are not the model's.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            scales = json.loads((file.metadata() or {})["lora_scales"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path} holds no adapters of save_lora: {error!r}") from error
+    model = nnx.clone(model)
+    for name, (scale, linear) in _matching(scales, model).items():
+        a, b = (tensors.get(f"{name}.{part}") for part in ("lora_a", "lora_b"))
+        fits = a is not None and b is not None and a.ndim == b.ndim == 2
+        shape = linear.kernel.shape
+        if not fits or (a.shape[0], b.shape[1]) != shape or a.shape[1] != b.shape[0]:
+            raise ValueError(f"{path}: the adapters of {name} do not fit its kernel {shape}")
+        _replace(model, name, _adapter(linear, jnp.asarray(a), jnp.asarray(b), float(scale)))
+    return model
+
+
+def _linear_layers(model: Sam) -> dict[str, nnx.Linear]:
+    return {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.Linear)
+    }
+
+
+def _adapted(model: Sam) -> dict[str, LoRALinear]:
+    return {p: m for p, m in _linear_layers(model).items() if isinstance(m, LoRALinear)}
+
+
+def _matching(adapters: dict, model: Sam) -> dict:
+    """For each adapter's path the adapter and the plain layer of the model."""
+    layers = _linear_layers(model)
+    for path in adapters:
+        if type(layers.get(path)) is not nnx.Linear:
+            raise ValueError(f"there are adapters for {path}, which is no plain linear layer here")
+    return {path: (adapter, layers[path]) for path, adapter in adapters.items()}
+
+
+def _factors(linear: LoRALinear) -> tuple[Array, Array]:
+    return linear.lora_a[...], linear.lora_b[...]
+
+
+def _adapter(linear: nnx.Linear, a: Array, b: Array, scale: float) -> LoRALinear:
+    new = LoRALinear(linear, a.shape[1], scale, rngs=nnx.Rngs(0))
+    new.lora_a[...], new.lora_b[...] = a, b
+    return new
+
+
+def _plain(linear: nnx.Linear, kernel: Array) -> nnx.Linear:
+    new = nnx.Linear(*kernel.shape, use_bias=linear.use_bias, dtype=linear.dtype, rngs=nnx.Rngs(0))
+    new.kernel, new.bias = nnx.Param(kernel.astype(linear.kernel.dtype)), linear.bias
+    return new
+
+
+def _replace(model: Sam, path: str, linear: nnx.Linear) -> None:
+    *parents, name = path.split(".")
+    parent = model
+    for part in parents:
+        parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
+    if name.isdigit():
+        parent[int(name)] = linear
+    else:
+        setattr(parent, name, linear)

@@ -1,0 +1,118 @@
+"""The losses that SAM was trained with (paper, section 3 and appendix A).
+
+All take logits [..., h, w] and targets of the same size, 0 or 1 (or between), and keep the leading
+axes: what is averaged over prompts, and with which weights, is the caller's to say.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from sam_jax.ops.resize import linear_resize_matrix, resize_masks
+
+_ALPHA, _GAMMA = 0.25, 2.0  # of Lin et al. 2017, as in MaskFormer, whose losses SAM takes
+
+
+class LossWeights(NamedTuple):
+    """What the parts of the loss count: the paper's 20 : 1 : 1."""
+
+    focal: float = 20.0
+    dice: float = 1.0
+    iou: float = 1.0
+
+
+class MaskLosses(NamedTuple):
+    """The losses of prompts, and how good their masks are; of the chosen candidate each."""
+
+    total: Float[Array, "*batch"]
+    focal: Float[Array, "*batch"]
+    dice: Float[Array, "*batch"]
+    iou: Float[Array, "*batch"]  # the loss of the predicted IoUs, of all candidates
+    mask_iou: Float[Array, "*batch"]  # of the candidate with the best predicted IoU
+
+
+def focal_loss(
+    logits: Float[Array, "*batch h w"], targets: Float[Array, "*batch h w"]
+) -> Float[Array, "*batch"]:
+    """Sigmoid focal loss (Lin et al. 2017, alpha 0.25, gamma 2), averaged over pixels."""
+    loss = optax.losses.sigmoid_focal_loss(logits, targets, alpha=_ALPHA, gamma=_GAMMA)
+    return loss.mean((-2, -1))
+
+
+def dice_loss(
+    logits: Float[Array, "*batch h w"], targets: Float[Array, "*batch h w"]
+) -> Float[Array, "*batch"]:
+    """1 - (2 p t + 1) / (p + t + 1), each summed over pixels (Milletari et al. 2016)."""
+    # optax halves both sides of the fraction, its smoothing term among them.
+    return optax.losses.dice_loss(logits[..., None], targets[..., None], smooth=0.5, axis=(-3, -2))
+
+
+def mask_iou(
+    logits: Float[Array, "*batch h w"], targets: Float[Array, "*batch h w"]
+) -> Float[Array, "*batch"]:
+    """IoU of the masks that the logits mean with the targets; 0 where both are empty."""
+    masks, targets = logits > 0, targets > 0.5
+    intersection = (masks & targets).sum((-2, -1))
+    union = (masks | targets).sum((-2, -1))
+    return intersection / jnp.maximum(union, 1)
+
+
+def mask_losses(
+    logits: Float[Array, "*batch m h w"],
+    iou_scores: Float[Array, "*batch m"],
+    targets: Float[Array, "*batch height width"],
+    candidates: Bool[Array, "*batch m"] | None = None,
+    weights: LossWeights = LossWeights(),  # noqa: B008
+) -> MaskLosses:
+    """The paper's loss of prompts with m candidate masks each.
+
+    The mask's loss is that of the best candidate: only it is pulled towards the target, so that
+    others are free to mean a part or the whole. The predicted IoUs of all candidates learn what
+    their masks' IoUs are, since ranking needs them all.
+
+    Args:
+        logits: of the candidates; resized to the targets' size if that is another.
+        iou_scores: the candidates' predicted IoUs.
+        targets: masks.
+        candidates: which of the m count; all if left out. At least one of each prompt must.
+        weights: of the parts.
+    """
+    if candidates is None:
+        candidates = jnp.ones(iou_scores.shape, bool)
+    logits = resize_logits(logits, targets.shape[-1])
+    targets = jnp.broadcast_to(targets[..., None, :, :], logits.shape).astype(logits.dtype)
+    focal, dice = focal_loss(logits, targets), dice_loss(logits, targets)
+    actual = jax.lax.stop_gradient(mask_iou(logits, targets))
+    iou = jnp.square(iou_scores - actual)
+
+    def of(candidate, values):
+        return jnp.take_along_axis(values, candidate[..., None], axis=-1)[..., 0]
+
+    mask_loss = weights.focal * focal + weights.dice * dice
+    best = jnp.where(candidates, mask_loss, jnp.inf).argmin(-1)
+    predicted_best = jnp.where(candidates, iou_scores, -jnp.inf).argmax(-1)
+    iou = jnp.where(candidates, iou, 0).sum(-1) / candidates.sum(-1)
+    return MaskLosses(
+        total=of(best, mask_loss) + weights.iou * iou,
+        focal=of(best, focal),
+        dice=of(best, dice),
+        iou=iou,
+        mask_iou=of(predicted_best, actual),
+    )
+
+
+def resize_logits(logits: Float[Array, "*batch h w"], size: int) -> Float[Array, "*batch h2 w2"]:
+    """Square masks of logits resized bilinearly, as `torch.nn.functional.interpolate` does."""
+    if logits.shape[-1] == size:
+        return logits
+    matrix = jnp.asarray(linear_resize_matrix(logits.shape[-1], size), jnp.float32)
+    return resize_masks(logits, matrix, matrix)
+
+
+def weighted_mean(values: Float[Array, "*shape"], weights: Float[Array, "*shape"]) -> Array:
+    """The mean of what counts; 0 if nothing does, even where the values are not finite."""
+    values = jnp.where(weights > 0, values, 0)
+    return (values * weights).sum() / jnp.maximum(weights.sum(), 1)

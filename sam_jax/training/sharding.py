@@ -1,0 +1,66 @@
+"""One mesh for everything: data parallel, or with the parameters spread over it too (FSDP).
+
+The compiler adds the communication; a step is the same function on one device and on many hosts.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+Parallelism = Literal["data", "fsdp"]
+
+# Smaller parameters stay whole on every device: gathering them would cost more than it saves.
+_MIN_SIZE = 2**12
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices, all of all hosts if left out, along one axis, `data`."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def shardings(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
+    """Where each array of a state belongs.
+
+    With "fsdp" the longest axis of an array that the devices can share is spread over them, with
+    "data" every device has a copy.
+    """
+
+    def of(array):
+        spec = [None] * array.ndim
+        fits = [n for n in array.shape if n % mesh.size == 0]
+        if parallelism == "fsdp" and fits and array.size >= _MIN_SIZE:
+            spec[array.shape.index(max(fits))] = "data"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(of, tree)
+
+
+def put(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
+    """The tree on the devices; every host must have the same arrays."""
+
+    def place(array, sharding):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, tree, shardings(tree, mesh, parallelism))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Each host's part of a batch -> the batch of all, spread over the devices."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }
+
+
+def gather(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The whole tree as numpy arrays, on every host; all hosts must call it together."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    copies = jax.jit(lambda x: x, out_shardings=everywhere)(tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), copies)

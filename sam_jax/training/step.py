@@ -1,0 +1,207 @@
+"""A training step as pure functions of arrays, for one's own loop or for `examples/finetune.py`.
+
+graphdef, trained, frozen = split_model(model, DECODER_ONLY)
+tx = adamw(1e-4, DECODER_ONLY)
+state = init_state(trained, tx)
+state, metrics = train_step(graphdef, state, frozen, batch, key, tx=tx, recipe=Recipe())
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree
+
+from sam_jax.models.layers import split_keys
+from sam_jax.models.sam import Sam
+from sam_jax.training.losses import LossWeights, MaskLosses, weighted_mean
+from sam_jax.training.prompts import Key
+from sam_jax.training.rounds import interactive_losses
+
+
+class Recipe(NamedTuple):
+    """How the loss of a batch is computed; see `interactive_losses` and `Sam.encode_image`."""
+
+    rounds: int = 1
+    box_probability: float = 0.5
+    weights: LossWeights = LossWeights()
+    objects_at_once: int | None = None  # of each image, for less memory; None for all
+    remat: bool = False
+    drop_path_rate: float = 0.0
+    accumulate: int = 1  # so many parts of the batch one after the other, for less memory
+    ema_decay: float | None = None
+
+
+class TrainState(NamedTuple):
+    """What a training run carries from step to step; arrays only."""
+
+    step: Int[Array, ""]
+    params: PyTree  # those that train
+    opt_state: PyTree
+    ema: PyTree | None  # their exponential moving average
+
+
+def init_state(
+    trained: PyTree, tx: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
+    """The state before the first step, with arrays of its own, since a step gives up its input."""
+    trained = jax.tree.map(jnp.array, trained)
+    average = jax.tree.map(jnp.array, trained) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), average)
+
+
+def batch_losses(
+    model: Sam,
+    batch: dict[str, Any],
+    keys: Array,
+    recipe: Recipe = Recipe(),  # noqa: B008
+) -> MaskLosses:
+    """The losses [b, n, rounds] of every object of a batch, in a form to differentiate.
+
+    Args:
+        model: `nnx.merge(graphdef, trained, frozen)`.
+        batch: of `sam_jax.training.data.batches`.
+        keys: [b] of `jax.random`, one for each image; its prompts and drop path depend on it.
+        recipe: see there.
+    """
+    prompt_keys, drop_keys = split_keys(keys, 2)
+    if "image_embedding" in batch:
+        embeddings = batch["image_embedding"]
+    else:
+        embeddings = model.encode_image(
+            batch["pixel_values"],
+            remat=recipe.remat,
+            drop_path_rate=recipe.drop_path_rate,
+            keys=drop_keys,
+        )
+
+    def one_object(embedding, target, box, key):
+        return interactive_losses(
+            model,
+            embedding,
+            target,
+            box,
+            key,
+            rounds=recipe.rounds,
+            box_probability=recipe.box_probability,
+            weights=recipe.weights,
+        )
+
+    def one_image(embedding, targets, boxes, key):
+        objects = targets, boxes, jax.random.split(key, len(targets))
+        at_once = recipe.objects_at_once or len(targets)
+        return jax.lax.map(lambda x: one_object(embedding, *x), objects, batch_size=at_once)
+
+    targets = batch["masks"].astype(jnp.float32)
+    return jax.vmap(one_image)(embeddings, targets, batch["boxes"], prompt_keys)
+
+
+def mean_loss(losses: MaskLosses, valid: Float[Array, "b n"]) -> tuple[Array, dict[str, Array]]:
+    """The mean over rounds and valid objects, and the means of all parts for a log.
+
+    `iou_first` is the IoU after the first prompt, `iou_last` that after the last round.
+    """
+    means = {name: weighted_mean(x.mean(-1), valid) for name, x in losses._asdict().items()}
+    iou = losses.mask_iou
+    metrics = {
+        "loss": means["total"],
+        **{f"{name}_loss": means[name] for name in ("focal", "dice", "iou")},
+        "iou_first": weighted_mean(iou[..., 0], valid),
+        "iou_last": weighted_mean(iou[..., -1], valid),
+    }
+    return means["total"], metrics
+
+
+def gradients(
+    graphdef: nnx.GraphDef,
+    trained: PyTree,
+    frozen: PyTree,
+    batch: dict[str, Any],
+    keys: Array,
+    recipe: Recipe = Recipe(),  # noqa: B008
+) -> tuple[PyTree, dict[str, Array]]:
+    """The gradients of the mean loss by the `trained` parameters alone, and its metrics.
+
+    With `recipe.accumulate` above 1 the batch is worked on in parts; every part counts by its
+    number of valid objects, so that the result is that of the whole batch.
+    """
+
+    def loss(trained, batch, keys):
+        model = nnx.merge(graphdef, trained, frozen)
+        return mean_loss(batch_losses(model, batch, keys, recipe), batch["valid"])
+
+    of_part = jax.grad(loss, has_aux=True)
+    parts, size = recipe.accumulate, len(keys)
+    if parts == 1:
+        return of_part(trained, batch, keys)
+    if size % parts:
+        raise ValueError(f"accumulate is {parts}, expected a divisor of the batch of {size}")
+
+    def split(x):
+        # Every parts-th image: then each part has images of all devices.
+        return jnp.swapaxes(x.reshape(size // parts, parts, *x.shape[1:]), 0, 1)
+
+    batch, keys = jax.tree.map(split, (batch, keys))
+    shares = batch["valid"].sum((1, 2)) / jnp.maximum(batch["valid"].sum(), 1)
+
+    def add_part(total, part):
+        batch, keys, share = part
+        found = of_part(trained, batch, keys)
+        return jax.tree.map(lambda t, x: t + share * x, total, found), None
+
+    shapes = jax.eval_shape(of_part, trained, *jax.tree.map(lambda x: x[0], (batch, keys)))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(add_part, zeros, (batch, keys, shares))
+    return total
+
+
+def train_step(
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+    frozen: PyTree,
+    batch: dict[str, Any],
+    key: Key,
+    *,
+    tx: optax.GradientTransformation,
+    recipe: Recipe = Recipe(),  # noqa: B008
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step of the optimiser.
+
+    Args:
+        graphdef: of `split_model`.
+        state: of `init_state` or the step before.
+        frozen: of `split_model`.
+        batch: of `sam_jax.training.data.batches`.
+        key: of the whole run; what a step draws depends on it and on the step's number.
+        tx: the optimiser.
+        recipe: see there.
+
+    Returns:
+        The new state, and float32 scalars: those of `mean_loss`, and `grad_norm`.
+    """
+    keys = jax.random.split(jax.random.fold_in(key, state.step), len(batch["valid"]))
+    grads, metrics = gradients(graphdef, state.params, frozen, batch, keys, recipe)
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1 - recipe.ema_decay)
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def compile_step(state: TrainState, tx: optax.GradientTransformation, recipe: Recipe) -> Callable:
+    """`train_step(graphdef, state, frozen, batch, key)` compiled, for states placed like this one.
+
+    The state that it is given is given up, so that memory holds one.
+    """
+    places = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(
+        functools.partial(train_step, tx=tx, recipe=recipe),
+        out_shardings=(places, None),
+        donate_argnums=1,
+    )

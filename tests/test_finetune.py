@@ -1,0 +1,149 @@
+"""`examples/finetune.py` and `sam-jax evaluate`, from end to end on a small model."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import SMALL, meta_sam, ours
+
+from sam_jax import from_pretrained, save_pretrained
+from sam_jax.checkpoints.params import flat_params
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small"
+    save_pretrained(ours(meta_sam(SMALL), SMALL), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "cells"
+    command = [
+        sys.executable,
+        EXAMPLES / "cells.py",
+        "--output",
+        path,
+        "--train",
+        "5",
+        "--test",
+        "2",
+    ]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+def start(cells, model, output, *options):
+    command = [sys.executable, EXAMPLES / "finetune.py", "--annotations", cells / "train.json"]
+    command += ["--images", cells / "images", "--output", output, "--model", model]
+    command += ["--steps", STEPS, "--batch-size", 2, "--max-objects", 2, "--rounds", 2]
+    command += ["--eval-every", 4, "--learning-rate", 1e-3, *options]
+    return subprocess.Popen(
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    printed, errors = process.communicate(timeout=300)
+    return process.returncode, printed, errors
+
+
+def lines(output):
+    path = output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# All that is by chance: drawn prompts, the order, and with them mirrored pictures.
+RANDOM = ["--train", "everything", "--flip", "0.5", "--ema-decay", "0.9"]
+
+
+@pytest.fixture(scope="module")
+def whole(cells, model, tmp_path_factory):
+    """A run that nobody stopped."""
+    output = tmp_path_factory.mktemp("run") / "run"
+    code, printed, errors = finish(start(cells, model, output, *RANDOM))
+    assert code == 0, errors
+    assert printed.splitlines()[-1] == str(output / "model")
+    return output
+
+
+def test_a_run_leaves_what_it_says(whole, model):
+    found = lines(whole)
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    assert all(np.isfinite(line["loss"]) for line in found)
+    assert np.mean([x["loss"] for x in found[-4:]]) < np.mean([x["loss"] for x in found[:4]])
+    assert list((whole / "tensorboard").iterdir())
+    tuned, before = (
+        flat_params(from_pretrained(whole / "model")),
+        flat_params(from_pretrained(model)),
+    )
+    assert tuned.keys() == before.keys()
+    assert any(not np.array_equal(tuned[name], before[name]) for name in tuned)
+
+
+def test_a_run_that_is_killed_goes_on_bit_for_bit(whole, cells, model, tmp_path):
+    output = tmp_path / "run"
+    process = start(cells, model, output, *RANDOM)
+    when = int(np.random.default_rng().integers(5, STEPS))
+    deadline = time.monotonic() + 200
+    while len(lines_so_far(output)) < when and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (output / "model").exists()
+    code, _, errors = finish(start(cells, model, output, *RANDOM))
+    assert code == 0, errors
+    assert lines(output) == lines(whole), f"killed after step {when}"
+    expected = flat_params(from_pretrained(whole / "model"))
+    for name, value in flat_params(from_pretrained(output / "model")).items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def lines_so_far(output):
+    path = output / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_other_settings_are_refused_and_a_finished_run_stays(whole, cells, model):
+    before = (whole / "metrics.jsonl").read_bytes()
+    code, _, errors = finish(start(cells, model, whole, *RANDOM, "--seed", "1"))
+    assert code == 1
+    assert "has results of other settings: seed was '0' and is '1'" in errors
+    code, _, errors = finish(start(cells, model, whole, *RANDOM))
+    assert code == 0, errors
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_adapters_and_evaluation(cells, model, tmp_path):
+    held_out = ["--eval-annotations", cells / "test.json", "--eval-images", cells / "images"]
+    output = tmp_path / "run"
+    code, _, errors = finish(start(cells, model, output, "--train", "lora", *held_out))
+    assert code == 0, errors
+    found = [line for line in lines(output) if "miou@1" in line]
+    assert [line["step"] for line in found] == [4, 8, 12, 14]
+    assert {p.name for p in (output / "pictures").iterdir()} == {
+        f"{step:06}.png" for step in (4, 8, 12, 14)
+    }
+    command = [sys.executable, "-m", "sam_jax.cli", "evaluate", cells / "test.json"]
+    command += ["--images", cells / "images", "--model", output / "model"]
+    run = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    printed = json.loads(run.stdout)
+    for name in ("miou@1", "miou@2", "miou@3", "miou@5", "miou@box"):
+        assert printed[name] == pytest.approx(found[-1][name], abs=1e-3)
+
+
+def test_bad_input(cells, model, tmp_path):
+    code, _, errors = finish(start(cells, tmp_path / "none", tmp_path / "run"))
+    assert code == 1
+    assert errors.splitlines()[-1].startswith("finetune: ")
+    assert "Traceback" not in errors

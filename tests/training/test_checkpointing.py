@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_jax.training.checkpointing import load_state, open_checkpoints, save_state
+from sam_jax.training.parameters import adamw
+from sam_jax.training.step import init_state
+
+TX = adamw(1e-3, [(".*", 1.0)])
+
+
+def state_of(step, value=1.0, ema=True, shape=(3, 2)):
+    params = {"layer": {"kernel": jnp.full(shape, value), "bias": jnp.arange(2.0)}}
+    state = init_state(params, TX, ema=ema)
+    return state._replace(step=jnp.array(step, jnp.int32))
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype
+        np.testing.assert_array_equal(a, e)
+
+
+def test_the_last_comes_back_whole(tmp_path):
+    with open_checkpoints(tmp_path / "run") as checkpoints:
+        assert load_state(checkpoints, state_of(0)) is None
+        for step in (5, 10):
+            save_state(checkpoints, state_of(step, step / 7))
+        save_state(checkpoints, state_of(10, 99.0))  # is there already
+    with open_checkpoints(tmp_path / "run") as checkpoints:
+        assert_same(load_state(checkpoints, state_of(0)), state_of(10, 10 / 7))
+        assert [c.step for c in checkpoints.checkpoints] == [10]
+
+
+def test_the_best_is_kept_beside_the_last(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step, miou in ((1, 0.2), (2, 0.9), (3, 0.5), (4, 0.6)):
+            save_state(checkpoints, state_of(step, float(step)), miou)
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert [c.step for c in checkpoints.checkpoints] == [2, 4]
+        assert_same(load_state(checkpoints, state_of(0), best=True), state_of(2, 2.0))
+        assert_same(load_state(checkpoints, state_of(0)), state_of(4, 4.0))
+
+
+def test_a_state_of_another_run(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        save_state(checkpoints, state_of(1))
+    with open_checkpoints(tmp_path) as checkpoints:
+        for other in (state_of(0, ema=False), state_of(0, shape=(4, 2))):
+            with pytest.raises(ValueError, match="does not fit this run; was it made with other"):
+                load_state(checkpoints, other)

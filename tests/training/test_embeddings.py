@@ -1,0 +1,72 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import SMALL, meta_sam, ours
+
+from sam_jax.predictor import SamPredictor
+from sam_jax.training.data import Prepare
+from sam_jax.training.embeddings import CachedEmbeddings
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ours(meta_sam(SMALL), SMALL)
+
+
+@pytest.fixture
+def source():
+    images = np.random.default_rng(0).integers(0, 255, (3, 40, 60, 3), dtype=np.uint8)
+    return [{"image": image, "masks": np.ones((1, 40, 60), bool)} for image in images]
+
+
+def files(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*.npy")}
+
+
+def test_embeddings_are_the_models(model, source, tmp_path):
+    seen = []
+    cached = CachedEmbeddings(source, model, tmp_path, lambda: seen.append(1))
+    assert len(cached) == len(seen) == 3
+    predictor = SamPredictor(model)
+    for i in range(3):
+        predictor.set_image(source[i]["image"])
+        expected = np.moveaxis(predictor.get_image_embedding()[0], 0, -1)
+        np.testing.assert_array_equal(cached[i]["image_embedding"], expected)
+    prepared = Prepare(SMALL, 1, SMALL.mask_size)(cached[0], np.random.default_rng(0))
+    assert "pixel_values" not in prepared
+    with pytest.raises(ValueError, match="embedding is cached cannot be augmented"):
+        Prepare(SMALL, 1, SMALL.mask_size, flip=0.5)(cached[0], np.random.default_rng(0))
+
+
+def test_what_is_there_is_not_made_again(model, source, tmp_path):
+    CachedEmbeddings(source, model, tmp_path)
+    before = files(tmp_path)
+    assert len(before) == 3
+    CachedEmbeddings(source, model, tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_nothing_stale_is_found(model, source, tmp_path):
+    """Another picture, other weights, another dtype: each has files of its own."""
+    cached = CachedEmbeddings(source, model, tmp_path)
+    old = cached[0]["image_embedding"]
+    source[0]["image"] = source[0]["image"].copy()
+    source[0]["image"][0, 0] ^= 1
+    with pytest.raises(ValueError, match="if its picture was changed while the run went on"):
+        cached[0]
+    cached = CachedEmbeddings(source, model, tmp_path)
+    assert len(files(tmp_path)) == 4
+    assert not np.array_equal(cached[0]["image_embedding"], old)
+    other = CachedEmbeddings(source, ours(meta_sam(SMALL, seed=1), SMALL), tmp_path)
+    assert len(files(tmp_path)) == 7
+    assert not np.array_equal(other[1]["image_embedding"], cached[1]["image_embedding"])
+    CachedEmbeddings(source, ours(meta_sam(SMALL), SMALL, dtype=jnp.bfloat16), tmp_path)
+    assert len(files(tmp_path)) == 10
+
+
+def test_a_damaged_file(model, source, tmp_path):
+    cached = CachedEmbeddings(source, model, tmp_path)
+    for file in files(tmp_path):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        cached[0]

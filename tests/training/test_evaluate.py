@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+from reference import SMALL, meta_sam, ours
+
+from sam_jax import SamPredictor
+from sam_jax.training.embeddings import CachedEmbeddings
+from sam_jax.training.evaluate import _largest, evaluate, iou, middle
+
+H, W = 40, 60
+
+
+def rectangle(x0, y0, x1, y1):
+    mask = np.zeros((H, W), bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ours(meta_sam(SMALL), SMALL)
+
+
+@pytest.fixture(scope="module")
+def source():
+    rng = np.random.default_rng(0)
+    masks = np.array([rectangle(5, 5, 20, 30), rectangle(30, 10, 55, 25), rectangle(2, 0, 58, 33)])
+    images = rng.integers(0, 255, (2, H, W, 3), dtype=np.uint8)
+    return [{"image": images[0], "masks": masks}, {"image": images[1], "masks": masks[:0]}]
+
+
+def test_first_click_and_box_are_what_the_predictor_says(model, source):
+    """By hand, one object after the other."""
+    predictor = SamPredictor(model)
+    predictor.set_image(source[0]["image"])
+    one, box = [], []
+    for mask, (x0, y0, x1, y1) in zip(
+        source[0]["masks"], [(5, 5, 19, 29), (30, 10, 54, 24), (2, 0, 57, 32)], strict=True
+    ):
+        masks, scores, _ = predictor.predict([middle(mask)], [1])
+        one.append(iou(masks[scores.argmax()], mask))
+        masks, _, _ = predictor.predict(box=[x0, y0, x1, y1], multimask_output=False)
+        box.append(iou(masks[0], mask))
+    seen = []
+    found = evaluate(model, source, objects_at_once=2, on_image=lambda: seen.append(1))
+    assert len(seen) == 2
+    assert found["objects"] == 3
+    assert found["miou@1"] == pytest.approx(np.mean(one))
+    assert found["miou@box"] == pytest.approx(np.mean(box))
+    assert set(found) == {"miou@1", "miou@2", "miou@3", "miou@5", "miou@box", "objects"}
+
+
+def test_later_clicks_are_in_the_middle_of_the_largest_error(model, source, monkeypatch):
+    calls = []
+    predict = SamPredictor.predict_batch
+
+    def spy(self, points=None, labels=None, boxes=None, **options):
+        result = predict(self, points, labels, boxes, **options)
+        if points is not None:
+            scores = result[1]
+            best = result[0][np.arange(len(scores)), scores.argmax(1)]
+            calls.append(([list(p) for p in points], [list(k) for k in labels], best, options))
+        return result
+
+    monkeypatch.setattr(SamPredictor, "predict_batch", spy)
+    evaluate(model, source, clicks=(1, 3))
+    assert [len(points[0]) for points, *_ in calls] == [1, 2, 3]
+    assert [options["multimask_output"] for *_, options in calls] == [True, False, False]
+    assert [options["mask_input"] is None for *_, options in calls] == [True, False, False]
+    (_, _, predicted, _), (points, labels, _, _) = calls[:2]
+    for k, mask in enumerate(source[0]["masks"]):
+        missed, extra = _largest(mask & ~predicted[k]), _largest(predicted[k] & ~mask)
+        foreground = missed.sum() >= extra.sum()
+        assert labels[k][1] == foreground
+        assert points[k][1] == middle(missed if foreground else extra)
+
+
+def test_cached_embeddings_give_the_same(model, source, tmp_path):
+    cached = CachedEmbeddings(source, model, tmp_path)
+    assert evaluate(model, cached, clicks=(1,)) == evaluate(model, source, clicks=(1,))
+
+
+def test_the_middle_and_the_largest_part():
+    mask = rectangle(10, 10, 21, 15) | rectangle(40, 20, 43, 23)
+    assert middle(mask) == (12, 12)
+    assert middle(rectangle(0, 0, W, H))[1] in (H // 2 - 1, H // 2)
+    np.testing.assert_array_equal(_largest(mask), rectangle(10, 10, 21, 15))
+
+
+def test_nothing_to_evaluate_on(model, source):
+    with pytest.raises(ValueError, match="there is no object to evaluate on"):
+        evaluate(model, source[1:])

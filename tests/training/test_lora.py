@@ -1,0 +1,143 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference import SMALL, meta_sam, normal, ours
+
+from sam_jax.checkpoints import save_pretrained
+from sam_jax.checkpoints.params import flat_params
+from sam_jax.training.lora import add_lora, load_lora, merge_lora, save_lora, unmerge_lora
+from sam_jax.training.parameters import LORA_ONLY, adamw, split_model
+from sam_jax.training.step import Recipe, compile_step, init_state
+
+# Attention of the encoder, and of the decoder in its regrouped forms.
+PATTERN = r"(image_encoder|mask_decoder)\..*\.(qkv|proj|q_proj|k_proj|v_proj|out_proj|lin1)"
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return ours(meta_sam(SMALL), SMALL)
+
+
+@pytest.fixture(scope="module")
+def adapted(plain):
+    """Adapters that are no zeros."""
+    model = add_lora(plain, PATTERN, rank=3, alpha=6.0, rngs=nnx.Rngs(1))
+    for i, (_, module) in enumerate(nnx.iter_modules(model)):
+        if hasattr(module, "lora_b"):
+            module.lora_b[...] = normal(module.lora_b.shape, seed=i, scale=0.1)
+    return model
+
+
+def predict(model):
+    """Masks and scores of a point and a box, through encoder and decoder."""
+    pixels = normal((1, SMALL.image_size, SMALL.image_size, 3))
+    points = jnp.array([[[[30.0, 40], [0, 0]], [[10, 20], [50, 60]]]])
+    labels = jnp.array([[[1, -1], [2, 3]]])
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state):
+        sam = nnx.merge(graphdef, state)
+        return sam.decode(sam.encode_image(pixels), points, labels)
+
+    return run(state)
+
+
+def assert_same(actual, expected, tolerance):
+    for a, e in zip(actual, expected, strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(e)).max() <= tolerance * np.abs(e).max()
+
+
+def test_new_adapters_change_nothing(plain):
+    model = add_lora(plain, PATTERN, rank=2, rngs=nnx.Rngs(0))
+    assert_same(predict(model), predict(plain), 1e-6)
+    assert not any("lora" in name for name in flat_params(plain))
+
+
+def test_merged_is_applied(plain, adapted):
+    expected = predict(adapted)
+    assert np.abs(np.asarray(expected[0]) - np.asarray(predict(plain)[0])).max() > 0.05
+    merged = merge_lora(adapted)
+    assert flat_params(merged).keys() == flat_params(plain).keys()
+    assert_same(predict(merged), expected, 1e-6)
+
+
+def test_a_layer_merged_is_the_layer_applied(adapted):
+    merged = merge_lora(adapted)
+    x = normal((50, 48))
+    applied, plain = (m.image_encoder.blocks[0].attn.qkv for m in (adapted, merged))
+    assert_same([plain(x)], [applied(x)], 1e-6)
+
+
+def test_unmerge_is_the_opposite(plain, adapted):
+    back = unmerge_lora(merge_lora(adapted), adapted)
+    expected = flat_params(adapted)
+    for name, value in flat_params(back).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-6)
+    with pytest.raises(ValueError, match="no adapters to take out"):
+        unmerge_lora(plain, plain)
+    with pytest.raises(ValueError, match="which is no plain linear layer here"):
+        unmerge_lora(adapted, adapted)
+
+
+def test_adapters_alone_are_written(plain, adapted, tmp_path):
+    save_lora(adapted, tmp_path / "lora.safetensors")
+    loaded = load_lora(plain, tmp_path / "lora.safetensors")
+    expected = flat_params(adapted)
+    for name, value in flat_params(loaded).items():
+        np.testing.assert_array_equal(value, expected[name])
+    assert_same(predict(loaded), predict(adapted), 0)
+    size = (tmp_path / "lora.safetensors").stat().st_size
+    assert size < sum(v.nbytes for v in flat_params(plain).values()) / 2
+    with pytest.raises(FileExistsError, match="exists already"):
+        save_lora(adapted, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="no adapters to save"):
+        save_lora(plain, tmp_path / "other.safetensors")
+
+
+def test_only_adapters_train(plain):
+    model = add_lora(plain, r"image_encoder\..*\.qkv", rank=2, rngs=nnx.Rngs(0))
+    graphdef, trained, frozen = split_model(model, LORA_ONLY)
+    names = {path[-1] for path, _ in nnx.to_flat_state(trained)}
+    assert names == {"lora_a", "lora_b"}
+    tx = adamw(1e-2, LORA_ONLY)
+    state = init_state(trained, tx)
+    step = compile_step(state, tx, Recipe())
+    size, side = SMALL.image_size, SMALL.mask_size
+    batch = {
+        "pixel_values": np.asarray(normal((1, size, size, 3))),
+        "masks": np.arange(side * side).reshape(1, 1, side, side) % 7 == 0,
+        "boxes": np.array([[[10, 10, 60, 60]]], np.float32),
+        "valid": np.ones((1, 1), np.float32),
+    }
+    losses = []
+    for _ in range(10):
+        state, metrics = step(graphdef, state, frozen, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    merged = merge_lora(nnx.merge(graphdef, state.params, frozen))
+    before = flat_params(plain)
+    for name, value in flat_params(merged).items():
+        assert np.array_equal(value, before[name]) != name.endswith("qkv.kernel")
+
+
+def test_a_checkpoint_has_no_adapters(adapted, tmp_path):
+    with pytest.raises(ValueError, match=r"left over: .*lora_a"):
+        save_pretrained(adapted, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_cannot_be(plain, adapted, tmp_path):
+    with pytest.raises(ValueError, match="matches no linear layer; some are image_encoder"):
+        add_lora(plain, "qkv", rank=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="rank is 0, expected at least 1"):
+        add_lora(plain, PATTERN, rank=0, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="has adapters already; merge them first"):
+        add_lora(adapted, PATTERN, rank=2, rngs=nnx.Rngs(0))
+    with pytest.raises(FileNotFoundError):
+        load_lora(plain, tmp_path / "missing.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="holds no adapters of save_lora"):
+        load_lora(plain, tmp_path / "bad.safetensors")

@@ -1,0 +1,144 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from reference import normal, tensor
+
+from sam_jax.training.losses import (
+    LossWeights,
+    dice_loss,
+    focal_loss,
+    mask_iou,
+    mask_losses,
+    resize_logits,
+    weighted_mean,
+)
+
+# PyTorch computes in float64: the formulas as they stand lose digits of 1 - p in float32.
+
+
+def torch_focal(logits, targets, alpha=0.25, gamma=2):
+    """Lin et al. 2017, equation 5."""
+    p = torch.sigmoid(logits)
+    p_t = torch.where(targets > 0.5, p, 1 - p)
+    alpha_t = torch.where(targets > 0.5, alpha, 1 - alpha)
+    return (-alpha_t * (1 - p_t) ** gamma * torch.log(p_t)).mean((-2, -1))
+
+
+def torch_dice(logits, targets):
+    """Milletari et al. 2016 with 1 added to both sides of the fraction, as in MaskFormer."""
+    p = torch.sigmoid(logits)
+    numerator = 2 * (p * targets).sum((-2, -1)) + 1
+    return 1 - numerator / (p.sum((-2, -1)) + targets.sum((-2, -1)) + 1)
+
+
+def torch_iou(logits, targets):
+    on, targets = logits > 0, targets > 0.5
+    union = (on | targets).sum((-2, -1))
+    return (on & targets).sum((-2, -1)) / union.clamp(min=1)
+
+
+def torch_loss(logits, scores, targets, candidates):
+    """The paper: 20 focal + dice of the best candidate, and the squared error of the IoUs."""
+    targets = torch.nn.functional.interpolate(targets[:, None], logits.shape[-2:])
+    targets = targets.expand(logits.shape)
+    mask = 20 * torch_focal(logits, targets) + torch_dice(logits, targets)
+    best = torch.where(candidates, mask, torch.inf).min(-1).values
+    error = (scores - torch_iou(logits, targets)) ** 2
+    return best + (error * candidates).sum(-1) / candidates.sum(-1)
+
+
+def masks(shape, seed):
+    """Blobs, of which some pixels are on."""
+    coarse = np.random.default_rng(seed).normal(size=(*shape[:-2], 4, 4))
+    return jnp.asarray(
+        np.kron(coarse, np.ones((shape[-2] // 4, shape[-1] // 4))) > 0.3, jnp.float32
+    )
+
+
+def relative(actual, expected):
+    expected = expected.detach().numpy()
+    return np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(focal_loss, torch_focal), (dice_loss, torch_dice)])
+def test_losses_and_gradients_are_the_papers(ours, theirs):
+    logits, targets = normal((3, 2, 32, 32), scale=4.0), masks((3, 2, 32, 32), 1)
+    expected = tensor(logits).double().requires_grad_()
+    loss = theirs(expected, tensor(targets).double())
+    loss.sum().backward()
+    assert relative(ours(logits, targets), loss) <= 1e-6
+    gradient = jax.grad(lambda x: ours(x, targets).sum())(logits)
+    assert relative(gradient, expected.grad) <= 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-3, 100.0])
+def test_losses_of_extreme_logits_are_finite(scale):
+    logits, targets = normal((2, 16, 16), scale=scale), masks((2, 16, 16), 1)
+    for loss in (focal_loss, dice_loss):
+        value, gradient = jax.value_and_grad(lambda x, f=loss: f(x, targets).sum())(logits)
+        assert np.isfinite(value)
+        assert np.isfinite(gradient).all()
+
+
+def test_the_whole_loss_and_its_gradients_are_the_papers():
+    logits, scores = normal((5, 4, 32, 32), scale=3.0), normal((5, 4), 2)
+    targets = masks((5, 32, 32), 3)
+    first = np.arange(4) == 0
+    candidates = np.where(np.array([1, 0, 1, 0, 0], bool)[:, None], first, ~first)
+    theirs = [tensor(x).double().requires_grad_() for x in (logits, scores)]
+    expected = torch_loss(*theirs, tensor(targets).double(), tensor(candidates))
+    expected.sum().backward()
+
+    def total(logits, scores):
+        return mask_losses(logits, scores, targets, jnp.asarray(candidates)).total
+
+    assert relative(total(logits, scores), expected) <= 1e-6
+    gradients = jax.grad(lambda *x: total(*x).sum(), (0, 1))(logits, scores)
+    for gradient, reference in zip(gradients, theirs, strict=True):
+        assert relative(gradient, reference.grad) <= 1e-6
+
+
+def test_only_the_best_candidate_is_pulled():
+    logits, targets = normal((3, 16, 16)), masks((16, 16), 0)
+    gradient = jax.grad(lambda x: mask_losses(x, jnp.zeros(3), targets).total)(logits)
+    pulled = np.abs(gradient).max((1, 2)) > 0
+    assert pulled.sum() == 1
+    each = [float(mask_losses(logits[i : i + 1], jnp.zeros(1), targets).focal) for i in range(3)]
+    best = mask_losses(logits, jnp.zeros(3), targets, weights=LossWeights(1.0, 0.0, 0.0))
+    assert float(best.focal) == pytest.approx(min(each))
+
+
+def test_iou_of_masks():
+    target = np.zeros((4, 4), np.float32)
+    target[:2] = 1
+    logits = np.full((4, 4), -1.0, np.float32)
+    logits[:, :2] = 1
+    assert mask_iou(jnp.asarray(logits), jnp.asarray(target)) == pytest.approx(4 / 12)
+    assert mask_iou(jnp.full((4, 4), -1.0), jnp.zeros((4, 4))) == 0
+    losses = mask_losses(
+        jnp.stack([logits, 2 * target - 1]), jnp.array([0.9, 0.1]), jnp.asarray(target)
+    )
+    # What a user would be shown is the mask that the model thinks best.
+    assert float(losses.mask_iou) == pytest.approx(4 / 12)
+
+
+def test_targets_of_another_resolution():
+    logits, targets = normal((2, 3, 8, 8)), masks((2, 32, 32), 1)
+    resized = torch.nn.functional.interpolate(
+        tensor(logits), (32, 32), mode="bilinear", align_corners=False
+    )
+    np.testing.assert_allclose(resize_logits(logits, 32), resized, atol=1e-6)
+    low = mask_losses(logits, jnp.zeros((2, 3)), targets)
+    full = mask_losses(jnp.asarray(resized), jnp.zeros((2, 3)), targets)
+    np.testing.assert_allclose(low.total, full.total, rtol=1e-6)
+
+
+def test_weighted_mean():
+    values = jnp.array([1.0, 3.0, jnp.nan])
+    assert weighted_mean(values, jnp.array([1.0, 1.0, 0.0])) == 2
+    assert weighted_mean(values, jnp.zeros(3)) == 0
+    assert np.isfinite(
+        jax.grad(lambda v: weighted_mean(v, jnp.array([1.0, 1.0, 0.0])))(values)
+    ).all()

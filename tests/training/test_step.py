@@ -1,0 +1,286 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from reference import SMALL, SMALL_TINY, meta_sam, normal, ours, tensor, to_torch
+from test_losses import masks, torch_loss
+
+from sam_jax.checkpoints.params import flat_params, param_shapes
+from sam_jax.checkpoints.torch_names import from_torch
+from sam_jax.models.layers import split_keys
+from sam_jax.models.sam import Sam
+from sam_jax.training.parameters import DECODER_ONLY, EVERYTHING, adamw, split_model
+from sam_jax.training.rounds import _first_prompt
+from sam_jax.training.step import (
+    Recipe,
+    batch_losses,
+    compile_step,
+    gradients,
+    init_state,
+    mean_loss,
+    train_step,
+)
+
+SIZE, SIDE = SMALL.image_size, SMALL.mask_size
+RECIPE = Recipe(rounds=1)
+DEEP = dataclasses.replace(SMALL, image_encoder=dataclasses.replace(SMALL.image_encoder, depth=4))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return meta_sam(SMALL)
+
+
+@pytest.fixture(scope="module")
+def model(reference):
+    return ours(reference, SMALL)
+
+
+def batch_of(count, objects=3, seed=0):
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(0, SIZE / 2, (count, objects, 2))
+    valid = np.ones((count, objects), np.float32)
+    valid[0, -1] = 0
+    return {
+        "pixel_values": np.asarray(normal((count, SIZE, SIZE, 3), seed)),
+        "masks": np.asarray(masks((count, objects, SIDE, SIDE), seed)) > 0,
+        "boxes": np.concatenate([low, low + SIZE / 3], -1).astype(np.float32),
+        "valid": valid,
+    }
+
+
+def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
+    """One step of PyTorch's AdamW on the paper's loss, for the same prompts; the loss."""
+    kinds = torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d
+    kernels = [module.weight for module in sam.modules() if isinstance(module, kinds)]
+    names = {id(kernel) for kernel in kernels}
+    others = [p for p in sam.parameters() if id(p) not in names]
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": kernels, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+        eps=eps,
+    )
+    embeddings = sam.image_encoder(to_torch(batch["pixel_values"]))
+    prompt_keys, _ = split_keys(keys, 2)
+    losses = []
+    for i, key in enumerate(prompt_keys):
+        for k, object_key in enumerate(jax.random.split(key, len(batch["valid"][i]))):
+            if not batch["valid"][i, k]:
+                continue
+            target = batch["masks"][i, k]
+            points, labels, is_box = _first_prompt(
+                jax.random.split(object_key, 3)[0],
+                jnp.asarray(target),
+                jnp.asarray(batch["boxes"][i, k]),
+                SIZE,
+                0.5,
+            )
+            point = (tensor(points[None, :1]), tensor(labels[None, :1]))
+            box = tensor(points.reshape(1, 4))
+            sparse, dense = sam.prompt_encoder(
+                points=None if is_box else point, boxes=box if is_box else None, masks=None
+            )
+            logits, scores = sam.mask_decoder.predict_masks(
+                embeddings[i : i + 1], sam.prompt_encoder.get_dense_pe(), sparse, dense
+            )
+            first = torch.arange(4) == 0
+            candidates = (first if is_box else ~first)[None]
+            losses.append(torch_loss(logits, scores, tensor(target).float()[None], candidates))
+    loss = torch.cat(losses).mean()
+    optimiser.zero_grad()
+    loss.backward()
+    for parameter in sam.parameters():
+        if parameter.grad is None:  # it has no part in this loss; PyTorch would leave it out
+            parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    return float(loss.detach())
+
+
+def test_a_step_on_every_parameter_is_pytorchs(model):
+    """A large epsilon, so that the update is in proportion to the gradient, not its sign."""
+    reference = meta_sam(SMALL)
+    batch, key = batch_of(2), jax.random.key(1)
+    keys = jax.random.split(jax.random.fold_in(key, 0), 2)
+    rate, decay, eps = 1e-3, 0.1, 1e-2
+    before = flat_params(model)
+    expected_loss = torch_step(reference, batch, keys, rate, decay, eps)
+
+    tx = adamw(rate, EVERYTHING, weight_decay=decay, eps=eps)
+    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    state, metrics = jax.jit(train_step, static_argnames=("tx", "recipe"))(
+        graphdef, init_state(trained, tx), frozen, batch, key, tx=tx, recipe=RECIPE
+    )
+    assert float(metrics["loss"]) == pytest.approx(expected_loss, rel=1e-5)
+    after = flat_params(nnx.merge(graphdef, state.params, frozen))
+    tensors = {k: v.detach().numpy() for k, v in reference.state_dict().items()}
+    expected = from_torch(tensors, SMALL, param_shapes(SMALL))
+    moved = 0
+    for name, value in after.items():
+        difference = np.abs(np.asarray(value) - expected[name]).max()
+        assert difference <= 1e-6, f"{name}: {difference:.1e}"
+        moved += np.abs(np.asarray(value) - np.asarray(before[name])).max() > 1e-5
+    assert moved > 0.8 * len(after)
+
+
+@functools.cache
+def compiled_gradients(model, everything, recipe):
+    """`gradients` for a batch of 4, and what memory it takes."""
+    split = split_model(model, EVERYTHING if everything else DECODER_ONLY)
+    run = jax.jit(lambda batch, keys: gradients(*split, batch, keys, recipe))
+    compiled = run.lower(batch_of(4), KEYS).compile()
+    return compiled, compiled.memory_analysis()
+
+
+KEYS = jax.random.split(jax.random.key(0), 4)
+
+
+def assert_same_gradients(actual, expected):
+    leaves = jax.tree.leaves(expected)
+    scale = max(float(np.abs(x).max()) for x in leaves)
+    for a, e in zip(jax.tree.leaves(actual), leaves, strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-6 * scale, rtol=1e-5)
+
+
+def test_what_is_frozen_takes_no_memory_for_gradients(model):
+    sizes = {name: sum(v.nbytes for v in jax.tree.leaves(tree)) for name, tree in {
+        "decoder": nnx.state(model.mask_decoder, nnx.Param),
+        "all": nnx.state(model, nnx.Param),
+    }.items()}  # fmt: skip
+    _, some = compiled_gradients(model, False, RECIPE)
+    _, every = compiled_gradients(model, True, RECIPE)
+    # Beside the gradients there are a few metrics.
+    assert some.output_size_in_bytes <= 1.02 * sizes["decoder"]
+    assert every.output_size_in_bytes >= sizes["all"]
+    # Nor does it keep the encoder's activations.
+    assert some.temp_size_in_bytes < every.temp_size_in_bytes
+
+
+def test_what_is_frozen_keeps_its_bits_and_the_moving_average(model):
+    batch, key, decay = batch_of(2), jax.random.key(0), 0.75
+    before = {name: np.asarray(value) for name, value in flat_params(model).items()}
+    tx = adamw(1e-2, DECODER_ONLY)
+    graphdef, trained, frozen = split_model(model, DECODER_ONLY)
+    state = init_state(trained, tx, ema=True)
+    step = compile_step(state, tx, RECIPE._replace(ema_decay=decay))
+    expected = jax.tree.map(np.asarray, trained)
+    for _ in range(3):
+        state, _ = step(graphdef, state, frozen, batch, key)
+        expected = jax.tree.map(
+            lambda e, p: decay * e + (1 - decay) * np.asarray(p), expected, state.params
+        )
+    for a, e in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7)
+    for name, value in flat_params(nnx.merge(graphdef, state.params, frozen)).items():
+        same = np.array_equal(np.asarray(value), before[name])
+        if not name.startswith("mask_decoder."):
+            assert same, name
+        elif name.endswith("kernel"):
+            assert not same, name
+
+
+def test_invalid_objects_change_nothing(model):
+    batch, keys = batch_of(2), jax.random.split(jax.random.key(0), 2)
+    run = jax.jit(lambda batch: mean_loss(batch_losses(model, batch, keys, RECIPE), batch["valid"]))
+    expected, _ = run(batch)
+    other = {name: array.copy() for name, array in batch.items()}
+    other["masks"][0, -1] = False
+    other["boxes"][0, -1] = 0
+    actual, metrics = run(other)
+    assert float(actual) == float(expected)
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_accumulation_changes_nothing(model):
+    batch = batch_of(4)
+    expected, _ = compiled_gradients(model, False, RECIPE)
+    actual, _ = compiled_gradients(model, False, RECIPE._replace(accumulate=2))
+    assert_same_gradients(actual(batch, KEYS), expected(batch, KEYS))
+    with pytest.raises(ValueError, match="accumulate is 3, expected a divisor of the batch of 4"):
+        compiled_gradients(model, False, RECIPE._replace(accumulate=3))
+
+
+@pytest.mark.parametrize("config", [DEEP, SMALL_TINY], ids=["vit", "tiny_vit"])
+def test_remat_changes_nothing_but_memory(config):
+    model = Sam(config, rngs=nnx.Rngs(0))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    pixels = normal((2, config.image_size, config.image_size, 3))
+
+    def run(remat):
+        def loss(params):
+            embedding = nnx.merge(graphdef, params, rest).encode_image(pixels, remat=remat)
+            return (embedding * jnp.sin(jnp.arange(embedding.size)).reshape(embedding.shape)).sum()
+
+        # What the backward pass needs of the forward pass.
+        kept = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params))
+        return jax.jit(jax.grad(loss))(params), sum(x.size * x.dtype.itemsize for x in kept)
+
+    (expected, kept), (actual, again) = run(False), run(True)
+    assert_same_gradients(actual, expected)
+    assert again < kept / 2
+
+
+def test_drop_path_is_by_image_and_right_on_average(model):
+    pixels = jnp.asarray(batch_of(1)["pixel_values"])
+
+    @jax.jit
+    def encode(keys):
+        images = jnp.broadcast_to(pixels, (len(keys), *pixels.shape[1:]))
+        return model.encode_image(images, drop_path_rate=0.5, keys=keys)
+
+    keys = jax.random.split(jax.random.key(0), 16)
+    embeddings = encode(keys)
+    # Two branches of the last block may be missing: four kinds of pictures.
+    kinds = {np.asarray(e).round(3).tobytes() for e in embeddings}
+    assert 2 < len(kinds) <= 4
+    np.testing.assert_array_equal(encode(keys[::-1])[::-1], embeddings)
+    with pytest.raises(ValueError, match="needs a ViT encoder and keys"):
+        model.encode_image(pixels, drop_path_rate=0.5)
+
+
+def test_bfloat16_trains_float32_parameters(reference):
+    model = ours(reference, SMALL, dtype=jnp.bfloat16)
+    tx = adamw(1e-3, EVERYTHING)
+    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    state = init_state(trained, tx)
+    step = compile_step(state, tx, RECIPE)
+    losses = []
+    for _ in range(8):
+        state, metrics = step(graphdef, state, frozen, batch_of(2), jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+
+
+def test_a_loop_of_ones_own(model):
+    """Only the loss is taken from here."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    tx = optax.adam(1e-3)
+    opt_state = tx.init(params)
+    batch = jax.tree.map(jnp.asarray, batch_of(2))
+
+    @jax.jit
+    def step(params, opt_state, key):
+        def loss(params):
+            sam = nnx.merge(graphdef, params, rest)
+            losses = batch_losses(sam, batch, jax.random.split(key, 2), RECIPE)
+            return mean_loss(losses, batch["valid"])[0]
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = tx.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    values = []
+    for _ in range(10):
+        params, opt_state, value = step(params, opt_state, jax.random.key(0))
+        values.append(float(value))
+    assert values[-1] < 0.9 * values[0]
