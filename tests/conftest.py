@@ -1,3 +1,16 @@
+import atexit
+import os
+import shutil
+import tempfile
+
+# What one of the tests' processes has compiled, the others need not: two that run tests side by
+# side, and those that they start. Set before JAX is imported.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="sam_jax_compiled_")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
 import jax
 import jaxtyping
 import pytest

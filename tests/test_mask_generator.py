@@ -85,7 +85,6 @@ def photo(name):
     }[name]
 
 
-CROPS = {"crop_n_layers": 2, "crop_n_points_downscale_factor": 2}
 GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
 
 
@@ -96,7 +95,7 @@ GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
         ("portrait", {}),
         ("small", {}),
         ("large", {}),
-        ("landscape", {**CROPS, "points_per_side": 4, "min_mask_region_area": 150}),
+        ("landscape", {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2}),
         ("portrait", {"points_per_side": None, "point_grids": [GRID]}),
         ("landscape", {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.5}),
         ("landscape", {"pred_iou_thresh": 0.5, "min_mask_region_area": 200}),
