@@ -116,10 +116,9 @@ def main(config: Config) -> None:
         jax.distributed.initialize(*config.hosts)
     first_host = jax.process_index() == 0
     config.output.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     if first_host:
+        settings = {k: str(v) for k, v in dataclasses.asdict(config).items() if k not in FREE}
         has_results = (config.output / "checkpoints").exists()
-        settings = {k: str(v) for k, v in settings.items()}
         keep_settings(config.output / "settings.json", settings, has_results)
 
     model = from_pretrained(config.model, dtype=jnp.dtype(config.dtype))

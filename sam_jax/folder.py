@@ -28,9 +28,8 @@ from sam_jax.visualize import overlay
 
 Format = Literal["png", "coco"]
 ANNOTATIONS = "annotations.json"
-_SETTINGS, _TABLE, _SOURCE, _PARTS, _OVERLAYS = (
-    *("sam_jax.json", "metadata.csv", "source.json", "parts", "overlays"),
-)
+_SETTINGS, _PARTS, _OVERLAYS = "sam_jax.json", "parts", "overlays"
+_TABLE, _SOURCE = "metadata.csv", "source.json"
 _RESERVED = (ANNOTATIONS, _SETTINGS, _PARTS, _OVERLAYS)
 _COLUMNS = (
     *("id", "area", "bbox_x0", "bbox_y0", "bbox_w", "bbox_h", "point_input_x", "point_input_y"),

@@ -311,7 +311,7 @@ class SamAutomaticMaskGenerator:
             array[:count].reshape(-1, *array.shape[2:])
             for array in (measured.iou, *measured.statistics)
         )
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore"):
             stability = intersection.astype(np.float32) / union.astype(np.float32)
         x0, y0, _, _ = crop.box
         box = box + np.array([x0, y0, x0, y0])

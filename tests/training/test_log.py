@@ -1,0 +1,50 @@
+import json
+
+import pytest
+from tensorboardX.proto import event_pb2
+
+from sam_jax.training.log import MetricsLog
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(folder, start, steps):
+    log = MetricsLog(folder, start)
+    for step in steps:
+        log.write(step, {"loss": step / 3})
+    return log
+
+
+def test_a_line_is_on_disk_at_once(tmp_path):
+    log = write(tmp_path, 0, [1, 2])
+    assert lines(tmp_path) == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}]
+    log.close()
+
+
+def test_steps_done_again_have_one_line(tmp_path):
+    """A run killed after step 5, and half a line, goes on from its checkpoint at step 3."""
+    write(tmp_path, 0, range(1, 6)).close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    write(tmp_path, 3, range(4, 8)).close()
+    assert lines(tmp_path) == [{"step": i, "loss": i / 3} for i in range(1, 8)]
+
+
+def test_a_new_run_begins_empty(tmp_path):
+    write(tmp_path, 0, [1, 2]).close()
+    write(tmp_path, 0, []).close()
+    assert lines(tmp_path) == []
+
+
+def test_tensorboard_has_the_same_values(tmp_path):
+    write(tmp_path, 0, [1, 2, 3]).close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, found = file.read_bytes(), {}
+    while data:  # length, its checksum, an event, its checksum
+        size = int.from_bytes(data[:8], "little")
+        event = event_pb2.Event.FromString(data[12 : 12 + size])
+        found |= {event.step: value.simple_value for value in event.summary.value}
+        data = data[16 + size :]
+    assert found == {step: pytest.approx(step / 3) for step in (1, 2, 3)}
