@@ -45,6 +45,7 @@ def test_tensorboard_has_the_same_values(tmp_path):
     while data:  # length, its checksum, an event, its checksum
         size = int.from_bytes(data[:8], "little")
         event = event_pb2.Event.FromString(data[12 : 12 + size])
-        found |= {event.step: value.simple_value for value in event.summary.value}
+        for value in event.summary.value:
+            found[event.step] = value.simple_value
         data = data[16 + size :]
     assert found == {step: pytest.approx(step / 3) for step in (1, 2, 3)}
