@@ -23,7 +23,7 @@ from sam_jax.folder import Format, Results, find_pictures, generate_folder, gene
 from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
 from sam_jax.predictor import SamPredictor
 from sam_jax.processing import check_boxes, check_points, load_image
-from sam_jax.training.data import open_source
+from sam_jax.training.data import BadAnnotations, open_source
 from sam_jax.training.evaluate import evaluate as evaluate_model
 from sam_jax.visualize import overlay
 
@@ -116,6 +116,8 @@ class Evaluate:
     """A COCO instance file, or a folder of SA-1B."""
     images: Path | None = None
     """The COCO file's folder of pictures."""
+    bad_annotations: BadAnnotations = "refuse"
+    """List what is wrong with the file and stop, or leave it out."""
     model: str = "mobile_sam"
     """Short name, hub repository, file or folder."""
 
@@ -199,7 +201,7 @@ def _read_grids(path: Path) -> list[list]:
 
 def evaluate(args: Evaluate) -> None:
     """Prints mean IoUs."""
-    source = open_source(args.annotations, args.images)
+    source = open_source(args.annotations, args.images, args.bad_annotations)
     model = from_pretrained(args.model)
     with tqdm(total=len(source), unit="image") as bar:
         print(json.dumps(evaluate_model(model, source, on_image=bar.update), indent=2))

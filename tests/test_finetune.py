@@ -1,7 +1,10 @@
 """`examples/finetune.py` and `sam-jax evaluate`, from end to end on a small model."""
 
 import json
+import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +16,7 @@ from reference import SMALL, meta_sam, ours
 
 from sam_jax import from_pretrained, save_pretrained
 from sam_jax.checkpoints.params import flat_params
+from sam_jax.training.lora import load_lora
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS = 14
@@ -42,13 +46,17 @@ def cells(tmp_path_factory):
     return path
 
 
-def start(cells, model, output, *options):
+def start(cells, model, output, *options, devices=1):
     command = [sys.executable, EXAMPLES / "finetune.py", "--annotations", cells / "train.json"]
     command += ["--images", cells / "images", "--output", output, "--model", model]
     command += ["--steps", STEPS, "--batch-size", 2, "--max-objects", 2, "--rounds", 2]
     command += ["--eval-every", 4, "--learning-rate", 1e-3, *options]
     return subprocess.Popen(
-        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [str(c) for c in command],
+        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -133,6 +141,13 @@ def test_adapters_and_evaluation(cells, model, tmp_path):
     assert {p.name for p in (output / "pictures").iterdir()} == {
         f"{step:06}.png" for step in (4, 8, 12, 14)
     }
+    # The adapters alone are of use with the model that they were made for and its new decoder.
+    adapted = flat_params(load_lora(from_pretrained(model), output / "adapters.safetensors"))
+    assert sum(name.endswith("lora_a") for name in adapted) == 4
+    tuned = flat_params(from_pretrained(output / "model"))
+    assert not np.array_equal(
+        *(m["image_encoder.blocks.0.attn.qkv.kernel"] for m in (tuned, adapted))
+    )
     command = [sys.executable, "-m", "sam_jax.cli", "evaluate", cells / "test.json"]
     command += ["--images", cells / "images", "--model", output / "model"]
     run = subprocess.run([str(c) for c in command], capture_output=True, text=True)
@@ -142,8 +157,47 @@ def test_adapters_and_evaluation(cells, model, tmp_path):
         assert printed[name] == pytest.approx(found[-1][name], abs=1e-3)
 
 
+def test_two_hosts_then_one_with_other_devices(whole, cells, model, tmp_path):
+    """The script itself on two hosts, killed, and its run gone on with on one of two devices."""
+    output, hosts = tmp_path / "run", []
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    for i in range(2):
+        options = *RANDOM, "--parallelism", "fsdp", "--hosts", address, "2", str(i)
+        hosts.append(start(cells, model, output, *options))
+    deadline = time.monotonic() + 200
+    while len(lines_so_far(output)) < 6 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for host in hosts:
+        host.send_signal(signal.SIGKILL)
+        host.communicate()
+    assert len(lines_so_far(output)) >= 6
+    code, _, errors = finish(start(cells, model, output, *RANDOM, devices=2))
+    assert code == 0, errors
+    for line, expected in zip(lines(output), lines(whole), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5), line["step"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(cells, model, tmp_path):
+    code, _, errors = finish(start(cells, model, tmp_path / "run", "--learning-rate", "1e30"))
+    assert code == 1
+    message = errors.splitlines()[-1]
+    assert re.search(r"finetune: at step \d+ loss is nan.* for the images \d, \d; ", message)
+    assert "checkpoint" in message
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_bad_input(cells, model, tmp_path):
     code, _, errors = finish(start(cells, tmp_path / "none", tmp_path / "run"))
     assert code == 1
     assert errors.splitlines()[-1].startswith("finetune: ")
     assert "Traceback" not in errors
+    content = json.loads((cells / "train.json").read_text())
+    content["annotations"][0]["segmentation"] = []
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    options = "--annotations", tmp_path / "bad.json"
+    code, _, errors = finish(start(cells, model, tmp_path / "run", *options))
+    assert code == 1
+    assert "image 0: annotation 1: its segmentation is empty" in errors.splitlines()[-1]

@@ -6,12 +6,12 @@ It holds all that is needed to load it again, and nothing of where it came from.
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
@@ -31,8 +31,10 @@ def save(
 ) -> None:
     """Writes a checkpoint folder, which appears whole or not at all.
 
+    Of several hosts all have to call this together, as Orbax wants it; the first one writes.
+
     Args:
-        path: of the new folder.
+        path: of the new folder; of several hosts on a disk that they share.
         params: every parameter by its path, as `flat_params` gives them.
         config: of the model.
         dtype: what to keep the parameters as; None keeps each as it is. Counters stay integers,
@@ -45,12 +47,17 @@ def save(
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another folder or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    is_first = jax.process_index() == 0
+    (number,) = multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(4), np.uint32))
+    temporary = path.with_name(f".{path.name}.{number:08x}")
     try:
         _save_params(temporary / PARAMS, params, dtype)
-        (temporary / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        temporary.chmod(0o777 & ~_umask())
-        temporary.rename(path)
+        if is_first:
+            # Orbax writes the path of the temporary folder here; only that there is a file matters.
+            (temporary / PARAMS / "commit_success.txt").write_text("")
+            (temporary / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+            temporary.rename(path)
+        multihost_utils.sync_global_devices(f"saved {path}")
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -72,6 +79,8 @@ def load_config(path: str | os.PathLike) -> SamConfig:
 
 def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
     """The parameters and the configuration of a folder that `save` wrote.
+
+    Of several hosts all have to call this together, as Orbax wants it.
 
     Raises:
         CheckpointError: if a part is missing or damaged, or does not fit the configuration.
@@ -105,18 +114,9 @@ def _save_params(
     if batch:
         ocp.partial.save(path, batch)
     ocp.partial.finalize(path)
-    # Orbax writes the path of the temporary folder here; only that there is a file matters.
-    (path / "commit_success.txt").write_text("")
 
 
 def _to_numpy(array: np.ndarray | jax.Array, dtype: DTypeLike | None) -> np.ndarray:
     """As a numpy array, so that the folder names no device or sharding of this machine."""
     array = np.asarray(array)
     return array if dtype is None or array.dtype.kind == "i" else array.astype(dtype, copy=False)
-
-
-def _umask() -> int:
-    # The only way to read it is to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

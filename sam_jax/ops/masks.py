@@ -188,6 +188,33 @@ def rle_compress(rle: dict) -> dict:
     return {"size": rle["size"], "counts": compressed["counts"].decode()}
 
 
+def rle_uncompress(rle: dict) -> dict:
+    """The inverse of `rle_compress`, for strings from anywhere.
+
+    pycocotools would read past the end of one that says too little.
+
+    Raises:
+        ValueError: if the string is none of COCO's.
+    """
+    text = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
+    counts: list[int] = []
+    value = shift = 0
+    for byte in text:
+        digit = byte - 48
+        if not 0 <= digit < 64 or shift > 60:
+            raise ValueError(f"{text[:20]!r} is no string of COCO's run lengths")
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:  # more of this number follows
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        # From the fourth on, what is written is the difference from the number before the last.
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    return {"size": rle["size"], "counts": counts}
+
+
 def rle_area(rle: dict) -> int:
     """The number of pixels in the mask."""
     return sum(rle["counts"][1::2])

@@ -1,6 +1,8 @@
 """A run's states on disk, by Orbax: written while training goes on; the last and the best stay."""
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -63,14 +65,41 @@ def load_state(
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in _flat(like).items()
     }
-    try:
-        flat = checkpoints.load(found.step, expected)
-    except (ValueError, KeyError, TypeError) as error:
+    # First, since Orbax would say so of one array while it reads others.
+    saved = checkpoints.metadata(found.step).metadata
+    differing = [
+        name
+        for name in sorted(expected.keys() | saved.keys())
+        if name not in expected
+        or name not in saved
+        or (expected[name].shape, expected[name].dtype) != (saved[name].shape, saved[name].dtype)
+    ]
+    if differing:
         raise ValueError(
             f"the checkpoint {checkpoints.directory / str(found.step)} does not fit this run; was "
-            f"it made with other settings? {error}"
-        ) from error
+            f"it made with other settings? {len(differing)} arrays differ, the first is "
+            f"{differing[0]!r}"
+        )
+    flat = checkpoints.load(found.step, expected)
     return jax.tree.unflatten(jax.tree.structure(like), list(flat.values()))
+
+
+def not_finite(
+    step: int,
+    metrics: dict[str, float],
+    image_ids: Sequence,
+    checkpoints: ocp.training.Checkpointer,
+) -> FloatingPointError:
+    """What stops a run whose loss or gradients are no numbers: the step, its images, a way back."""
+    bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    last = checkpoints.latest
+    good = "there is no checkpoint yet"
+    if last is not None:
+        good = f"the last good checkpoint is {checkpoints.directory / str(last.step)}"
+    return FloatingPointError(
+        f"at step {step} {', '.join(bad)}, for the images {', '.join(map(str, image_ids))}; "
+        f"{good}. Look at these images and their annotations, or try a lower learning rate"
+    )
 
 
 def _flat(state: TrainState) -> dict[str, jax.Array]:

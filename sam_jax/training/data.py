@@ -6,10 +6,11 @@ will do. `Prepare` gives an example a fixed shape, `batches` puts them together,
 """
 
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pycocotools.mask
@@ -17,11 +18,16 @@ from jaxtyping import Bool
 from PIL import Image
 
 from sam_jax.config import SamConfig
-from sam_jax.ops.masks import mask_to_box
+from sam_jax.ops.masks import mask_to_box, rle_decode, rle_uncompress
 from sam_jax.ops.prompts import pad_axis
 from sam_jax.processing import SamProcessor, load_image
 
 Example = dict[str, Any]
+BadAnnotations = Literal["refuse", "skip"]
+
+_SHOWN = 10  # bad entries that a message lists
+_FAR = 16
+_EPOCHS = 2**31  # without end, but for what grain's arithmetic can count
 
 
 @runtime_checkable
@@ -36,57 +42,69 @@ class Source(Protocol):
 class CocoInstances:
     """The pictures of a COCO instance file that have objects.
 
-    Polygons and run lengths, compressed or not. Crowds and annotations without any area are left
-    out.
+    Polygons and run lengths, compressed or not. Crowds are left out.
 
     Args:
         annotations: the JSON file.
         images: the folder of its pictures.
+        bad_annotations: what to do about entries that cannot be right: missing pictures, ids that
+            occur twice, empty segmentations, run lengths of another size than the picture's, boxes
+            outside it, annotations of no picture. "refuse" raises an error that lists them by the
+            picture's id; "skip" leaves them out with a warning. What only shows when a picture is
+            read is treated the same; one that cannot be read at all is blank then, without objects.
 
     Raises:
-        FileNotFoundError: if the file or one of its pictures is missing.
-        ValueError: if the file is no COCO instance file, or no picture in it has an object.
+        FileNotFoundError: if the file is missing.
+        ValueError: if the file is no COCO instance file, no picture in it has an object, or there
+            are bad entries and they are refused.
     """
 
-    def __init__(self, annotations: str | Path, images: str | Path):
+    def __init__(
+        self,
+        annotations: str | Path,
+        images: str | Path,
+        bad_annotations: BadAnnotations = "refuse",
+    ):
         content = _read_json(Path(annotations))
         try:
-            infos = {info["id"]: info for info in content["images"]}
-            objects: dict[Any, list] = {}
-            for annotation in content["annotations"]:
-                if annotation["image_id"] not in infos:
-                    raise ValueError(f"an annotation is of the picture {annotation['image_id']}")
-                if not annotation.get("iscrowd") and annotation.get("segmentation"):
-                    objects.setdefault(annotation["image_id"], []).append(
-                        annotation["segmentation"]
-                    )
-            entries = [(info["file_name"], objects[i]) for i, info in infos.items() if i in objects]
-        except (KeyError, TypeError, ValueError) as error:
+            self.entries, problems = _coco_entries(content, Path(images))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{annotations} is no COCO instance file: {error!r}; expected images of id and "
-                "file_name, and annotations of image_id and segmentation"
+                f"{annotations} is no COCO instance file: {error!r}; expected images of id, "
+                "file_name, height and width, and annotations of image_id and segmentation"
             ) from error
-        self.entries = [(Path(images) / name, segments) for name, segments in entries]
-        _check_entries(self.entries, annotations)
+        self.bad_annotations = bad_annotations
+        _report(problems, f"{annotations} has bad entries", bad_annotations)
+        if not self.entries:
+            raise ValueError(f"no picture of {annotations} has an object")
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Example:
-        return _example(*self.entries[index])
+        return _example(*self.entries[index], self.bad_annotations)
+
+    def image_id(self, index: int) -> Any:
+        """The id that the file has for the picture."""
+        return self.entries[index][0]
 
 
 class SegmentAnything1B:
     """A folder of SA-1B: pictures, and beside each a JSON file of its masks' run lengths.
 
+    Args:
+        folder: of both.
+        bad_annotations: as for `CocoInstances`, when a picture is read.
+
     Raises:
-        FileNotFoundError: if a picture is missing.
-        ValueError: if a JSON file is none of SA-1B's, or there is none with an object.
+        ValueError: if there is no JSON file; when a picture is read, if it is missing, or its file
+            is none of SA-1B's.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, bad_annotations: BadAnnotations = "refuse"):
         # Each file is read only when it is its turn: SA-1B has 11 million.
         self.files = sorted(Path(folder).glob("*.json"))
+        self.bad_annotations = bad_annotations
         if not self.files:
             raise ValueError(f"there is no JSON file in {folder}")
 
@@ -95,24 +113,33 @@ class SegmentAnything1B:
 
     def __getitem__(self, index: int) -> Example:
         file = self.files[index]
-        content = _read_json(file)
         try:
+            content = _read_json(file)
             picture = file.with_name(content["image"]["file_name"])
+            size = content["image"]["height"], content["image"]["width"]
             segments = [annotation["segmentation"] for annotation in content["annotations"]]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no file of SA-1B: {error!r} is missing") from error
-        return _example(picture, segments)
+        except (KeyError, TypeError, ValueError) as error:
+            problem = f"image {file.stem}: {file} is no file of SA-1B: {error!r}"
+            _report([problem], "a bad picture", self.bad_annotations)
+            return _blank((1, 1))
+        return _example(file.stem, picture, size, segments, self.bad_annotations)
+
+    def image_id(self, index: int) -> str:
+        """The name of the picture's file."""
+        return self.files[index].stem
 
 
 def open_source(
-    annotations: str | Path, images: str | Path | None = None
+    annotations: str | Path,
+    images: str | Path | None = None,
+    bad_annotations: BadAnnotations = "refuse",
 ) -> CocoInstances | SegmentAnything1B:
     """COCO for a file (with its folder of pictures), SA-1B for a folder."""
     if Path(annotations).is_dir():
-        return SegmentAnything1B(annotations)
+        return SegmentAnything1B(annotations, bad_annotations)
     if images is None:
         raise ValueError(f"{annotations} is a file of COCO's: its folder of pictures is needed")
-    return CocoInstances(annotations, images)
+    return CocoInstances(annotations, images, bad_annotations)
 
 
 @dataclass(frozen=True)
@@ -122,7 +149,8 @@ class Prepare:
     * `pixel_values` float32 [size, size, 3], or `image_embedding` if the example has one;
     * `masks` bool [n, target_size, target_size], of the whole model input;
     * `boxes` float32 [n, 4], x0, y0, x1, y1 in pixels of the model's input;
-    * `valid` float32 [n], 0 where there is no object.
+    * `valid` float32 [n], 0 where there is no object;
+    * `index` int32 [], the example's number in its source, if it has one.
 
     Args:
         config: of the model.
@@ -175,6 +203,8 @@ class Prepare:
         result["masks"] = _stacked([targets[k] for k in found], n, (side, side), bool)
         result["boxes"] = _stacked([boxes[k] for k in found], n, (4,), np.float32)
         result["valid"] = _stacked([np.float32(1)] * len(found), n, (), np.float32)
+        if "index" in example:
+            result["index"] = np.int32(example["index"])
         return result
 
     @property
@@ -222,11 +252,11 @@ def batches(
     if not len(source):
         raise ValueError("there are no pictures to train on")
     dataset = (
-        grain.MapDataset.source(source)
+        grain.MapDataset.source(_Numbered(source))
         .seed(seed)
         .shuffle()
         .random_map(prepare)
-        .repeat()
+        .repeat(_EPOCHS)
         .batch(batch_size // process_count)
         .slice(slice(process_index, None, process_count))
         .slice(slice(start, None))
@@ -243,15 +273,114 @@ def batches(
     return dataset
 
 
-def _example(picture: Path, segmentations: list) -> Example:
-    image = load_image(picture)
-    size = image.shape[:2]
+class _Numbered:
+    """A source whose examples have their number, `index`."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return {**self.source[index], "index": index}
+
+
+def _coco_entries(content: Any, folder: Path) -> tuple[list[tuple], list[str]]:
+    """Of a COCO file what `_example` takes for each picture with objects, and what is wrong."""
+    infos: dict[Any, dict] = {}
+    objects: dict[Any, list] = {}
+    seen: set = set()
+    problems = []
+    for info in content["images"]:
+        if info["id"] in infos:
+            problems.append(f"image {info['id']}: there are two pictures of this id")
+        else:
+            infos[info["id"]] = info
+    for annotation in content["annotations"]:
+        image_id, annotation_id = annotation["image_id"], annotation.get("id")
+        try:
+            problem = _annotation_problem(annotation, infos.get(image_id), seen)
+        except (KeyError, TypeError, ValueError) as error:
+            problem = f"it cannot be read: {error!r}"
+        if problem:
+            which = "" if annotation_id is None else f"annotation {annotation_id}: "
+            problems.append(f"image {image_id}: {which}{problem}")
+        elif not annotation.get("iscrowd"):
+            objects.setdefault(image_id, []).append(annotation["segmentation"])
+        seen.add(annotation_id)
+
+    entries = []
+    for image_id, segmentations in objects.items():
+        info = infos[image_id]
+        picture = folder / info["file_name"]
+        if picture.is_file():
+            entries.append((image_id, picture, (info["height"], info["width"]), segmentations))
+        else:
+            problems.append(f"image {image_id}: {picture} is missing")
+    return entries, problems
+
+
+def _annotation_problem(annotation: dict, info: dict | None, seen: set) -> str | None:
+    """What is wrong with an annotation, as far as is seen without its picture."""
+    if info is None:
+        return "there is no picture of this id"
+    if annotation.get("id") is not None and annotation["id"] in seen:
+        return "there are two annotations of this id"
+    height, width = info["height"], info["width"]
+    segmentation = annotation["segmentation"]
+    is_polygons = isinstance(segmentation, list)
+    if not segmentation or (is_polygons and not any(len(p) >= 6 for p in segmentation)):
+        return "its segmentation is empty"
+    if not is_polygons and list(segmentation["size"]) != [height, width]:
+        return f"its size is {segmentation['size']}, but the picture's {[height, width]}"
+    x, y, w, h = annotation.get("bbox", (0, 0, 1, 1))
+    # A pixel more is common, by rounding.
+    if not (x >= -1 and y >= -1 and w > 0 and h > 0 and x + w <= width + 1 and y + h <= height + 1):
+        return f"its box {[x, y, w, h]} is not within the picture of {width} x {height}"
+    return None
+
+
+def _report(problems: list[str], what: str, bad_annotations: BadAnnotations) -> None:
+    if not problems:
+        return
+    shown = [f"  {problem}" for problem in problems[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        shown.append(f"  and {len(problems) - _SHOWN} more")
+    if bad_annotations == "refuse":
+        hint = 'mend them, or leave them out with bad_annotations="skip" (--bad-annotations skip)'
+        raise ValueError("\n".join([f"{what}; {hint}:", *shown]))
+    warnings.warn("\n".join([f"{what}, left out:", *shown]), stacklevel=3)
+
+
+def _example(
+    image_id: Any,
+    picture: Path,
+    size: tuple[int, int],
+    segmentations: list,
+    bad_annotations: BadAnnotations,
+) -> Example:
     try:
-        masks = [_decode_mask(segmentation, size) for segmentation in segmentations]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"a segmentation of {picture} cannot be read: {error!r}") from error
+        image = load_image(picture)
+        if image.shape[:2] != tuple(size):
+            raise ValueError(f"it has {image.shape[:2]} pixels, but {tuple(size)} are annotated")
+    except (OSError, ValueError, TypeError) as error:
+        _report([f"image {image_id}: {picture}: {error}"], "a bad picture", bad_annotations)
+        return _blank(size)
+    masks, problems = [], []
+    for segmentation in segmentations:
+        try:
+            masks.append(_decode_mask(segmentation, image.shape[:2]))
+        except (ValueError, TypeError, KeyError) as error:
+            problems.append(f"image {image_id}: a segmentation cannot be read: {error!r}")
+    _report(problems, f"{picture} has bad annotations", bad_annotations)
     masks = [mask for mask in masks if mask.any()]
-    return {"image": image, "masks": np.array(masks, bool).reshape(-1, *size)}
+    return {"image": image, "masks": np.array(masks, bool).reshape(-1, *image.shape[:2])}
+
+
+def _blank(size: tuple[int, int]) -> Example:
+    """Takes the place of a bad picture, since examples are counted before they are read."""
+    return {"image": np.zeros((*size, 3), np.uint8), "masks": np.zeros((0, *size), bool)}
 
 
 def _decode_mask(segmentation: Any, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
@@ -259,19 +388,22 @@ def _decode_mask(segmentation: Any, size: tuple[int, int]) -> Bool[np.ndarray, "
     if isinstance(segmentation, dict):
         if tuple(segmentation["size"]) != size:
             raise ValueError(f"its size is {segmentation['size']}, but the picture's {list(size)}")
-        rle = segmentation
-        if isinstance(rle["counts"], list):
-            if sum(rle["counts"]) != size[0] * size[1]:
-                raise ValueError("its run lengths do not fill the picture")
-            rle = pycocotools.mask.frPyObjects(rle, *size)
-    else:
-        polygons = [np.asarray(p, float).tolist() for p in segmentation if len(p) >= 6]
-        if not polygons:
-            return np.zeros(size, bool)
-        if not all(np.isfinite(p).all() for p in polygons):
-            raise ValueError("its polygons hold numbers that are not finite")
-        rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, *size))
-    return pycocotools.mask.decode(rle).astype(bool)
+        if not isinstance(segmentation["counts"], list):
+            segmentation = rle_uncompress(segmentation)
+        counts = segmentation["counts"]
+        if sum(counts) != size[0] * size[1] or min(counts) < 0:
+            raise ValueError("its run lengths do not fill the picture")
+        return rle_decode(segmentation)
+    polygons = [np.asarray(p, float) for p in segmentation if len(p) >= 6]
+    if not all(np.isfinite(p).all() for p in polygons):
+        raise ValueError("its polygons hold numbers that are not finite")
+    if not polygons:
+        return np.zeros(size, bool)
+    # pycocotools walks along every edge, however long.
+    if any(abs(p).max() > _FAR * max(size) for p in polygons):
+        raise ValueError(f"its polygons reach beyond {_FAR} times the picture")
+    rle = pycocotools.mask.frPyObjects([p.tolist() for p in polygons], *size)
+    return pycocotools.mask.decode(pycocotools.mask.merge(rle)).astype(bool)
 
 
 def _resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -297,16 +429,6 @@ def _to_grid(mask: Bool[np.ndarray, "h w"], size: int, side: int) -> Bool[np.nda
 
 def _stacked(arrays: list, count: int, shape: tuple[int, ...], dtype) -> np.ndarray:
     return pad_axis(np.array(arrays, dtype).reshape(len(arrays), *shape), count, 0, 0)
-
-
-def _check_entries(entries: list, annotations: Any) -> None:
-    if not entries:
-        raise ValueError(f"no picture of {annotations} has an object")
-    if missing := [str(path) for path, _ in entries if not path.is_file()]:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(entries)} pictures of {annotations} are missing, the first "
-            f"{missing[0]}; is the folder of pictures right?"
-        )
 
 
 def _read_json(path: Path) -> Any:

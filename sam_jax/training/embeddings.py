@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -41,7 +42,9 @@ class CachedEmbeddings:
         self.folder = Path(folder) / _encoder_key(model)
         self.folder.mkdir(parents=True, exist_ok=True)
         processor, split = SamProcessor(model.config), nnx.split(model)
-        for i in range(len(source)):
+        # Hosts that share the folder start at different pictures, and each encodes its part.
+        first = jax.process_index() * len(source) // jax.process_count()
+        for i in np.roll(np.arange(len(source)), -first).tolist():
             image = source[i]["image"]
             file = self._file(image)
             if not file.exists():
@@ -66,6 +69,10 @@ class CachedEmbeddings:
                 "changed while the run went on, start it again"
             ) from error
         return {**example, "image_embedding": embedding}
+
+    def image_id(self, index: int) -> Any:
+        """What the source calls the picture."""
+        return self.source.image_id(index)
 
     def _file(self, image: np.ndarray) -> Path:
         digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes())

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 from jaxtyping import Bool, Float
+from PIL import Image
 
 from sam_jax.models.sam import Sam
 from sam_jax.ops.masks import mask_to_box
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.predictor import SamPredictor
 from sam_jax.training.data import Source
+from sam_jax.visualize import overlay
 
 CLICKS = (1, 2, 3, 5)
 
@@ -61,6 +63,25 @@ def evaluate(
     if not objects:
         raise ValueError("there is no object to evaluate on")
     return {**{name: float(np.mean(values)) for name, values in found.items()}, "objects": objects}
+
+
+def draw_clicks(model: Sam, source: Source, count: int = 4) -> Image.Image:
+    """The first pictures side by side, with the best mask of a click in each object's middle."""
+    predictor, pictures = SamPredictor(model), []
+    for i in range(min(count, len(source))):
+        example = source[i]
+        if not len(example["masks"]):
+            pictures.append(Image.fromarray(example["image"]))
+            continue
+        points = np.array([[middle(mask)] for mask in example["masks"]])
+        set_image(predictor, example)
+        masks, scores, _ = predictor.predict_batch(points, np.ones(points.shape[:2]))
+        best = masks[np.arange(len(masks)), scores.argmax(1)]
+        pictures.append(overlay(example["image"], best, points[:, 0], np.ones(len(points), int)))
+    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (sum(p.width for p in pictures[:i]), 0))
+    return sheet
 
 
 def set_image(predictor: SamPredictor, example: dict[str, Any]) -> None:

@@ -26,14 +26,15 @@ from sam_jax.training.rounds import interactive_losses
 class Recipe(NamedTuple):
     """How the loss of a batch is computed; see `interactive_losses` and `Sam.encode_image`."""
 
-    rounds: int = 1
-    box_probability: float = 0.5
+    rounds: int = 1  # prompts per object, each but the first a correction; the paper's are 11
+    box_probability: float = 0.5  # how often the first prompt is a box, not a point
     weights: LossWeights = LossWeights()
-    objects_at_once: int | None = None  # of each image, for less memory; None for all
-    remat: bool = False
-    drop_path_rate: float = 0.0
-    accumulate: int = 1  # so many parts of the batch one after the other, for less memory
-    ema_decay: float | None = None
+    # Of an image's objects, for less memory. None: one on a CPU, whose cache it fits, else all.
+    objects_at_once: int | None = None
+    remat: bool = False  # compute activations of the image encoder twice, for less memory
+    drop_path_rate: float = 0.0  # stochastic depth of a ViT
+    accumulate: int = 1  # work on the batch in so many parts, for less memory
+    ema_decay: float | None = None  # of a moving average of the parameters
 
 
 class TrainState(NamedTuple):
@@ -93,7 +94,8 @@ def batch_losses(
 
     def one_image(embedding, targets, boxes, key):
         objects = targets, boxes, jax.random.split(key, len(targets))
-        at_once = recipe.objects_at_once or len(targets)
+        default = 1 if jax.default_backend() == "cpu" else len(targets)
+        at_once = recipe.objects_at_once or default
         return jax.lax.map(lambda x: one_object(embedding, *x), objects, batch_size=at_once)
 
     targets = batch["masks"].astype(jnp.float32)

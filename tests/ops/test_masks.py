@@ -15,8 +15,10 @@ from sam_jax.ops.masks import (
     mask_to_box,
     remove_small_regions,
     rle_area,
+    rle_compress,
     rle_decode,
     rle_encode,
+    rle_uncompress,
 )
 
 amg = torch_reference.import_reference("segment_anything").utils.amg
@@ -80,6 +82,7 @@ def test_run_lengths(seed):
         assert all(type(n) is int for n in (*rle["counts"], *rle["size"]))
         np.testing.assert_array_equal(rle_decode(rle), mask)
         assert rle_area(rle) == mask.sum()
+        assert rle_uncompress(rle_compress(rle)) == rle
         compressed = pycocotools.mask.frPyObjects(rle, *rle["size"])
         np.testing.assert_array_equal(pycocotools.mask.decode(compressed), mask)
 
@@ -121,3 +124,9 @@ def test_no_regions(value):
     found, changed = remove_small_regions(mask, 10)
     np.testing.assert_array_equal(found, mask)
     assert not changed
+
+
+@pytest.mark.parametrize("counts", ["\x00", "é", "o" * 40, b"\xff"])
+def test_strings_that_are_no_run_lengths(counts):
+    with pytest.raises(ValueError, match="is no string of COCO's run lengths"):
+        rle_uncompress({"size": [5, 7], "counts": counts})

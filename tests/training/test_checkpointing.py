@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.training.checkpointing import load_state, open_checkpoints, save_state
+from sam_jax.training.checkpointing import load_state, not_finite, open_checkpoints, save_state
 from sam_jax.training.parameters import adamw
 from sam_jax.training.step import init_state
 
@@ -51,3 +51,17 @@ def test_a_state_of_another_run(tmp_path):
         for other in (state_of(0, ema=False), state_of(0, shape=(4, 2))):
             with pytest.raises(ValueError, match="does not fit this run; was it made with other"):
                 load_state(checkpoints, other)
+
+
+def test_what_stops_a_run(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        metrics = {"loss": float("nan"), "iou_loss": 0.5, "grad_norm": float("inf")}
+        error = not_finite(7, metrics, [3, "sa_1"], checkpoints)
+        assert str(error).startswith(
+            "at step 7 loss is nan, grad_norm is inf, for the images 3, sa_1; "
+            "there is no checkpoint yet."
+        )
+        save_state(checkpoints, state_of(5))
+    with open_checkpoints(tmp_path) as checkpoints:
+        error = not_finite(7, metrics, [3], checkpoints)
+        assert f"the last good checkpoint is {tmp_path / '5'}." in str(error)

@@ -60,8 +60,8 @@ def coco(tmp_path):
     for k, box in enumerate(RECTANGLES):
         annotations.append({"image_id": 10, "segmentation": as_kind(k, box), "iscrowd": 0})
     crowd = {"image_id": 11, "segmentation": uncompressed(rectangle(0, 0, 9, 9)), "iscrowd": 1}
-    point = {"image_id": 11, "segmentation": [[3, 3, 4, 4]], "iscrowd": 0}
-    annotations += [crowd, point, {"image_id": 11, "segmentation": [], "iscrowd": 0}]
+    point = {"image_id": 11, "segmentation": [[3, 3, 4, 4, 3, 3]], "iscrowd": 0}
+    annotations += [crowd, point]
     annotations += [
         {"image_id": 12, "segmentation": as_kind(1, box), "iscrowd": 0} for box in RECTANGLES[:2]
     ]
@@ -81,6 +81,7 @@ def test_coco_is_read_as_pycocotools_does(coco):
     expected = [reference.annToMask(a) for a in reference.loadAnns(reference.getAnnIds([10]))]
     np.testing.assert_array_equal(example["masks"], np.array(expected, bool))
     np.testing.assert_array_equal(example["masks"][1], rectangle(*RECTANGLES[1]))
+    assert [source.image_id(i) for i in range(3)] == [10, 11, 12]
     # A crowd is none of its objects, nor what has no area.
     assert source[1]["masks"].shape == (0, H, W)
     assert source[2]["masks"].shape == (2, H, W)
@@ -90,64 +91,125 @@ def test_sa_1b(tmp_path):
     for i in range(2):
         Image.fromarray(np.full((H, W, 3), i, np.uint8)).save(tmp_path / f"sa_{i}.jpg")
         annotations = [{"segmentation": compressed(rectangle(*box))} for box in RECTANGLES]
-        content = {"image": {"file_name": f"sa_{i}.jpg"}, "annotations": annotations}
+        image = {"image_id": i, "file_name": f"sa_{i}.jpg", "height": H, "width": W}
+        content = {"image": image, "annotations": annotations}
         (tmp_path / f"sa_{i}.json").write_text(json.dumps(content))
     source = open_source(tmp_path)
     assert isinstance(source, SegmentAnything1B)
     assert len(source) == 2
     np.testing.assert_array_equal(source[1]["masks"], [rectangle(*box) for box in RECTANGLES])
     assert source[1]["image"].mean() == pytest.approx(1, abs=0.5)
+    assert source.image_id(1) == "sa_1"
     (tmp_path / "sa_0.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"sa_0.json is no file of SA-1B: KeyError\('image'\)"):
+    with pytest.raises(ValueError, match=r"image sa_0: .* no file of SA-1B: KeyError\('image'\)"):
         source[0]
+    with pytest.warns(UserWarning, match="image sa_0"):
+        assert len(open_source(tmp_path, bad_annotations="skip")[0]["masks"]) == 0
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "message"),
+    ("content", "message"),
     [
-        ("[", ValueError, "is no JSON"),
-        ("[]", ValueError, "is no COCO instance file"),
-        ('{"images": []}', ValueError, "KeyError\\('annotations'\\)"),
-        ('{"images": [], "annotations": []}', ValueError, "no picture of .* has an object"),
-        (
-            '{"images": [], "annotations": [{"image_id": 5, "segmentation": [[1]]}]}',
-            ValueError,
-            "an annotation is of the picture 5",
-        ),
-        (
-            '{"images": [{"id": 5, "file_name": "gone.png"}], '
-            '"annotations": [{"image_id": 5, "segmentation": [[1]]}]}',
-            FileNotFoundError,
-            "1 of 1 pictures of .* are missing, the first .*gone.png; is the folder",
-        ),
+        ("[", "is no JSON"),
+        ("[]", "is no COCO instance file"),
+        ('{"images": []}', "KeyError\\('annotations'\\)"),
+        ('{"images": [], "annotations": []}', "no picture of .* has an object"),
+        ('{"images": [{}], "annotations": []}', "KeyError\\('id'\\); expected images of id"),
     ],
 )
-def test_files_that_are_none_of_cocos(tmp_path, content, error, message):
+def test_files_that_are_none_of_cocos(tmp_path, content, message):
     (tmp_path / "coco.json").write_text(content)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         CocoInstances(tmp_path / "coco.json", tmp_path)
+
+
+def change(coco, edit):
+    content = json.loads((coco / "coco.json").read_text())
+    edit(content["images"], content["annotations"])
+    (coco / "coco.json").write_text(json.dumps(content))
+
+
+FIRST = "image 10: annotation 1: "
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda i, a: a[0].update(segmentation=[]), FIRST + "its segmentation is empty"),
+        (lambda i, a: a[0].update(segmentation=[[1, 2]]), FIRST + "its segmentation is empty"),
+        (lambda i, a: a[0].update(bbox=[60, 10, 30, 5]), FIRST + "its box [60, 10, 30, 5] is not"),
+        (lambda i, a: a[0].update(bbox=[6, 10, 0, 5]), FIRST + "its box [6, 10, 0, 5] is not"),
+        (
+            lambda i, a: a[0].update(segmentation={"size": [3, 3], "counts": [9]}),
+            FIRST + "its size is [3, 3], but the picture's [55, 70]",
+        ),
+        (
+            lambda i, a: a[0].update(segmentation={"counts": [9]}),
+            FIRST + "it cannot be read: KeyError('size')",
+        ),
+        (lambda i, a: a[0].update(image_id=5), "image 5: annotation 1: there is no picture of"),
+        (lambda i, a: a[0].update(id=2), "image 10: annotation 2: there are two annotations of"),
+        (lambda i, a: i.append({**i[1], "file_name": "x"}), "image 11: there are two pictures of"),
+        (lambda i, a: i[2].update(file_name="gone.png"), "gone.png is missing"),
+    ],
+)
+def test_bad_entries_are_named_by_image_and_refused_or_left_out(coco, edit, message):
+    def counts(source):
+        return {source.image_id(i): len(source[i]["masks"]) for i in range(len(source))}
+
+    expected = counts(CocoInstances(coco / "coco.json", coco))
+    change(coco, edit)
+    with pytest.raises(ValueError, match="has bad entries; mend them, or leave them out") as error:
+        CocoInstances(coco / "coco.json", coco)
+    assert message in str(error.value)
+    with pytest.warns(UserWarning, match="has bad entries, left out") as warned:
+        found = counts(CocoInstances(coco / "coco.json", coco, "skip"))
+    assert message in str(warned[0].message)
+    if "gone" in message:
+        expected.pop(12)
+    elif "two pictures" not in message:
+        expected[10] -= 1
+    assert found == expected
+
+
+def test_long_lists_are_cut(coco):
+    change(coco, lambda _, a: a.extend({**a[0], "image_id": 99, "id": 50 + i} for i in range(30)))
+    with pytest.raises(ValueError, match=r"image 99: annotation 59: .*\n  and 20 more$"):
+        CocoInstances(coco / "coco.json", coco)
 
 
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        ({"size": [3, 3], "counts": [9]}, "its size is \\[3, 3\\], but the picture's \\[55, 70\\]"),
         ({"size": [H, W], "counts": [9]}, "its run lengths do not fill the picture"),
-        ({"counts": [9]}, "KeyError\\('size'\\)"),
+        ({"size": [H, W], "counts": "0"}, "its run lengths do not fill the picture"),
+        ({"size": [H, W], "counts": "\x00"}, "is no string of COCO's run lengths"),
+        ({"size": [H, W], "counts": [H * W + 5, -5]}, "its run lengths do not fill the picture"),
         ([[1, 2, 3, 4, 5, float("nan")]], "not finite"),
+        ([[1, 2, 3, 4, 5, 1e12]], "reach beyond 16 times the picture"),
         (["abcdefgh"], "could not convert"),
     ],
 )
-def test_segmentations_that_cannot_be(coco, segmentation, message):
-    content = json.loads((coco / "coco.json").read_text())
-    content["annotations"][0]["segmentation"] = segmentation
-    (coco / "coco.json").write_text(json.dumps(content))
-    source = CocoInstances(coco / "coco.json", coco)
-    with pytest.raises(
-        ValueError, match=f"a segmentation of .*0.png cannot be read.*{message}|{message}"
-    ):
-        source[0]
-    assert len(source[2]["masks"]) == 2
+def test_segmentations_that_show_only_when_they_are_read(coco, segmentation, message):
+    change(coco, lambda _, a: a[0].update(segmentation=segmentation))
+    with pytest.raises(ValueError, match=f"image 10: a segmentation cannot be read: .*{message}"):
+        CocoInstances(coco / "coco.json", coco)[0]
+    with pytest.warns(UserWarning, match=message):
+        assert len(CocoInstances(coco / "coco.json", coco, "skip")[0]["masks"]) == 2
+
+
+@pytest.mark.parametrize("content", [b"no picture", None], ids=["damaged", "other size"])
+def test_pictures_that_are_bad(coco, content):
+    if content is None:
+        Image.new("RGB", (W + 1, H)).save(coco / "0.png")
+    else:
+        (coco / "0.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"image 10: .*0\.png"):
+        CocoInstances(coco / "coco.json", coco)[0]
+    with pytest.warns(UserWarning, match=r"image 10: .*0\.png"):
+        example = CocoInstances(coco / "coco.json", coco, "skip")[0]
+    assert example["image"].shape == (H, W, 3)
+    assert prepared(example)["valid"].tolist() == [0, 0, 0, 0]
 
 
 def prepared(example, seed=0, **options):
@@ -225,6 +287,14 @@ def assert_same_batch(actual, expected):
         np.testing.assert_array_equal(array, expected[name])
 
 
+def test_batches_know_their_examples(many):
+    plain = Prepare(SMALL, 2, SIDE)
+    batch = take(batches(many, plain, batch_size=4, seed=0), 1)[0]
+    for index, pixels in zip(batch["index"], batch["pixel_values"], strict=True):
+        expected = prepared(many[index])["pixel_values"]
+        np.testing.assert_array_equal(pixels, expected)
+
+
 @pytest.fixture
 def many():
     rng = np.random.default_rng(0)
@@ -262,8 +332,9 @@ def test_an_epoch_has_every_picture_once(many):
     assert first != second
 
 
-def test_hosts_share_the_batch(many):
-    options = {"batch_size": 4, "seed": 3}
+@pytest.mark.parametrize("batch_size", [4, 2])
+def test_hosts_share_the_batch(many, batch_size):
+    options = {"batch_size": batch_size, "seed": 3}
     whole = take(batches(many, PREPARE, **options), 3)
     parts = [
         take(batches(many, PREPARE, process_index=i, process_count=2, **options), 3) for i in (0, 1)
@@ -271,7 +342,9 @@ def test_hosts_share_the_batch(many):
     for step, expected in enumerate(whole):
         joined = {name: np.concatenate([part[step][name] for part in parts]) for name in expected}
         assert_same_batch(joined, expected)
-    with pytest.raises(ValueError, match="batch_size is 4, expected a multiple of the 3 hosts"):
+    with pytest.raises(
+        ValueError, match=f"batch_size is {batch_size}, expected a multiple of the 3 hosts"
+    ):
         batches(many, PREPARE, process_count=3, **options)
     with pytest.raises(ValueError, match="there are no pictures to train on"):
         batches([], PREPARE, **options)

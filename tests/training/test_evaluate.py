@@ -4,7 +4,7 @@ from reference import SMALL, meta_sam, ours
 
 from sam_jax import SamPredictor
 from sam_jax.training.embeddings import CachedEmbeddings
-from sam_jax.training.evaluate import _largest, evaluate, iou, middle
+from sam_jax.training.evaluate import _largest, draw_clicks, evaluate, iou, middle
 
 H, W = 40, 60
 
@@ -89,3 +89,10 @@ def test_the_middle_and_the_largest_part():
 def test_nothing_to_evaluate_on(model, source):
     with pytest.raises(ValueError, match="there is no object to evaluate on"):
         evaluate(model, source[1:])
+
+
+def test_pictures_of_clicks(model, source):
+    sheet = np.asarray(draw_clicks(model, source))
+    assert sheet.shape == (H, 2 * W, 3)
+    assert not np.array_equal(sheet[:, :W], source[0]["image"])
+    np.testing.assert_array_equal(sheet[:, W:], source[1]["image"])  # it has no object
