@@ -2,8 +2,11 @@
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import skimage.data
 from PIL import Image
@@ -34,7 +37,7 @@ def test_everything(mobile_sam_file, tmp_path):
 def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):
     """In one session, as one reads; the picture is the one whose coordinates README uses."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     photo = Image.fromarray(skimage.data.coffee()).resize((1800, 1200))
     photo.save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
@@ -57,3 +60,10 @@ def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):
     gradients = names["gradients"]["mask_decoder"]["iou_token"][...]
     assert np.isfinite(gradients).all()
     assert gradients.any()
+    command = [sys.executable, EXAMPLES / "cells.py", "--output", "cells", "--train", "2"]
+    subprocess.run([*command, "--test", "1"], check=True)
+    exec(blocks[4], names)
+    assert np.isfinite(names["metrics"]["loss"])
+    gradients = jax.tree.leaves(names["gradients"])
+    assert sum(bool(np.any(g)) for g in gradients) > 0.5 * len(gradients)
+    assert names["metrics"]["iou_first"] > 0.3

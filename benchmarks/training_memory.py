@@ -1,0 +1,91 @@
+"""Memory of a training step of ViT-B on one picture of 1024 x 1024 pixels, all parameters.
+
+    python -m benchmarks.training_memory
+
+With float32 and bfloat16 computation, with and without remat, each in a process of its own. Two
+figures: what the forward pass of the image encoder keeps for the backward pass, which is a property
+of the program, whatever runs it (the parameters are among it); and the most that the step took. On a GPU that is the device's own
+count, on a CPU (Linux: it reads /proc) the process's, above what it held before the step.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import json, sys
+from benchmarks.training_memory import measure
+print(json.dumps(measure(sys.argv[1], sys.argv[2] == "1")))
+"""
+
+
+def measure(dtype: str, remat: bool) -> dict:
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from benchmarks.convert_memory import read_status
+    from sam_jax.config import vit_b
+    from sam_jax.models.sam import Sam
+    from sam_jax.training.parameters import EVERYTHING, adamw, split_model
+    from sam_jax.training.step import Recipe, compile_step, init_state
+
+    model = Sam(vit_b(), dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    rng = np.random.default_rng(0)
+    batch = {
+        "pixel_values": rng.normal(size=(1, 1024, 1024, 3)).astype(np.float32),
+        "masks": np.zeros((1, 1, 256, 256), bool),
+        "boxes": np.array([[[40.0, 40.0, 399.0, 799.0]]], np.float32),
+        "valid": np.ones((1, 1), np.float32),
+    }
+    batch["masks"][..., 10:200, 10:100] = True
+
+    def encode(trained):
+        sam = nnx.merge(graphdef, trained, frozen)
+        return sam.encode_image(batch["pixel_values"], remat=remat)
+
+    kept = jax.eval_shape(lambda trained: jax.vjp(encode, trained)[1], trained)
+    result = {"kept": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))}
+
+    tx = adamw(1e-4, EVERYTHING)
+    state = init_state(trained, tx)
+    step = compile_step(state, tx, Recipe(remat=remat))
+    compiled = step.lower(graphdef, state, frozen, batch, jax.random.key(0)).compile()
+    jax.block_until_ready(state)
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = read_status("self")["VmRSS"]
+    _, metrics = jax.block_until_ready(compiled(graphdef, state, frozen, batch, jax.random.key(0)))
+    assert np.isfinite(float(metrics["loss"]))
+    if device.platform == "cpu":
+        result["peak"] = read_status("self")["VmHWM"] - before
+    else:
+        result["peak"] = device.memory_stats()["peak_bytes_in_use"]
+    return result
+
+
+def main() -> None:
+    device = jax.local_devices()[0].device_kind
+    print(f"{os.cpu_count()}-core {platform.machine()}, {device}, jax {version('jax')}\n")
+    print("| Computation | Remat | Kept for the backward pass | Peak of the step |")
+    print("|---|---|---:|---:|")
+    for dtype in ("float32", "bfloat16"):
+        for remat in (False, True):
+            command = [sys.executable, "-c", SCRIPT, dtype, str(int(remat))]
+            run = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+            found = json.loads(run.stdout.splitlines()[-1])
+            kept, peak = (f"{found[name] / 1e9:.2f} GB" for name in ("kept", "peak"))
+            print(f"| {dtype} | {'yes' if remat else 'no'} | {kept} | {peak} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

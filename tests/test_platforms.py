@@ -1,0 +1,85 @@
+"""What is compiled lowers for every platform: no GPU's or TPU's user is the first to try."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from reference import SMALL, SMALL_TINY
+
+from sam_jax.models.sam import Sam
+from sam_jax.training.parameters import EVERYTHING, adamw, split_model
+from sam_jax.training.step import Recipe, init_state, train_step
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+MODELS = {
+    "xla": (SMALL, "xla"),
+    "chunked": (SMALL, "chunked"),
+    "tiny_vit": (SMALL_TINY, None),
+}
+
+
+def shape(*size, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(size, dtype)
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    config, attention = MODELS[request.param]
+    build = lambda: Sam(config, dtype=jnp.bfloat16, attention=attention, rngs=nnx.Rngs(0))  # noqa: E731
+    return nnx.eval_shape(build)
+
+
+def lowered(function, *arguments):
+    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
+    assert exported.platforms == PLATFORMS
+    return exported
+
+
+def test_encoder(model):
+    graphdef, params = nnx.split(model)
+    size, grid = model.config.image_size, model.config.image_embedding_size
+    exported = lowered(
+        lambda params, pixels: nnx.merge(graphdef, params).encode_image(pixels),
+        params,
+        shape(2, size, size, 3),
+    )
+    assert exported.out_avals[0].shape == (2, grid, grid, model.config.prompt_embed_dim)
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_decoder(model, with_masks):
+    graphdef, params = nnx.split(model)
+    grid, side = model.config.image_embedding_size, model.config.mask_size
+    exported = lowered(
+        lambda params, *arrays: nnx.merge(graphdef, params).decode(*arrays),
+        params,
+        shape(1, grid, grid, model.config.prompt_embed_dim),
+        shape(1, 4, 3, 2),
+        shape(1, 4, 3, dtype=jnp.int32),
+        shape(1, 4, side, side) if with_masks else None,
+    )
+    assert exported.out_avals[0].shape == (1, 4, 3, side, side)
+
+
+def test_training_step(model):
+    tx = adamw(1e-4, EVERYTHING, clip_norm=1.0)
+    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    state = jax.eval_shape(lambda trained: init_state(trained, tx, ema=True), trained)
+    size, side = model.config.image_size, model.config.mask_size
+    batch = {
+        "pixel_values": shape(2, size, size, 3),
+        "masks": shape(2, 3, side, side, dtype=bool),
+        "boxes": shape(2, 3, 4),
+        "valid": shape(2, 3),
+    }
+    recipe = Recipe(rounds=2, remat=True, accumulate=2, ema_decay=0.9, objects_at_once=3)
+    lowered(
+        lambda state, frozen, batch, key: train_step(
+            graphdef, state, frozen, batch, jax.random.wrap_key_data(key), tx=tx, recipe=recipe
+        ),
+        state,
+        frozen,
+        batch,
+        shape(2, dtype=jnp.uint32),
+    )
