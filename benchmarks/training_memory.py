@@ -3,10 +3,9 @@
     python -m benchmarks.training_memory
 
 With float32 and bfloat16 computation, with and without remat, each in a process of its own. Two
-figures: what the forward pass of the image encoder keeps for the backward pass, the parameters among
-it, which is a property of the program, whatever runs it; and the most that the step took. On a GPU
-that is the device's own count, on a CPU (Linux: it reads /proc) the process's, above what it held
-before the step.
+figures: what the forward pass of the image encoder keeps for the backward pass, parameters too,
+which is a property of the program, whatever runs it; and the most that the step took. On a GPU
+that is the device's own count, on a CPU (Linux: it reads /proc) the process's, above what it held.
 """
 
 import json
