@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from sam_jax.ops.resize import linear_resize_matrix
 
-Implementation = Literal["xla", "chunked"]
+Implementation = Literal["xla", "chunked", "cudnn"]
 
 # Rows of logits that one step of the chunked backend holds: 512 x 4096 in float32 is 8 MB, which
 # stays in a CPU's cache.
@@ -75,10 +75,14 @@ def rel_pos_attention(
         rel_pos: tables for rows and columns (`rel_pos_h`, `rel_pos_w`), or None for none.
         grid: (h, w).
         implementation: "xla" materialises all logits, "chunked" those of one head and a block of
-            queries at a time (less memory, and faster on a CPU). None takes "chunked" on a CPU
-            and "xla" elsewhere.
+            queries at a time (less memory, and faster on a CPU), "cudnn" none (an NVIDIA GPU's
+            flash attention, in bfloat16 or float16). None takes "chunked" on a CPU and "xla"
+            elsewhere.
 
     Logits and softmax are float32 whatever the inputs' dtype; the result has the inputs' dtype.
+
+    Raises:
+        ValueError: for an implementation that is unknown or cannot run here.
     """
     h, w = grid
     if implementation is None:
@@ -141,9 +145,73 @@ def _chunked(q, k, v, tables, grid):
     return jax.lax.map(one_head, flat).reshape(b, heads, n, d)
 
 
+def fold_positions(
+    q: Float[Array, "b heads n d"],
+    k: Float[Array, "b heads n d"],
+    tables: tuple[Float[Array, "h h d"], Float[Array, "w w d"]],
+) -> tuple[Float[Array, "b heads n d+h+w"], Float[Array, "b heads n d+h+w"]]:
+    """Queries and keys whose scaled products are the logits, positions and all.
+
+    A query's h + w position terms become further channels, and a key's further channels pick the
+    two of its row and column:
+
+        scale * [q, rel_h / scale, rel_w / scale] . [k, onehot(row), onehot(column)]
+
+    This is exact, so that attention without a bias will do, and its gradient too.
+    """
+    (h, w), (b, heads, n, d) = (len(table) for table in tables), q.shape
+    grid = q.reshape(b, heads, h, w, d)
+    rel_h = jnp.einsum("bnhwd,hkd->bnhwk", grid, tables[0], preferred_element_type=jnp.float32)
+    rel_w = jnp.einsum("bnhwd,wkd->bnhwk", grid, tables[1], preferred_element_type=jnp.float32)
+    positions = jnp.concatenate([rel_h, rel_w], -1).reshape(b, heads, n, h + w) * d**0.5
+    row_and_column = jnp.concatenate(
+        [
+            jnp.repeat(jnp.eye(h, dtype=k.dtype), w, axis=0),
+            jnp.tile(jnp.eye(w, dtype=k.dtype), (h, 1)),
+        ],
+        axis=-1,
+    )
+    picks = jnp.broadcast_to(row_and_column, (b, heads, n, h + w))
+    return jnp.concatenate([q, positions.astype(q.dtype)], -1), jnp.concatenate([k, picks], -1)
+
+
+def _cudnn(q, k, v, tables, grid):
+    d = q.shape[-1]
+    scale = d**-0.5
+    if tables is not None:
+        q, k = fold_positions(q, k, tables)
+    # It takes one width for all three, in multiples of eight.
+    width = -(-q.shape[-1] // 8) * 8
+    _check_cudnn(q.dtype, width)
+    q, k, v = (_widen(x, width).transpose(0, 2, 1, 3) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+    return out.transpose(0, 2, 1, 3)[..., :d]
+
+
+def _widen(x, width):
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
+
+
+def _check_cudnn(dtype, width: int) -> None:
+    wrong = None
+    if jax.default_backend() != "gpu":
+        wrong = f"JAX runs on {jax.default_backend()} here"
+    elif dtype not in (jnp.bfloat16, jnp.float16):
+        wrong = f"the model computes in {dtype}; give it dtype=jnp.bfloat16"
+    else:
+        capability = jax.local_devices()[0].compute_capability
+        if float(capability) < (9.0 if width > 128 else 8.0):
+            wrong = f"this one has compute capability {capability}, and its heads are {width} wide"
+    if wrong:
+        raise ValueError(
+            "attention is 'cudnn', which needs an NVIDIA GPU of compute capability 8.0, or 9.0 for "
+            f"heads wider than 128, and bfloat16 or float16, but {wrong}; leave it out"
+        )
+
+
 def _rows_per_block(h: int, w: int) -> int:
     """The largest divisor of h whose rows hold at most `_QUERY_BLOCK` queries, at least 1."""
     return max(r for r in range(1, h + 1) if h % r == 0 and (r * w <= _QUERY_BLOCK or r == 1))
 
 
-_IMPLEMENTATIONS = {"xla": _xla, "chunked": _chunked}
+_IMPLEMENTATIONS = {"xla": _xla, "chunked": _chunked, "cudnn": _cudnn}

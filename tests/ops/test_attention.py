@@ -8,6 +8,7 @@ from reference import assert_close, normal, tensor
 
 from sam_jax.ops.attention import (
     _rows_per_block,
+    fold_positions,
     rel_pos_attention,
     relative_positions,
     softmax,
@@ -67,6 +68,37 @@ def test_gradients_agree():
     expected = jax.grad(scalar("xla"), argnums=(0, 1, 2, 3))(*arrays)
     actual = jax.grad(scalar("chunked"), argnums=(0, 1, 2, 3))(*arrays)
     jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), actual, expected)
+
+
+def folded_attention(q, k, v, tables, grid):
+    """What "cudnn" does, by XLA."""
+    tables = tuple(map(relative_positions, tables, grid))
+    q, k = (x.transpose(0, 2, 1, 3) for x in fold_positions(q, k, tables))
+    v = jnp.pad(v.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, 0), (0, sum(grid))))
+    out = jax.nn.dot_product_attention(q, k, v, scale=tables[0].shape[-1] ** -0.5)
+    return out.transpose(0, 2, 1, 3)[..., : tables[0].shape[-1]]
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (7, 5), (2, 4), (14, 14)])
+def test_positions_as_channels(grid):
+    arrays = inputs(grid)
+    assert_close(
+        jax.jit(folded_attention, static_argnums=4)(*arrays, grid),
+        reference_attention(*arrays, grid),
+    )
+
+    def scalar(attention):
+        return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(attention(*x, grid))), (0, 1, 2, 3)))
+
+    expected = scalar(rel_pos_attention)(*arrays)
+    actual = scalar(folded_attention)(*arrays)
+    jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), actual, expected)
+
+
+def test_cudnn_says_what_it_needs():
+    q, k, v, tables = inputs((2, 2))
+    with pytest.raises(ValueError, match=r"'cudnn', which needs an NVIDIA GPU .* runs on cpu here"):
+        rel_pos_attention(q, k, v, tables, (2, 2), "cudnn")
 
 
 @pytest.mark.parametrize("implementation", ["xla", "chunked"])
