@@ -9,6 +9,7 @@ its parts are functions of `sam_jax.training`, for loops of your own.
 
 import dataclasses
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ from flax import nnx
 from tqdm import tqdm
 
 from sam_jax import from_pretrained, save_pretrained
+from sam_jax.checkpoints.params import digest, flat_params
 from sam_jax.folder import keep_settings
 from sam_jax.training import checkpointing, parameters, sharding
-from sam_jax.training.data import BadAnnotations, Prepare, batches, open_source
+from sam_jax.training.data import BadAnnotations, Prepare, batches, fingerprint, open_source
 from sam_jax.training.embeddings import CachedEmbeddings
 from sam_jax.training.evaluate import draw_clicks, evaluate
 from sam_jax.training.log import MetricsLog
@@ -39,29 +41,30 @@ class Config:
 
     annotations: Path  # a COCO instance file, or a folder of SA-1B
     output: Path  # folder for the run
-    steps: int  # in all
-    images: Path | None = None  # the COCO file's folder of pictures
+    steps: int  # steps of the optimiser in all
+    images: Path | None = None  # folder of the pictures of a COCO file
     eval_annotations: Path | None = None  # held-out pictures to evaluate on
-    eval_images: Path | None = None  # their folder
+    eval_images: Path | None = None  # folder of the held-out pictures of a COCO file
     eval_every: int = 100  # steps between evaluations, each with a checkpoint
     bad_annotations: BadAnnotations = "refuse"  # list what is wrong and stop, or leave it out
     model: str = "mobile_sam"  # short name, hub repository, file or folder
     seed: int = 0  # of the order of pictures and of all that is by chance
-    # The mask decoder; it and adapters in the image encoder; or all parameters.
+    # What trains: the mask decoder; it and adapters in the image encoder; or all parameters.
     train: Literal["decoder", "lora", "everything"] = "decoder"
-    lora_rank: int = 4  # of the adapters
-    layer_decay: float | None = None  # of a ViT's learning rate, if everything trains
+    lora_rank: int = 4  # rank of the adapters
+    layer_decay: float | None = None  # layer-wise decay of a ViT's learning rate (everything)
+    cache: bool = True  # keep a frozen encoder's embeddings on disk (ViT and MobileSAM: 4 MB each)
     batch_size: int = 4  # pictures per step, of all devices and hosts together
-    max_objects: int = 8  # of a picture, per step
-    full_resolution: bool = False  # compare masks at the model's input's resolution
+    max_objects: int = 8  # objects of a picture per step
+    full_resolution: bool = False  # compare masks at the resolution of the model's input
     flip: float = 0.0  # how often a picture is mirrored
     scale_range: tuple[float, float] | None = None  # large-scale jitter; the paper's is 0.1 2.0
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = Recipe()  # noqa: RUF009
-    learning_rate: float = 1e-4  # its highest, after the warm-up
-    warmup: int = 20  # steps until then; from there on it falls like a cosine
-    weight_decay: float = 0.01  # of kernels
+    learning_rate: float = 1e-4  # the highest, after the warm-up
+    warmup: int = 20  # steps until then; from there on the rate falls like a cosine
+    weight_decay: float = 0.01  # decay of kernels
     clip_norm: float = 1.0  # largest norm of the gradients
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    dtype: Literal["float32", "bfloat16"] = "float32"  # what is computed in; parameters are float32
     # Whether every device has all parameters, or its share.
     parallelism: sharding.Parallelism = "data"
     workers: int = 0  # processes that read pictures; 0 for threads
@@ -70,22 +73,27 @@ class Config:
 
 
 # What may be another when a run goes on.
-FREE = {"output", "hosts", "workers", "parallelism", "eval_every", "recipe"}
+FREE = {"output", "hosts", "workers", "parallelism", "eval_every", "bad_annotations", "cache"}
+FREE |= {"recipe", "remat", "accumulate", "objects_at_once"}
 
 
 def main(config: Config) -> None:
     """Trains, evaluates, and writes the model."""
+    if min(config.steps, config.eval_every) < 1:
+        raise ValueError("--steps and --eval-every have to be at least 1")
     if config.hosts is not None:
         jax.distributed.initialize(*config.hosts)
     is_first = jax.process_index() == 0
     output, recipe = config.output, config.recipe
-    output.mkdir(parents=True, exist_ok=True)
-    if is_first:
-        settings = dataclasses.asdict(config) | recipe._asdict()
-        settings = {name: str(value) for name, value in settings.items() if name not in FREE}
-        keep_settings(output / "settings.json", settings, (output / "checkpoints").exists())
-
+    (output / "pictures").mkdir(parents=True, exist_ok=True)
     model = from_pretrained(config.model, dtype=jnp.dtype(config.dtype))
+    settings = dataclasses.asdict(config) | recipe._asdict()
+    settings = {name: str(value) for name, value in settings.items() if name not in FREE}
+    settings["weights"] = digest(flat_params(model))
+    settings["data"] = fingerprint(config.annotations)
+    has_checkpoint = any(path.name.isdigit() for path in output.glob("checkpoints/*"))
+    keep_settings(output / "settings.json", settings, has_checkpoint)
+
     model, table = what_trains(model, config)
     source, held_out = sources(model, config)
     mesh = sharding.make_mesh()
@@ -102,7 +110,7 @@ def main(config: Config) -> None:
     size = model.config.image_size if config.full_resolution else model.config.mask_size
     prepare = Prepare(model.config, config.max_objects, size, config.flip, config.scale_range)
 
-    def current():
+    def current(state):
         trained = state.params if state.ema is None else state.ema
         parts = sharding.gather((trained, frozen), mesh)
         return nnx.merge(graphdef, *jax.tree.map(jnp.asarray, parts))
@@ -118,8 +126,6 @@ def main(config: Config) -> None:
             seed=config.seed,
             start=start,
             workers=config.workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
         )
         log = MetricsLog(output, start) if is_first else None
         steps = range(start + 1, config.steps + 1)
@@ -134,29 +140,36 @@ def main(config: Config) -> None:
             bar.set_postfix(loss=metrics["loss"], iou=metrics["iou_last"])
             due = step % config.eval_every == 0 or step == config.steps
             if due and held_out is not None:
-                tuned = current()
+                tuned = current(state)
                 metrics |= evaluate(tuned, held_out)
-                bar.write(json.dumps({"step": step, **metrics}))
                 if is_first:
-                    (output / "pictures").mkdir(exist_ok=True)
                     draw_clicks(tuned, held_out).save(output / f"pictures/{step:06}.png")
+            if due and is_first:
+                bar.write(json.dumps({"step": step, **metrics}))
             if log:
                 log.write(step, {**metrics, "learning_rate": float(schedule(step - 1))})
             if due:
                 checkpointing.save_state(checkpoints, state, metrics.get("miou@1"))
         if log:
             log.close()
-    if not (output / "model").exists():
-        tuned = current()
-        if is_first and config.train == "lora" and not (output / "adapters.safetensors").exists():
-            save_lora(tuned, output / "adapters.safetensors")
-        save_pretrained(merge_lora(tuned), output / "model")
+    with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
+        best = checkpointing.load_state(checkpoints, state, best=True)
+    for name, chosen in {"model": state, "best": best}.items():
+        if not (output / name).exists():
+            tuned = current(chosen)
+            if is_first and config.train == "lora":
+                save_lora(tuned, output / f"{name}.adapters.safetensors")
+            save_pretrained(merge_lora(tuned), output / name)
     if is_first:
         print(output / "model")
 
 
 def what_trains(model, config: Config):
     """The model, with adapters if they are asked for, and the table of what trains."""
+    if config.layer_decay is not None and config.train != "everything":
+        raise ValueError("--layer-decay is for --train everything")
+    if config.recipe.drop_path_rate and config.train == "decoder":
+        raise ValueError("--drop-path-rate is for an image encoder that trains")
     if config.train == "lora":
         layers = r"image_encoder\..*\.(qkv|proj)"
         model = add_lora(model, layers, config.lora_rank, rngs=nnx.Rngs(config.seed))
@@ -173,11 +186,13 @@ def sources(model, config: Config):
     found = [open_source(config.annotations, config.images, config.bad_annotations), None]
     if config.eval_annotations is not None:
         found[1] = open_source(config.eval_annotations, config.eval_images, config.bad_annotations)
-    if config.train == "decoder" and not config.flip and config.scale_range is None:
+    augments = config.flip > 0 or config.scale_range is not None
+    if config.cache and config.train == "decoder" and not augments:
         # The encoder does not change, nor do the pictures: each is encoded once.
-        with tqdm(desc="encoding", unit="image", disable=jax.process_index() > 0) as bar:
-            cache = config.output / "embeddings"
-            found = [s and CachedEmbeddings(s, model, cache, bar.update) for s in found]
+        total = sum(len(source) for source in found if source)
+        bar = tqdm(desc="encoding", unit="image", total=total, disable=jax.process_index() > 0)
+        folder = config.output / "embeddings"
+        found = [s and CachedEmbeddings(s, model, folder, bar.update) for s in found]
     return found
 
 
@@ -185,4 +200,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__.splitlines()[0]))
     except (OSError, ValueError, TypeError, FloatingPointError) as error:
-        sys.exit(f"finetune: {error}")
+        print(f"finetune: {error}", file=sys.stderr, flush=True)
+        # At once: on several hosts, leaving in order would wait for the others, which wait for us.
+        os._exit(1)

@@ -142,7 +142,7 @@ def test_adapters_and_evaluation(cells, model, tmp_path):
         f"{step:06}.png" for step in (4, 8, 12, 14)
     }
     # The adapters alone are of use with the model that they were made for and its new decoder.
-    adapted = flat_params(load_lora(from_pretrained(model), output / "adapters.safetensors"))
+    adapted = flat_params(load_lora(from_pretrained(model), output / "model.adapters.safetensors"))
     assert sum(name.endswith("lora_a") for name in adapted) == 4
     tuned = flat_params(from_pretrained(output / "model"))
     assert not np.array_equal(

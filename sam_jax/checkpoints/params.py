@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping
 
 import jax
@@ -44,6 +45,16 @@ def flat_params(model: Sam) -> dict[str, jax.Array]:
     """Every parameter and buffer of the model by its path."""
     _, state = nnx.split(model)
     return {_path(key): variable[...] for key, variable in nnx.to_flat_state(state)}
+
+
+def digest(params: Mapping[str, np.ndarray | jax.Array]) -> str:
+    """Tells whether parameters are the same, to the bit: a SHA-256 in hexadecimal digits."""
+    found = hashlib.sha256()
+    for name, array in sorted(params.items()):
+        array = np.asarray(array)
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
 
 
 def param_shapes(config: SamConfig) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,9 @@ _METRIC = "miou"
 
 
 def open_checkpoints(folder: str | os.PathLike) -> ocp.training.Checkpointer:
-    """A run's checkpoints; to be closed, which waits for what is being written.
+    """A run's checkpoints: the best, and the last two, since the last may turn out to be no good.
+
+    To be closed, which waits for what is being written.
 
     What an interrupted run left half-written is removed.
     """
@@ -24,7 +26,7 @@ def open_checkpoints(folder: str | os.PathLike) -> ocp.training.Checkpointer:
     )
     return ocp.training.Checkpointer(
         Path(folder).absolute(),
-        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(1), best]),
+        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(2), best]),
         cleanup_tmp_directories=True,
     )
 
@@ -90,15 +92,19 @@ def not_finite(
     image_ids: Sequence,
     checkpoints: ocp.training.Checkpointer,
 ) -> FloatingPointError:
-    """What stops a run whose loss or gradients are no numbers: the step, its images, a way back."""
+    """What stops a run whose loss or gradients are no numbers: the step, its images, a way back.
+
+    A checkpoint is good if a step was made from it whose loss was a number.
+    """
     bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
-    last = checkpoints.latest
-    good = "there is no checkpoint yet"
-    if last is not None:
-        good = f"the last good checkpoint is {checkpoints.directory / str(last.step)}"
+    good = max((c.step for c in checkpoints.checkpoints if c.step < step - 1), default=None)
+    last = "there is no good checkpoint yet"
+    if good is not None:
+        last = f"the last good checkpoint is {checkpoints.directory / str(good)}"
     return FloatingPointError(
         f"at step {step} {', '.join(bad)}, for the images {', '.join(map(str, image_ids))}; "
-        f"{good}. Look at these images and their annotations, or try a lower learning rate"
+        f"{last}. Look at these images and their annotations, or try a lower learning rate, in a "
+        "new folder"
     )
 
 

@@ -5,6 +5,7 @@ A source is a list of examples, dictionaries of `image` (uint8 [h, w, 3]) and `m
 will do. `Prepare` gives an example a fixed shape, `batches` puts them together, by grain.
 """
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 import pycocotools.mask
 from jaxtyping import Bool
@@ -121,7 +123,7 @@ class SegmentAnything1B:
         except (KeyError, TypeError, ValueError) as error:
             problem = f"image {file.stem}: {file} is no file of SA-1B: {error!r}"
             _report([problem], "a bad picture", self.bad_annotations)
-            return _blank((1, 1))
+            return _blank()
         return _example(file.stem, picture, size, segments, self.bad_annotations)
 
     def image_id(self, index: int) -> str:
@@ -160,6 +162,9 @@ class Prepare:
         flip: how often the picture is mirrored.
         scale_range: large-scale jitter: by how much the picture is larger than what fits the model,
             by chance in this range (the paper's is 0.1 to 2.0). What is too large is cropped.
+
+    Raises:
+        ValueError: for numbers that make no sense.
     """
 
     config: SamConfig
@@ -167,6 +172,16 @@ class Prepare:
     target_size: int
     flip: float = 0.0
     scale_range: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        low, high = self.scale_range or (1, 1)
+        for name, ok, expected in (
+            ("max_objects", self.max_objects >= 1, "at least 1"),
+            ("flip", 0 <= self.flip <= 1, "0 to 1"),
+            ("scale_range", 0 < low <= high, "two numbers above 0, the smaller first"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """The example; what is by chance comes from `rng`."""
@@ -221,8 +236,8 @@ def batches(
     seed: int,
     start: int = 0,
     workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> Iterable[dict[str, np.ndarray]]:
     """Batches without end, shuffled anew in each epoch.
 
@@ -236,8 +251,8 @@ def batches(
         seed: of the order, and of all that is by chance.
         start: the first step, where a run goes on.
         workers: processes that read; 0 for threads of this one.
-        process_index: of this host.
-        process_count: of hosts.
+        process_index: of this host; JAX's if left out.
+        process_count: of hosts; JAX's if left out.
 
     Raises:
         ValueError: if the batch cannot be shared by the hosts, or the source is empty.
@@ -245,12 +260,16 @@ def batches(
     """
     import grain
 
+    process_index = jax.process_index() if process_index is None else process_index
+    process_count = jax.process_count() if process_count is None else process_count
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
             f"batch_size is {batch_size}, expected a multiple of the {process_count} hosts"
         )
     if not len(source):
         raise ValueError("there are no pictures to train on")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, expected 0 or above")
     dataset = (
         grain.MapDataset.source(_Numbered(source))
         .seed(seed)
@@ -273,6 +292,16 @@ def batches(
     return dataset
 
 
+def fingerprint(annotations: str | Path) -> str:
+    """Tells whether annotations are the same as before, by a file's bytes or a folder's names."""
+    path = Path(annotations)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    names = sorted(file.name for file in path.glob("*.json"))
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
 class _Numbered:
     """A source whose examples have their number, `index`."""
 
@@ -289,14 +318,15 @@ class _Numbered:
 def _coco_entries(content: Any, folder: Path) -> tuple[list[tuple], list[str]]:
     """Of a COCO file what `_example` takes for each picture with objects, and what is wrong."""
     infos: dict[Any, dict] = {}
+    ambiguous: set = set()
     objects: dict[Any, list] = {}
     seen: set = set()
     problems = []
     for info in content["images"]:
         if info["id"] in infos:
             problems.append(f"image {info['id']}: there are two pictures of this id")
-        else:
-            infos[info["id"]] = info
+            ambiguous.add(info["id"])
+        infos[info["id"]] = info
     for annotation in content["annotations"]:
         image_id, annotation_id = annotation["image_id"], annotation.get("id")
         try:
@@ -312,6 +342,8 @@ def _coco_entries(content: Any, folder: Path) -> tuple[list[tuple], list[str]]:
 
     entries = []
     for image_id, segmentations in objects.items():
+        if image_id in ambiguous:  # whose objects these are cannot be known
+            continue
         info = infos[image_id]
         picture = folder / info["file_name"]
         if picture.is_file():
@@ -334,6 +366,9 @@ def _annotation_problem(annotation: dict, info: dict | None, seen: set) -> str |
         return "its segmentation is empty"
     if not is_polygons and list(segmentation["size"]) != [height, width]:
         return f"its size is {segmentation['size']}, but the picture's {[height, width]}"
+    counts = None if is_polygons else segmentation["counts"]
+    if isinstance(counts, list) and sum(counts) != height * width:
+        return "its run lengths do not fill the picture"
     x, y, w, h = annotation.get("bbox", (0, 0, 1, 1))
     # A pixel more is common, by rounding.
     if not (x >= -1 and y >= -1 and w > 0 and h > 0 and x + w <= width + 1 and y + h <= height + 1):
@@ -366,7 +401,7 @@ def _example(
             raise ValueError(f"it has {image.shape[:2]} pixels, but {tuple(size)} are annotated")
     except (OSError, ValueError, TypeError) as error:
         _report([f"image {image_id}: {picture}: {error}"], "a bad picture", bad_annotations)
-        return _blank(size)
+        return _blank()
     masks, problems = [], []
     for segmentation in segmentations:
         try:
@@ -378,9 +413,9 @@ def _example(
     return {"image": image, "masks": np.array(masks, bool).reshape(-1, *image.shape[:2])}
 
 
-def _blank(size: tuple[int, int]) -> Example:
+def _blank() -> Example:
     """Takes the place of a bad picture, since examples are counted before they are read."""
-    return {"image": np.zeros((*size, 3), np.uint8), "masks": np.zeros((0, *size), bool)}
+    return {"image": np.zeros((1, 1, 3), np.uint8), "masks": np.zeros((0, 1, 1), bool)}
 
 
 def _decode_mask(segmentation: Any, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sam_jax.checkpoints.params import flat_params
+from sam_jax.checkpoints.params import digest, flat_params
+from sam_jax.config import SamConfig
 from sam_jax.models.sam import Sam, encode_image
 from sam_jax.processing import SamProcessor
 from sam_jax.training.data import Source
@@ -47,7 +48,7 @@ class CachedEmbeddings:
         for i in np.roll(np.arange(len(source)), -first).tolist():
             image = source[i]["image"]
             file = self._file(image)
-            if not file.exists():
+            if not _is_whole(file, model.config):
                 pixels = processor.preprocess(image)[None]
                 embedding = np.asarray(encode_image(*split, pixels)[0], np.float32)
                 temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.npy")
@@ -79,11 +80,17 @@ class CachedEmbeddings:
         return self.folder / f"{digest.hexdigest()}.npy"
 
 
+def _is_whole(file: Path, config: SamConfig) -> bool:
+    """Whether it is there and was not cut short, by a disk that was full for instance."""
+    grid = config.image_embedding_size
+    try:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return found.shape == (grid, grid, config.prompt_embed_dim)
+
+
 def _encoder_key(model: Sam) -> str:
-    digest = hashlib.sha256(repr((model.config, model.image_encoder.neck.norm2.dtype)).encode())
-    for name, array in sorted(flat_params(model).items()):
-        if name.startswith("image_encoder."):
-            array = np.asarray(array)
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(array.tobytes())
-    return digest.hexdigest()[:32]
+    weights = {k: v for k, v in flat_params(model).items() if k.startswith("image_encoder.")}
+    settings = repr((model.config, model.image_encoder.neck.norm2.dtype))
+    return hashlib.sha256(f"{settings} {digest(weights)}".encode()).hexdigest()[:32]

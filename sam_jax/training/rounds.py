@@ -34,7 +34,7 @@ def interactive_losses(
     a click where the mask before was wrong, and has that mask's logits as a mask prompt, through
     which no gradient flows back. Of more than three rounds, two bring no click, the last and one by
     chance, so that the model learns to make more of its own mask. A point alone is ambiguous and
-    has three candidate masks, everything else has one.
+    has three candidate masks; everything else has one, also a box, for which the paper has three.
 
     One `jax.lax.scan`, whose rounds are computed again in the backward pass, so that memory does
     not depend on their number.

@@ -51,7 +51,17 @@ def put(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Each host's part of a batch -> the batch of all, spread over the devices."""
+    """Each host's part of a batch -> the batch of all, spread over the devices.
+
+    Raises:
+        ValueError: if the devices cannot share it.
+    """
+    size, count = len(batch["valid"]), len(mesh.local_devices)
+    if size % count:
+        raise ValueError(
+            f"a batch of {size} cannot be shared by {count} devices; choose a batch size that is a "
+            f"multiple of {mesh.size}, all devices together"
+        )
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
@@ -62,5 +72,9 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def gather(tree: PyTree, mesh: Mesh) -> PyTree:
     """The whole tree as numpy arrays, on every host; all hosts must call it together."""
     everywhere = NamedSharding(mesh, PartitionSpec())
-    copies = jax.jit(lambda x: x, out_shardings=everywhere)(tree)
+    copies = jax.jit(_identity, out_shardings=everywhere)(tree)
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), copies)
+
+
+def _identity(x):
+    return x

@@ -70,7 +70,13 @@ def batch_losses(
         recipe: see there.
     """
     prompt_keys, drop_keys = split_keys(keys, 2)
+    _check(recipe)
     if "image_embedding" in batch:
+        if recipe.drop_path_rate:
+            raise ValueError(
+                f"drop_path_rate is {recipe.drop_path_rate}, but the batch has image embeddings: "
+                "the image encoder, whose depth it is for, does not train"
+            )
         embeddings = batch["image_embedding"]
     else:
         embeddings = model.encode_image(
@@ -200,10 +206,27 @@ def compile_step(state: TrainState, tx: optax.GradientTransformation, recipe: Re
     """`train_step(graphdef, state, frozen, batch, key)` compiled, for states placed like this one.
 
     The state that it is given is given up, so that memory holds one.
+
+    Raises:
+        ValueError: for a recipe whose numbers make no sense.
     """
+    _check(recipe)
     places = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
         functools.partial(train_step, tx=tx, recipe=recipe),
         out_shardings=(places, None),
         donate_argnums=1,
     )
+
+
+def _check(recipe: Recipe) -> None:
+    for name, ok, expected in (
+        ("rounds", recipe.rounds >= 1, "at least 1"),
+        ("box_probability", 0 <= recipe.box_probability <= 1, "0 to 1"),
+        ("objects_at_once", (recipe.objects_at_once or 1) >= 1, "at least 1, or None for all"),
+        ("drop_path_rate", 0 <= recipe.drop_path_rate < 1, "0 or more, and less than 1"),
+        ("accumulate", recipe.accumulate >= 1, "at least 1"),
+        ("ema_decay", 0 <= (recipe.ema_decay or 0) < 1, "0 or more, and less than 1, or None"),
+    ):
+        if not ok:
+            raise ValueError(f"{name} is {getattr(recipe, name)}, expected {expected}")

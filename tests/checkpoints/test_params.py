@@ -10,6 +10,7 @@ from sam_jax.checkpoints import CheckpointError
 from sam_jax.checkpoints.params import (
     build_model,
     check_tensors,
+    digest,
     flat_params,
     param_shapes,
     resize_positions,
@@ -74,3 +75,16 @@ def test_check_tensors_lists_all():
         "  left over: d ()",
         "  no floats: e is int8",
     ]
+
+
+def test_digests_tell_parameters_apart():
+    params = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, ml_dtypes.bfloat16)}
+    assert digest(params) == digest(dict(reversed(params.items())))
+    others = [
+        {**params, "a": np.zeros((3, 2), np.float32)},
+        {**params, "a": np.zeros((2, 3), np.int32)},
+        {**params, "a": params["a"] - 0.0},
+        {"a": params["a"], "c": params["b"]},
+    ]
+    others[2]["a"][0, 0] = -0.0
+    assert len({digest(p) for p in (params, *others)}) == 5

@@ -31,17 +31,17 @@ def test_the_last_comes_back_whole(tmp_path):
         save_state(checkpoints, state_of(10, 99.0))  # is there already
     with open_checkpoints(tmp_path / "run") as checkpoints:
         assert_same(load_state(checkpoints, state_of(0)), state_of(10, 10 / 7))
-        assert [c.step for c in checkpoints.checkpoints] == [10]
+        assert [c.step for c in checkpoints.checkpoints] == [5, 10]
 
 
-def test_the_best_is_kept_beside_the_last(tmp_path):
+def test_the_best_is_kept_beside_the_last_two(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
-        for step, miou in ((1, 0.2), (2, 0.9), (3, 0.5), (4, 0.6)):
+        for step, miou in ((1, 0.2), (2, 0.9), (3, 0.5), (4, 0.6), (5, 0.7)):
             save_state(checkpoints, state_of(step, float(step)), miou)
     with open_checkpoints(tmp_path) as checkpoints:
-        assert [c.step for c in checkpoints.checkpoints] == [2, 4]
+        assert [c.step for c in checkpoints.checkpoints] == [2, 4, 5]
         assert_same(load_state(checkpoints, state_of(0), best=True), state_of(2, 2.0))
-        assert_same(load_state(checkpoints, state_of(0)), state_of(4, 4.0))
+        assert_same(load_state(checkpoints, state_of(0)), state_of(5, 5.0))
 
 
 def test_a_state_of_another_run(tmp_path):
@@ -59,9 +59,11 @@ def test_what_stops_a_run(tmp_path):
         error = not_finite(7, metrics, [3, "sa_1"], checkpoints)
         assert str(error).startswith(
             "at step 7 loss is nan, grad_norm is inf, for the images 3, sa_1; "
-            "there is no checkpoint yet."
+            "there is no good checkpoint yet."
         )
-        save_state(checkpoints, state_of(5))
+        for step in (5, 6):
+            save_state(checkpoints, state_of(step))
     with open_checkpoints(tmp_path) as checkpoints:
+        # What was saved after step 6 is what made step 7's loss no number.
         error = not_finite(7, metrics, [3], checkpoints)
         assert f"the last good checkpoint is {tmp_path / '5'}." in str(error)

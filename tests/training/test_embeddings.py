@@ -70,3 +70,5 @@ def test_a_damaged_file(model, source, tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):
         cached[0]
+    again = CachedEmbeddings(source, model, tmp_path)
+    assert again[0]["image_embedding"].shape == cached[1]["image_embedding"].shape

@@ -98,3 +98,11 @@ def test_two_hosts_are_as_one(alone):
     hosts = [start("fsdp", 4, address, 2, i, devices=2) for i in range(2)]
     for host in hosts:
         assert_same_training(result(host), alone)
+
+
+def test_a_batch_that_the_devices_cannot_share():
+    class Mesh:
+        size, local_devices = 6, [None] * 3
+
+    with pytest.raises(ValueError, match="a batch of 4 cannot be shared by 3 devices; choose a"):
+        sharding.put_batch({"valid": np.ones((4, 2))}, Mesh())

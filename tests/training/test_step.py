@@ -293,3 +293,29 @@ def test_a_loop_of_ones_own(model):
         params, opt_state, value = step(params, opt_state, jax.random.key(0))
         values.append(float(value))
     assert values[-1] < 0.9 * values[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "rounds is 0, expected at least 1"),
+        ({"box_probability": 1.5}, "box_probability is 1.5, expected 0 to 1"),
+        ({"objects_at_once": -1}, "objects_at_once is -1, expected at least 1"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0, expected 0 or more"),
+        ({"accumulate": 0}, "accumulate is 0, expected at least 1"),
+        ({"ema_decay": 1.5}, "ema_decay is 1.5, expected 0 or more"),
+    ],
+)
+def test_recipes_that_make_no_sense(model, options, message):
+    tx = adamw(1e-3, DECODER_ONLY)
+    _, trained, _ = split_model(model, DECODER_ONLY)
+    with pytest.raises(ValueError, match=message):
+        compile_step(init_state(trained, tx), tx, Recipe(**options))
+
+
+def test_no_drop_path_without_an_encoder(model):
+    batch = {**batch_of(1), "image_embedding": np.zeros((1, 1))}
+    with pytest.raises(
+        ValueError, match="the image encoder, whose depth it is for, does not train"
+    ):
+        batch_losses(model, batch, KEYS[:1], Recipe(drop_path_rate=0.1))
