@@ -15,25 +15,19 @@ import jax, numpy as np
 how, devices, *hosts = json.loads(sys.argv[1])
 if hosts:
     jax.distributed.initialize(*hosts)
-import dataclasses
 import test_step as tests
-from flax import nnx
-from reference import SMALL
-from sam_jax.models.sam import Sam
+from reference import SHALLOW, meta_sam, ours
 from sam_jax.training import sharding
 from sam_jax.training.losses import LossWeights
 from sam_jax.training.parameters import EVERYTHING, adamw, split_model
 from sam_jax.training.step import Recipe, compile_step, init_state
 
-shallow = dataclasses.replace(SMALL.image_encoder, depth=1, global_attn_indexes=())
-decoder = dataclasses.replace(SMALL.mask_decoder, transformer_depth=1, iou_head_depth=2)
-config = dataclasses.replace(SMALL, image_encoder=shallow, mask_decoder=decoder)
 # The IoUs that are learnt jump by a pixel where a logit is within rounding of zero: left out.
 recipe = Recipe(weights=LossWeights(iou=0.0), objects_at_once=1, ema_decay=0.9)
 
 mesh = sharding.make_mesh(jax.devices()[:devices])
 tx = adamw(1e-3, EVERYTHING, clip_norm=1.0)
-graphdef, trained, frozen = split_model(Sam(config, rngs=nnx.Rngs(0)), EVERYTHING)
+graphdef, trained, frozen = split_model(ours(meta_sam(SHALLOW), SHALLOW), EVERYTHING)
 state = sharding.put(init_state(trained, tx, ema=True), mesh, how)
 frozen = sharding.put(frozen, mesh, how)
 step = compile_step(state, tx, recipe)
@@ -56,7 +50,7 @@ print(json.dumps({"losses": losses, "kept": kept, "total": total}))
 def start(*arguments, devices):
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
