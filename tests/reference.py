@@ -37,6 +37,13 @@ SMALL = SamConfig(
     prompt_embed_dim=32,
 )
 
+# One block and one layer: for what depends on no depth, since gradients compile long.
+SHALLOW = dataclasses.replace(
+    SMALL,
+    image_encoder=dataclasses.replace(SMALL.image_encoder, depth=1, global_attn_indexes=()),
+    mask_decoder=dataclasses.replace(SMALL.mask_decoder, transformer_depth=1, iou_head_depth=2),
+)
+
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Every parameter and buffer random and none zero, at a scale that keeps activations sane."""

@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -5,24 +6,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference import SMALL, meta_sam, normal, ours
+from reference import SHALLOW, meta_sam, normal, ours
 
 from sam_jax.training.losses import mask_losses, resize_logits
 from sam_jax.training.prompts import next_click, noisy_box, sample_point
 from sam_jax.training.rounds import _brings_click, interactive_losses
 
-SIZE, SIDE = SMALL.image_size, SMALL.mask_size
+SIZE, SIDE = SHALLOW.image_size, SHALLOW.mask_size
 BOX = jnp.array([20.0, 10.0, 60.0, 70.0])
 
 
 @pytest.fixture(scope="module")
 def model():
-    return ours(meta_sam(SMALL), SMALL)
+    return ours(meta_sam(SHALLOW), SHALLOW)
 
 
 @pytest.fixture(scope="module")
 def embedding():
-    return normal((SMALL.image_embedding_size,) * 2 + (SMALL.prompt_embed_dim,))
+    return normal((SHALLOW.image_embedding_size,) * 2 + (SHALLOW.prompt_embed_dim,))
 
 
 def target(side):
@@ -35,24 +36,34 @@ def step_by_step(model, embedding, target, key, rounds, is_box):
     first, idle, clicks = jax.random.split(key, 3)
     _, point_key, box_key = jax.random.split(first, 3)
     if is_box:
-        prompt = [(p, k) for p, k in zip(noisy_box(box_key, BOX, SIZE).reshape(2, 2), (2, 3))]  # noqa: B905
+        corners = np.asarray(jax.jit(noisy_box, static_argnums=2)(box_key, BOX, SIZE))
+        prompt = list(zip(corners.reshape(2, 2), (2, 3), strict=True))
     else:
-        prompt = [(sample_point(point_key, target > 0.5, SIZE)[0], 1), (jnp.zeros(2), -1)]
-    brings_click, previous, losses = _brings_click(idle, rounds), None, []
-    for step in range(rounds):
-        points, labels = (jnp.asarray(x)[None, None] for x in zip(*prompt, strict=True))
+        point, _ = jax.jit(sample_point, static_argnums=2)(point_key, target > 0.5, SIZE)
+        prompt = [(point, 1), (np.zeros(2, np.float32), -1)]
+
+    # Compiled once for every number of points, not operation by operation.
+    @functools.partial(jax.jit, static_argnames="multimask_output")
+    def one_round(points, labels, previous, step, multimask_output):
         masks, scores = model.decode(
-            embedding[None], points, labels, previous, multimask_output=step == 0 and not is_box
+            embedding[None], points, labels, previous, multimask_output=multimask_output
         )
         masks, scores = masks[0, 0], scores[0, 0]
-        losses.append(mask_losses(masks, scores, target))
         best = masks[scores.argmax()]
-        previous = best[None, None]
         big = resize_logits(best, len(target))
-        point, label = next_click(jax.random.fold_in(clicks, step), big > 0, target > 0.5, SIZE)
+        click = next_click(jax.random.fold_in(clicks, step), big > 0, target > 0.5, SIZE)
+        return mask_losses(masks, scores, target), best[None, None], click
+
+    brings_click, previous, losses = np.asarray(_brings_click(idle, rounds)), None, []
+    for step in range(rounds):
+        points, labels = (np.array(x)[None, None] for x in zip(*prompt, strict=True))
+        loss, previous, (point, label) = one_round(
+            points, labels, previous, step, multimask_output=step == 0 and not is_box
+        )
+        losses.append(loss)
         if brings_click[step] and label >= 0:
             prompt.append((point, int(label)))
-    return jax.tree.map(lambda *x: jnp.stack(x), *losses), len(prompt)
+    return jax.tree.map(lambda *x: np.stack(x), *losses), len(prompt)
 
 
 @pytest.mark.parametrize(("is_box", "side"), [(False, SIDE), (True, SIZE)])
@@ -60,7 +71,7 @@ def test_rounds_are_calls_of_the_model(model, embedding, is_box, side):
     key, rounds = jax.random.key(5), 5
     expected, prompts = step_by_step(model, embedding, target(side), key, rounds, is_box)
     assert prompts == 2 + 2  # four rounds more, two without a click
-    actual = interactive_losses(
+    actual = jax.jit(interactive_losses, static_argnames=("rounds", "box_probability"))(
         model, embedding, target(side), BOX, key, rounds=rounds, box_probability=float(is_box)
     )
     for name, values in actual._asdict().items():
@@ -72,7 +83,8 @@ def test_rounds_are_calls_of_the_model(model, embedding, is_box, side):
 
 def test_schedule_is_the_papers():
     """Eight clicks in eleven rounds; none in the last and in one by chance."""
-    schedules = np.array([_brings_click(jax.random.key(i), 11) for i in range(200)])
+    keys = jax.vmap(jax.random.key)(np.arange(200))
+    schedules = np.asarray(jax.vmap(lambda key: _brings_click(key, 11))(keys))
     assert (schedules.sum(1) == 8).all()
     assert not schedules[:, -2:].any()
     assert set(np.nonzero(~schedules[:, :-2])[1]) == set(range(9))
@@ -84,15 +96,16 @@ def test_box_and_point_are_as_likely(model, embedding):
     """Where the box's loss is another than a point's, both are seen."""
     keys = jax.random.split(jax.random.key(1), 8)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def losses(probability):
         def one(key):
             return interactive_losses(
                 model, embedding, target(SIDE), BOX, key, rounds=1, box_probability=probability
             ).total[0]
 
-        return np.asarray(jax.vmap(one)(keys))
+        return jax.vmap(one)(keys)
 
-    points, boxes, both = losses(0.0), losses(1.0), losses(0.5)
+    points, boxes, both = (np.asarray(losses(p)) for p in (0.0, 1.0, 0.5))
     from_box = np.isclose(both, boxes, rtol=1e-5)
     assert np.isclose(both, points, rtol=1e-5)[~from_box].all()
     assert 0 < from_box.sum() < 8

@@ -8,13 +8,12 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from reference import SMALL, SMALL_TINY, meta_sam, normal, ours, tensor, to_torch
+from reference import SHALLOW, SMALL, SMALL_TINY, meta_sam, normal, ours, tensor, to_torch
 from test_losses import masks, torch_loss
 
 from sam_jax.checkpoints.params import flat_params, param_shapes
 from sam_jax.checkpoints.torch_names import from_torch
 from sam_jax.models.layers import split_keys
-from sam_jax.models.sam import Sam
 from sam_jax.training.parameters import DECODER_ONLY, EVERYTHING, adamw, split_model
 from sam_jax.training.rounds import _first_prompt
 from sam_jax.training.step import (
@@ -33,13 +32,8 @@ DEEP = dataclasses.replace(SMALL, image_encoder=dataclasses.replace(SMALL.image_
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return meta_sam(SMALL)
-
-
-@pytest.fixture(scope="module")
-def model(reference):
-    return ours(reference, SMALL)
+def model():
+    return ours(meta_sam(SHALLOW), SHALLOW)
 
 
 def batch_of(count, objects=3, seed=0):
@@ -69,6 +63,7 @@ def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
         lr=learning_rate,
         eps=eps,
     )
+    first_prompt = jax.jit(_first_prompt, static_argnames=("image_size", "box_probability"))
     embeddings = sam.image_encoder(to_torch(batch["pixel_values"]))
     prompt_keys, _ = split_keys(keys, 2)
     losses = []
@@ -77,12 +72,12 @@ def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
             if not batch["valid"][i, k]:
                 continue
             target = batch["masks"][i, k]
-            points, labels, is_box = _first_prompt(
+            points, labels, is_box = first_prompt(
                 jax.random.split(object_key, 3)[0],
                 jnp.asarray(target),
                 jnp.asarray(batch["boxes"][i, k]),
-                SIZE,
-                0.5,
+                image_size=SIZE,
+                box_probability=0.5,
             )
             point = (tensor(points[None, :1]), tensor(labels[None, :1]))
             box = tensor(points.reshape(1, 4))
@@ -105,9 +100,10 @@ def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
     return float(loss.detach())
 
 
-def test_a_step_on_every_parameter_is_pytorchs(model):
+def test_a_step_on_every_parameter_is_pytorchs():
     """A large epsilon, so that the update is in proportion to the gradient, not its sign."""
     reference = meta_sam(SMALL)
+    model = ours(reference, SMALL)
     batch, key = batch_of(2), jax.random.key(1)
     keys = jax.random.split(jax.random.fold_in(key, 0), 2)
     rate, decay, eps = 1e-3, 0.1, 1e-2
@@ -210,7 +206,7 @@ def test_accumulation_changes_nothing(model):
 
 def encoder_loss(config):
     """A loss of an image encoder's parameters, and these."""
-    graphdef, params, rest = nnx.split(Sam(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(ours(meta_sam(config), config), nnx.Param, ...)
     pixels = normal((2, config.image_size, config.image_size, 3))
 
     def loss(params, remat):
@@ -221,7 +217,7 @@ def encoder_loss(config):
 
 
 def test_remat_changes_no_gradient():
-    loss, params = encoder_loss(DEEP)
+    loss, params = encoder_loss(SMALL)
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     assert_same_gradients(gradient(params, True), gradient(params, False))
 
@@ -237,7 +233,8 @@ def test_remat_keeps_less_for_the_backward_pass(config):
     assert kept(True) < kept(False) / 2
 
 
-def test_drop_path_is_by_image_and_right_on_average(model):
+def test_drop_path_is_by_image_and_right_on_average():
+    model = ours(meta_sam(SMALL), SMALL)
     pixels = jnp.asarray(batch_of(1)["pixel_values"])
 
     @jax.jit
@@ -255,8 +252,8 @@ def test_drop_path_is_by_image_and_right_on_average(model):
         model.encode_image(pixels, drop_path_rate=0.5)
 
 
-def test_bfloat16_trains_float32_parameters(reference):
-    model = ours(reference, SMALL, dtype=jnp.bfloat16)
+def test_bfloat16_trains_float32_parameters():
+    model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16)
     tx = adamw(1e-3, EVERYTHING)
     graphdef, trained, frozen = split_model(model, EVERYTHING)
     state = init_state(trained, tx)
