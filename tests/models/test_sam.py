@@ -431,7 +431,8 @@ def test_functional_use(config):
     expected = model(pixels, **PROMPTS["points"])
     assert_close(masks, expected.pred_masks)
     assert_close(scores, expected.iou_scores)
-    gradients = jax.grad(lambda p: masks_of(p, pixels, points, labels)[1].sum())(params)
+    of_scores = jax.grad(lambda p: masks_of(p, pixels, points, labels)[1].sum())
+    gradients = jax.jit(of_scores)(params)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
     assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
 

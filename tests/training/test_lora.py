@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,19 +32,18 @@ def adapted(plain):
     return model
 
 
-def predict(model):
-    """Masks and scores of a point and a box, through encoder and decoder."""
+@functools.partial(jax.jit, static_argnums=0)
+def run(graphdef, state):
     pixels = normal((1, SMALL.image_size, SMALL.image_size, 3))
     points = jnp.array([[[[30.0, 40], [0, 0]], [[10, 20], [50, 60]]]])
     labels = jnp.array([[[1, -1], [2, 3]]])
-    graphdef, state = nnx.split(model)
+    sam = nnx.merge(graphdef, state)
+    return sam.decode(sam.encode_image(pixels), points, labels)
 
-    @jax.jit
-    def run(state):
-        sam = nnx.merge(graphdef, state)
-        return sam.decode(sam.encode_image(pixels), points, labels)
 
-    return run(state)
+def predict(model):
+    """Masks and scores of a point and a box, through encoder and decoder."""
+    return run(*nnx.split(model))
 
 
 def assert_same(actual, expected, tolerance):

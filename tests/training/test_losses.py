@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,8 +70,8 @@ def test_losses_and_gradients_are_the_papers(ours, theirs):
     expected = tensor(logits).double().requires_grad_()
     loss = theirs(expected, tensor(targets).double())
     loss.sum().backward()
-    assert relative(ours(logits, targets), loss) <= 1e-6
-    gradient = jax.grad(lambda x: ours(x, targets).sum())(logits)
+    assert relative(jax.jit(ours)(logits, targets), loss) <= 1e-6
+    gradient = jax.jit(jax.grad(lambda x: ours(x, targets).sum()))(logits)
     assert relative(gradient, expected.grad) <= 1e-6
 
 
@@ -77,7 +79,8 @@ def test_losses_and_gradients_are_the_papers(ours, theirs):
 def test_losses_of_extreme_logits_are_finite(scale):
     logits, targets = normal((2, 16, 16), scale=scale), masks((2, 16, 16), 1)
     for loss in (focal_loss, dice_loss):
-        value, gradient = jax.value_and_grad(lambda x, f=loss: f(x, targets).sum())(logits)
+        both = jax.jit(jax.value_and_grad(lambda x, f=loss: f(x, targets).sum()))
+        value, gradient = both(logits)
         assert np.isfinite(value)
         assert np.isfinite(gradient).all()
 
@@ -94,19 +97,21 @@ def test_the_whole_loss_and_its_gradients_are_the_papers():
     def total(logits, scores):
         return mask_losses(logits, scores, targets, jnp.asarray(candidates)).total
 
-    assert relative(total(logits, scores), expected) <= 1e-6
-    gradients = jax.grad(lambda *x: total(*x).sum(), (0, 1))(logits, scores)
+    assert relative(jax.jit(total)(logits, scores), expected) <= 1e-6
+    gradients = jax.jit(jax.grad(lambda *x: total(*x).sum(), (0, 1)))(logits, scores)
     for gradient, reference in zip(gradients, theirs, strict=True):
         assert relative(gradient, reference.grad) <= 1e-6
 
 
 def test_only_the_best_candidate_is_pulled():
     logits, targets = normal((3, 16, 16)), masks((16, 16), 0)
-    gradient = jax.grad(lambda x: mask_losses(x, jnp.zeros(3), targets).total)(logits)
+    losses_of = jax.jit(mask_losses)
+    gradient = jax.jit(jax.grad(lambda x: mask_losses(x, jnp.zeros(3), targets).total))(logits)
     pulled = np.abs(gradient).max((1, 2)) > 0
     assert pulled.sum() == 1
-    each = [float(mask_losses(logits[i : i + 1], jnp.zeros(1), targets).focal) for i in range(3)]
-    best = mask_losses(logits, jnp.zeros(3), targets, weights=LossWeights(1.0, 0.0, 0.0))
+    each = [float(losses_of(logits[i : i + 1], jnp.zeros(1), targets).focal) for i in range(3)]
+    focal_alone = functools.partial(mask_losses, weights=LossWeights(1.0, 0.0, 0.0))
+    best = jax.jit(focal_alone)(logits, jnp.zeros(3), targets)
     assert float(best.focal) == pytest.approx(min(each))
 
 
@@ -115,9 +120,9 @@ def test_iou_of_masks():
     target[:2] = 1
     logits = np.full((4, 4), -1.0, np.float32)
     logits[:, :2] = 1
-    assert mask_iou(jnp.asarray(logits), jnp.asarray(target)) == pytest.approx(4 / 12)
+    assert jax.jit(mask_iou)(jnp.asarray(logits), jnp.asarray(target)) == pytest.approx(4 / 12)
     assert mask_iou(jnp.full((4, 4), -1.0), jnp.zeros((4, 4))) == 0
-    losses = mask_losses(
+    losses = jax.jit(mask_losses)(
         jnp.stack([logits, 2 * target - 1]), jnp.array([0.9, 0.1]), jnp.asarray(target)
     )
     # What a user would be shown is the mask that the model thinks best.
@@ -130,8 +135,8 @@ def test_targets_of_another_resolution():
         tensor(logits), (32, 32), mode="bilinear", align_corners=False
     )
     np.testing.assert_allclose(resize_logits(logits, 32), resized, atol=1e-6)
-    low = mask_losses(logits, jnp.zeros((2, 3)), targets)
-    full = mask_losses(jnp.asarray(resized), jnp.zeros((2, 3)), targets)
+    low = jax.jit(mask_losses)(logits, jnp.zeros((2, 3)), targets)
+    full = jax.jit(mask_losses)(jnp.asarray(resized), jnp.zeros((2, 3)), targets)
     np.testing.assert_allclose(low.total, full.total, rtol=1e-6)
 
 
