@@ -127,6 +127,13 @@ def test_other_settings_are_refused_and_a_finished_run_stays(whole, cells, model
     code, _, errors = finish(start(cells, model, whole, *RANDOM, "--seed", "1"))
     assert code == 1
     assert "has results of other settings: seed was '0' and is '1'" in errors
+    annotations = cells / "train.json"
+    content = annotations.read_text()
+    annotations.write_text(content + "\n")
+    code, _, errors = finish(start(cells, model, whole, *RANDOM))
+    annotations.write_text(content)
+    assert code == 1
+    assert re.search(r"has results of other settings: data was '\w{64}' and is '\w{64}'$", errors)
     code, _, errors = finish(start(cells, model, whole, *RANDOM))
     assert code == 0, errors
     assert (whole / "metrics.jsonl").read_bytes() == before
@@ -137,6 +144,7 @@ def test_adapters_and_evaluation(cells, model, tmp_path):
     output = tmp_path / "run"
     code, _, errors = finish(start(cells, model, output, "--train", "lora", *held_out))
     assert code == 0, errors
+    assert from_pretrained(output / "best").config == from_pretrained(model).config
     found = [line for line in lines(output) if "miou@1" in line]
     assert [line["step"] for line in found] == [4, 8, 12, 14]
     assert {p.name for p in (output / "pictures").iterdir()} == {

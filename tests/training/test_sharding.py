@@ -113,7 +113,7 @@ def test_two_hosts_are_as_one(folder, trained):
         assert_same_training(actual, trained["alone"])
 
 
-def test_a_batch_that_the_devices_cannot_share():
+def test_a_batch_that_the_devices_cannot_share(unchecked):
     class Mesh:
         size, local_devices = 6, [None] * 3
 
