@@ -85,7 +85,7 @@ def main(config: Config) -> None:
         jax.distributed.initialize(*config.hosts)
     is_first = jax.process_index() == 0
     output, recipe = config.output, config.recipe
-    (output / "pictures").mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     model = from_pretrained(config.model, dtype=jnp.dtype(config.dtype))
     settings = dataclasses.asdict(config) | recipe._asdict()
     settings = {name: str(value) for name, value in settings.items() if name not in FREE}
@@ -127,7 +127,7 @@ def main(config: Config) -> None:
             start=start,
             workers=config.workers,
         )
-        log = MetricsLog(output, start) if is_first else None
+        log = MetricsLog(output, start)
         steps = range(start + 1, config.steps + 1)
         bar = tqdm(steps, initial=start, total=config.steps, disable=not is_first)
         for step, batch in zip(bar, data, strict=False):
@@ -142,23 +142,22 @@ def main(config: Config) -> None:
             if due and held_out is not None:
                 tuned = current(state)
                 metrics |= evaluate(tuned, held_out)
-                if is_first:
-                    draw_clicks(tuned, held_out).save(output / f"pictures/{step:06}.png")
+                log.picture(step, draw_clicks(tuned, held_out))
             if due and is_first:
                 bar.write(json.dumps({"step": step, **metrics}))
-            if log:
-                log.write(step, {**metrics, "learning_rate": float(schedule(step - 1))})
+            log.write(step, {**metrics, "learning_rate": float(schedule(step - 1))})
             if due:
                 checkpointing.save_state(checkpoints, state, metrics.get("miou@1"))
-        if log:
-            log.close()
+        log.close()
     with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
         best = checkpointing.load_state(checkpoints, state, best=True)
-    for name, chosen in {"model": state, "best": best}.items():
-        if not (output / name).exists():
+    for name, chosen in {"model": state, "best": best if held_out else None}.items():
+        if chosen and not (output / name).exists():
             tuned = current(chosen)
             if is_first and config.train == "lora":
-                save_lora(tuned, output / f"{name}.adapters.safetensors")
+                adapters = output / f"{name}.adapters.safetensors"
+                adapters.unlink(missing_ok=True)
+                save_lora(tuned, adapters)
             save_pretrained(merge_lora(tuned), output / name)
     if is_first:
         print(output / "model")
@@ -173,12 +172,9 @@ def what_trains(model, config: Config):
     if config.train == "lora":
         layers = r"image_encoder\..*\.(qkv|proj)"
         model = add_lora(model, layers, config.lora_rank, rngs=nnx.Rngs(config.seed))
-        return model, [*parameters.LORA_ONLY[:1], *parameters.DECODER_ONLY]
-    if config.train == "decoder":
-        return model, parameters.DECODER_ONLY
-    if config.layer_decay is None:
-        return model, parameters.EVERYTHING
-    return model, parameters.layer_decay(model.config, config.layer_decay)
+    elif config.layer_decay is not None:
+        return model, parameters.layer_decay(model.config, config.layer_decay)
+    return model, parameters.TABLES[config.train]
 
 
 def sources(model, config: Config):
@@ -190,9 +186,9 @@ def sources(model, config: Config):
     if config.cache and config.train == "decoder" and not augments:
         # The encoder does not change, nor do the pictures: each is encoded once.
         total = sum(len(source) for source in found if source)
-        bar = tqdm(desc="encoding", unit="image", total=total, disable=jax.process_index() > 0)
-        folder = config.output / "embeddings"
-        found = [s and CachedEmbeddings(s, model, folder, bar.update) for s in found]
+        folder, hidden = config.output / "embeddings", jax.process_index() > 0
+        with tqdm(desc="encoding", unit="image", total=total, disable=hidden) as bar:
+            found = [s and CachedEmbeddings(s, model, folder, bar.update) for s in found]
     return found
 
 

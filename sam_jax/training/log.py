@@ -1,16 +1,20 @@
-"""What a run tells: a line of JSON for each step, and TensorBoard's files."""
+"""What a run tells: a line of JSON for each step, pictures, and TensorBoard's files."""
 
 import json
 import os
 from pathlib import Path
 
+import jax
+import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 
 
 class MetricsLog:
-    """`metrics.jsonl`, a line per step, and `tensorboard/` beside it.
+    """`metrics.jsonl`, a line per step, and beside it `pictures/` and `tensorboard/`.
 
-    A run that goes on from an earlier step drops the lines of the steps that it does again.
+    A run that goes on from an earlier step drops the lines of the steps that it does again. Of
+    several hosts only the first writes.
 
     Args:
         folder: of the run.
@@ -18,24 +22,39 @@ class MetricsLog:
     """
 
     def __init__(self, folder: str | os.PathLike, step: int):
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         path = Path(folder) / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
         temporary = path.with_name(f".{path.name}")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         os.replace(temporary, path)
         self._file = path.open("a", buffering=1)
+        self._pictures = path.with_name("pictures")
         self._board = SummaryWriter(str(path.with_name("tensorboard")), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One step's values; they are on disk when this returns."""
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """A picture of the step, `pictures/000123.png`."""
+        if not self._writes:
+            return
+        self._pictures.mkdir(exist_ok=True)
+        picture.save(self._pictures / f"{step:06}.png")
+        self._board.add_image("predictions", np.asarray(picture), step, dataformats="HWC")
+
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
 
 def _lines(path: Path) -> list[str]:

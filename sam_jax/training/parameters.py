@@ -23,6 +23,11 @@ Table = Sequence[tuple[str, float | None]]
 DECODER_ONLY: Table = ((r"mask_decoder\..*", 1.0), (".*", None))
 EVERYTHING: Table = ((".*", 1.0),)
 LORA_ONLY: Table = ((r".*\.lora_[ab]", 1.0), (".*", None))
+TABLES = {
+    "decoder": DECODER_ONLY,
+    "lora": (LORA_ONLY[0], *DECODER_ONLY),  # and the decoder
+    "everything": EVERYTHING,
+}
 
 
 def learning_rate_scale(path: str, table: Table) -> float | None:

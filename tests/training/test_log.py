@@ -1,6 +1,8 @@
 import json
 
+import jax
 import pytest
+from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from sam_jax.training.log import MetricsLog
@@ -36,6 +38,23 @@ def test_a_new_run_begins_empty(tmp_path):
     write(tmp_path, 0, [1, 2]).close()
     write(tmp_path, 0, []).close()
     assert lines(tmp_path) == []
+
+
+def test_pictures(tmp_path):
+    log = write(tmp_path, 0, [1])
+    log.picture(12, Image.new("RGB", (5, 3), "red"))
+    log.close()
+    with Image.open(tmp_path / "pictures" / "000012.png") as picture:
+        assert picture.size == (5, 3)
+        assert picture.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_only_the_first_host_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    log = write(tmp_path, 0, [1])
+    log.picture(1, Image.new("RGB", (5, 3)))
+    log.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_has_the_same_values(tmp_path):
