@@ -11,17 +11,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# Most programs here are large, run once and on little: LLVM's optimisations and XLA's new emitters
-# take four times as long to compile them. Flags that are set already count for more, so that
-# `XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" pytest` tests
-# what users run.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
-        os.environ.get("XLA_FLAGS", ""),
-    ]
-)
+# Most programs here run once and on little: without LLVM's optimisations and XLA's new emitters
+# they compile in a quarter of the time. What is set already counts for more: as users run it, it is
+# tested by `JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=--xla_cpu_use_fusion_emitters=true pytest`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import jaxtyping
@@ -45,6 +39,17 @@ def mobile_sam_file():
 
     with needs_package_index():
         return locate("mobile_sam")
+
+
+@pytest.fixture(autouse=True)
+def _optimised_at_full_size(request, monkeypatch):
+    """Optimised code for the real model, which runs for longer than it compiles."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    if "mobile_sam_file" in request.fixturenames:
+        jax.config.update("jax_disable_most_optimizations", False)
+        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
