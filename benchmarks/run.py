@@ -132,7 +132,7 @@ def decoders(name: str, meta: torch.nn.Module, model, compiled: bool) -> Contend
     found: Contenders = {"Meta": theirs(meta.mask_decoder)}
     if compiled:
         found["Meta, torch.compile"] = theirs(torch.compile(meta.mask_decoder))
-    found["ours"] = lambda: decode(graphdef, params, *arguments, multimask_output=True)
+    found["ours"] = lambda: decode(graphdef, params, *arguments, None, multimask_output=True)
     return found
 
 
