@@ -65,8 +65,7 @@ class Config:
     weight_decay: float = 0.01  # decay of kernels
     clip_norm: float = 1.0  # largest norm of the gradients
     dtype: Literal["float32", "bfloat16"] = "float32"  # what is computed in; parameters are float32
-    # Whether every device has all parameters, or its share.
-    parallelism: sharding.Parallelism = "data"
+    parallelism: sharding.Parallelism = "data"  # all parameters on every device, or its share
     workers: int = 0  # processes that read pictures; 0 for threads
     # For several hosts: the first one's address and port, how many there are, which one this is.
     hosts: tuple[str, int, int] | None = None
@@ -186,8 +185,8 @@ def sources(model, config: Config):
     if config.cache and config.train == "decoder" and not augments:
         # The encoder does not change, nor do the pictures: each is encoded once.
         total = sum(len(source) for source in found if source)
-        folder, hidden = config.output / "embeddings", jax.process_index() > 0
-        with tqdm(desc="encoding", unit="image", total=total, disable=hidden) as bar:
+        folder = config.output / "embeddings"
+        with tqdm(desc="encoding", total=total, disable=jax.process_index() > 0) as bar:
             found = [s and CachedEmbeddings(s, model, folder, bar.update) for s in found]
     return found
 

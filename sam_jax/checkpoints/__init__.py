@@ -88,6 +88,8 @@ def from_pretrained(
 def save_pretrained(model: Sam, path: str | os.PathLike) -> None:
     """Writes the model as a new folder that `from_pretrained` loads.
 
+    Of several hosts all have to call this together; the first one writes.
+
     Raises:
         FileExistsError: if there is something at `path` already.
         CheckpointError: for a model of other parameters, such as one with LoRA's adapters.
