@@ -33,7 +33,7 @@ from sam_jax import from_pretrained
 from sam_jax.checkpoints.params import build_model, param_shapes
 from sam_jax.checkpoints.sources import locate
 from sam_jax.checkpoints.torch_names import from_torch
-from sam_jax.config import mobile_sam, vit_b
+from sam_jax.config import mobile_sam, vit_b, vit_h, vit_l
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
 
 sys.path.append(str(Path(__file__).parents[1] / "convert"))
@@ -41,7 +41,6 @@ import torch_reference
 
 CROPS = {"crop_n_layers": 2, "crop_n_points_downscale_factor": 2}
 RANDOM_ENCODER = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.7}
-MATRIX = 2048
 
 
 def photos() -> dict[str, np.ndarray]:
@@ -58,14 +57,14 @@ def photos() -> dict[str, np.ndarray]:
     }
 
 
-def models(name: str):
-    """The PyTorch model and ours, of the same weights."""
+def models(name: str, dtype: str = "float32"):
+    """The PyTorch model and ours, of the same weights; ours computes in `dtype`."""
     mobile = torch_reference.meta_sam(mobile_sam())
     mobile.load_state_dict(torch.load(locate("mobile_sam"), weights_only=True))
     if name == "mobile_sam":
-        return mobile.eval(), from_pretrained(name)
+        return mobile.eval(), from_pretrained(name, dtype=jax.numpy.dtype(dtype))
     torch.manual_seed(0)
-    config = vit_b()
+    config = {"vit_b": vit_b, "vit_l": vit_l, "vit_h": vit_h}[name]()
     sam = torch_reference.meta_sam(config)
     for module in sam.image_encoder.modules():
         for p in module.parameters(recurse=False):
@@ -77,7 +76,8 @@ def models(name: str):
     for part in ("prompt_encoder", "mask_decoder"):
         getattr(sam, part).load_state_dict(getattr(mobile, part).state_dict())
     tensors = {k: v.numpy() for k, v in sam.state_dict().items()}
-    return sam.eval(), build_model(from_torch(tensors, config, param_shapes(config)), config)
+    params = from_torch(tensors, config, param_shapes(config))
+    return sam.eval(), build_model(params, config, dtype=jax.numpy.dtype(dtype))
 
 
 def timed(function, *args):
@@ -104,13 +104,14 @@ def compare(actual: list[dict], expected: list[dict], pixels: int) -> tuple[np.n
     return ious[rows, columns], max(scores, default=0.0)
 
 
-def matrix_rate() -> float:
-    """Floating-point operations per second of a large float32 matrix product."""
-    a = jax.numpy.ones((MATRIX, MATRIX))
+def matrix_rate(dtype: str = "float32") -> float:
+    """Floating-point operations per second of a large matrix product."""
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jax.random.normal(jax.random.key(0), (side, side), dtype)
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()
     seconds = [timed(lambda: product(a).block_until_ready())[1] for _ in range(10)]
-    return 2 * MATRIX**3 / float(np.median(seconds))
+    return 2 * side**3 / float(np.median(seconds))
 
 
 def main() -> None:

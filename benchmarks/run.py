@@ -2,171 +2,208 @@
 
     python -m benchmarks.run
     python -m benchmarks.run --models vit_b --parts encoder --compile
+    python -m benchmarks.run --device gpu --models vit_h --dtype bfloat16 --batch 8 --compile
 
-Every contender has the same weights and the same random inputs, in one process. Outputs are
-compared before anything is timed: who gives other numbers is not timed. Then all run in turn, warm,
-again and again, each blocked until its result is there, and the median counts. "Share" is the work
-per second over that of a large matrix product on the same device in the same run.
+Each model and part has a process of its own, in which every contender (`benchmarks.contenders`) has
+the same weights and the same inputs. Outputs are compared before anything is timed: who gives other
+numbers than the first is not timed. Then all take turns, warm, again and again, each blocked until
+its result is there, and the median counts.
 
-PyTorch's are Meta's code and `transformers` with its fused attention ("SDPA"), and with --compile
-each of both under torch.compile, which takes minutes.
+* Difference: the root of the mean square of the difference from the first, over that of the first;
+  of everything-mode's masks, the share of the first's that have none of IoU 0.99 or better.
+* Rate and share: the work per second, also over that of a large matrix product of the same dtype
+  on the same device in the same run.
+* Peak: memory during a run: on a CPU what the process took more than it had before, on a GPU the
+  device's, weights and inputs of all contenders included.
+* Compiling: how much longer ours takes the first time; and in another process, with JAX's
+  persistent cache.
 """
 
 import argparse
+import gc
+import multiprocessing
 import os
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks.everything import matrix_rate, models
-from sam_jax.models.sam import decode, encode_image
-from sam_jax.ops.prompts import join_prompts
+from benchmarks.contenders import PARTS, PROMPTS, Contenders, Setting
+from benchmarks.convert_memory import read_status
+from benchmarks.everything import compare, matrix_rate, models
 
-# 2 floating-point operations per multiplication and addition, per image or per prompt.
-FLOPS = {("encoder", "vit_b"): 0.96e12}
-PROMPTS = 64
-# The largest difference from Meta's, over the largest value of Meta's.
-TOLERANCE = 2e-4
-Contenders = dict[str, Callable[[], object]]
+# 2 floating-point operations per multiplication and addition, of an image's encoder.
+ENCODER_FLOPS = {"vit_b": 0.96e12, "vit_l": 2.96e12, "vit_h": 5.93e12}
+DECODER_FLOPS = 3.5e9  # of a prompt, when nothing is shared
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
+MASKS_TOLERANCE = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.1}
 
 
 def seconds(contenders: Contenders, repeat: int) -> dict[str, float]:
     """The median time of each; all take turns, so that what else the machine does hits them all."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[float]] = {who: [] for who in contenders}
     for _ in range(repeat):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+        for who, run in contenders.items():
+            times[who].append(timed(run)[1])
+    return {who: statistics.median(found) for who, found in times.items()}
 
 
-def first(result: object) -> np.ndarray:
-    """The first array of what a contender returns, on the host."""
-    while isinstance(result, tuple):
-        result = result[0]
-    return np.asarray(result.numpy() if isinstance(result, torch.Tensor) else result)
+def timed(run):
+    start = time.perf_counter()
+    result = jax.block_until_ready(run())
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
 
 
-def agreeing(contenders: Contenders) -> tuple[Contenders, dict[str, float]]:
-    """Those whose output is that of the first, and how far each is from it."""
-    outputs = {name: first(run()) for name, run in contenders.items()}
-    expected = next(iter(outputs.values()))
-    scale = np.abs(expected).max()
-    found = {
-        name: float(np.abs(output.reshape(expected.shape) - expected).max() / scale)
-        for name, output in outputs.items()
+def on_host(result) -> np.ndarray:
+    if isinstance(result, torch.Tensor):
+        result = result.detach().float().cpu().numpy()
+    return np.asarray(result, np.float32)
+
+
+def differences(part: str, contenders: Contenders) -> dict[str, float]:
+    """How far each one's output is from the first's."""
+    outputs = {}
+    for who, run in contenders.items():
+        # Two steps of training: the second shows what the first did.
+        outputs[who] = [run(), run()] if part == "training" else run()
+    first = next(iter(outputs.values()))
+    if part == "everything":
+        return {who: missing(records, first) for who, records in outputs.items()}
+    arrays = {
+        who: on_host([on_host(x) for x in found] if part == "training" else found)
+        for who, found in outputs.items()
     }
-    return {name: contenders[name] for name in found if found[name] <= TOLERANCE}, found
+    expected = next(iter(arrays.values()))
+    scale = np.sqrt(np.square(expected).mean())
+    return {
+        who: float(np.sqrt(np.square(array.reshape(expected.shape) - expected).mean()) / scale)
+        for who, array in arrays.items()
+    }
 
 
-def hugging_face(meta: torch.nn.Module, model) -> torch.nn.Module:
-    """`SamModel` with fused attention and the weights of ours."""
-    import transformers
-
-    from sam_jax.checkpoints.params import flat_params
-    from sam_jax.checkpoints.torch_names import to_torch
-    from sam_jax.config import to_hf
-
-    values = {k: v for k, v in to_hf(model.config).items() if k.endswith("_config")}
-    config = transformers.SamConfig(**values, attn_implementation="sdpa")
-    reference = transformers.SamModel(config).eval()
-    tensors = to_torch(
-        {k: np.asarray(v) for k, v in flat_params(model).items()}, model.config, "hf"
-    )
-    reference.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=False)
-    return reference
+def missing(records: list[dict], expected: list[dict]) -> float:
+    if not records or not expected:
+        return float(len(records) != len(expected))
+    ious, _ = compare(records, expected, pixels=1)
+    return 1 - float((ious >= 0.99).sum()) / max(len(records), len(expected))
 
 
-def encoders(name: str, meta: torch.nn.Module, model, compiled: bool) -> Contenders:
-    pixels = np.random.default_rng(0).normal(size=(1, 1024, 1024, 3)).astype(np.float32)
-    channels_first = torch.tensor(pixels).permute(0, 3, 1, 2).contiguous()
-    graphdef, params = nnx.split(model)
-    on_device = jnp.asarray(pixels)
-    found: Contenders = {"Meta": lambda: meta.image_encoder(channels_first)}
-    if name != "mobile_sam":
-        encoder = hugging_face(meta, model).vision_encoder
-        found["transformers, SDPA"] = lambda: encoder(channels_first).last_hidden_state
-    if compiled:
-        fast = torch.compile(meta.image_encoder)
-        found["Meta, torch.compile"] = lambda: fast(channels_first)
-        if name != "mobile_sam":
-            faster = torch.compile(encoder)
-            found["transformers, torch.compile"] = lambda: faster(channels_first).last_hidden_state
-    found["ours"] = lambda: jnp.moveaxis(encode_image(graphdef, params, on_device), -1, 1)
-    return found
+def peak(who: str, run) -> float:
+    """Bytes during one run."""
+    device = jax.local_devices()[0]
+    gc.collect()
+    if device.platform == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = read_status("self")["VmRSS"]
+        timed(run)
+        return read_status("self")["VmHWM"] - before
+    if who == "ours":
+        timed(run)
+        return device.memory_stats()["peak_bytes_in_use"]
+    torch.cuda.reset_peak_memory_stats()
+    timed(run)
+    return torch.cuda.max_memory_allocated()
 
 
-def decoders(name: str, meta: torch.nn.Module, model, compiled: bool) -> Contenders:
-    """A click each, three masks each, low resolution."""
-    rng = np.random.default_rng(0)
-    embedding = rng.normal(size=(1, 64, 64, 256)).astype(np.float32)
-    clicks = rng.uniform(0, 1023, (PROMPTS, 1, 2)).astype(np.float32)
-    channels_first = torch.tensor(embedding).permute(0, 3, 1, 2).contiguous()
-    clicked = torch.tensor(clicks), torch.ones((PROMPTS, 1), dtype=torch.int32)
+def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
+    """A row for each contender."""
+    torch.set_grad_enabled(False)
+    torch.backends.cudnn.allow_tf32 = False
+    device = "cuda" if args.device == "gpu" else "cpu"
+    meta, model = models(name, args.dtype)
+    batch = args.batch if part in ("encoder", "training") else 1
+    setting = Setting(name, meta.to(device), model, device, args.dtype, batch, args.compile)
+    contenders = PARTS[part](setting)
+    with tempfile.TemporaryDirectory() as cache:
+        for option, value in {**CACHE, "jax_compilation_cache_dir": cache}.items():
+            jax.config.update(option, value)
+        first = timed(contenders["ours"])[1]
+        jax.clear_caches()
+        cached = timed(contenders["ours"])[1]
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+    found = differences(part, contenders)
+    limit = (MASKS_TOLERANCE if part == "everything" else TOLERANCE)[args.dtype]
+    agreeing = {who: run for who, run in contenders.items() if found[who] <= limit}
+    times = seconds(agreeing, args.repeat)
+    peaks = {who: peak(who, run) for who, run in agreeing.items()}
+    rate = matrix_rate(args.dtype)
+    work = {
+        "encoder": batch * ENCODER_FLOPS.get(name, 0),
+        "training": 3 * batch * ENCODER_FLOPS.get(name, 0),
+        "decoder": PROMPTS * DECODER_FLOPS,
+    }.get(part, 0)
+    rows = []
+    for who, difference in found.items():
+        row = {"Model, part": f"{name}, {part}", "Who": who, "Difference": f"{difference:.0e}"}
+        if took := times.get(who):
+            row["Time"] = f"{took:.2f} s" if took > 1 else f"{1e3 * took:.0f} ms"
+            row["Per s"] = f"{(PROMPTS if part == 'decoder' else batch) / took:.3g}"
+            row["Rate"] = f"{work / took / 1e12:.3g} TFLOP/s" if work else ""
+            row["Share"] = f"{work / took / rate:.0%}" if work else ""
+            row["Peak"] = f"{peaks[who] / 1e9:.2f} GB"
+            if who == "ours":
+                compiling = [f"{max(x - took, 0):.1f} s" for x in (first, cached)]
+                row["Compiling, from cache"] = ", ".join(compiling)
+            if "ours" in times:
+                row["Ours is faster by"] = f"{took / times['ours']:.2f}"
+        else:
+            row["Time"] = "differs"
+        rows.append(row)
+    return rows
 
-    def theirs(decoder):
-        def run():
-            sparse, dense = meta.prompt_encoder(points=clicked, boxes=None, masks=None)
-            return decoder(
-                image_embeddings=channels_first,
-                image_pe=meta.prompt_encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense,
-                multimask_output=True,
-            )
 
-        return run
-
-    graphdef, params = nnx.split(model)
-    points, labels = join_prompts(clicks[None], np.ones((1, PROMPTS, 1), np.int32), None)
-    arguments = [jnp.asarray(x) for x in (embedding, points, labels)]
-    found: Contenders = {"Meta": theirs(meta.mask_decoder)}
-    if compiled:
-        found["Meta, torch.compile"] = theirs(torch.compile(meta.mask_decoder))
-    found["ours"] = lambda: decode(graphdef, params, *arguments, None, multimask_output=True)
-    return found
+# As README tells users to, but here also for what compiles quickly.
+CACHE = {
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+COLUMNS = (
+    *("Model, part", "Who", "Difference", "Time", "Per s", "Rate", "Share", "Peak"),
+    *("Compiling, from cache", "Ours is faster by"),
+)
 
 
-PARTS = {"encoder": encoders, "decoder": decoders}
+def describe(dtype: str) -> str:
+    device = jax.local_devices()[0]
+    packages = ", ".join(f"{p} {version(p)}" for p in ("jax", "torch", "transformers"))
+    kind = f"{os.cpu_count()} cores, {platform.machine()}"
+    rate = matrix_rate(dtype) / 1e12
+    return f"{device.device_kind}, {kind}; {packages}; {dtype}; {rate:.3g} TFLOP/s"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--models", nargs="+", default=["vit_b", "mobile_sam"])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
+    parser.add_argument("--batch", type=int, default=1, help="images, of encoder and training")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="PyTorch's under torch.compile, too")
     args = parser.parse_args()
 
-    torch.set_grad_enabled(False)
-    rate = matrix_rate()
-    packages = ", ".join(f"{p} {version(p)}" for p in ("jax", "torch", "transformers"))
-    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}"
-    print(f"{device}, {packages}; {rate / 1e9:.0f} GFLOP/s\n")
-    print("| Model, part | Who | Difference | Time | Share | Ours is faster by |")
-    print("|---|---|---:|---:|---:|---:|")
-    for name in args.models:
-        meta, model = models(name)
-        for part in args.parts:
-            contenders, differences = agreeing(PARTS[part](name, meta, model, args.compile))
-            times = seconds(contenders, args.repeat)
-            work = FLOPS.get((part, name))
-            for who, difference in differences.items():
-                took = times.get(who)
-                cells = [f"{name}, {part}", who, f"{difference:.0e}"]
-                cells.append("differs" if took is None else f"{took:.2f} s")
-                cells.append(f"{work / took / rate:.0%}" if work and took else "")
-                cells.append(f"{took / times['ours']:.2f}" if took and "ours" in times else "")
-                print(f"| {' | '.join(cells)} |", flush=True)
+    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[args.device]
+    # Memory is shared with PyTorch.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    process = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, process, max_tasks_per_child=1) as pool:
+        print(pool.submit(describe, args.dtype).result() + "\n")
+        print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", flush=True)
+        for name in args.models:
+            for part in args.parts:
+                for row in pool.submit(measure, part, name, args).result():
+                    print(f"| {' | '.join(row.get(c, '') for c in COLUMNS)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ from tqdm import tqdm
 from sam_jax import from_pretrained, save_pretrained
 from sam_jax.checkpoints.params import digest, flat_params
 from sam_jax.folder import keep_settings
-from sam_jax.training import checkpointing, parameters, sharding
+from sam_jax.training import checkpointing, sharding
 from sam_jax.training.data import BadAnnotations, Prepare, batches, fingerprint, open_source
 from sam_jax.training.embeddings import CachedEmbeddings
 from sam_jax.training.evaluate import draw_clicks, evaluate
 from sam_jax.training.log import MetricsLog
 from sam_jax.training.lora import add_lora, merge_lora, save_lora
+from sam_jax.training.parameters import TABLES, adamw, layer_decay, split_model
 from sam_jax.training.step import Recipe, compile_step, init_state
 
 
@@ -49,8 +50,7 @@ class Config:
     bad_annotations: BadAnnotations = "refuse"  # list what is wrong and stop, or leave it out
     model: str = "mobile_sam"  # short name, hub repository, file or folder
     seed: int = 0  # of the order of pictures and of all that is by chance
-    # What trains: the mask decoder; it and adapters in the image encoder; or all parameters.
-    train: Literal["decoder", "lora", "everything"] = "decoder"
+    train: Literal["decoder", "lora", "everything"] = "decoder"  # lora: and the encoder's adapters
     lora_rank: int = 4  # rank of the adapters
     layer_decay: float | None = None  # layer-wise decay of a ViT's learning rate (everything)
     cache: bool = True  # keep a frozen encoder's embeddings on disk (ViT and MobileSAM: 4 MB each)
@@ -67,8 +67,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # what is computed in; parameters are float32
     parallelism: sharding.Parallelism = "data"  # all parameters on every device, or its share
     workers: int = 0  # processes that read pictures; 0 for threads
-    # For several hosts: the first one's address and port, how many there are, which one this is.
-    hosts: tuple[str, int, int] | None = None
+    hosts: tuple[str, int, int] | None = None  # the first one's address and port, how many, which
 
 
 # What may be another when a run goes on.
@@ -83,48 +82,28 @@ def main(config: Config) -> None:
     if config.hosts is not None:
         jax.distributed.initialize(*config.hosts)
     is_first = jax.process_index() == 0
-    output, recipe = config.output, config.recipe
-    output.mkdir(parents=True, exist_ok=True)
+    output = config.output
     model = from_pretrained(config.model, dtype=jnp.dtype(config.dtype))
-    settings = dataclasses.asdict(config) | recipe._asdict()
-    settings = {name: str(value) for name, value in settings.items() if name not in FREE}
-    settings["weights"] = digest(flat_params(model))
-    settings["data"] = fingerprint(config.annotations)
-    has_checkpoint = any(path.name.isdigit() for path in output.glob("checkpoints/*"))
-    keep_settings(output / "settings.json", settings, has_checkpoint)
-
+    keep_run_settings(model, config)
     model, table = what_trains(model, config)
     source, held_out = sources(model, config)
+    warmup = min(config.warmup, config.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
+    tx = adamw(schedule, table, weight_decay=config.weight_decay, clip_norm=config.clip_norm)
     mesh = sharding.make_mesh()
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, min(config.warmup, config.steps // 2), config.steps
-    )
-    tx = parameters.adamw(
-        schedule, table, weight_decay=config.weight_decay, clip_norm=config.clip_norm
-    )
-    graphdef, trained, frozen = parameters.split_model(model, table)
-    state = init_state(trained, tx, ema=recipe.ema_decay is not None)
-    state = sharding.put(state, mesh, config.parallelism)
+    graphdef, trained, frozen = split_model(model, table)
     frozen = sharding.put(frozen, mesh, config.parallelism)
+    state = init_state(trained, tx, ema=config.recipe.ema_decay is not None)
+    state = sharding.put(state, mesh, config.parallelism)
     size = model.config.image_size if config.full_resolution else model.config.mask_size
     prepare = Prepare(model.config, config.max_objects, size, config.flip, config.scale_range)
-
-    def current(state):
-        trained = state.params if state.ema is None else state.ema
-        parts = sharding.gather((trained, frozen), mesh)
-        return nnx.merge(graphdef, *jax.tree.map(jnp.asarray, parts))
 
     with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
         state = checkpointing.load_state(checkpoints, state) or state
         start, key = int(state.step), jax.random.key(config.seed)
-        train_step = compile_step(state, tx, recipe)
+        train_step = compile_step(state, tx, config.recipe)
         data = batches(
-            source,
-            prepare,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start=start,
-            workers=config.workers,
+            source, prepare, config.batch_size, config.seed, start=start, workers=config.workers
         )
         log = MetricsLog(output, start)
         steps = range(start + 1, config.steps + 1)
@@ -139,7 +118,7 @@ def main(config: Config) -> None:
             bar.set_postfix(loss=metrics["loss"], iou=metrics["iou_last"])
             due = step % config.eval_every == 0 or step == config.steps
             if due and held_out is not None:
-                tuned = current(state)
+                tuned = sharding.merge(graphdef, state.result, frozen, mesh)
                 metrics |= evaluate(tuned, held_out)
                 log.picture(step, draw_clicks(tuned, held_out))
             if due and is_first:
@@ -152,7 +131,7 @@ def main(config: Config) -> None:
         best = checkpointing.load_state(checkpoints, state, best=True)
     for name, chosen in {"model": state, "best": best if held_out else None}.items():
         if chosen and not (output / name).exists():
-            tuned = current(chosen)
+            tuned = sharding.merge(graphdef, chosen.result, frozen, mesh)
             if is_first and config.train == "lora":
                 adapters = output / f"{name}.adapters.safetensors"
                 adapters.unlink(missing_ok=True)
@@ -160,6 +139,17 @@ def main(config: Config) -> None:
             save_pretrained(merge_lora(tuned), output / name)
     if is_first:
         print(output / "model")
+
+
+def keep_run_settings(model, config: Config):
+    """Compares the options with those that the run began with, or writes them for a new one."""
+    settings = dataclasses.asdict(config) | config.recipe._asdict()
+    settings = {name: str(value) for name, value in settings.items() if name not in FREE}
+    settings["weights"] = digest(flat_params(model))
+    settings["data"] = fingerprint(config.annotations)
+    config.output.mkdir(parents=True, exist_ok=True)
+    has_checkpoint = any(path.name.isdigit() for path in config.output.glob("checkpoints/*"))
+    keep_settings(config.output / "settings.json", settings, has_checkpoint)
 
 
 def what_trains(model, config: Config):
@@ -172,8 +162,8 @@ def what_trains(model, config: Config):
         layers = r"image_encoder\..*\.(qkv|proj)"
         model = add_lora(model, layers, config.lora_rank, rngs=nnx.Rngs(config.seed))
     elif config.layer_decay is not None:
-        return model, parameters.layer_decay(model.config, config.layer_decay)
-    return model, parameters.TABLES[config.train]
+        return model, layer_decay(model.config, config.layer_decay)
+    return model, TABLES[config.train]
 
 
 def sources(model, config: Config):

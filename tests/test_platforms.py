@@ -14,6 +14,7 @@ from sam_jax.training.step import Recipe, init_state, train_step
 PLATFORMS = ("cpu", "cuda", "tpu")
 MODELS = {
     "xla": (SMALL, "xla"),
+    "folded": (SMALL, "folded"),
     "chunked": (SMALL, "chunked"),
     "tiny_vit": (SMALL_TINY, None),
 }
@@ -52,7 +53,7 @@ def test_decoder(model, with_masks):
     graphdef, params = nnx.split(model)
     grid, side = model.config.image_embedding_size, model.config.mask_size
     exported = lowered(
-        lambda params, *arrays: nnx.merge(graphdef, params).decode(*arrays),
+        lambda params, *arrays: nnx.merge(graphdef, params).decode(*arrays, prompts_at_once=4),
         params,
         shape(1, grid, grid, model.config.prompt_embed_dim),
         shape(1, 4, 3, 2),

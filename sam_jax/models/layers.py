@@ -1,5 +1,7 @@
 """Pieces that several parts of the model share. Channels are last everywhere."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -102,8 +104,10 @@ class PatchConv(nnx.Module):
 class UpscaleConv(nnx.Module):
     """`ConvTranspose2d(kernel_size=2, stride=2)`: each pixel becomes 2 x 2 pixels, by one matmul.
 
-    `kernel[c, i, j, o]` leads from channel c to channel o of the pixel at row i, column j; the
-    reference's kernel is indexed the same way, so that nothing is flipped.
+    These get axes of their own, so that what follows pixel by pixel needs them in no other order;
+    `join_pixels` makes a picture of them. `kernel[c, i, j, o]` leads from channel c to channel o of
+    the pixel at row i, column j; the reference's kernel is indexed the same way, so that nothing is
+    flipped.
     """
 
     def __init__(self, in_chans: int, out_chans: int, *, dtype, rngs: nnx.Rngs):
@@ -112,12 +116,20 @@ class UpscaleConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_chans))
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "h w i"]) -> Float[Array, "2*h 2*w o"]:
-        h, w, i = x.shape
-        o = self.kernel.shape[-1]
+    def __call__(self, x: Float[Array, "*pixels i"]) -> Float[Array, "*pixels 2 2 o"]:
+        i, _, _, o = self.kernel.shape
         kernel = self.kernel[...].astype(self.dtype).reshape(i, 4 * o)
-        x = (x.astype(self.dtype) @ kernel).reshape(h, w, 2, 2, o)
-        return jnp.swapaxes(x, 1, 2).reshape(2 * h, 2 * w, o) + self.bias[...].astype(self.dtype)
+        x = (x.astype(self.dtype) @ kernel).reshape(*x.shape[:-1], 2, 2, o)
+        return x + self.bias[...].astype(self.dtype)
+
+
+def join_pixels(x: Float[Array, "h w *pixels_of_pixels c"]) -> Float[Array, "rows columns c"]:
+    """Pixels of pixels as one picture: [h, w, 2, 2, 2, 2, c] -> [4 * h, 4 * w, c]."""
+    *pixels, c = x.shape
+    last = len(pixels)
+    rows, columns = range(0, last, 2), range(1, last, 2)
+    x = x.transpose(*rows, *columns, last)
+    return x.reshape(math.prod(pixels[::2]), math.prod(pixels[1::2]), c)
 
 
 class Neck(nnx.Module):

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
-from sam_jax.models.layers import LayerNorm, UpscaleConv, gelu, relu
+from sam_jax.models.layers import LayerNorm, UpscaleConv, gelu, join_pixels, relu
 from sam_jax.models.two_way_transformer import TwoWayTransformer
 
 
@@ -123,18 +123,22 @@ class MaskDecoder(nnx.Module):
         upscaled = self.output_upscaling(image_embedding)
         heads = list(self.output_hypernetworks_mlps)[outputs]
         hyper_in = jnp.stack([h(t) for h, t in zip(heads, mask_tokens[outputs], strict=True)])
-        return jnp.einsum("mc,yxc->myx", hyper_in, upscaled, preferred_element_type=jnp.float32)
+        masks = jnp.matmul(upscaled, hyper_in.T, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(join_pixels(masks), -1, 0)
 
 
 class OutputUpscaling(nnx.Module):
-    """Two transposed convolutions to four times the grid; only the first has a norm."""
+    """Two transposed convolutions to four times the grid; only the first has a norm.
+
+    Each pixel becomes 2 x 2 and these 2 x 2 again: see `join_pixels`.
+    """
 
     def __init__(self, dim: int, *, dtype, rngs):
         self.conv1 = UpscaleConv(dim, dim // 4, dtype=dtype, rngs=rngs)
         self.norm = LayerNorm(dim // 4, eps=1e-6, dtype=dtype)
         self.conv2 = UpscaleConv(dim // 4, dim // 8, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "g g c"]) -> Float[Array, "4*g 4*g c//8"]:
+    def __call__(self, x: Float[Array, "g g c"]) -> Float[Array, "g g 2 2 2 2 c//8"]:
         return gelu(self.conv2(gelu(self.norm(self.conv1(x)))))
 
 

@@ -11,6 +11,7 @@ Two ways in:
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -116,6 +117,8 @@ class Sam(nnx.Module):
         multimask_output: bool = True,
         attention_similarity: Float[Array, "b p #heads #t g*g"] | None = None,
         target_embedding: Float[Array, "b p #t c"] | None = None,
+        *,
+        prompts_at_once: int | None = None,
     ) -> tuple[Float[Array, "b p m 4*g 4*g"], Float[Array, "b p m"]]:
         """Mask logits and predicted IoUs of every prompt of every image, both float32.
 
@@ -132,6 +135,8 @@ class Sam(nnx.Module):
             multimask_output: three masks per prompt, or one.
             attention_similarity: added to the token-to-image logits (PerSAM).
             target_embedding: added to the tokens before each block (PerSAM).
+            prompts_at_once: how many prompts of each image are computed together, for less memory.
+                None: one of one image on a CPU, whose cache it fits, else all.
         """
         image_pe = self.prompt_encoder.get_dense_pe()
 
@@ -157,10 +162,25 @@ class Sam(nnx.Module):
         mask_per_prompt = masks is not None and masks.shape[1] == points.shape[1]
         if masks is not None and not mask_per_prompt:
             masks = masks[:, 0]
-        over_prompts = jax.vmap(one_prompt, (None, 0, 0, 0 if mask_per_prompt else None, 0, 0))
-        return jax.vmap(over_prompts)(
-            image_embeddings, points, labels, masks, attention_similarity, target_embedding
-        )
+        images_at_once = None
+        if prompts_at_once is None and jax.default_backend() == "cpu":
+            prompts_at_once = images_at_once = 1  # what fits the cache
+
+        def one_image(x):
+            image_embedding, shared_mask, prompts = x
+
+            def one(prompt):
+                points, labels, mask, similarity, target = prompt
+                mask = mask if mask_per_prompt else shared_mask
+                return one_prompt(image_embedding, points, labels, mask, similarity, target)
+
+            return _map(one, prompts, prompts_at_once)
+
+        shared_masks = None if mask_per_prompt else masks
+        own_masks = masks if mask_per_prompt else None
+        prompts = points, labels, own_masks, attention_similarity, target_embedding
+        images = image_embeddings, shared_masks, prompts
+        return _map(one_image, images, images_at_once)
 
     def __call__(
         self,
@@ -345,6 +365,14 @@ class Sam(nnx.Module):
         # Masks on a device are not fetched for this.
         if isinstance(masks, np.ndarray) and not np.isfinite(masks).all():
             raise ValueError("input_masks hold logits that are not finite")
+
+
+def _map(function: Callable, arrays: PyTree, at_once: int | None) -> PyTree:
+    """`function` of each entry of the arrays, so many at a time, or all."""
+    if at_once is None or at_once >= len(jax.tree.leaves(arrays)[0]) > 1:
+        return jax.vmap(function)(arrays)
+    # One at a time there is no batch axis, with which a CPU multiplies matrices more slowly.
+    return jax.lax.map(function, arrays, batch_size=None if at_once == 1 else at_once)
 
 
 def _check_shape(name: str, array, expected: tuple[int | None, ...]) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from sam_jax.ops.resize import linear_resize_matrix
 
-Implementation = Literal["xla", "chunked", "cudnn"]
+Implementation = Literal["xla", "folded", "chunked", "cudnn"]
 
 # Rows of logits that one step of the chunked backend holds: 512 x 4096 in float32 is 8 MB, which
 # stays in a CPU's cache.
@@ -74,10 +74,11 @@ def rel_pos_attention(
         v: values.
         rel_pos: tables for rows and columns (`rel_pos_h`, `rel_pos_w`), or None for none.
         grid: (h, w).
-        implementation: "xla" materialises all logits, "chunked" those of one head and a block of
-            queries at a time (less memory, and faster on a CPU), "cudnn" none (an NVIDIA GPU's
-            flash attention, in bfloat16 or float16). None takes "chunked" on a CPU and "xla"
-            elsewhere.
+        implementation: "xla" materialises all logits and adds the positions to them, "folded" has
+            the positions in wider queries and keys (`fold_positions`), "chunked" materialises the
+            logits of one head and a block of queries at a time, for less memory, "cudnn" none (an
+            NVIDIA GPU's flash attention, in bfloat16 or float16, folded). None takes the fastest:
+            on a CPU "folded" for windows and "chunked" for large grids, elsewhere "xla".
 
     Logits and softmax are float32 whatever the inputs' dtype; the result has the inputs' dtype.
 
@@ -85,8 +86,9 @@ def rel_pos_attention(
         ValueError: for an implementation that is unknown or cannot run here.
     """
     h, w = grid
-    if implementation is None:
-        implementation = "chunked" if jax.default_backend() == "cpu" else "xla"
+    if implementation is None and jax.default_backend() == "cpu":
+        implementation = "folded" if h * w <= _QUERY_BLOCK else "chunked"
+    implementation = implementation or "xla"
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"unknown attention implementation {implementation!r}; "
@@ -103,14 +105,16 @@ def _xla(q, k, v, tables, grid):
     b, heads, n, d = q.shape
     logits = jnp.einsum("bnqd,bnkd->bnqk", q * d**-0.5, k, preferred_element_type=jnp.float32)
     if tables is not None:
-        q = q.reshape(b, heads, h, w, d)
-        rel_h = jnp.einsum("bnhwd,hkd->bnhwk", q, tables[0], preferred_element_type=jnp.float32)
-        rel_w = jnp.einsum("bnhwd,wkd->bnhwk", q, tables[1], preferred_element_type=jnp.float32)
-        logits = logits.reshape(b, heads, h, w, h, w)
-        logits = logits + rel_h[..., :, None] + rel_w[..., None, :]
+        rel_h, rel_w = _position_terms(q, tables)
+        logits = logits.reshape(b, heads, n, h, w) + rel_h[..., :, None] + rel_w[..., None, :]
         logits = logits.reshape(b, heads, n, n)
     weights = softmax(logits).astype(v.dtype)
     return jnp.einsum("bnqk,bnkd->bnqd", weights, v)
+
+
+def _folded(q, k, v, tables, grid):
+    q, k = fold_positions(q, k, tables)
+    return _average(jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=jnp.float32), v)
 
 
 def _chunked(q, k, v, tables, grid):
@@ -123,15 +127,9 @@ def _chunked(q, k, v, tables, grid):
     def block(q, k, v, table_h):  # q: [rows * w, d]; table_h: [rows, h, d]
         logits = jnp.dot(q * d**-0.5, k.T, preferred_element_type=jnp.float32)
         if tables is not None:
-            q = q.reshape(rows, w, d)
-            rel_h = jnp.einsum("hwd,hkd->hwk", q, table_h, preferred_element_type=jnp.float32)
-            rel_w = jnp.einsum("hwd,wkd->hwk", q, tables[1], preferred_element_type=jnp.float32)
-            logits = logits.reshape(rows, w, h, w) + rel_h[..., :, None] + rel_w[..., None, :]
-            logits = logits.reshape(rows * w, n)
-        # Dividing the d columns of the result is cheaper than the n columns of the weights.
-        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-        out = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
+            rel_h, rel_w = _position_terms(q, (table_h, tables[1]))
+            logits = logits.reshape(-1, h, w) + rel_h[..., :, None] + rel_w[..., None, :]
+        return _average(logits.reshape(-1, n), v)
 
     def one_head(qkv):
         q, k, v = qkv
@@ -145,46 +143,65 @@ def _chunked(q, k, v, tables, grid):
     return jax.lax.map(one_head, flat).reshape(b, heads, n, d)
 
 
+def _average(logits: Float[Array, "*batch q k"], v: Float[Array, "*batch k d"]):
+    """The values averaged with the weights that a softmax gives, in their dtype."""
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    # Dividing the d columns of the result is cheaper than the k columns of the weights.
+    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
+
+
+def _position_terms(
+    q: Float[Array, "*batch hw d"], tables: tuple[Float[Array, "h kh d"], Float[Array, "w kw d"]]
+) -> tuple[Float[Array, "*batch hw kh"], Float[Array, "*batch hw kw"]]:
+    """What the positions of each query's grid add to its logits by the keys' rows and columns."""
+    (h, w), batch = (len(table) for table in tables), q.shape[:-2]
+    # The axes that the tables share come first: a CPU is slow at them elsewhere.
+    grid = q.reshape(-1, h, w, q.shape[-1]).transpose(1, 2, 0, 3)
+    rel_h = jnp.einsum("hwnd,hkd->hwnk", grid, tables[0], preferred_element_type=jnp.float32)
+    grid = grid.swapaxes(0, 1)
+    rel_w = jnp.einsum("whnd,wkd->whnk", grid, tables[1], preferred_element_type=jnp.float32)
+    return (
+        rel_h.transpose(2, 0, 1, 3).reshape(*batch, h * w, -1),
+        rel_w.transpose(2, 1, 0, 3).reshape(*batch, h * w, -1),
+    )
+
+
 def fold_positions(
     q: Float[Array, "b heads n d"],
     k: Float[Array, "b heads n d"],
-    tables: tuple[Float[Array, "h h d"], Float[Array, "w w d"]],
-) -> tuple[Float[Array, "b heads n d+h+w"], Float[Array, "b heads n d+h+w"]]:
-    """Queries and keys whose scaled products are the logits, positions and all.
+    tables: tuple[Float[Array, "h h d"], Float[Array, "w w d"]] | None,
+) -> tuple[Float[Array, "b heads n _"], Float[Array, "b heads n _"]]:
+    """Queries and keys whose products are the logits, scale, positions and all.
 
     A query's h + w position terms become further channels, and a key's further channels pick the
     two of its row and column:
 
-        scale * [q, rel_h / scale, rel_w / scale] . [k, onehot(row), onehot(column)]
+        [scale * q, rel_h, rel_w] . [k, onehot(row), onehot(column)]
 
-    This is exact, so that attention without a bias will do, and its gradient too.
+    This is exact, so that attention without a bias will do, and its gradient too. Without tables
+    there are no positions.
     """
-    (h, w), (b, heads, n, d) = (len(table) for table in tables), q.shape
-    grid = q.reshape(b, heads, h, w, d)
-    rel_h = jnp.einsum("bnhwd,hkd->bnhwk", grid, tables[0], preferred_element_type=jnp.float32)
-    rel_w = jnp.einsum("bnhwd,wkd->bnhwk", grid, tables[1], preferred_element_type=jnp.float32)
-    positions = jnp.concatenate([rel_h, rel_w], -1).reshape(b, heads, n, h + w) * d**0.5
-    row_and_column = jnp.concatenate(
-        [
-            jnp.repeat(jnp.eye(h, dtype=k.dtype), w, axis=0),
-            jnp.tile(jnp.eye(w, dtype=k.dtype), (h, 1)),
-        ],
-        axis=-1,
-    )
-    picks = jnp.broadcast_to(row_and_column, (b, heads, n, h + w))
-    return jnp.concatenate([q, positions.astype(q.dtype)], -1), jnp.concatenate([k, picks], -1)
+    scaled = q * q.shape[-1] ** -0.5
+    if tables is None:
+        return scaled, k
+    h, w = (len(table) for table in tables)
+    terms = [term.astype(q.dtype) for term in _position_terms(q, tables)]
+    rows = jnp.repeat(jnp.eye(h, dtype=k.dtype), w, axis=0)
+    columns = jnp.tile(jnp.eye(w, dtype=k.dtype), (h, 1))
+    picks = jnp.concatenate([rows, columns], -1)
+    picks = jnp.broadcast_to(picks, (*k.shape[:-1], h + w))
+    return jnp.concatenate([scaled, *terms], -1), jnp.concatenate([k, picks], -1)
 
 
 def _cudnn(q, k, v, tables, grid):
     d = q.shape[-1]
-    scale = d**-0.5
-    if tables is not None:
-        q, k = fold_positions(q, k, tables)
+    q, k = fold_positions(q, k, tables)
     # It takes one width for all three, in multiples of eight.
     width = -(-q.shape[-1] // 8) * 8
     _check_cudnn(q.dtype, width)
     q, k, v = (_widen(x, width).transpose(0, 2, 1, 3) for x in (q, k, v))
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+    out = jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation="cudnn")
     return out.transpose(0, 2, 1, 3)[..., :d]
 
 
@@ -214,4 +231,4 @@ def _rows_per_block(h: int, w: int) -> int:
     return max(r for r in range(1, h + 1) if h % r == 0 and (r * w <= _QUERY_BLOCK or r == 1))
 
 
-_IMPLEMENTATIONS = {"xla": _xla, "chunked": _chunked, "cudnn": _cudnn}
+_IMPLEMENTATIONS = {"xla": _xla, "folded": _folded, "chunked": _chunked, "cudnn": _cudnn}

@@ -231,9 +231,9 @@ class Prepare:
 def batches(
     source: Source,
     prepare: Prepare,
-    *,
     batch_size: int,
     seed: int,
+    *,
     start: int = 0,
     workers: int = 0,
     process_index: int | None = None,

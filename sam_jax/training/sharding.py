@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+
+from sam_jax.models.sam import Sam
 
 Parallelism = Literal["data", "fsdp"]
 
@@ -74,6 +78,12 @@ def gather(tree: PyTree, mesh: Mesh) -> PyTree:
     everywhere = NamedSharding(mesh, PartitionSpec())
     copies = jax.jit(_identity, out_shardings=everywhere)(tree)
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), copies)
+
+
+def merge(graphdef: nnx.GraphDef, trained: PyTree, frozen: PyTree, mesh: Mesh) -> Sam:
+    """The model of parameters that are spread over devices, whole on this host's first device."""
+    parts = gather((trained, frozen), mesh)
+    return nnx.merge(graphdef, *jax.tree.map(jnp.asarray, parts))
 
 
 def _identity(x):

@@ -45,6 +45,11 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     ema: PyTree | None  # their exponential moving average
 
+    @property
+    def result(self) -> PyTree:
+        """The parameters to use: their moving average if there is one."""
+        return self.params if self.ema is None else self.ema
+
 
 def init_state(
     trained: PyTree, tx: optax.GradientTransformation, *, ema: bool = False

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import pickle
 
 import jax
@@ -341,7 +342,8 @@ def test_what_depends_on_the_image_alone_is_computed_once(model):
 
     def products(masks):
         prompts = join_prompts(jnp.asarray(POINTS), jnp.asarray(LABELS), None)
-        jaxpr = jax.make_jaxpr(model.decode)(jnp.zeros((2, 12, 12, 32)), *prompts, masks)
+        decode = functools.partial(model.decode, prompts_at_once=len(POINTS[0]))
+        jaxpr = jax.make_jaxpr(decode)(jnp.zeros((2, 12, 12, 32)), *prompts, masks)
         sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if "dot" in str(eqn)]
         return sizes.count(2 * 144 * 16)
 
@@ -500,8 +502,8 @@ def our_objective(sam, pixels, points, labels, box, mask):
 
 @pytest.mark.parametrize(
     ("config", "attention"),
-    [(SMALL, "xla"), (SMALL, "chunked"), (SMALL_TINY, None)],
-    ids=["vit_xla", "vit_chunked", "tiny_vit"],
+    [(SMALL, "xla"), (SMALL, "folded"), (SMALL, "chunked"), (SMALL_TINY, None)],
+    ids=["vit_xla", "vit_folded", "vit_chunked", "tiny_vit"],
 )
 def test_gradients(config, attention):
     torch_sam = meta_sam(config)

@@ -36,7 +36,7 @@ def test_patch_embed(pair):
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["window", "global"])
-@pytest.mark.parametrize("attention", ["xla", "chunked"])
+@pytest.mark.parametrize("attention", ["xla", "folded", "chunked"])
 def test_block(index, attention):
     torch_sam = meta_sam(SMALL)
     encoder = ours(torch_sam, SMALL, attention=attention).image_encoder

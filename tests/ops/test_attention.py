@@ -41,7 +41,7 @@ def inputs(grid, d=8):
     return q, k, v, tables
 
 
-@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+@pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
 @pytest.mark.parametrize("grid", [(6, 6), (7, 5), (5, 7), (1, 4), (48, 33)])
 def test_attention(implementation, grid):
     q, k, v, tables = inputs(grid)
@@ -49,14 +49,15 @@ def test_attention(implementation, grid):
     assert_close(actual, reference_attention(q, k, v, tables, grid))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+@pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
 def test_attention_without_positions(implementation):
     q, k, v, _ = inputs((6, 6))
     actual = rel_pos_attention(q, k, v, None, (6, 6), implementation)
     assert_close(actual, reference_attention(q, k, v, None, (6, 6)))
 
 
-def test_gradients_agree():
+@pytest.mark.parametrize("implementation", ["folded", "chunked"])
+def test_gradients_agree(implementation):
     grid = (8, 6)
     arrays = inputs(grid)
 
@@ -66,7 +67,7 @@ def test_gradients_agree():
         )
 
     expected = jax.grad(scalar("xla"), argnums=(0, 1, 2, 3))(*arrays)
-    actual = jax.grad(scalar("chunked"), argnums=(0, 1, 2, 3))(*arrays)
+    actual = jax.grad(scalar(implementation), argnums=(0, 1, 2, 3))(*arrays)
     jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), actual, expected)
 
 
@@ -75,7 +76,7 @@ def folded_attention(q, k, v, tables, grid):
     tables = tuple(map(relative_positions, tables, grid))
     q, k = (x.transpose(0, 2, 1, 3) for x in fold_positions(q, k, tables))
     v = jnp.pad(v.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, 0), (0, sum(grid))))
-    out = jax.nn.dot_product_attention(q, k, v, scale=tables[0].shape[-1] ** -0.5)
+    out = jax.nn.dot_product_attention(q, k, v, scale=1.0)
     return out.transpose(0, 2, 1, 3)[..., : tables[0].shape[-1]]
 
 
@@ -101,7 +102,7 @@ def test_cudnn_says_what_it_needs():
         rel_pos_attention(q, k, v, tables, (2, 2), "cudnn")
 
 
-@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+@pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
 def test_large_logits_in_bfloat16_stay_finite(implementation):
     q, k, v, tables = inputs((6, 6))
     q = (100 * q).astype(jnp.bfloat16)

@@ -1,0 +1,309 @@
+"""What `benchmarks.run` compares: ours and PyTorch's, part by part, as functions without arguments.
+
+Meta's code, and `transformers` with its fused attention ("SDPA"); on request both under
+torch.compile. Everyone has the same weights and the same inputs, random ones for encoder and
+decoder. In bfloat16 there is Meta's in float32 besides, first, whom the outputs of all are
+compared with.
+"""
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from benchmarks.everything import RANDOM_ENCODER, photos
+from sam_jax.checkpoints.params import flat_params
+from sam_jax.checkpoints.torch_names import to_torch
+from sam_jax.mask_generator import SamAutomaticMaskGenerator
+from sam_jax.models.layers import split_keys
+from sam_jax.models.sam import Sam, decode, encode_image
+from sam_jax.ops.prompts import join_prompts
+from sam_jax.predictor import SamPredictor
+from sam_jax.training.parameters import EVERYTHING, adamw, split_model
+from sam_jax.training.rounds import _first_prompt
+from sam_jax.training.step import Recipe, compile_step, init_state
+
+sys.path.append(str(Path(__file__).parents[1] / "convert"))
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "training"))
+from test_losses import torch_loss
+from torch_reference import hf_sam, import_reference
+
+PROMPTS = 64
+LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.1
+Contenders = dict[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a part is run with."""
+
+    name: str  # of the model
+    meta: torch.nn.Module  # on the device, float32
+    model: Sam
+    device: str  # PyTorch's name for it
+    dtype: str
+    batch: int  # images
+    compiled: bool  # PyTorch's under torch.compile, too
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """PyTorch's."""
+        return getattr(torch, self.dtype)
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        """PyTorch's, on the device."""
+        return torch.tensor(array, device=self.device)
+
+    def random(self, *shape: int) -> np.ndarray:
+        """Float32, the same every time."""
+        return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+    def compile(self, module: torch.nn.Module) -> torch.nn.Module:
+        """As fast as PyTorch can."""
+        mode = "max-autotune" if self.device == "cuda" else None
+        return torch.compile(module, mode=mode)
+
+    @functools.cached_property
+    def hugging_face(self) -> torch.nn.Module:
+        """`SamModel` with fused attention and the weights of ours."""
+        reference = hf_sam(self.model.config)
+        reference.set_attn_implementation("sdpa")
+        params = {k: np.asarray(v) for k, v in flat_params(self.model).items()}
+        tensors = to_torch(params, self.model.config, "hf")
+        reference.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=False)
+        return reference.to(self.device)
+
+    @property
+    def is_vit(self) -> bool:
+        """Or MobileSAM, which `transformers` does not have."""
+        return self.name != "mobile_sam"
+
+
+def encoder(setting: Setting) -> Contenders:
+    """Image embeddings of normalised pixels."""
+    pixels = setting.random(setting.batch, 1024, 1024, 3)
+    channels_first = setting.tensor(pixels).permute(0, 3, 1, 2).contiguous()
+    modules: dict[str, tuple[torch.nn.Module, torch.dtype]] = {}
+    if setting.dtype != "float32":
+        modules["Meta, float32"] = setting.meta.image_encoder, torch.float32
+    dtype = setting.torch_dtype
+    fast = copy.deepcopy(setting.meta.image_encoder).to(dtype)
+    modules["Meta"] = fast, dtype
+    if setting.is_vit:
+        sdpa = copy.deepcopy(setting.hugging_face.vision_encoder).to(dtype)
+        modules["transformers, SDPA"] = sdpa, dtype
+    if setting.compiled:
+        modules["Meta, torch.compile"] = setting.compile(fast), dtype
+        if setting.is_vit:
+            modules["transformers, torch.compile"] = setting.compile(sdpa), dtype
+
+    def theirs(module, dtype):
+        inputs = channels_first.to(dtype)
+        return lambda: getattr(result := module(inputs), "last_hidden_state", result)
+
+    graphdef, params = nnx.split(setting.model)
+    on_device = jnp.asarray(pixels)
+    return {
+        **{who: theirs(*module) for who, module in modules.items()},
+        "ours": lambda: jnp.moveaxis(encode_image(graphdef, params, on_device), -1, 1),
+    }
+
+
+def decoder(setting: Setting) -> Contenders:
+    """Low-resolution masks of a click each, three masks each, of one image."""
+    embedding = setting.random(1, 64, 64, 256)
+    clicks = np.random.default_rng(0).uniform(0, 1023, (PROMPTS, 1, 2)).astype(np.float32)
+    channels_first = setting.tensor(embedding).permute(0, 3, 1, 2).contiguous()
+    ones = np.ones((PROMPTS, 1), np.int32)
+    clicked = setting.tensor(clicks), setting.tensor(ones)
+
+    def theirs(module, dtype):
+        prompts = setting.meta.prompt_encoder
+
+        def run():
+            sparse, dense = prompts(points=clicked, boxes=None, masks=None)
+            return module(
+                image_embeddings=channels_first.to(dtype),
+                image_pe=prompts.get_dense_pe().to(dtype),
+                sparse_prompt_embeddings=sparse.to(dtype),
+                dense_prompt_embeddings=dense.to(dtype),
+                multimask_output=True,
+            )[0]
+
+        return run
+
+    dtype = setting.torch_dtype
+    fast = copy.deepcopy(setting.meta.mask_decoder).to(dtype)
+    graphdef, params = nnx.split(setting.model)
+    points, labels = join_prompts(clicks[None], ones[None], None)
+    arguments = [jnp.asarray(x) for x in (embedding, points, labels)]
+    found: Contenders = {}
+    if setting.dtype != "float32":
+        found["Meta, float32"] = theirs(setting.meta.mask_decoder, torch.float32)
+    found["Meta"] = theirs(fast, dtype)
+    if setting.compiled:
+        found["Meta, torch.compile"] = theirs(setting.compile(fast), dtype)
+    found["ours"] = lambda: decode(graphdef, params, *arguments, None, multimask_output=True)[0]
+    return found
+
+
+def predict(setting: Setting) -> Contenders:
+    """A photo and a click to full-size masks, by `SamPredictor`."""
+    photo, point, label = photos()["landscape 600x400"], np.array([[300, 180]]), np.array([1])
+
+    def by(predictor):
+        def run():
+            predictor.set_image(photo)
+            return predictor.predict(point, label)[2]
+
+        return run
+
+    found = {
+        who: in_dtype(by(import_reference("segment_anything").SamPredictor(sam)), setting, dtype)
+        for who, sam, dtype in metas(setting)
+    }
+    return {**found, "ours": by(SamPredictor(setting.model))}
+
+
+def everything(setting: Setting) -> Contenders:
+    """All masks of a photo, 32 x 32 points, as run lengths."""
+    photo = photos()["landscape 600x400"]
+    options = {"output_mode": "coco_rle"} | (RANDOM_ENCODER if setting.is_vit else {})
+    theirs = import_reference("segment_anything").SamAutomaticMaskGenerator
+
+    def by(generator):
+        return lambda: generator.generate(photo)
+
+    found = {
+        who: in_dtype(by(theirs(sam, **options)), setting, dtype)
+        for who, sam, dtype in metas(setting)
+    }
+    return {**found, "ours": by(SamAutomaticMaskGenerator(setting.model, **options))}
+
+
+def metas(setting: Setting) -> Iterator[tuple[str, torch.nn.Module, str]]:
+    """Meta's model and what it computes in, then with its encoder compiled."""
+    if setting.dtype != "float32":
+        yield "Meta, float32", setting.meta, "float32"
+    yield "Meta", setting.meta, setting.dtype
+    if setting.compiled:
+        sam = copy.deepcopy(setting.meta)
+        sam.image_encoder = setting.compile(sam.image_encoder)
+        yield "Meta, torch.compile", sam, setting.dtype
+
+
+def in_dtype(function: Callable, setting: Setting, dtype: str) -> Callable:
+    """Within PyTorch's automatic mixed precision."""
+
+    def run():
+        enabled = dtype != "float32"
+        with torch.autocast(setting.device, setting.torch_dtype, enabled=enabled):
+            return function()
+
+    return run
+
+
+def training(setting: Setting) -> Contenders:
+    """A step of AdamW on all parameters, one object per image; the losses of two steps."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "pixel_values": setting.random(setting.batch, 1024, 1024, 3),
+        "masks": np.zeros((setting.batch, 1, 256, 256), bool),
+        "boxes": np.tile(np.array([40.0, 40.0, 399.0, 799.0], np.float32), (setting.batch, 1, 1)),
+        "valid": np.ones((setting.batch, 1), np.float32),
+    }
+    batch["masks"][..., 10:200, 10:100] = rng.random((190, 90)) > 0.2
+    key, recipe = jax.random.key(0), Recipe(box_probability=1.0)
+    dtypes = [setting.dtype] if setting.dtype == "float32" else ["float32", setting.dtype]
+    found: Contenders = {}
+    for dtype in dtypes:
+        who = "Meta" if dtype == setting.dtype else "Meta, float32"
+        found[who] = torch_step(setting, copy.deepcopy(setting.meta), batch, key, dtype)
+    if setting.compiled:
+        sam = copy.deepcopy(setting.meta)
+        sam.image_encoder = setting.compile(sam.image_encoder)
+        sam.mask_decoder = setting.compile(sam.mask_decoder)
+        found["Meta, torch.compile"] = torch_step(setting, sam, batch, key, setting.dtype)
+
+    tx = adamw(LEARNING_RATE, EVERYTHING, weight_decay=WEIGHT_DECAY)
+    graphdef, trained, frozen = split_model(setting.model, EVERYTHING)
+    state = init_state(trained, tx)
+    step = compile_step(state, tx, recipe)
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    def ours():
+        nonlocal state
+        state, metrics = step(graphdef, state, frozen, batch, key)
+        return metrics["loss"]
+
+    return {**found, "ours": ours}
+
+
+def torch_step(setting: Setting, sam: torch.nn.Module, batch: dict, key, dtype: str) -> Callable:
+    """The same step in PyTorch, with the boxes that ours draws at each step."""
+    sam.train()
+    kinds = torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d
+    kernels = {id(m.weight) for m in sam.modules() if isinstance(m, kinds)}
+    groups = [
+        {"params": [p for p in sam.parameters() if (id(p) in kernels) is decays], "weight_decay": w}
+        for decays, w in ((True, WEIGHT_DECAY), (False, 0.0))
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    pixels = setting.tensor(batch["pixel_values"]).permute(0, 3, 1, 2).contiguous()
+    targets = setting.tensor(batch["masks"][:, 0]).float()
+    first = (torch.arange(4, device=setting.device) == 0)[None]
+    steps = iter(range(10**9))
+
+    @jax.jit
+    def boxes(step):
+        keys = jax.random.split(jax.random.fold_in(key, step), setting.batch)
+
+        def one(key, mask, box):
+            object_key = jax.random.split(jax.random.split(key, 1)[0], 3)[0]
+            size = setting.model.config.image_size
+            return _first_prompt(object_key, mask, box, size, 1.0)[0].reshape(4)
+
+        prompt_keys, _ = split_keys(keys, 2)
+        return jax.vmap(one)(prompt_keys, batch["masks"][:, 0], batch["boxes"][:, 0])
+
+    def run():
+        box = setting.tensor(np.array(boxes(next(steps))))
+        with (
+            torch.enable_grad(),
+            torch.autocast(setting.device, setting.torch_dtype, enabled=dtype != "float32"),
+        ):
+            embeddings = sam.image_encoder(pixels)
+            losses = []
+            for i in range(setting.batch):
+                sparse, dense = sam.prompt_encoder(points=None, boxes=box[i : i + 1], masks=None)
+                logits, scores = sam.mask_decoder.predict_masks(
+                    embeddings[i : i + 1], sam.prompt_encoder.get_dense_pe(), sparse, dense
+                )
+                target = targets[i : i + 1]
+                losses.append(torch_loss(logits.double(), scores.float(), target.double(), first))
+            loss = torch.cat(losses).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    return run
+
+
+PARTS = {
+    "encoder": encoder,
+    "decoder": decoder,
+    "predict": predict,
+    "everything": everything,
+    "training": training,
+}
