@@ -1,9 +1,9 @@
 """What `benchmarks.run` compares: ours and PyTorch's, part by part, as functions without arguments.
 
 Meta's code, and `transformers` with its fused attention ("SDPA"); on request both under
-torch.compile. Everyone has the same weights and the same inputs, random ones for encoder and
-decoder. In bfloat16 there is Meta's in float32 besides, first, whom the outputs of all are
-compared with.
+torch.compile. Where PyTorch is not installed ours is alone. Everyone has the same weights and the
+same inputs, random ones for encoder and decoder. Below float32 there is someone in float32 besides,
+first, whom the outputs of all are compared with.
 """
 
 import copy
@@ -17,10 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from flax import nnx
 
-from benchmarks.everything import RANDOM_ENCODER, photos
+from benchmarks.common import RANDOM_ENCODER, in_pytorch, model_of, photos
 from sam_jax.checkpoints.params import flat_params
 from sam_jax.checkpoints.torch_names import to_torch
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
@@ -32,11 +31,15 @@ from sam_jax.training.parameters import EVERYTHING, adamw, split_model
 from sam_jax.training.rounds import _first_prompt
 from sam_jax.training.step import Recipe, compile_step, init_state
 
-sys.path.append(str(Path(__file__).parents[1] / "convert"))
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "training"))
-from test_losses import torch_loss
-from torch_reference import hf_sam, import_reference
+try:
+    import torch
+except ImportError:
+    torch = None
+else:
+    root = Path(__file__).parents[1]
+    sys.path.extend(str(root / folder) for folder in ("convert", "tests", "tests/training"))
+    from test_losses import torch_loss
+    from torch_reference import hf_sam, import_reference
 
 PROMPTS = 64
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.1
@@ -48,19 +51,44 @@ class Setting:
     """What a part is run with."""
 
     name: str  # of the model
-    meta: torch.nn.Module  # on the device, float32
-    model: Sam
     device: str  # PyTorch's name for it
     dtype: str
     batch: int  # images
     compiled: bool  # PyTorch's under torch.compile, too
+    attention: tuple[str, ...]  # ours with these besides
+
+    def with_ours(self, theirs: Contenders, ours: Callable[[Sam], Callable]) -> Contenders:
+        """All contenders: PyTorch's, and what `ours` makes of our model."""
+        found = {"ours": ours(model_of(self.name, self.dtype))}
+        for name in self.attention:
+            found[f"ours, {name}"] = ours(model_of(self.name, self.dtype, name))
+        if torch is None and self.dtype != "float32":
+            exact = jax.default_matmul_precision("highest")
+            return {"ours, float32": exact(ours(model_of(self.name))), **found}
+        return {**theirs, **found}
+
+    @functools.cached_property
+    def meta(self) -> "torch.nn.Module":
+        """Meta's, in float32."""
+        return in_pytorch(model_of(self.name)).to(self.device)
+
+    @functools.cached_property
+    def hugging_face(self) -> "torch.nn.Module":
+        """`SamModel` with fused attention."""
+        model = model_of(self.name)
+        reference = hf_sam(model.config)
+        reference.set_attn_implementation("sdpa")
+        params = {k: np.asarray(v) for k, v in flat_params(model).items()}
+        tensors = to_torch(params, model.config, "hf")
+        reference.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=False)
+        return reference.to(self.device)
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """PyTorch's."""
         return getattr(torch, self.dtype)
 
-    def tensor(self, array: np.ndarray) -> torch.Tensor:
+    def tensor(self, array: np.ndarray) -> "torch.Tensor":
         """PyTorch's, on the device."""
         return torch.tensor(array, device=self.device)
 
@@ -68,20 +96,10 @@ class Setting:
         """Float32, the same every time."""
         return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
-    def compile(self, module: torch.nn.Module) -> torch.nn.Module:
+    def compile(self, module: "torch.nn.Module") -> "torch.nn.Module":
         """As fast as PyTorch can."""
         mode = "max-autotune" if self.device == "cuda" else None
         return torch.compile(module, mode=mode)
-
-    @functools.cached_property
-    def hugging_face(self) -> torch.nn.Module:
-        """`SamModel` with fused attention and the weights of ours."""
-        reference = hf_sam(self.model.config)
-        reference.set_attn_implementation("sdpa")
-        params = {k: np.asarray(v) for k, v in flat_params(self.model).items()}
-        tensors = to_torch(params, self.model.config, "hf")
-        reference.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=False)
-        return reference.to(self.device)
 
     @property
     def is_vit(self) -> bool:
@@ -92,6 +110,16 @@ class Setting:
 def encoder(setting: Setting) -> Contenders:
     """Image embeddings of normalised pixels."""
     pixels = setting.random(setting.batch, 1024, 1024, 3)
+    on_device = jnp.asarray(pixels)
+
+    def ours(model):
+        graphdef, params = nnx.split(model)
+        return lambda: jnp.moveaxis(encode_image(graphdef, params, on_device), -1, 1)
+
+    return setting.with_ours(torch_encoders(setting, pixels) if torch else {}, ours)
+
+
+def torch_encoders(setting: Setting, pixels: np.ndarray) -> Contenders:
     channels_first = setting.tensor(pixels).permute(0, 3, 1, 2).contiguous()
     modules: dict[str, tuple[torch.nn.Module, torch.dtype]] = {}
     if setting.dtype != "float32":
@@ -107,30 +135,37 @@ def encoder(setting: Setting) -> Contenders:
         if setting.is_vit:
             modules["transformers, torch.compile"] = setting.compile(sdpa), dtype
 
-    def theirs(module, dtype):
+    def run(module, dtype):
         inputs = channels_first.to(dtype)
         return lambda: getattr(result := module(inputs), "last_hidden_state", result)
 
-    graphdef, params = nnx.split(setting.model)
-    on_device = jnp.asarray(pixels)
-    return {
-        **{who: theirs(*module) for who, module in modules.items()},
-        "ours": lambda: jnp.moveaxis(encode_image(graphdef, params, on_device), -1, 1),
-    }
+    return {who: run(*module) for who, module in modules.items()}
 
 
 def decoder(setting: Setting) -> Contenders:
     """Low-resolution masks of a click each, three masks each, of one image."""
     embedding = setting.random(1, 64, 64, 256)
     clicks = np.random.default_rng(0).uniform(0, 1023, (PROMPTS, 1, 2)).astype(np.float32)
-    channels_first = setting.tensor(embedding).permute(0, 3, 1, 2).contiguous()
     ones = np.ones((PROMPTS, 1), np.int32)
-    clicked = setting.tensor(clicks), setting.tensor(ones)
+    points, labels = join_prompts(clicks[None], ones[None], None)
+    arguments = [jnp.asarray(x) for x in (embedding, points, labels)]
 
-    def theirs(module, dtype):
+    def ours(model):
+        state = nnx.split(model)
+        return lambda: decode(*state, *arguments, None, multimask_output=True)[0]
+
+    theirs = torch_decoders(setting, embedding, clicks, ones) if torch else {}
+    return setting.with_ours(theirs, ours)
+
+
+def torch_decoders(setting: Setting, embedding, clicks, labels) -> Contenders:
+    channels_first = setting.tensor(embedding).permute(0, 3, 1, 2).contiguous()
+    clicked = setting.tensor(clicks), setting.tensor(labels)
+
+    def run(module, dtype):
         prompts = setting.meta.prompt_encoder
 
-        def run():
+        def call():
             sparse, dense = prompts(points=clicked, boxes=None, masks=None)
             return module(
                 image_embeddings=channels_first.to(dtype),
@@ -140,25 +175,21 @@ def decoder(setting: Setting) -> Contenders:
                 multimask_output=True,
             )[0]
 
-        return run
+        return call
 
     dtype = setting.torch_dtype
     fast = copy.deepcopy(setting.meta.mask_decoder).to(dtype)
-    graphdef, params = nnx.split(setting.model)
-    points, labels = join_prompts(clicks[None], ones[None], None)
-    arguments = [jnp.asarray(x) for x in (embedding, points, labels)]
     found: Contenders = {}
     if setting.dtype != "float32":
-        found["Meta, float32"] = theirs(setting.meta.mask_decoder, torch.float32)
-    found["Meta"] = theirs(fast, dtype)
+        found["Meta, float32"] = run(setting.meta.mask_decoder, torch.float32)
+    found["Meta"] = run(fast, dtype)
     if setting.compiled:
-        found["Meta, torch.compile"] = theirs(setting.compile(fast), dtype)
-    found["ours"] = lambda: decode(graphdef, params, *arguments, None, multimask_output=True)[0]
+        found["Meta, torch.compile"] = run(setting.compile(fast), dtype)
     return found
 
 
 def predict(setting: Setting) -> Contenders:
-    """A photo and a click to full-size masks, by `SamPredictor`."""
+    """A photo and a click to full-size masks, by `SamPredictor`; their low-resolution logits."""
     photo, point, label = photos()["landscape 600x400"], np.array([[300, 180]]), np.array([1])
 
     def by(predictor):
@@ -168,31 +199,32 @@ def predict(setting: Setting) -> Contenders:
 
         return run
 
-    found = {
+    theirs = {
         who: in_dtype(by(import_reference("segment_anything").SamPredictor(sam)), setting, dtype)
         for who, sam, dtype in metas(setting)
     }
-    return {**found, "ours": by(SamPredictor(setting.model))}
+    return setting.with_ours(theirs, lambda model: by(SamPredictor(model)))
 
 
 def everything(setting: Setting) -> Contenders:
     """All masks of a photo, 32 x 32 points, as run lengths."""
     photo = photos()["landscape 600x400"]
     options = {"output_mode": "coco_rle"} | (RANDOM_ENCODER if setting.is_vit else {})
-    theirs = import_reference("segment_anything").SamAutomaticMaskGenerator
 
     def by(generator):
         return lambda: generator.generate(photo)
 
-    found = {
-        who: in_dtype(by(theirs(sam, **options)), setting, dtype)
-        for who, sam, dtype in metas(setting)
-    }
-    return {**found, "ours": by(SamAutomaticMaskGenerator(setting.model, **options))}
+    def meta(sam):
+        return import_reference("segment_anything").SamAutomaticMaskGenerator(sam, **options)
+
+    theirs = {who: in_dtype(by(meta(sam)), setting, dtype) for who, sam, dtype in metas(setting)}
+    return setting.with_ours(theirs, lambda model: by(SamAutomaticMaskGenerator(model, **options)))
 
 
-def metas(setting: Setting) -> Iterator[tuple[str, torch.nn.Module, str]]:
+def metas(setting: Setting) -> "Iterator[tuple[str, torch.nn.Module, str]]":
     """Meta's model and what it computes in, then with its encoder compiled."""
+    if torch is None:
+        return
     if setting.dtype != "float32":
         yield "Meta, float32", setting.meta, "float32"
     yield "Meta", setting.meta, setting.dtype
@@ -224,34 +256,44 @@ def training(setting: Setting) -> Contenders:
     }
     batch["masks"][..., 10:200, 10:100] = rng.random((190, 90)) > 0.2
     key, recipe = jax.random.key(0), Recipe(box_probability=1.0)
-    dtypes = [setting.dtype] if setting.dtype == "float32" else ["float32", setting.dtype]
+    on_device = jax.tree.map(jnp.asarray, batch)
+
+    def ours(model):
+        tx = adamw(LEARNING_RATE, EVERYTHING, weight_decay=WEIGHT_DECAY)
+        graphdef, trained, frozen = split_model(model, EVERYTHING)
+        state = init_state(trained, tx)
+        step = compile_step(state, tx, recipe)
+
+        def run():
+            nonlocal state
+            state, metrics = step(graphdef, state, frozen, on_device, key)
+            return metrics["loss"]
+
+        return run
+
+    return setting.with_ours(torch_steps(setting, batch, key) if torch else {}, ours)
+
+
+def torch_steps(setting: Setting, batch: dict, key) -> Contenders:
     found: Contenders = {}
-    for dtype in dtypes:
-        who = "Meta" if dtype == setting.dtype else "Meta, float32"
-        found[who] = torch_step(setting, copy.deepcopy(setting.meta), batch, key, dtype)
+    if setting.dtype != "float32":
+        meta = copy.deepcopy(setting.meta)
+        found["Meta, float32"] = torch_step(setting, meta, batch, key, "float32")
+    meta = copy.deepcopy(setting.meta)
+    found["Meta"] = torch_step(setting, meta, batch, key, setting.dtype)
     if setting.compiled:
         sam = copy.deepcopy(setting.meta)
         sam.image_encoder = setting.compile(sam.image_encoder)
         sam.mask_decoder = setting.compile(sam.mask_decoder)
         found["Meta, torch.compile"] = torch_step(setting, sam, batch, key, setting.dtype)
-
-    tx = adamw(LEARNING_RATE, EVERYTHING, weight_decay=WEIGHT_DECAY)
-    graphdef, trained, frozen = split_model(setting.model, EVERYTHING)
-    state = init_state(trained, tx)
-    step = compile_step(state, tx, recipe)
-    batch = jax.tree.map(jnp.asarray, batch)
-
-    def ours():
-        nonlocal state
-        state, metrics = step(graphdef, state, frozen, batch, key)
-        return metrics["loss"]
-
-    return {**found, "ours": ours}
+    return found
 
 
-def torch_step(setting: Setting, sam: torch.nn.Module, batch: dict, key, dtype: str) -> Callable:
+def torch_step(setting: Setting, sam: "torch.nn.Module", batch: dict, key, dtype: str) -> Callable:
     """The same step in PyTorch, with the boxes that ours draws at each step."""
-    sam.train()
+    for module in sam.modules():
+        # It caches its biases when it does not train. Batch norms keep their statistics, as ours.
+        module.training = hasattr(module, "attention_bias_idxs")
     kinds = torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d
     kernels = {id(m.weight) for m in sam.modules() if isinstance(m, kinds)}
     groups = [
@@ -270,8 +312,7 @@ def torch_step(setting: Setting, sam: torch.nn.Module, batch: dict, key, dtype: 
 
         def one(key, mask, box):
             object_key = jax.random.split(jax.random.split(key, 1)[0], 3)[0]
-            size = setting.model.config.image_size
-            return _first_prompt(object_key, mask, box, size, 1.0)[0].reshape(4)
+            return _first_prompt(object_key, mask, box, 1024, 1.0)[0].reshape(4)
 
         prompt_keys, _ = split_keys(keys, 2)
         return jax.vmap(one)(prompt_keys, batch["masks"][:, 0], batch["boxes"][:, 0])

@@ -19,7 +19,7 @@ import numpy as np
 import skimage.data
 from flax import nnx
 
-from benchmarks.everything import timed
+from benchmarks.common import timed
 from sam_jax import SamAutomaticMaskGenerator, SamProcessor, from_pretrained
 from sam_jax.mask_generator import _attend, _points_at_once
 from sam_jax.models.sam import encode_image
@@ -32,7 +32,7 @@ POINTS, REPEAT = 64, 5
 def seconds(function: Callable, *args) -> float:
     """The median of several runs, compiled before."""
     jax.block_until_ready(function(*args))
-    runs = [timed(lambda: jax.block_until_ready(function(*args)))[1] for _ in range(REPEAT)]
+    runs = [timed(function, *args)[1] for _ in range(REPEAT)]
     return float(np.median(runs))
 
 

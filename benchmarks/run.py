@@ -33,12 +33,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import torch
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks.contenders import PARTS, PROMPTS, Contenders, Setting
+from benchmarks.common import compare, matrix_rate
+from benchmarks.contenders import PARTS, PROMPTS, Contenders, Setting, torch
 from benchmarks.convert_memory import read_status
-from benchmarks.everything import compare, matrix_rate, models
 
 # 2 floating-point operations per multiplication and addition, of an image's encoder.
 ENCODER_FLOPS = {"vit_b": 0.96e12, "vit_l": 2.96e12, "vit_h": 5.93e12}
@@ -59,13 +58,13 @@ def seconds(contenders: Contenders, repeat: int) -> dict[str, float]:
 def timed(run):
     start = time.perf_counter()
     result = jax.block_until_ready(run())
-    if torch.cuda.is_available():
+    if torch and torch.cuda.is_available():
         torch.cuda.synchronize()
     return result, time.perf_counter() - start
 
 
 def on_host(result) -> np.ndarray:
-    if isinstance(result, torch.Tensor):
+    if hasattr(result, "detach"):
         result = result.detach().float().cpu().numpy()
     return np.asarray(result, np.float32)
 
@@ -107,7 +106,7 @@ def peak(who: str, run) -> float:
         before = read_status("self")["VmRSS"]
         timed(run)
         return read_status("self")["VmHWM"] - before
-    if who == "ours":
+    if who.startswith("ours"):
         timed(run)
         return device.memory_stats()["peak_bytes_in_use"]
     torch.cuda.reset_peak_memory_stats()
@@ -117,12 +116,19 @@ def peak(who: str, run) -> float:
 
 def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
     """A row for each contender."""
-    torch.set_grad_enabled(False)
-    torch.backends.cudnn.allow_tf32 = False
+    if torch:
+        torch.set_grad_enabled(False)
+        torch.backends.cudnn.allow_tf32 = False
     device = "cuda" if args.device == "gpu" else "cpu"
-    meta, model = models(name, args.dtype)
     batch = args.batch if part in ("encoder", "training") else 1
-    setting = Setting(name, meta.to(device), model, device, args.dtype, batch, args.compile)
+    setting = Setting(
+        name=name,
+        device=device,
+        dtype=args.dtype,
+        batch=batch,
+        compiled=args.compile,
+        attention=tuple(args.attention) if part in ("encoder", "training") else (),
+    )
     contenders = PARTS[part](setting)
     with tempfile.TemporaryDirectory() as cache:
         for option, value in {**CACHE, "jax_compilation_cache_dir": cache}.items():
@@ -176,7 +182,8 @@ COLUMNS = (
 
 def describe(dtype: str) -> str:
     device = jax.local_devices()[0]
-    packages = ", ".join(f"{p} {version(p)}" for p in ("jax", "torch", "transformers"))
+    names = ("jax", "torch", "transformers") if torch else ("jax",)
+    packages = ", ".join(f"{name} {version(name)}" for name in names)
     kind = f"{os.cpu_count()} cores, {platform.machine()}"
     rate = matrix_rate(dtype) / 1e12
     return f"{device.device_kind}, {kind}; {packages}; {dtype}; {rate:.3g} TFLOP/s"
@@ -191,6 +198,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="images, of encoder and training")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="PyTorch's under torch.compile, too")
+    parser.add_argument("--attention", nargs="*", default=[], help="ours with these, too")
     args = parser.parse_args()
 
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[args.device]

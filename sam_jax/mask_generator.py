@@ -18,6 +18,7 @@ import itertools
 import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -186,11 +187,10 @@ class SamAutomaticMaskGenerator:
                 f"images is a {type(images).__name__}, expected a list of pictures; generate takes "
                 "one picture"
             )
-        images, results, devices = list(images), [], self.mesh.devices.size
-        for start in range(0, len(images), devices):
-            arrays = [load_image(image) for image in images[start : start + devices]]
-            results += self._generate([self._crops(a.shape[:2], a) for a in arrays])
-        return results
+        images, devices = list(images), self.mesh.devices.size
+        groups = (images[start : start + devices] for start in range(0, len(images), devices))
+        arrays = (map(load_image, group) for group in groups)
+        return self._generate([self._crops(a.shape[:2], a) for a in group] for group in arrays)
 
     def generate_from_embedding(
         self, embedding: Any, original_size: tuple[int, int]
@@ -210,7 +210,7 @@ class SamAutomaticMaskGenerator:
             )
         embedding = check_embedding(embedding, self.config)
         (size,) = check_sizes([original_size], 1, "original_size")
-        return self._generate([self._crops(size, embedding=embedding)])[0]
+        return self._generate([[self._crops(size, embedding=embedding)]])[0]
 
     def _crops(
         self,
@@ -227,18 +227,35 @@ class SamAutomaticMaskGenerator:
             for i in order
         ]
 
-    def _generate(self, pictures: "list[list[_Crop]]") -> list[list[dict[str, Any]]]:
-        """The records of at most as many pictures as there are devices."""
-        for turn in itertools.zip_longest(*pictures):
-            # A crop for each device, or nothing to do.
-            self._add_masks([crop for crop in turn if crop is not None])
-        return [self._records(crops[0].found) for crops in pictures]
+    def _generate(self, groups: "Iterable[list[list[_Crop]]]") -> list[list[dict[str, Any]]]:
+        """The records of groups of at most as many pictures as there are devices.
 
-    def _add_masks(self, crops: "list[_Crop]") -> None:
+        While the devices work, the host reads what comes next and encodes what they have found.
+        """
+        with ThreadPoolExecutor(2) as host:
+            records = []
+            for crops, pixels, done in _one_ahead(self._turns(groups), host):
+                self._add_masks(crops, pixels, host)
+                records += [host.submit(self._records, picture[0].found) for picture in done]
+            return [future.result() for future in records]
+
+    def _turns(
+        self, groups: "Iterable[list[list[_Crop]]]"
+    ) -> "Iterator[tuple[list[_Crop], list[np.ndarray], list[list[_Crop]]]]":
+        """A crop for each device that has one, what its encoder takes, and pictures then done."""
+        for pictures in groups:
+            *turns, last = itertools.zip_longest(*pictures)
+            for turn in (*turns, last):
+                crops = [crop for crop in turn if crop is not None]
+                pixels = [self.processor.preprocess(c.pixels) for c in crops if c.embedding is None]
+                yield crops, pixels, pictures if turn is last else []
+
+    def _add_masks(
+        self, crops: "list[_Crop]", pixels: list[np.ndarray], host: ThreadPoolExecutor
+    ) -> None:
         """Finds the masks of a crop on each device and adds them to those of its picture."""
-        if crops[0].embedding is None:
-            pixels = self._spread([self.processor.preprocess(crop.pixels) for crop in crops])
-            embeddings = _encode(self._graphdef, self._params, pixels, mesh=self.mesh)
+        if pixels:
+            embeddings = _encode(self._graphdef, self._params, self._spread(pixels), mesh=self.mesh)
         else:
             embeddings = self._spread([crop.embedding for crop in crops])
         padded_size = _padded_size(max(max(crop.size) for crop in crops))
@@ -265,7 +282,8 @@ class SamAutomaticMaskGenerator:
             low_res = np.asarray(_decode(*state, points, **static))
             for crop, frame, masks, logits in zip(crops, frames, chosen, low_res, strict=False):
                 for k in range(start, min(start + self._kept_at_once, len(masks.point))):
-                    crop.found.append(self._found(crop, frame, masks, k, logits[k - start]))
+                    rle = host.submit(self._rle, crop, frame, masks.box[k], logits[k - start])
+                    crop.found.append(_Found.of(crop, masks, k, rle))
             start += self._kept_at_once
 
     def _spread(self, items: list) -> Any:
@@ -334,11 +352,9 @@ class SamAutomaticMaskGenerator:
         point, which = np.divmod(index, measured.iou.shape[1])
         return _Chosen(point, which, iou[index], np.nan_to_num(stability[index]), box[index])
 
-    def _found(
-        self, crop: "_Crop", frame: "_Frame", chosen: "_Chosen", k: int, logits: np.ndarray
-    ) -> "_Found":
-        """A chosen mask at full size."""
-        x0, y0, x1, y1 = chosen.box[k]
+    def _rle(self, crop: "_Crop", frame: "_Frame", box: np.ndarray, logits: np.ndarray) -> dict:
+        """Run lengths of a mask at full size."""
+        x0, y0, x1, y1 = box
         left, top, _, _ = crop.box
         # Outside its box the mask is empty.
         rows, columns = (
@@ -349,16 +365,10 @@ class SamAutomaticMaskGenerator:
         # Column by column in memory, as run lengths go.
         mask = np.zeros((width, height), bool).T
         mask[y0 : y1 + 1, x0 : x1 + 1] = rows @ logits @ columns.T > self.mask_threshold
-        return _Found(
-            rle=rle_encode(mask),
-            box=chosen.box[k],
-            predicted_iou=float(chosen.iou[k]),
-            stability_score=float(chosen.stability[k]),
-            point=(crop.points[chosen.point[k]] + np.array([left, top])).tolist(),
-            crop_box=crop.box,
-        )
+        return rle_encode(mask)
 
     def _records(self, found: "list[_Found]") -> list[dict[str, Any]]:
+        found = [dataclasses.replace(mask, rle=mask.rle.result()) for mask in found]
         if self.min_mask_region_area > 0 and found:
             found = self._without_small_regions(found)
         return [
@@ -474,12 +484,24 @@ class _Crop:
 class _Found:
     """A mask of the result."""
 
-    rle: dict
+    rle: Any  # the run lengths, or their `Future`
     box: np.ndarray
     predicted_iou: float
     stability_score: float
     point: list[float]
     crop_box: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, crop: _Crop, chosen: "_Chosen", k: int, rle: Future) -> "_Found":
+        """The k-th of the masks chosen."""
+        return cls(
+            rle=rle,
+            box=chosen.box[k],
+            predicted_iou=float(chosen.iou[k]),
+            stability_score=float(chosen.stability[k]),
+            point=(crop.points[chosen.point[k]] + np.array(crop.box[:2])).tolist(),
+            crop_box=crop.box,
+        )
 
 
 class _Chosen(NamedTuple):
@@ -490,6 +512,14 @@ class _Chosen(NamedTuple):
     iou: np.ndarray
     stability: np.ndarray
     box: np.ndarray  # in pixels of the picture
+
+
+def _one_ahead(items: Iterator, host: ThreadPoolExecutor) -> Iterator:
+    """The items, each of which is made while the one before is worked on."""
+    following = host.submit(next, items, None)
+    while (item := following.result()) is not None:
+        following = host.submit(next, items, None)
+        yield item
 
 
 def _xywh(box: Any) -> list[int]:

@@ -4,6 +4,14 @@ import shutil
 import tempfile
 from importlib.metadata import version
 
+# Tests that run side by side each have cores of their own: PyTorch's threads and XLA's spin while
+# they wait, which takes the others' time.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    _worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    _count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, _cores[_worker % len(_cores) :: _count])
+
 # What one of the tests' processes has compiled, the others need not: two that run tests side by
 # side, and those that they start. Set before JAX is imported.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -35,6 +43,14 @@ install_import_hook(
 )
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+# Minutes each: begun last, one would run alone at the end.
+LONG = ("test_notebooks", "test_readme", "test_sharding", "test_finetune", "test_mask_generator")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(scope="session")

