@@ -48,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["mobile_sam", "vit_h"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
+    parser.add_argument("--photos", nargs="*", default=[""], help="beginnings of their names")
     parser.add_argument("--attention", nargs="+", default=[None], help="of a ViT; default: its own")
     args = parser.parse_args()
 
@@ -58,6 +59,8 @@ def main() -> None:
         is_vit = name != "mobile_sam"
         threshold = RANDOM_ENCODER["pred_iou_thresh"] if is_vit else 0.88
         for title, photo in photos().items():
+            if not title.startswith(tuple(args.photos)):
+                continue
             with jax.default_matmul_precision("highest"):
                 expected = segment(model_of(name), photo)
             good = expected[2] > threshold
