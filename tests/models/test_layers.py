@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -62,4 +63,15 @@ def test_upscale_conv():
 
 def test_gelu_is_exact():
     x = jnp.linspace(-6, 6, 101)
-    assert_close(gelu(x), torch.nn.functional.gelu(tensor(x)))
+    expected = tensor(x).requires_grad_()
+    torch.nn.functional.gelu(expected).sum().backward()
+    assert_close(gelu(x), torch.nn.functional.gelu(expected))
+    assert_close(jax.grad(lambda x: gelu(x).sum())(x), expected.grad)
+
+
+def test_gelu_of_bfloat16_is_computed_in_float32():
+    """Where 1 + erf would lose all digits."""
+    x = jnp.linspace(-4, -2, 50, dtype=jnp.bfloat16)
+    actual, exact = gelu(x), gelu(x.astype(jnp.float32))
+    assert actual.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(actual, np.float32), exact, rtol=2**-8)
