@@ -14,9 +14,10 @@ its result is there, and the median counts.
 * Rate and share: the work per second, also over that of a large matrix product of the same dtype
   on the same device in the same run.
 * Peak: memory during a run: on a CPU what the process took more than it had before, on a GPU the
-  device's, weights and inputs of all contenders included.
-* Compiling: how much longer ours takes the first time; and in another process, with JAX's
-  persistent cache.
+  device's, weights and inputs of all contenders included; of ours, which JAX counts together, the
+  most that any of them took.
+* Compiling: how much longer ours takes the first time, with JAX's persistent cache empty; and
+  again, all that the process knew forgotten, with the cache full.
 """
 
 import argparse
