@@ -308,7 +308,7 @@ def torch_step(setting: Setting, sam: "torch.nn.Module", batch: dict, key, dtype
     steps = itertools.count()
 
     @jax.jit
-    def boxes(step):
+    def draw_boxes(step, masks, boxes):
         keys = jax.random.split(jax.random.fold_in(key, step), setting.batch)
 
         def one(key, mask, box):
@@ -316,10 +316,11 @@ def torch_step(setting: Setting, sam: "torch.nn.Module", batch: dict, key, dtype
             return _first_prompt(object_key, mask, box, 1024, 1.0)[0].reshape(4)
 
         prompt_keys, _ = split_keys(keys, 2)
-        return jax.vmap(one)(prompt_keys, batch["masks"][:, 0], batch["boxes"][:, 0])
+        return jax.vmap(one)(prompt_keys, masks, boxes)
 
     def run():
-        box = setting.tensor(np.array(boxes(next(steps))))
+        box = draw_boxes(next(steps), batch["masks"][:, 0], batch["boxes"][:, 0])
+        box = setting.tensor(np.array(box))
         with (
             torch.enable_grad(),
             torch.autocast(setting.device, setting.torch_dtype, enabled=dtype != "float32"),

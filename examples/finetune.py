@@ -8,7 +8,6 @@ its parts are functions of `sam_jax.training`, for loops of your own.
 """
 
 import dataclasses
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from flax import nnx
 from tqdm import tqdm
@@ -32,7 +30,7 @@ from sam_jax.training.embeddings import CachedEmbeddings
 from sam_jax.training.evaluate import draw_clicks, evaluate
 from sam_jax.training.log import MetricsLog
 from sam_jax.training.lora import add_lora, merge_lora, save_lora
-from sam_jax.training.parameters import TABLES, adamw, layer_decay, split_model
+from sam_jax.training.parameters import TABLES, Optimizer, layer_decay, split_model
 from sam_jax.training.step import Recipe, compile_step, init_state
 
 
@@ -60,10 +58,7 @@ class Config:
     flip: float = 0.0  # how often a picture is mirrored
     scale_range: tuple[float, float] | None = None  # large-scale jitter; the paper's is 0.1 2.0
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = Recipe()  # noqa: RUF009
-    learning_rate: float = 1e-4  # the highest, after the warm-up
-    warmup: int = 20  # steps until then; from there on the rate falls like a cosine
-    weight_decay: float = 0.01  # decay of kernels
-    clip_norm: float = 1.0  # largest norm of the gradients
+    optimizer: Annotated[Optimizer, tyro.conf.arg(name="")] = Optimizer()  # noqa: RUF009
     dtype: Literal["float32", "bfloat16"] = "float32"  # what is computed in; parameters are float32
     parallelism: sharding.Parallelism = "data"  # all parameters on every device, or its share
     workers: int = 0  # processes that read pictures; 0 for threads
@@ -72,7 +67,7 @@ class Config:
 
 # What may be another when a run goes on.
 FREE = {"output", "hosts", "workers", "parallelism", "eval_every", "bad_annotations", "cache"}
-FREE |= {"recipe", "remat", "accumulate", "objects_at_once"}
+FREE |= {"recipe", "optimizer", "remat", "accumulate", "objects_at_once"}
 
 
 def main(config: Config) -> None:
@@ -87,14 +82,11 @@ def main(config: Config) -> None:
     keep_run_settings(model, config)
     model, table = what_trains(model, config)
     source, held_out = sources(model, config)
-    warmup = min(config.warmup, config.steps // 2)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
-    tx = adamw(schedule, table, weight_decay=config.weight_decay, clip_norm=config.clip_norm)
-    mesh = sharding.make_mesh()
     graphdef, trained, frozen = split_model(model, table)
-    frozen = sharding.put(frozen, mesh, config.parallelism)
+    tx, schedule = config.optimizer.make(table, config.steps)
     state = init_state(trained, tx, ema=config.recipe.ema_decay is not None)
-    state = sharding.put(state, mesh, config.parallelism)
+    mesh = sharding.make_mesh()
+    state, frozen = sharding.put((state, frozen), mesh, config.parallelism)
     size = model.config.image_size if config.full_resolution else model.config.mask_size
     prepare = Prepare(model.config, config.max_objects, size, config.flip, config.scale_range)
 
@@ -121,9 +113,7 @@ def main(config: Config) -> None:
                 tuned = sharding.merge(graphdef, state.result, frozen, mesh)
                 metrics |= evaluate(tuned, held_out)
                 log.picture(step, draw_clicks(tuned, held_out))
-            if due and is_first:
-                bar.write(json.dumps({"step": step, **metrics}))
-            log.write(step, {**metrics, "learning_rate": float(schedule(step - 1))})
+            log.write(step, {**metrics, "learning_rate": float(schedule(step - 1))}, show=due)
             if due:
                 checkpointing.save_state(checkpoints, state, metrics.get("miou@1"))
         log.close()
@@ -143,7 +133,7 @@ def main(config: Config) -> None:
 
 def keep_run_settings(model, config: Config):
     """Compares the options with those that the run began with, or writes them for a new one."""
-    settings = dataclasses.asdict(config) | config.recipe._asdict()
+    settings = dataclasses.asdict(config) | config.recipe._asdict() | config.optimizer._asdict()
     settings = {name: str(value) for name, value in settings.items() if name not in FREE}
     settings["weights"] = digest(flat_params(model))
     settings["data"] = fingerprint(config.annotations)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cores import all_cores
 from reference import SHALLOW, meta_sam, ours
 
 from sam_jax import from_pretrained, save_pretrained
@@ -174,7 +175,8 @@ def test_two_hosts_then_one_with_other_devices(whole, cells, model, tmp_path):
         address = f"localhost:{free.getsockname()[1]}"
     for i in range(2):
         options = *RANDOM, "--parallelism", "fsdp", "--hosts", address, "2", str(i)
-        hosts.append(start(cells, model, output, *options))
+        with all_cores():
+            hosts.append(start(cells, model, output, *options))
     deadline = time.monotonic() + 200
     while len(lines_so_far(output)) < 6 and time.monotonic() < deadline:
         time.sleep(0.05)

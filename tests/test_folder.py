@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pycocotools.coco
 import pytest
+from cores import all_cores
 from PIL import Image
 from reference import SMALL, meta_sam, ours
 from test_mask_generator import ALL, picture
@@ -308,9 +309,13 @@ def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
     for i in range(20):
         Image.fromarray(picture(40, 50, seed=i)).save(photos / f"more_{i:02}.png")
     (photos / "bad.png").write_text("no picture")
-    cluster = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    with all_cores():
+        cluster = subprocess.Popen(
+            [sys.executable, "-c", CLUSTER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
     try:
         address = cluster.stdout.readline().strip()
         command = [sys.executable, "-m", "sam_jax.cli", "generate", photos, "--output"]

@@ -93,19 +93,19 @@ GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
     [
         ("landscape", {}),
         ("portrait", {}),
-        ("small", {}),
+        ("small", {"points_per_side": 5}),
         ("large", {}),
         ("landscape", {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2}),
         ("portrait", {"points_per_side": None, "point_grids": [GRID]}),
         ("landscape", {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.5}),
         ("landscape", {"pred_iou_thresh": 0.5, "min_mask_region_area": 200}),
-        ("small", {"output_mode": "uncompressed_rle"}),
-        ("small", {"output_mode": "coco_rle"}),
+        ("small", {"points_per_side": 5, "output_mode": "uncompressed_rle"}),
+        ("small", {"points_per_side": 5, "output_mode": "coco_rle"}),
     ],
     ids=str,
 )
 def test_records_are_metas(mobile, name, options):
-    options = {"points_per_side": 5, **options}
+    options = {"points_per_side": 4, **options}
     torch_sam, model = mobile
     expected = amg.SamAutomaticMaskGenerator(torch_sam, **options).generate(photo(name))
     actual = SamAutomaticMaskGenerator(model, **options).generate(photo(name))

@@ -55,6 +55,8 @@ def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):
     exec(blocks[2].replace('"mobile_sam")', '"mobile_sam"), points_per_side=4'), names)
     assert len(names["records"]) >= 2
     assert names["records"][0]["segmentation"].shape == (1200, 1800)
+    # Gradients of the whole model take longer to compile than to compute.
+    jax.config.update("jax_disable_most_optimizations", True)
     exec(blocks[3], names)
     assert np.allclose(names["scores"], names["outputs"].iou_scores, atol=1e-5)
     gradients = names["gradients"]["mask_decoder"]["iou_token"][...]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
+from tqdm import tqdm
 
 
 class MetricsLog:
@@ -34,11 +35,14 @@ class MetricsLog:
         self._pictures = path.with_name("pictures")
         self._board = SummaryWriter(str(path.with_name("tensorboard")), purge_step=step + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One step's values; they are on disk when this returns."""
+    def write(self, step: int, values: dict[str, float], *, show: bool = False) -> None:
+        """One step's values, also printed if asked; they are on disk when this returns."""
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values})
+        self._file.write(line + "\n")
+        if show:
+            tqdm.write(line)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 

@@ -9,6 +9,7 @@ path, and freezes (`None`) what has none. Paths are those of `sam_jax.checkpoint
 
 import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import optax
@@ -116,6 +117,22 @@ def adamw(
         optax.stateless(lambda updates, _: map_with_path(_scaled(table), updates)),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+class Optimizer(NamedTuple):
+    """AdamW for a run of known length: a warm-up, then a rate that falls like a cosine to 0."""
+
+    learning_rate: float = 1e-4  # the highest, after the warm-up
+    warmup: int = 20  # steps until then, at most half of all
+    weight_decay: float = 0.01  # decay of kernels
+    clip_norm: float = 1.0  # largest norm of all gradients together
+
+    def make(self, table: Table, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """The transformation for `init_state` and `train_step`, and each step's learning rate."""
+        warmup = min(self.warmup, steps // 2)
+        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
+        options = {"weight_decay": self.weight_decay, "clip_norm": self.clip_norm}
+        return adamw(rate, table, **options), rate
 
 
 def map_with_path(function: Callable, params: PyTree) -> PyTree:

@@ -216,7 +216,8 @@ def compile_step(state: TrainState, tx: optax.GradientTransformation, recipe: Re
         ValueError: for a recipe whose numbers make no sense.
     """
     _check(recipe)
-    places = jax.tree.map(lambda x: x.sharding, state)
+    # Arrays that were never put anywhere stay so: a step that places them is compiled again.
+    places = jax.tree.map(lambda x: x.sharding if x.committed else None, state)
     return jax.jit(
         functools.partial(train_step, tx=tx, recipe=recipe),
         out_shardings=(places, None),

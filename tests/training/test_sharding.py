@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from cores import all_cores
 from reference import SHALLOW, meta_sam, ours
 from test_step import batch_of
 
@@ -59,7 +60,7 @@ def folder(tmp_path_factory):
     """The model, and a batch of 8 pictures."""
     path = tmp_path_factory.mktemp("sharding")
     save_pretrained(ours(meta_sam(SHALLOW), SHALLOW), path / "model")
-    np.savez(path / "batch.npz", **batch_of(8, objects=2))
+    np.savez(path / "batch.npz", **batch_of(8, objects=1))
     return path
 
 
@@ -107,7 +108,8 @@ def test_two_hosts_are_as_one(folder, trained):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    hosts = [start(folder, [("fsdp", 4)], (address, 2, i), devices=2) for i in range(2)]
+    with all_cores():
+        hosts = [start(folder, [("fsdp", 4)], (address, 2, i), devices=2) for i in range(2)]
     for host in hosts:
         (actual,) = results(host)
         assert_same_training(actual, trained["alone"])

@@ -252,7 +252,7 @@ def test_drop_path_is_by_image_and_right_on_average():
         model.encode_image(pixels, drop_path_rate=0.5)
 
 
-def test_bfloat16_trains_float32_parameters():
+def test_bfloat16_trains_float32_parameters(compilations):
     model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16)
     tx = adamw(1e-3, EVERYTHING)
     graphdef, trained, frozen = split_model(model, EVERYTHING)
@@ -260,8 +260,10 @@ def test_bfloat16_trains_float32_parameters():
     step = compile_step(state, tx, RECIPE)
     losses = []
     for _ in range(8):
+        compilations.clear()
         state, metrics = step(graphdef, state, frozen, batch_of(2), jax.random.key(0))
         losses.append(float(metrics["loss"]))
+    assert compilations == []
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
