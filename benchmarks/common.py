@@ -1,6 +1,7 @@
 """What several benchmarks share: photos, models, and how results are timed and compared."""
 
 import functools
+import sys
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from sam_jax import from_pretrained
 from sam_jax.checkpoints.params import build_model, flat_params, param_shapes
+from sam_jax.checkpoints.torch_names import Format, to_torch
 from sam_jax.config import vit_b, vit_h, vit_l
 from sam_jax.models.sam import Sam
 
@@ -56,23 +58,27 @@ def model_of(name: str, dtype: str = "float32", attention: str | None = None) ->
     return build_model(params, config, jnp.dtype(dtype), attention)
 
 
-def in_pytorch(model: Sam) -> Any:
-    """Meta's model, or MobileSAM's, with the weights of ours."""
+def in_pytorch(model: Sam, fmt: Format = "meta") -> Any:
+    """Meta's model, or MobileSAM's, or "hf", `transformers`', with the weights of ours."""
     import torch
-    from torch_reference import meta_sam
-
-    from sam_jax.checkpoints.torch_names import to_torch
+    from torch_reference import hf_sam, meta_sam
 
     params = {path: np.asarray(value) for path, value in flat_params(model).items()}
-    tensors = to_torch(params, model.config, "meta")
-    reference = meta_sam(model.config)
-    reference.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()})
+    tensors = to_torch(params, model.config, fmt)
+    reference = {"meta": meta_sam, "hf": hf_sam}[fmt](model.config)
+    # Hugging Face's has one matrix under two names.
+    tensors = {k: torch.tensor(v) for k, v in tensors.items()}
+    reference.load_state_dict(tensors, strict=fmt == "meta")
     return reference.eval()
 
 
 def timed(function, *args) -> tuple[Any, float]:
+    """The result, when it is there, whoever computes it, and the seconds it took."""
     start = time.perf_counter()
     result = jax.block_until_ready(function(*args))
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        torch.cuda.synchronize()
     return result, time.perf_counter() - start
 
 

@@ -21,8 +21,6 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.common import RANDOM_ENCODER, in_pytorch, model_of, photos
-from sam_jax.checkpoints.params import flat_params
-from sam_jax.checkpoints.torch_names import to_torch
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.models.layers import split_keys
 from sam_jax.models.sam import Sam, decode, encode_image
@@ -40,7 +38,7 @@ else:
     root = Path(__file__).parents[1]
     sys.path.extend(str(root / folder) for folder in ("convert", "tests", "tests/training"))
     from test_losses import torch_loss
-    from torch_reference import hf_sam, import_reference
+    from torch_reference import import_reference
 
 PROMPTS = 64
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.1
@@ -76,12 +74,8 @@ class Setting:
     @functools.cached_property
     def hugging_face(self) -> "torch.nn.Module":
         """`SamModel` with fused attention."""
-        model = model_of(self.name)
-        reference = hf_sam(model.config)
+        reference = in_pytorch(model_of(self.name), "hf")
         reference.set_attn_implementation("sdpa")
-        params = {k: np.asarray(v) for k, v in flat_params(model).items()}
-        tensors = to_torch(params, model.config, "hf")
-        reference.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=False)
         return reference.to(self.device)
 
     @property

@@ -27,7 +27,6 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +35,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks.common import compare, matrix_rate
+from benchmarks.common import compare, matrix_rate, timed
 from benchmarks.contenders import PARTS, PROMPTS, Contenders, Setting, torch
 from benchmarks.convert_memory import read_status
 
@@ -54,14 +53,6 @@ def seconds(contenders: Contenders, repeat: int) -> dict[str, float]:
         for who, run in contenders.items():
             times[who].append(timed(run)[1])
     return {who: statistics.median(found) for who, found in times.items()}
-
-
-def timed(run):
-    start = time.perf_counter()
-    result = jax.block_until_ready(run())
-    if torch and torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
 
 
 def on_host(result) -> np.ndarray:
