@@ -93,7 +93,7 @@ def test_padded_batch_equals_one_at_a_time(mobile_sam_file):
     photos = [skimage.data.astronaut(), skimage.data.coffee()]
     points = [
         [[[225, 130]], [[225, 130], [200, 40], [60, 300]]],
-        [[[300, 180], [80, 350]], [[300, 180]]],
+        [[[300, 180]], [[300, 180], [80, 350], [20, 20]]],
     ]
     together = processor(photos, input_points=points)
     assert together["input_points"].shape == (2, 2, 3, 2)
