@@ -69,7 +69,7 @@ def from_pretrained(
         name_or_path: a short name ("mobile_sam", "vit_b", "vit_l", "vit_h"), a hub repository
             ("facebook/sam-vit-base"), a Hugging Face folder, a file of Meta or MobileSAM (`.pth`,
             `.pt`), a `.safetensors` file, or a folder of `save_pretrained`.
-        dtype: of the computation, float32 or bfloat16; parameters stay as they are in the file.
+        dtype: of the computation, float32, bfloat16 or float16; parameters stay as in the file.
         attention: how the ViT's attention is computed; None chooses by platform.
         image_size: side of the model's input in pixels if it is to differ from the checkpoint's;
             position embeddings are resized.

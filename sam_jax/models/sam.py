@@ -46,8 +46,8 @@ class Sam(nnx.Module):
 
     Args:
         config: sizes of every part.
-        dtype: of the computation, float32 or bfloat16. Parameters are float32 either way; norms,
-            softmax, positional encodings and mask logits are computed in float32.
+        dtype: of the computation, float32, bfloat16 or float16. New parameters are float32 in any
+            case; norms, softmax, positional encodings and mask logits are computed in float32.
         attention: how the ViT's attention is computed; None chooses by platform
             (`sam_jax.ops.attention`). TinyViT has no choice.
         rngs: for the initial parameters.
@@ -154,6 +154,8 @@ class Sam(nnx.Module):
                 target,
             )
 
+        if prompts_at_once is not None and prompts_at_once < 1:
+            raise ValueError(f"prompts_at_once is {prompts_at_once}, expected at least 1, or None")
         if masks is not None and masks.shape[1] not in (1, points.shape[1]):
             raise ValueError(
                 f"masks have shape {masks.shape}: expected one per image, or one for each of its "

@@ -135,13 +135,13 @@ def _depthwise_conv(x, kernel, stride):
     pad = size // 2
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     out_h, out_w = -(-h // stride), -(-w // stride)
-    total = jnp.zeros((b, out_h, out_w, c), x.dtype)
+    total = jnp.zeros((b, out_h, out_w, c), jnp.float32)
     for i in range(size):
         for j in range(size):
             end = (b, i + (out_h - 1) * stride + 1, j + (out_w - 1) * stride + 1, c)
             shifted = jax.lax.slice(x, (0, i, j, 0), end, (1, stride, stride, 1))
-            total = total + shifted * kernel[i, j, 0]
-    return total
+            total = total + shifted.astype(jnp.float32) * kernel[i, j, 0].astype(jnp.float32)
+    return total.astype(x.dtype)
 
 
 class PatchEmbed(nnx.Module):

@@ -174,7 +174,7 @@ class Attention(nnx.Module):
         k = self._rows_per_head(self._scaled(self.k_proj(k)))
         back = self._project_back(self.q_proj, k)
         logits = jnp.dot(q.astype(k.dtype), back.T, preferred_element_type=jnp.float32)
-        logits = logits + (k @ self._bias(self.q_proj)).astype(jnp.float32)
+        logits = logits + jnp.dot(k, self._bias(self.q_proj), preferred_element_type=jnp.float32)
         logits = logits.reshape(len(q), -1, self.num_heads)
         if bias is not None:
             bias = jnp.broadcast_to(bias, (self.num_heads, len(q), logits.shape[1]))

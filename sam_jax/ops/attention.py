@@ -8,6 +8,7 @@ with the *unscaled* query in both position terms (Meta's `add_decomposed_rel_pos
 """
 
 import functools
+import re
 from typing import Literal
 
 import jax
@@ -80,7 +81,8 @@ def rel_pos_attention(
             NVIDIA GPU's flash attention, in bfloat16 or float16, folded). None takes the fastest:
             on a CPU "folded" for windows and "chunked" for large grids, elsewhere "xla".
 
-    Logits and softmax are float32 whatever the inputs' dtype; the result has the inputs' dtype.
+    Logits and softmax are float32 whatever the inputs' dtype (but "folded" and "cudnn" round the
+    position terms to it); the result has the inputs' dtype.
 
     Raises:
         ValueError: for an implementation that is unknown or cannot run here.
@@ -143,12 +145,23 @@ def _chunked(q, k, v, tables, grid):
     return jax.lax.map(one_head, flat).reshape(b, heads, n, d)
 
 
-def _average(logits: Float[Array, "*batch q k"], v: Float[Array, "*batch k d"]):
+@jax.custom_jvp
+def _average(
+    logits: Float[Array, "*batch q k"], v: Float[Array, "*batch k d"]
+) -> Float[Array, "*batch q d"]:
     """The values averaged with the weights that a softmax gives, in their dtype."""
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     # Dividing the d columns of the result is cheaper than the k columns of the weights.
     out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
+
+
+@_average.defjvp
+def _average_jvp(primals, tangents):
+    def with_weights(logits, v):
+        return jnp.matmul(softmax(logits).astype(v.dtype), v)
+
+    return jax.jvp(with_weights, primals, tangents)  # for softmax's own derivative
 
 
 def _position_terms(
@@ -179,8 +192,8 @@ def fold_positions(
 
         [scale * q, rel_h, rel_w] . [k, onehot(row), onehot(column)]
 
-    This is exact, so that attention without a bias will do, and its gradient too. Without tables
-    there are no positions.
+    So attention without a bias will do, and its gradient too. In float32 this is exact; below it
+    the position terms are rounded as the queries are. Without tables there are no positions.
     """
     scaled = q * q.shape[-1] ** -0.5
     if tables is None:
@@ -199,7 +212,7 @@ def _cudnn(q, k, v, tables, grid):
     q, k = fold_positions(q, k, tables)
     # It takes one width for all three, in multiples of eight.
     width = -(-q.shape[-1] // 8) * 8
-    _check_cudnn(q.dtype, width)
+    _check_cudnn(q.dtype, grid, width)
     q, k, v = (_widen(x, width).transpose(0, 2, 1, 3) for x in (q, k, v))
     out = jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation="cudnn")
     return out.transpose(0, 2, 1, 3)[..., :d]
@@ -209,20 +222,29 @@ def _widen(x, width):
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
 
 
-def _check_cudnn(dtype, width: int) -> None:
+def _check_cudnn(dtype, grid: tuple[int, int], width: int) -> None:
+    """Raises ValueError where cuDNN's flash attention, forward and backward, does not exist."""
     wrong = None
     if jax.default_backend() != "gpu":
         wrong = f"JAX runs on {jax.default_backend()} here"
+    elif not re.fullmatch(r"\d+\.\d+", capability := jax.local_devices()[0].compute_capability):
+        wrong = f"this is a GPU of another maker ({capability})"
     elif dtype not in (jnp.bfloat16, jnp.float16):
         wrong = f"the model computes in {dtype}; give it dtype=jnp.bfloat16"
-    else:
-        capability = jax.local_devices()[0].compute_capability
-        if float(capability) < (9.0 if width > 128 else 8.0):
-            wrong = f"this one has compute capability {capability}, and its heads are {width} wide"
+    elif width > 256:
+        wrong = f"a grid of {grid[0]} x {grid[1]} makes the heads {width} wide, with 256 the most"
+    elif float(capability) < 8 or (width > 128 and not 9 <= float(capability) < 10):
+        wrong = (
+            f"this one has compute capability {capability}, and heads are {width} wide with the "
+            f"positions of a grid of {grid[0]} x {grid[1]}"
+        )
+    elif grid[0] * grid[1] % 2:
+        wrong = f"a grid of {grid[0]} x {grid[1]} has an odd number of positions"
     if wrong:
         raise ValueError(
-            "attention is 'cudnn', which needs an NVIDIA GPU of compute capability 8.0, or 9.0 for "
-            f"heads wider than 128, and bfloat16 or float16, but {wrong}; leave it out"
+            "attention is 'cudnn', which needs an NVIDIA GPU of compute capability 8.0 or more, or "
+            "9.x (Hopper) for heads wider than 128, bfloat16 or float16, and an even number of "
+            f"positions, but {wrong}; leave it out, or name another"
         )
 
 

@@ -160,6 +160,19 @@ def test_mask_per_prompt(model, embeddings):
             assert_close(together.iou_scores[i, j], alone.iou_scores[0, 0])
 
 
+@pytest.mark.parametrize("masks", [None, MASKS[:, :1], MASKS], ids=["none", "shared", "own"])
+def test_prompts_at_once_change_nothing(model, embeddings, masks):
+    """Whether mapped, in groups or, as on a GPU or TPU, all together."""
+    image_embeddings = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
+    arguments = jax.tree.map(jnp.asarray, (image_embeddings, POINTS, LABELS, masks))
+    expected = model.decode(*arguments)
+    for prompts_at_once in (1, 2, 3, 64):
+        found = model.decode(*arguments, prompts_at_once=prompts_at_once)
+        jax.tree.map(assert_close, found, expected)
+    with pytest.raises(ValueError, match="prompts_at_once is 0, expected at least 1, or None"):
+        model.decode(*arguments, prompts_at_once=0)
+
+
 def test_batch_equals_one_at_a_time(model, pixels):
     """JAX arrays are not padded, so that this compares with the plain shapes."""
     together = model(pixels, **PROMPTS["points_and_boxes"])

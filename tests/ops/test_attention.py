@@ -1,4 +1,7 @@
+import re
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -6,9 +9,9 @@ import torch
 import torch_reference
 from reference import assert_close, normal, tensor
 
+import sam_jax.ops.attention
 from sam_jax.ops.attention import (
     _rows_per_block,
-    fold_positions,
     rel_pos_attention,
     relative_positions,
     softmax,
@@ -25,12 +28,16 @@ def test_relative_positions(length):
 
 def reference_attention(q, k, v, rel_pos, grid):
     """Meta's: scaled logits, plus positions of the unscaled query."""
+    rel_pos = rel_pos and [tensor(table) for table in rel_pos]
+    return torch_attention(*map(tensor, (q, k, v)), rel_pos, grid)
+
+
+def torch_attention(q, k, v, rel_pos, grid):
     b, heads, n, d = q.shape
-    q, k, v = (tensor(x).reshape(b * heads, n, d) for x in (q, k, v))
+    q, k, v = (x.reshape(b * heads, n, d) for x in (q, k, v))
     logits = (q * d**-0.5) @ k.transpose(-2, -1)
     if rel_pos is not None:
-        h, w = (tensor(table) for table in rel_pos)
-        logits = image_encoder.add_decomposed_rel_pos(logits, q, h, w, grid, grid)
+        logits = image_encoder.add_decomposed_rel_pos(logits, q, *rel_pos, grid, grid)
     return (torch.softmax(logits, dim=-1) @ v).reshape(b, heads, n, d)
 
 
@@ -71,29 +78,79 @@ def test_gradients_agree(implementation):
     jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), actual, expected)
 
 
-def folded_attention(q, k, v, tables, grid):
-    """What "cudnn" does, by XLA."""
-    tables = tuple(map(relative_positions, tables, grid))
-    q, k = (x.transpose(0, 2, 1, 3) for x in fold_positions(q, k, tables))
-    v = jnp.pad(v.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, 0), (0, sum(grid))))
-    out = jax.nn.dot_product_attention(q, k, v, scale=1.0)
-    return out.transpose(0, 2, 1, 3)[..., : tables[0].shape[-1]]
+@pytest.fixture
+def cudnn_by_xla(monkeypatch):
+    """All that "cudnn" does, with XLA's attention in the place of cuDNN's."""
+    plain = jax.nn.dot_product_attention
+
+    def attention(q, k, v, *, scale, implementation):
+        assert implementation == "cudnn"
+        return plain(q, k, v, scale=scale)
+
+    monkeypatch.setattr(sam_jax.ops.attention, "_check_cudnn", lambda *_: None)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
 
 
+@pytest.mark.usefixtures("cudnn_by_xla")
 @pytest.mark.parametrize("grid", [(6, 6), (7, 5), (2, 4), (14, 14)])
-def test_positions_as_channels(grid):
+def test_what_cudnn_is_given(grid):
     arrays = inputs(grid)
+    assert_close(rel_pos_attention(*arrays, grid, "cudnn"), reference_attention(*arrays, grid))
+    q, k, v, _ = arrays
     assert_close(
-        jax.jit(folded_attention, static_argnums=4)(*arrays, grid),
-        reference_attention(*arrays, grid),
+        rel_pos_attention(q, k, v, None, grid, "cudnn"), reference_attention(q, k, v, None, grid)
     )
 
-    def scalar(attention):
-        return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(attention(*x, grid))), (0, 1, 2, 3)))
+    def gradients(implementation):
+        def total(*arrays):
+            return jnp.sum(jnp.sin(rel_pos_attention(*arrays, grid, implementation)))
 
-    expected = scalar(rel_pos_attention)(*arrays)
-    actual = scalar(folded_attention)(*arrays)
-    jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), actual, expected)
+        return jax.jit(jax.grad(total, (0, 1, 2, 3)))(*arrays)
+
+    jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), gradients("cudnn"), gradients("xla"))
+
+
+@pytest.mark.parametrize(("grid", "d"), [((64, 64), 64), ((64, 64), 80), ((14, 14), 80)], ids=str)
+def test_cudnn_lowers_for_cuda(grid, d, monkeypatch):
+    """For a Hopper, forward and backward, and nothing there has the size of all logits."""
+    stablehlo = jax._src.cudnn.fused_attention_stablehlo
+    monkeypatch.setattr(sam_jax.ops.attention, "_check_cudnn", lambda *_: None)
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91500)
+    monkeypatch.setattr(stablehlo, "check_compute_capability", lambda least: float(least) <= 9)
+    monkeypatch.setattr(stablehlo, "is_cuda_compute_capability_equal", lambda c: float(c) == 9)
+    n = grid[0] * grid[1]
+    q = jax.ShapeDtypeStruct((2, 4, n, d), jnp.bfloat16)
+    tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, d), jnp.bfloat16) for size in grid)
+
+    def total(q, k, v, tables):
+        return rel_pos_attention(q, k, v, tables, grid, "cudnn").astype(jnp.float32).sum()
+
+    calls = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
+    exported = jax.export.export(
+        jax.jit(jax.grad(total, (0, 1, 2, 3))), platforms=["cuda"], disabled_checks=unchecked
+    )(q, q, q, tables)
+    text = exported.mlir_module()
+    assert all(name in text for name in calls)
+    assert not re.search(rf"x{n}x{n}x|x{n}x{grid[0]}x{grid[1]}x", text)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
+@pytest.mark.parametrize("grid", [(14, 14), (24, 24)], ids=str)
+def test_gradients_of_queries_where_keys_have_a_mean(implementation, grid):
+    """As after a layer norm with a bias, and values that are much alike: `softmax` says why."""
+    q, k, v, tables = inputs(grid, d=16)
+    arrays = q, k + 5, 1 + 0.05 * v, tables
+
+    def total(q, k, v, tables):
+        return jnp.sum(jnp.sin(3 * rel_pos_attention(q, k, v, tables, grid, implementation)))
+
+    actual = jax.jit(jax.grad(total))(*arrays)
+    q, k, v = (tensor(x).double() for x in arrays[:3])
+    q.requires_grad_()
+    exact = torch_attention(q, k, v, [tensor(t).double() for t in tables], grid)
+    torch.sin(3 * exact).sum().backward()
+    assert_close(actual, q.grad, 5e-5)
 
 
 def test_cudnn_says_what_it_needs():
@@ -102,19 +159,13 @@ def test_cudnn_says_what_it_needs():
         rel_pos_attention(q, k, v, tables, (2, 2), "cudnn")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
-def test_large_logits_in_bfloat16_stay_finite(implementation):
+def test_large_logits_stay_finite(implementation, dtype):
     q, k, v, tables = inputs((6, 6))
-    q = (100 * q).astype(jnp.bfloat16)
-    out = rel_pos_attention(
-        q,
-        k.astype(jnp.bfloat16),
-        v.astype(jnp.bfloat16),
-        tuple(t.astype(jnp.bfloat16) for t in tables),
-        (6, 6),
-        implementation,
-    )
-    assert out.dtype == jnp.bfloat16
+    arrays = jax.tree.map(lambda x: x.astype(dtype), (100 * q, k, v, tables))
+    out = rel_pos_attention(*arrays, (6, 6), implementation)
+    assert out.dtype == dtype
     assert np.isfinite(np.asarray(out, np.float32)).all()
 
 
