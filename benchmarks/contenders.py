@@ -9,6 +9,7 @@ first, whom the outputs of all are compared with.
 import copy
 import functools
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ try:
     from torch_reference import import_reference
 except ImportError:
     torch = None
-if torch and jax.default_backend() == "gpu" and not torch.cuda.is_available():
+if torch and os.environ.get("JAX_PLATFORMS") == "cuda" and not torch.cuda.is_available():
     torch = None  # it has a build for CPUs
 
 PROMPTS = 64

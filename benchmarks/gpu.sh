@@ -3,8 +3,8 @@
 #
 #     benchmarks/gpu.sh [python]
 #
-# PyTorch's side of the tables is there where PyTorch with CUDA is installed. What fails does not
-# keep the rest from running; the status at the end says so.
+# Needs the extra `test` and JAX with CUDA; PyTorch's side of the tables is there where PyTorch has CUDA,
+# too. What fails does not keep the rest from running; the status at the end says so.
 set -uo pipefail
 cd "$(git rev-parse --show-toplevel)"
 python=${1:-python}
@@ -22,10 +22,11 @@ benchmark() {
 
 date --iso-8601
 # Optimised as for users: tests/conftest.py has a CPU in mind.
-try env JAX_DISABLE_MOST_OPTIMIZATIONS=0 "$python" -m pytest -q -n 0 tests/ops/test_attention_gpu.py
+try env JAX_DISABLE_MOST_OPTIMIZATIONS=0 "$python" -m pytest -q -n 0 -W default \
+    tests/ops/test_attention_gpu.py
+benchmark --models vit_h vit_b --batch 8 --parts encoder --attention folded cudnn --repeat 20
 try "$python" -m benchmarks.accuracy --models mobile_sam vit_h --attention xla folded cudnn
-benchmark --models vit_h vit_b --batch 8 --parts encoder --attention xla folded cudnn --repeat 20
-benchmark --models vit_b --batch 8 --parts training --attention xla folded cudnn --repeat 10
+benchmark --models vit_b --batch 8 --parts training --attention folded cudnn --repeat 10
 benchmark --models vit_h mobile_sam --parts decoder predict --repeat 20
 benchmark --models vit_h mobile_sam --parts everything --repeat 3
 try "$python" -m benchmarks.training_memory

@@ -139,6 +139,7 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
         cached = timed(ours)[1]
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()
+    del ours  # and its memory
     contenders = PARTS[part](setting)  # anew, since a step of training leaves its mark
     found = differences(part, contenders, args.dtype)
     tolerances = {"everything": MASKS_TOLERANCE, "training": TRAINING_TOLERANCE}
