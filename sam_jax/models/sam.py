@@ -26,7 +26,7 @@ from sam_jax.models.mask_decoder import MaskDecoder
 from sam_jax.models.prompt_encoder import PromptEncoder
 from sam_jax.models.tiny_vit import TinyViT
 from sam_jax.models.vit import ImageEncoderViT
-from sam_jax.ops.attention import Implementation
+from sam_jax.ops.attention import Implementation, check_implementation
 from sam_jax.ops.prompts import PADDING, check_values, count_bucket, join_prompts, pad_axis
 
 
@@ -63,6 +63,7 @@ class Sam(nnx.Module):
     ):
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise ValueError(f"dtype is {jnp.dtype(dtype)}, expected float32, bfloat16 or float16")
+        check_implementation(attention)
         if isinstance(config.image_encoder, ViTConfig):
             self.image_encoder = ImageEncoderViT(
                 config, dtype=dtype, attention=attention, rngs=rngs

@@ -88,18 +88,22 @@ def rel_pos_attention(
         ValueError: for an implementation that is unknown or cannot run here.
     """
     h, w = grid
-    if implementation is None and jax.default_backend() == "cpu":
-        implementation = "folded" if h * w <= _QUERY_BLOCK else "chunked"
-    implementation = implementation or "xla"
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown attention implementation {implementation!r}; "
-            f"known: {sorted(_IMPLEMENTATIONS)}"
-        )
+    check_implementation(implementation)
+    if implementation is None:
+        on_cpu = "folded" if h * w <= _QUERY_BLOCK else "chunked"
+        implementation = on_cpu if jax.default_backend() == "cpu" else "xla"
     tables = None
     if rel_pos is not None:
         tables = relative_positions(rel_pos[0], h), relative_positions(rel_pos[1], w)
     return _IMPLEMENTATIONS[implementation](q, k, v, tables, grid)
+
+
+def check_implementation(name: str | None) -> None:
+    """Raises ValueError for a name that is none of an implementation's; None is for the fastest."""
+    if name is not None and name not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown attention implementation {name!r}; known: {sorted(_IMPLEMENTATIONS)}"
+        )
 
 
 def _xla(q, k, v, tables, grid):

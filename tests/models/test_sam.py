@@ -429,6 +429,13 @@ def test_options_that_cannot_be():
         Sam(SMALL_TINY, attention="xla", rngs=nnx.Rngs(0))
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["flash", ""])
+def test_an_unknown_attention_is_refused_at_once(name):
+    with pytest.raises(ValueError, match=f"unknown attention implementation '{name}'; known: "):
+        Sam(SMALL, attention=name, rngs=nnx.Rngs(0))
+
+
 def test_functional_use():
     """README's way: `nnx.split`, then plain `jax.jit` and `jax.grad` over the parameters."""
     model = ours(meta_sam(SMALL), SMALL)
