@@ -82,7 +82,9 @@ def whole(cells, model, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "run"
     code, printed, errors = finish(start(cells, model, output, *RANDOM))
     assert code == 0, errors
-    assert printed.splitlines()[-1] == str(output / "model")
+    *evaluated, last = printed.splitlines()
+    assert [json.loads(line)["step"] for line in evaluated] == [4, 8, 12, 14]
+    assert last == str(output / "model")
     return output
 
 

@@ -8,6 +8,7 @@ from sam_jax.checkpoints.params import flat_params, param_shapes
 from sam_jax.training.parameters import (
     DECODER_ONLY,
     EVERYTHING,
+    Optimizer,
     adamw,
     layer_decay,
     learning_rate_scale,
@@ -105,3 +106,12 @@ def test_scales_decay_and_clipping(model):
     count = sum(x.size for x in jax.tree.leaves(grads))
     expected = -1e-2 * 1e-3 / count**0.5
     np.testing.assert_allclose(clipped["prompt_encoder.no_mask_embed"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 20), (10, 5)])
+def test_the_rate_rises_then_falls(steps, warmup):
+    """A warm-up of 20 steps is at most half of a short run."""
+    _, rate = Optimizer(learning_rate=0.5, warmup=20).make(EVERYTHING, steps)
+    middle = warmup + (steps - warmup) / 2
+    found = [float(rate(step)) for step in (0, warmup / 2, warmup, middle, steps)]
+    np.testing.assert_allclose(found, [0, 0.25, 0.5, 0.25, 0], atol=1e-7)

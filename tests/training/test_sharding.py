@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
     """The model, and a batch of 8 pictures."""
     path = tmp_path_factory.mktemp("sharding")
     save_pretrained(ours(meta_sam(SHALLOW), SHALLOW), path / "model")
-    np.savez(path / "batch.npz", **batch_of(8, objects=1))
+    np.savez(path / "batch.npz", **batch_of(8, objects=2))
     return path
 
 
