@@ -10,8 +10,7 @@ numbers than the first is not timed. Then all take turns, warm, again and again,
 its result is there, and the median counts.
 
 * Difference: the root of the mean square of the difference from the first, over that of the first;
-  of everything-mode's masks, the share that has none among the first's of IoU 0.99 or better, below
-  float32 0.9 or better.
+  of everything-mode's masks, the share that has none among the first's of IoU 0.99 or better.
 * Rate and share: the work per second, also over that of a large matrix product of the same dtype
   on the same device in the same run.
 * Peak: memory during a run: on a CPU what the process took more than it had before, on a GPU the
@@ -71,7 +70,7 @@ def output(part: str, run) -> np.ndarray | list[dict]:
     return np.stack([on_host(run()) for _ in range(2 if part == "training" else 1)])
 
 
-def differences(part: str, contenders: Contenders, dtype: str) -> dict[str, float | Exception]:
+def differences(part: str, contenders: Contenders) -> dict[str, float | Exception]:
     """How far each one's output is from the first's, or why it has none."""
     expected, found = None, {}
     for who, run in contenders.items():
@@ -82,18 +81,18 @@ def differences(part: str, contenders: Contenders, dtype: str) -> dict[str, floa
             continue
         expected = actual if expected is None else expected
         if part == "everything":
-            found[who] = missing(actual, expected, 0.99 if dtype == "float32" else 0.9)
+            found[who] = missing(actual, expected)
         else:
             error = actual.reshape(expected.shape) - expected
             found[who] = float(np.sqrt(np.square(error).mean() / np.square(expected).mean()))
     return found
 
 
-def missing(records: list[dict], expected: list[dict], iou: float) -> float:
+def missing(records: list[dict], expected: list[dict]) -> float:
     if not records or not expected:
         return float(len(records) != len(expected))
     ious, _ = compare(records, expected, pixels=1)
-    return 1 - float((ious >= iou).sum()) / max(len(records), len(expected))
+    return 1 - float((ious >= 0.99).sum()) / max(len(records), len(expected))
 
 
 def peak(who: str, run) -> float:
@@ -141,7 +140,7 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
         compilation_cache.reset_cache()
     del ours  # and its memory
     contenders = PARTS[part](setting)  # anew, since a step of training leaves its mark
-    found = differences(part, contenders, args.dtype)
+    found = differences(part, contenders)
     tolerances = {"everything": MASKS_TOLERANCE, "training": TRAINING_TOLERANCE}
     limit = tolerances.get(part, TOLERANCE)[args.dtype]
     agreeing = {
