@@ -137,7 +137,7 @@ class Sam(nnx.Module):
             attention_similarity: added to the token-to-image logits (PerSAM).
             target_embedding: added to the tokens before each block (PerSAM).
             prompts_at_once: how many prompts of each image are computed together, for less memory.
-                None: one of one image on a CPU, whose cache it fits, else all.
+                None: one of one image on a CPU, whose cache it fits, else up to 64 (2 GB).
         """
         image_pe = self.prompt_encoder.get_dense_pe()
 
@@ -166,8 +166,11 @@ class Sam(nnx.Module):
         if masks is not None and not mask_per_prompt:
             masks = masks[:, 0]
         images_at_once = None
-        if prompts_at_once is None and jax.default_backend() == "cpu":
-            prompts_at_once = images_at_once = 1  # what fits the cache
+        if prompts_at_once is None:
+            if jax.default_backend() == "cpu":
+                prompts_at_once = images_at_once = 1  # what fits the cache
+            else:
+                prompts_at_once = 64
 
         def one_image(x):
             image_embedding, shared_mask, prompts = x

@@ -173,6 +173,19 @@ def test_prompts_at_once_change_nothing(model, embeddings, masks):
         model.decode(*arguments, prompts_at_once=0)
 
 
+def test_memory_of_many_prompts_off_a_cpu(model, monkeypatch):
+    """However many there are, no more than 64 are upscaled together."""
+    grid, channels = model.config.image_embedding_size, model.config.prompt_embed_dim
+    embedding = jax.ShapeDtypeStruct((1, grid, grid, channels), jnp.float32)
+    points = jax.ShapeDtypeStruct((1, 256, 2, 2), jnp.float32)
+    labels = jax.ShapeDtypeStruct((1, 256, 2), jnp.int32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jaxpr = str(jax.make_jaxpr(model.decode)(embedding, points, labels))
+    upscaled = f"{grid},{grid},2,2,2,2,{channels // 8}]"
+    assert f"[64,{upscaled}" in jaxpr or f"[1,64,{upscaled}" in jaxpr
+    assert f"256,{upscaled}" not in jaxpr
+
+
 def test_batch_equals_one_at_a_time(model, pixels):
     """JAX arrays are not padded, so that this compares with the plain shapes."""
     together = model(pixels, **PROMPTS["points_and_boxes"])
