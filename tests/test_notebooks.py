@@ -8,29 +8,38 @@ import nbformat
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-# What makes them small.
-SMALL = {"finetune": ("STEPS, TRAIN, TEST = 30, 8, 3", "STEPS, TRAIN, TEST = 12, 3, 2")}
+# How many pictures each shows, and what makes it small.
+NOTEBOOKS = {
+    "predictor": (6, {}),
+    "automatic_masks": (5, {"SIDE = 16": "SIDE = 4"}),
+    "research_loop": (3, {"in range(30)": "in range(2)", "0.9, 6)": "0.9, 2)"}),
+    "finetune": (3, {"STEPS, TRAIN, TEST = 30, 8, 3": "STEPS, TRAIN, TEST = 12, 3, 2"}),
+}
 
 
 @pytest.mark.usefixtures("mobile_sam_file")
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook(name, tmp_path):
     shutil.copy(EXAMPLES / "cells.py", tmp_path)
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
-    assert all(cell.outputs for cell in notebook.cells[-1:]), "it is stored without its pictures"
-    full, small = SMALL[name]
-    (cell,) = (cell for cell in notebook.cells if full in cell.source)
-    cell.source = cell.source.replace(full, small)
+    pictures, small = NOTEBOOKS[name]
+    assert count_pictures(notebook) == pictures, "it is stored without its pictures"
+    for full, less in small.items():
+        (cell,) = (cell for cell in notebook.cells if full in cell.source)
+        cell.source = cell.source.replace(full, less)
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
     client.execute()
-    pictures = [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    assert len(pictures) == 3
+    assert count_pictures(notebook) == pictures
+    warned = [o["text"] for o in outputs(notebook) if o.get("name") == "stderr"]
+    assert not warned
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def count_pictures(notebook):
+    kinds = {"image/png", "image/jpeg"}
+    return sum(bool(kinds & set(output.get("data", {}))) for output in outputs(notebook))

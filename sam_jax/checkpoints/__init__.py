@@ -8,12 +8,13 @@ import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from sam_jax.checkpoints import orbax
 from sam_jax.checkpoints.params import (
@@ -134,13 +135,13 @@ def load_config(name_or_path: str | os.PathLike) -> SamConfig:
 
 
 def write_checkpoint(
-    path: str | os.PathLike, params: dict[str, np.ndarray], config: SamConfig, fmt: Format
+    path: str | os.PathLike, params: Mapping[str, ArrayLike], config: SamConfig, fmt: Format
 ) -> None:
     """Writes a file for PyTorch, with the same bits that a conversion from PyTorch read.
 
     Args:
         path: `.safetensors`, or `.pth`, `.pt` or `.bin` for what `torch.load` reads.
-        params: every parameter by its path.
+        params: every parameter by its path, as `flat_params` gives them.
         config: of the model. For the "hf" format it is also written, as `config.json` and
             `preprocessor_config.json` beside the file, which must have the name that
             `transformers.SamModel.from_pretrained` looks for in a folder. Meta's format has no

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from sam_jax.checkpoints.params import check_tensors
 from sam_jax.checkpoints.torch_file import CheckpointError
@@ -322,12 +323,15 @@ def from_torch(
     return {path: layout.to_ours(tensors[name]) for path, (name, layout) in names.items()}
 
 
-def to_torch(params: Tensors, config: SamConfig, fmt: Format) -> dict[str, np.ndarray]:
+def to_torch(
+    params: Mapping[str, ArrayLike], config: SamConfig, fmt: Format
+) -> dict[str, np.ndarray]:
     """Our parameters by PyTorch names, in PyTorch's layout; the inverse of `from_torch`."""
     result = {}
     for path, value in params.items():
         name, layout = torch_name(path, config, fmt)
-        result[name] = layout.to_torch(value)
+        # A JAX array would not become int64, which PyTorch's counts are.
+        result[name] = layout.to_torch(np.asarray(value))
     return result
 
 
