@@ -317,12 +317,13 @@ def _parse_numbers(text: str, counts: tuple[int, ...], option: str, form: str) -
     return numbers
 
 
+COMMANDS = {"segment": Segment, "generate": Generate, "evaluate": Evaluate}
+
+
 def main() -> None:
     """Runs the command; errors of the user go to stderr in one line, with exit code 1."""
     args = tyro.extras.subcommand_cli_from_dict(
-        {"segment": Segment, "generate": Generate, "evaluate": Evaluate},
-        prog="sam-jax",
-        description="Segment Anything in JAX.",
+        COMMANDS, prog="sam-jax", description="Segment Anything in JAX."
     )
     try:
         {Segment: segment, Generate: generate, Evaluate: evaluate}[type(args)](args)
