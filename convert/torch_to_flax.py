@@ -57,7 +57,10 @@ def check_verifiable(checkpoint: str) -> None:
             "already; give the PyTorch checkpoint, or leave --verify out"
         )
     tensors = read_state_dict(checkpoint)
-    tiny = isinstance(infer_config(tensors).image_encoder, TinyViTConfig)
+    encoder = infer_config(tensors).image_encoder
+    tiny = isinstance(encoder, TinyViTConfig)
+    if tiny and encoder.stem_stride == 1:
+        raise ValueError("--verify knows no PyTorch model of LiteMedSAM; leave it out")
     try:
         from torch_reference import import_reference
 

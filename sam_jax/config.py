@@ -6,7 +6,9 @@ Field names are those of Meta's `segment_anything`; the defaults of each class a
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
+
+Preprocessing = Literal["medsam"]
 
 
 def _check_types(config: Any) -> None:
@@ -62,7 +64,12 @@ class ViTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TinyViTConfig:
-    """MobileSAM's image encoder (`TinyViT`): one stage of MBConv blocks, three of attention."""
+    """MobileSAM's image encoder (`TinyViT`): one stage of MBConv blocks, three of attention.
+
+    `stem_stride` is that of each of the stem's two convolutions: 2 (3 x 3 pixels), or 1 (1 x 1) for
+    LiteMedSAM, whose pictures are four times as small. `num_classes` is None where the checkpoint
+    has no classifier.
+    """
 
     embed_dims: tuple[int, ...] = (64, 128, 160, 320)
     depths: tuple[int, ...] = (2, 2, 6, 2)
@@ -70,13 +77,18 @@ class TinyViTConfig:
     window_sizes: tuple[int, ...] = (7, 7, 14, 7)
     mlp_ratio: float = 4.0
     mbconv_expand_ratio: float = 4.0
-    num_classes: int = 1000
-
-    # The stem halves the picture twice, the first two stages once each; the third does not.
-    patch_size = 16
+    stem_stride: int = 2
+    num_classes: int | None = 1000
 
     def __post_init__(self):
         _check_types(self)
+        if self.stem_stride not in (1, 2):
+            raise ValueError(f"stem_stride is {self.stem_stride}, expected 1 or 2")
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per position of the embedding: the first two stages halve the grid once each."""
+        return 4 * self.stem_stride**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +130,10 @@ class SamConfig:
     `image_size` is the side of the square, padded picture in pixels, `prompt_embed_dim` the width
     of image embeddings and prompt tokens. `pixel_mean` and `pixel_std` are per RGB channel for
     values 0 to 255.
+
+    `resize` is "longest_side", padded to the square, or "square", which changes the picture's
+    proportions. With `normalization` "min_max", for medical pictures, a picture's smallest value
+    becomes 0 and its largest 1, and mean and deviation do not count.
     """
 
     image_encoder: ViTConfig | TinyViTConfig = ViTConfig()
@@ -128,9 +144,19 @@ class SamConfig:
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     mask_threshold: float = 0.0
+    resize: str = "longest_side"
+    normalization: str = "statistics"
 
     def __post_init__(self):
         _check_types(self)
+        for name, known in (
+            ("resize", ("longest_side", "square")),
+            ("normalization", ("statistics", "min_max")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected {' or '.join(known)}"
+                )
         if self.image_size % self.image_encoder.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of the patch size "
@@ -226,6 +252,32 @@ def vit_h() -> SamConfig:
 def mobile_sam() -> SamConfig:
     """MobileSAM: the TinyViT encoder with SAM's own prompt encoder and mask decoder."""
     return SamConfig(TinyViTConfig())
+
+
+def lite_medsam() -> SamConfig:
+    """LiteMedSAM, for medical pictures of 256 pixels: MobileSAM, but its stem halves nothing."""
+    return dataclasses.replace(
+        mobile_sam(),
+        image_encoder=TinyViTConfig(stem_stride=1, num_classes=None),
+        image_size=256,
+        normalization="min_max",
+    )
+
+
+def with_preprocessing(config: SamConfig, name: Preprocessing | None) -> SamConfig:
+    """The configuration with pictures prepared in another way than it says; None for as it says.
+
+    "medsam" is what MedSAM was trained with (Ma et al. 2024), of whose checkpoints none says so:
+    pictures are resized to a square, and their values brought to 0 to 1.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name is None:
+        return config
+    if name not in get_args(Preprocessing):
+        raise ValueError(f"preprocessing is {name!r}, expected 'medsam' or None")
+    return dataclasses.replace(config, resize="square", normalization="min_max")
 
 
 def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> SamConfig:
@@ -348,9 +400,16 @@ def to_hf(config: SamConfig) -> dict[str, Any]:
     """The Hugging Face `config.json` of a SAM with a ViT encoder; `from_hf` is the inverse.
 
     Raises:
-        ValueError: for MobileSAM, which `transformers` has no class for, and for a threshold of
-            masks other than 0, which it has no place for.
+        ValueError: for a TinyViT, which `transformers` has no class for, and for a threshold of
+            masks other than 0 or pictures prepared in another way than SAM's, which it has no place
+            for.
     """
+    if (config.resize, config.normalization) != ("longest_side", "statistics"):
+        raise ValueError(
+            f"resize is {config.resize!r} and normalization is {config.normalization!r}, but "
+            "Hugging Face's configuration has no place for them: its models resize the longest "
+            "side and normalise by mean and deviation"
+        )
     if config.mask_threshold != 0:
         raise ValueError(
             f"mask_threshold is {config.mask_threshold}, but Hugging Face's configuration has no "

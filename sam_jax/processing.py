@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sam_jax.checkpoints import load_config
-from sam_jax.config import SamConfig
+from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.ops.prompts import FOREGROUND, PADDING, check_values, count_bucket, pad_axis
 from sam_jax.ops.resize import mask_resize_matrix, resize_masks, size_bucket
 
@@ -34,16 +34,23 @@ class SamProcessor:
     )
 
     Args:
-        config: the model's, for its image size and its mean and deviation of pixels.
+        config: the model's, for its image size and how its pictures are prepared. They are resized
+            as Meta does, by PIL's bilinear filter, also for MedSAM (trained with a cubic one) and
+            LiteMedSAM (with OpenCV's area filter).
     """
 
     def __init__(self, config: SamConfig):
         self.config = config
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike = "mobile_sam") -> "SamProcessor":
-        """The processor for a checkpoint; see `sam_jax.from_pretrained` for what it may be."""
-        return cls(load_config(name_or_path))
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike = "mobile_sam",
+        *,
+        preprocessing: Preprocessing | None = None,
+    ) -> "SamProcessor":
+        """The processor for a checkpoint; arguments as of `sam_jax.from_pretrained`."""
+        return cls(with_preprocessing(load_config(name_or_path), preprocessing))
 
     def __call__(
         self,
@@ -114,8 +121,10 @@ class SamProcessor:
         return result
 
     def input_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
-        """(h, w) of a picture of that (h, w) once its longest side is the model's image size."""
+        """(h, w) of a picture of that (h, w) once it is resized to the model's image size."""
         height, width = original_size
+        if self.config.resize == "square":
+            return self.config.image_size, self.config.image_size
         scale = self.config.image_size / max(height, width)
         # At least a pixel, so that a hair-thin picture does not vanish.
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
@@ -129,7 +138,7 @@ class SamProcessor:
         return (np.asarray(coords, np.float64) * scale).astype(np.float32)
 
     def preprocess(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "size size 3"]:
-        """Resizes the longest side, normalises, then pads with zeros at the bottom and right."""
+        """Resizes, normalises, then pads with zeros at the bottom and right."""
         height, width = self.input_size(image.shape[:2])
         if (height, width) != image.shape[:2]:
             resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
@@ -140,9 +149,11 @@ class SamProcessor:
         """Normalises a picture that fits the model's input, then pads it."""
         height, width = image.shape[:2]
         size = self.config.image_size
-        mean, std = (
-            np.array(v, np.float32) for v in (self.config.pixel_mean, self.config.pixel_std)
-        )
+        if self.config.normalization == "min_max":
+            mean, std = image.min(), max(np.ptp(image), 1)
+        else:
+            mean, std = self.config.pixel_mean, self.config.pixel_std
+        mean, std = np.array(mean, np.float32), np.array(std, np.float32)
         pixels = np.zeros((size, size, 3), np.float32)
         pixels[:height, :width] = (image.astype(np.float32) - mean) / std
         return pixels

@@ -15,11 +15,13 @@ from sam_jax.config import (
     TinyViTConfig,
     ViTConfig,
     from_hf,
+    lite_medsam,
     mobile_sam,
     to_hf,
     vit_b,
     vit_h,
     vit_l,
+    with_preprocessing,
 )
 
 PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
@@ -93,6 +95,29 @@ def test_sizes_that_do_not_divide():
         SamConfig(image_size=1000)
     with pytest.raises(ValueError, match="image_size 1000 is not a multiple of the patch size 16"):
         SamConfig(TinyViTConfig(), image_size=1000)
+
+
+def test_lite_medsam_has_a_grid_of_64_from_256_pixels():
+    config = lite_medsam()
+    assert (config.image_size, config.image_embedding_size, config.mask_size) == (256, 64, 256)
+    with pytest.raises(ValueError, match="stem_stride is 3, expected 1 or 2"):
+        TinyViTConfig(stem_stride=3)
+
+
+@pytest.mark.parametrize("field", ["resize", "normalization"])
+def test_unknown_ways_to_prepare_pictures(field, unchecked):
+    with pytest.raises(ValueError, match=f"{field} is 'other', expected "):
+        SamConfig(**{field: "other"})
+    with pytest.raises(ValueError, match="preprocessing is 'sam', expected 'medsam' or None"):
+        with_preprocessing(SamConfig(), "sam")
+
+
+def test_hugging_face_has_no_place_for_medsams_preprocessing():
+    config = with_preprocessing(vit_b(), "medsam")
+    assert with_preprocessing(vit_b(), None) == vit_b()
+    assert SamConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="resize is 'square' and normalization is 'min_max'"):
+        to_hf(config)
 
 
 # --- Hugging Face -------------------------------------------------------------------------------

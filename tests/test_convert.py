@@ -14,7 +14,9 @@ import transformers
 from reference import SMALL, SMALL_TINY, hf_sam, meta_sam, ours
 
 from sam_jax import save_pretrained
-from sam_jax.checkpoints import load_config
+from sam_jax.checkpoints import load_config, write_checkpoint
+from sam_jax.checkpoints.params import param_shapes
+from sam_jax.config import lite_medsam
 
 SCRIPTS = Path(torch_to_flax.__file__).parent
 VIT, TINY = (
@@ -122,6 +124,14 @@ def test_nothing_is_written_if_the_reference_cannot_be_imported(tmp_path, monkey
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ValueError, match=f"cannot be imported: .*{missing}"):
         to_ours(tmp_path / "sam.pth", tmp_path / "ours", verify=True)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_lite_medsam_is_not_verified(tmp_path):
+    params = {k: np.zeros(shape, np.float32) for k, shape in param_shapes(lite_medsam()).items()}
+    write_checkpoint(tmp_path / "lite.safetensors", params, lite_medsam(), fmt="meta")
+    with pytest.raises(ValueError, match="no PyTorch model of LiteMedSAM"):
+        to_ours(tmp_path / "lite.safetensors", tmp_path / "ours", verify=True)
     assert not (tmp_path / "ours").exists()
 
 

@@ -5,14 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import skimage.data
 import torch
 import torch_reference
 import transformers
 from PIL import Image
-from reference import SMALL, mask_iou
+from reference import SMALL, assert_close, mask_iou
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from sam_jax.config import vit_b
+from sam_jax.config import vit_b, with_preprocessing
 from sam_jax.processing import SamProcessor, load_image
 
 SIZES = [(300, 451), (451, 300), (96, 96), (1024, 1024), (700, 1500), (5, 9), (60, 1), (1, 60)]
@@ -95,6 +96,29 @@ def test_another_image_size_and_statistics(transforms):
     expected = (resized - [0, 1, 2]) / [1, 2, 4]
     assert np.array_equal(pixels[: len(resized)], expected.astype(np.float32))
     assert not pixels[len(resized) :].any()
+
+
+def test_medsams_pictures():
+    """Its lines: a square, then the smallest value to 0 and the largest to 1."""
+    config = with_preprocessing(SMALL, "medsam")
+    processor = SamProcessor(config)
+    image = skimage.data.coffee()[:, :300] // 2 + 20
+    inputs = processor(image, input_boxes=[[[30, 40, 150, 200]]])
+    square = np.asarray(Image.fromarray(image).resize((96, 96), Image.Resampling.BILINEAR))
+    expected = (square - square.min()) / np.float32(square.max() - square.min())
+    np.testing.assert_allclose(inputs["pixel_values"][0], expected, atol=1e-6)
+    assert inputs["pixel_values"].min() == 0
+    assert inputs["pixel_values"].max() == 1
+    np.testing.assert_allclose(inputs["input_boxes"][0, 0], [9.6, 9.6, 48, 48], rtol=1e-6)
+
+    logits = np.random.default_rng(0).normal(size=(1, 1, 1, 48, 48)).astype(np.float32)
+    full = torch.nn.functional.interpolate(torch.tensor(logits[0]), (96, 96), mode="bilinear")
+    full = torch.nn.functional.interpolate(full, (400, 300), mode="bilinear")
+    (masks,) = processor.post_process_masks(
+        logits, inputs["original_sizes"], inputs["reshaped_input_sizes"], binarize=False
+    )
+    assert_close(masks, full)
+    assert not processor(np.full((8, 8, 3), 7, np.uint8))["pixel_values"].any()
 
 
 def test_several_pictures_of_different_sizes(small, tmp_path):

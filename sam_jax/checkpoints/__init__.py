@@ -39,7 +39,14 @@ from sam_jax.checkpoints.torch_names import (
     infer_config,
     to_torch,
 )
-from sam_jax.config import SamConfig, from_hf, to_hf, to_hf_preprocessor
+from sam_jax.config import (
+    Preprocessing,
+    SamConfig,
+    from_hf,
+    to_hf,
+    to_hf_preprocessor,
+    with_preprocessing,
+)
 from sam_jax.models.sam import Sam
 from sam_jax.ops.attention import Implementation
 
@@ -63,17 +70,21 @@ def from_pretrained(
     dtype: DTypeLike = jnp.float32,
     attention: Implementation | None = None,
     image_size: int | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Sam:
     """A model with the weights of a checkpoint.
 
     Args:
-        name_or_path: a short name ("mobile_sam", "vit_b", "vit_l", "vit_h"), a hub repository
-            ("facebook/sam-vit-base"), a Hugging Face folder, a file of Meta or MobileSAM (`.pth`,
-            `.pt`), a `.safetensors` file, or a folder of `save_pretrained`.
+        name_or_path: a short name ("mobile_sam", "vit_b", "vit_l", "vit_h", "lite_medsam"), a hub
+            repository ("facebook/sam-vit-base"), a Hugging Face folder, a file of Meta or MobileSAM
+            (`.pth`, `.pt`), a `.safetensors` file, or a folder of `save_pretrained`.
         dtype: of the computation, float32, bfloat16 or float16; parameters stay as in the file.
         attention: how the ViT's attention is computed; None chooses by platform.
         image_size: side of the model's input in pixels if it is to differ from the checkpoint's;
             position embeddings are resized.
+        preprocessing: "medsam" for a MedSAM (such as "wanglab/medsam-vit-base"): pictures are
+            resized to a square and their values brought to 0 to 1; None for what the checkpoint
+            says.
 
     Raises:
         FileNotFoundError: if a path does not exist.
@@ -83,7 +94,7 @@ def from_pretrained(
     params, config = load_params(name_or_path)
     if image_size is not None:
         params, config = resize_positions(params, config, image_size)
-    return build_model(params, config, dtype, attention)
+    return build_model(params, with_preprocessing(config, preprocessing), dtype, attention)
 
 
 def save_pretrained(model: Sam, path: str | os.PathLike) -> None:

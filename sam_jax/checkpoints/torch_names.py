@@ -22,6 +22,8 @@ from sam_jax.config import (
     SamConfig,
     TinyViTConfig,
     ViTConfig,
+    lite_medsam,
+    mobile_sam,
 )
 
 Format = Literal["meta", "hf"]
@@ -353,7 +355,7 @@ def infer_config(tensors: Tensors) -> SamConfig:
     """The configuration of a checkpoint without one, read from its tensors' shapes.
 
     What shapes do not tell is taken from the published models: 8 decoder heads, and for TinyViT an
-    image size of 1024.
+    image size of 1024, or of 256 and LiteMedSAM's normalization where the stem halves nothing.
 
     Raises:
         CheckpointError: if the tensors are no SAM's, or lack the relative positions that tell the
@@ -398,11 +400,15 @@ def _infer_config(tensors: Tensors, fmt: Format) -> SamConfig:
         return next(i for i in itertools.count() if str(i) not in found)
 
     if tiny:
-        encoder, image_size = _infer_tiny_vit(shape, count), 1024
+        head_bias = name("image_encoder.head.bias")
+        encoder = _infer_tiny_vit(shape, count, tensors.get(head_bias))
+        published = lite_medsam() if encoder.stem_stride == 1 else mobile_sam()
+        image_size, normalization = published.image_size, published.normalization
     else:
         encoder, image_size = _infer_vit(
             shape, count, name("image_encoder.blocks.#.attn.qkv.bias", 0) in tensors
         )
+        normalization = "statistics"
     head = "mask_decoder.iou_prediction_head.layers.#.kernel"
     if fmt == "meta":
         iou_head_depth = count(head)
@@ -429,6 +435,7 @@ def _infer_config(tensors: Tensors, fmt: Format) -> SamConfig:
         ),
         image_size=image_size,
         prompt_embed_dim=dim,
+        normalization=normalization,
     )
 
 
@@ -451,7 +458,7 @@ def _infer_vit(shape, count, qkv_bias: bool) -> tuple[ViTConfig, int]:
     return config, grid * patch_size
 
 
-def _infer_tiny_vit(shape, count) -> TinyViTConfig:
+def _infer_tiny_vit(shape, count, head_bias: np.ndarray | None) -> TinyViTConfig:
     block = "image_encoder.layers.#.blocks.#"
     stages = count("image_encoder.layers.#.downsample.conv1.kernel")
     depths = [count(f"{block}.conv1.kernel", 0)]
@@ -470,5 +477,6 @@ def _infer_tiny_vit(shape, count) -> TinyViTConfig:
         window_sizes=tuple(windows),
         mlp_ratio=shape(f"{block}.mlp.fc1.kernel", 1, 0)[0] / dims[1],
         mbconv_expand_ratio=hidden / stem,
-        num_classes=shape("image_encoder.head.kernel")[0],
+        stem_stride=1 if shape("image_encoder.patch_embed.conv1.kernel")[-1] == 1 else 2,
+        num_classes=None if head_bias is None else len(head_bias),
     )

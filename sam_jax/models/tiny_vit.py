@@ -29,13 +29,13 @@ class TinyViT(nnx.Module):
     """Normalised pixels to image embeddings.
 
     `norm_head` and `head` are the classifier that the encoder was first trained with. SAM has no
-    use for them; they are kept because every checkpoint holds them.
+    use for them; they are kept where the checkpoint holds them, as MobileSAM's does.
     """
 
     def __init__(self, config: SamConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         tiny = config.image_encoder
         dims = tiny.embed_dims
-        self.patch_embed = PatchEmbed(dims[0], dtype=dtype, rngs=rngs)
+        self.patch_embed = PatchEmbed(dims[0], tiny.stem_stride, dtype=dtype, rngs=rngs)
         self.layers = nnx.List()
         for i, (dim, depth) in enumerate(zip(dims, tiny.depths, strict=True)):
             if i == 0:
@@ -54,8 +54,9 @@ class TinyViT(nnx.Module):
                 stride = 1 if i + 2 == len(dims) else 2
                 merging = PatchMerging(dim, dims[i + 1], stride, dtype=dtype, rngs=rngs)
             self.layers.append(Stage(blocks, merging))
-        self.norm_head = ClassifierNorm(dims[-1])
-        self.head = ClassifierHead(dims[-1], tiny.num_classes)
+        if tiny.num_classes is not None:
+            self.norm_head = ClassifierNorm(dims[-1])
+            self.head = ClassifierHead(dims[-1], tiny.num_classes)
         self.neck = Neck(dims[-1], config.prompt_embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -145,13 +146,14 @@ def _depthwise_conv(x, kernel, stride):
 
 
 class PatchEmbed(nnx.Module):
-    """The stem: two 3 x 3 convolutions of stride 2."""
+    """The stem: two convolutions, of 3 x 3 pixels and stride 2, or of one pixel (LiteMedSAM)."""
 
-    def __init__(self, dim, *, dtype, rngs):
-        self.conv1 = ConvBN(3, dim // 2, 3, 2, dtype=dtype, rngs=rngs)
-        self.conv2 = ConvBN(dim // 2, dim, 3, 2, dtype=dtype, rngs=rngs)
+    def __init__(self, dim, stride, *, dtype, rngs):
+        size = 2 * stride - 1
+        self.conv1 = ConvBN(3, dim // 2, size, stride, dtype=dtype, rngs=rngs)
+        self.conv2 = ConvBN(dim // 2, dim, size, stride, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h//4 w//4 c"]:
+    def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
         return self.conv2(gelu(self.conv1(x)))
 
 

@@ -262,3 +262,15 @@ def test_nothing_is_overwritten(meta, tmp_path):
     with pytest.raises(ValueError, match=r"\.h5.*suffix must be one of"):
         write_checkpoint(tmp_path / "sam.h5", params, config, "meta")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "sam.pth"]
+
+
+def test_medsams_preprocessing_is_asked_for_and_kept(tmp_path, meta, unchecked):
+    torch.save(meta.state_dict(), tmp_path / "medsam.pth")
+    model = from_pretrained(tmp_path / "medsam.pth", preprocessing="medsam")
+    assert (model.config.resize, model.config.normalization) == ("square", "min_max")
+    processor = SamProcessor.from_pretrained(tmp_path / "medsam.pth", preprocessing="medsam")
+    assert processor.config == model.config
+    save_pretrained(model, tmp_path / "medsam")
+    assert from_pretrained(tmp_path / "medsam").config == model.config
+    with pytest.raises(ValueError, match="preprocessing is 'sam'"):
+        from_pretrained(tmp_path / "medsam.pth", preprocessing="sam")

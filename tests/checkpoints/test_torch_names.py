@@ -18,7 +18,7 @@ from sam_jax.checkpoints.torch_names import (
     to_torch,
     torch_name,
 )
-from sam_jax.config import mobile_sam, vit_b, vit_h, vit_l
+from sam_jax.config import lite_medsam, mobile_sam, vit_b, vit_h, vit_l
 
 
 def state_dict(module):
@@ -44,6 +44,16 @@ def test_published_sizes_are_recognised_and_complete(make):
     assert infer_config(tensors) == expected
     params = from_torch(tensors, expected, param_shapes(expected))
     assert params.keys() == param_shapes(expected).keys()
+
+
+def test_lite_medsam_is_told_by_its_stem():
+    config = lite_medsam()
+    shapes = param_shapes(config)
+    params = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
+    tensors = to_torch(params, config, "meta")
+    assert not any("head" in name and "image_encoder" in name for name in tensors)
+    assert infer_config(tensors) == config
+    assert from_torch(tensors, config, shapes).keys() == shapes.keys()
 
 
 @pytest.mark.parametrize("make", [vit_b, vit_h], ids=["vit_b", "vit_h"])
