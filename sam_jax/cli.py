@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sam_jax.checkpoints import from_pretrained
 from sam_jax.checkpoints.sources import MODELS
+from sam_jax.export import Platform, check_new, export_jax, export_onnx
 from sam_jax.folder import Format, Results, find_pictures, generate_folder, generate_with_ray
 from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
 from sam_jax.predictor import SamPredictor
@@ -122,6 +123,27 @@ class Evaluate:
     """Short name, hub repository, file or folder."""
 
 
+@dataclasses.dataclass
+class Export:
+    """Write the model for programs without sam_jax: with JAX alone, or in ONNX.
+
+    See `sam_jax.export`, and `examples/load_export.py` and `load_onnx.py` for how to use it.
+    """
+
+    model: tyro.conf.Positional[str]
+    """Short name, hub repository, file or folder."""
+    output: Path
+    """The new folder."""
+    format: Literal["jax", "onnx"] = "jax"
+    """Programs of jax.export, or ONNX."""
+    platforms: tuple[Platform, ...] | None = None
+    """Of jax: to run on; cpu, cuda and tpu if left out."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of jax: what to compute in."""
+    single_mask: bool = False
+    """Of onnx: one mask instead of four, chosen by the number of points and the scores."""
+
+
 # The fields that say which masks there are: what is in one folder must have them in common.
 _ARGUMENTS = inspect.signature(SamAutomaticMaskGenerator).parameters
 _GENERATOR = {f.name for f in dataclasses.fields(Generate)} & set(_ARGUMENTS) - {"model"}
@@ -205,6 +227,24 @@ def evaluate(args: Evaluate) -> None:
     model = from_pretrained(args.model)
     with tqdm(total=len(source), unit="image") as bar:
         print(json.dumps(evaluate_model(model, source, on_image=bar.update), indent=2))
+
+
+def export(args: Export) -> None:
+    """Writes the folder; see `sam_jax.export`."""
+    check_new(args.output)
+    for_jax = args.platforms is not None or args.dtype != "float32"
+    if args.format == "onnx" and for_jax:
+        raise ValueError("--platforms and --dtype are for --format jax; ONNX is float32")
+    if args.format == "jax" and args.single_mask:
+        raise ValueError("--single-mask is for --format onnx")
+    model = from_pretrained(args.model, dtype=args.dtype)
+    if args.format == "onnx":
+        export_onnx(model, args.output, single_mask=args.single_mask)
+    elif args.platforms is None:
+        export_jax(model, args.output)
+    else:
+        export_jax(model, args.output, args.platforms)
+    print(args.output)
 
 
 def segment(args: Segment) -> None:
@@ -317,7 +357,7 @@ def _parse_numbers(text: str, counts: tuple[int, ...], option: str, form: str) -
     return numbers
 
 
-COMMANDS = {"segment": Segment, "generate": Generate, "evaluate": Evaluate}
+COMMANDS = {"segment": Segment, "generate": Generate, "evaluate": Evaluate, "export": Export}
 
 
 def main() -> None:
@@ -326,7 +366,8 @@ def main() -> None:
         COMMANDS, prog="sam-jax", description="Segment Anything in JAX."
     )
     try:
-        {Segment: segment, Generate: generate, Evaluate: evaluate}[type(args)](args)
+        commands = {Segment: segment, Generate: generate, Evaluate: evaluate, Export: export}
+        commands[type(args)](args)
     except (OSError, ValueError, TypeError) as error:
         sys.exit(f"sam-jax: {error}")
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ Written for one prompt of one image, without batch axes: `jax.vmap` adds them.
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -46,7 +47,7 @@ class MaskDecoder(nnx.Module):
         sparse: Float[Array, "n c"],
         sparse_mask: Bool[Array, " n"],
         dense: Float[Array, "*grid c"],
-        multimask_output: bool,
+        multimask_output: bool | None,
         attention_similarity: Float[Array, "*heads_and_t g*g"] | None = None,
         target_embedding: Float[Array, "#t c"] | None = None,
     ) -> tuple[Float[Array, "m 4*g 4*g"], Float[Array, " m"]]:
@@ -59,7 +60,7 @@ class MaskDecoder(nnx.Module):
             sparse_mask: False where a token is padding.
             dense: the mask prompt's embedding, [g, g, c], or [c] for no mask.
             multimask_output: True for the three masks of an ambiguous prompt, False for the one of
-                an unambiguous prompt.
+                an unambiguous prompt, None for all, the one first.
             attention_similarity: see `TwoWayTransformer`.
             target_embedding: see `TwoWayTransformer`.
         """
@@ -76,8 +77,10 @@ class MaskDecoder(nnx.Module):
         masks = self.predict_masks(mask_tokens, image_embedding, outputs)
         return masks, self.predict_iou(iou_token)[outputs]
 
-    def outputs(self, multimask_output: bool) -> slice:
+    def outputs(self, multimask_output: bool | None) -> slice:
         """Which mask tokens count: the first for unambiguous prompts, the others for the rest."""
+        if multimask_output is None:
+            return slice(None)
         return slice(1, None) if multimask_output else slice(0, 1)
 
     def attend(
@@ -107,7 +110,9 @@ class MaskDecoder(nnx.Module):
             attention_similarity,
             target_embedding,
         )
-        return tokens[0], tokens[1 : len(output_tokens)], keys.reshape(grid)
+        # A slice also where `jax.export` leaves the number of tokens open: indexing would gather.
+        outputs = jax.lax.slice_in_dim(tokens, 0, len(output_tokens))
+        return outputs[0], outputs[1:], keys.reshape(grid)
 
     def predict_iou(self, iou_token: Float[Array, " c"]) -> Float[Array, " all"]:
         """The IoU that the model expects of each mask, the single mask's first; needs no mask."""

@@ -115,11 +115,12 @@ class Sam(nnx.Module):
         points: Float[Array, "b p n 2"],
         labels: Int[Array, "b p n"],
         masks: Float[Array, "b #p 4*g 4*g"] | None = None,
-        multimask_output: bool = True,
+        multimask_output: bool | None = True,
         attention_similarity: Float[Array, "b p #heads #t g*g"] | None = None,
         target_embedding: Float[Array, "b p #t c"] | None = None,
         *,
         prompts_at_once: int | None = None,
+        platform: str | None = None,
     ) -> tuple[Float[Array, "b p m 4*g 4*g"], Float[Array, "b p m"]]:
         """Mask logits and predicted IoUs of every prompt of every image, both float32.
 
@@ -133,11 +134,12 @@ class Sam(nnx.Module):
                 and a list without a box ends with a point labelled -1: `join_prompts` makes such
                 lists. Points labelled -10 are padding and change nothing.
             masks: low-resolution logits, one per image or one per prompt.
-            multimask_output: three masks per prompt, or one.
+            multimask_output: three masks per prompt, or one; None for all four, the one first.
             attention_similarity: added to the token-to-image logits (PerSAM).
             target_embedding: added to the tokens before each block (PerSAM).
             prompts_at_once: how many prompts of each image are computed together, for less memory.
                 None: one of one image on a CPU, whose cache it fits, else up to 64 (2 GB).
+            platform: where it will run ("cpu", "cuda", ...), if not on JAX's default backend.
         """
         image_pe = self.prompt_encoder.get_dense_pe()
 
@@ -167,7 +169,7 @@ class Sam(nnx.Module):
             masks = masks[:, 0]
         images_at_once = None
         if prompts_at_once is None:
-            if jax.default_backend() == "cpu":
+            if (platform or jax.default_backend()) == "cpu":
                 prompts_at_once = images_at_once = 1  # what fits the cache
             else:
                 prompts_at_once = 64
@@ -375,7 +377,7 @@ class Sam(nnx.Module):
 
 def _map(function: Callable, arrays: PyTree, at_once: int | None) -> PyTree:
     """`function` of each entry of the arrays, so many at a time, or all."""
-    if at_once is None or at_once >= len(jax.tree.leaves(arrays)[0]) > 1:
+    if at_once is None or (at_once > 1 and at_once >= jax.tree.leaves(arrays)[0].shape[0]):
         return jax.vmap(function)(arrays)
     # One at a time there is no batch axis, with which a CPU multiplies matrices more slowly.
     return jax.lax.map(function, arrays, batch_size=None if at_once == 1 else at_once)

@@ -4,6 +4,8 @@ A convolutional stem and stage, then three stages of windowed attention. Unlike 
 third stage does not halve the grid, so that a 1024-pixel picture gives the 64 x 64 grid of SAM.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -126,6 +128,7 @@ class ConvBN(nnx.Module):
         )
 
 
+@functools.partial(jax.jit, static_argnames="stride")
 def _depthwise_conv(x, kernel, stride):
     """A depthwise convolution as shifted multiply-adds, which XLA fuses into one loop.
 

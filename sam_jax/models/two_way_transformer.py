@@ -141,12 +141,12 @@ class Attention(nnx.Module):
         multiplied with those weights instead, for the same numbers with a fraction of the work.
         """
         inner = self.q_proj.out_features
-        if self.regroup and len(q) * self.num_heads <= inner < len(k):
+        if self._regroups(q.shape[0], k.shape[0]):
             return self._few_queries(q, k, v, bias)
-        if self.regroup and len(k) * self.num_heads <= inner < len(q):
+        if self._regroups(k.shape[0], q.shape[0]):
             return self._few_keys(q, k, v, bias)
         q, k, v = (
-            x.reshape(len(x), self.num_heads, -1)
+            x.reshape(x.shape[0], self.num_heads, inner // self.num_heads)
             for x in (self.q_proj(q), self.k_proj(k), self.v_proj(v))
         )
         scale = q.shape[-1] ** -0.5
@@ -155,18 +155,25 @@ class Attention(nnx.Module):
             logits = logits + bias
         weights = softmax(logits).astype(v.dtype)
         out = jnp.einsum("hqk,khd->qhd", weights, v)
-        return self.out_proj(out.reshape(len(q), -1))
+        return self.out_proj(out.reshape(out.shape[0], inner))
+
+    def _regroups(self, few, many):
+        """Whether so few tokens and so many positions are worth it."""
+        inner = self.q_proj.out_features
+        # `jax.export` may leave the number of tokens open. A prompt's are few.
+        few_enough = not isinstance(few, int) or few * self.num_heads <= inner
+        return self.regroup and few_enough and isinstance(many, int) and inner < many
 
     def _few_queries(self, q, k, v, bias):
         q = self._rows_per_head(self._scaled(self.q_proj(q)))
         # The bias of k_proj would add the same to every key's logit, which softmax does not see.
         back = self._project_back(self.k_proj, q)
         logits = jnp.dot(back, k.astype(q.dtype).T, preferred_element_type=jnp.float32)
-        logits = logits.reshape(-1, self.num_heads, len(k))
+        logits = logits.reshape(-1, self.num_heads, k.shape[0])
         if bias is not None:
-            bias = jnp.broadcast_to(bias, (self.num_heads, len(logits), len(k)))
+            bias = jnp.broadcast_to(bias, (self.num_heads, logits.shape[0], k.shape[0]))
             logits = logits + bias.transpose(1, 0, 2)
-        weights = softmax(logits).astype(q.dtype).reshape(len(q), len(k))
+        weights = softmax(logits).astype(q.dtype).reshape(q.shape[0], k.shape[0])
         out = self.v_proj(weights @ v.astype(q.dtype)).reshape(-1, self.num_heads, q.shape[-1])
         return self.out_proj((out * self._own_channels()).sum(1))
 
@@ -175,11 +182,11 @@ class Attention(nnx.Module):
         back = self._project_back(self.q_proj, k)
         logits = jnp.dot(q.astype(k.dtype), back.T, preferred_element_type=jnp.float32)
         logits = logits + jnp.dot(k, self._bias(self.q_proj), preferred_element_type=jnp.float32)
-        logits = logits.reshape(len(q), -1, self.num_heads)
+        logits = logits.reshape(q.shape[0], -1, self.num_heads)
         if bias is not None:
-            bias = jnp.broadcast_to(bias, (self.num_heads, len(q), logits.shape[1]))
+            bias = jnp.broadcast_to(bias, (self.num_heads, q.shape[0], logits.shape[1]))
             logits = logits + bias.transpose(1, 2, 0)
-        weights = softmax(logits, 1).astype(k.dtype).reshape(len(q), len(k))
+        weights = softmax(logits, 1).astype(k.dtype).reshape(q.shape[0], k.shape[0])
         v = self._rows_per_head(self.v_proj(v))
         return weights @ (v @ kernel_of(self.out_proj).astype(k.dtype)) + self._bias(self.out_proj)
 

@@ -90,12 +90,18 @@ def rel_pos_attention(
     h, w = grid
     check_implementation(implementation)
     if implementation is None:
-        on_cpu = "folded" if h * w <= _QUERY_BLOCK else "chunked"
-        implementation = on_cpu if jax.default_backend() == "cpu" else "xla"
+        implementation = fastest(grid, jax.default_backend())
     tables = None
     if rel_pos is not None:
         tables = relative_positions(rel_pos[0], h), relative_positions(rel_pos[1], w)
     return _IMPLEMENTATIONS[implementation](q, k, v, tables, grid)
+
+
+def fastest(grid: tuple[int, int], platform: str) -> Implementation:
+    """The fastest implementation for a grid of (h, w) on a platform, in any dtype."""
+    if platform != "cpu":
+        return "xla"
+    return "folded" if grid[0] * grid[1] <= _QUERY_BLOCK else "chunked"
 
 
 def check_implementation(name: str | None) -> None:

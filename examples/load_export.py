@@ -1,0 +1,71 @@
+"""A mask from a picture and a click, by what `sam-jax export` wrote for JAX. Needs no sam_jax.
+
+    sam-jax export mobile_sam --output exported
+    python examples/load_export.py exported photo.jpg 450 600
+
+writes `mask.png`. What it needs: jax, numpy, pillow, safetensors.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.export
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load_file
+
+
+def load(folder: Path):
+    """The folder's settings, and its encoder and decoder as compiled functions of arrays."""
+    config = json.loads((folder / "config.json").read_text())
+    params = jax.device_put(load_file(folder / "params.safetensors"))
+
+    def program(name):
+        exported = jax.export.deserialize(bytearray((folder / f"{name}.jax").read_bytes()))
+        compiled = jax.jit(exported.call)
+        return lambda *arrays: compiled(params, *arrays)
+
+    return config, program("encoder"), program("decoder")
+
+
+def prepare(image: Image.Image, config) -> tuple[np.ndarray, tuple[int, int]]:
+    """Pixels as the encoder takes them, and (height, width) of the resized picture in them."""
+    size = config["image_size"]
+    scale = size / max(image.size)
+    width, height = (int(n * scale + 0.5) for n in image.size)
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32)
+    pixels = np.zeros((1, size, size, 3), np.float32)
+    mean, std = np.float32(config["pixel_mean"]), np.float32(config["pixel_std"])
+    pixels[0, :height, :width] = (resized - mean) / std
+    return pixels, (height, width)
+
+
+def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") -> None:
+    """Segments what is at pixel (x, y) of the picture."""
+    config, encoder, decoder = load(Path(folder))
+    image = Image.open(picture).convert("RGB")
+    pixels, (height, width) = prepare(image, config)
+    embedding = encoder(pixels)  # once per picture
+
+    # A click on the object (1); a list without a box ends with "not a point" (-1).
+    click = [float(x) * width / image.width, float(y) * height / image.height]
+    points = np.array([[[click, [0, 0]]]], np.float32)
+    labels = np.array([[[1, -1]]], np.int32)
+    masks, scores = decoder(embedding, points, labels)
+
+    # The first mask is for unambiguous prompts; one click is not: the best of the others.
+    best = 1 + int(scores[0, 0, 1:].argmax())
+    size = config["image_size"]
+    logits = masks[0, 0, best]
+    logits = jax.image.resize(logits, (size, size), "bilinear", antialias=False)[:height, :width]
+    shape = (image.height, image.width)
+    logits = jax.image.resize(logits, shape, "bilinear", antialias=False)
+    mask = np.asarray(logits > config["mask_threshold"])
+    Image.fromarray(mask).save(output)
+    print(f"{output}  predicted IoU {float(scores[0, 0, best]):.3f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

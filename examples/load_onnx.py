@@ -1,0 +1,52 @@
+"""A mask from a picture and a click, by what `sam-jax export` wrote in ONNX. Needs no sam_jax.
+
+    sam-jax export mobile_sam --format onnx --output exported
+    python examples/load_onnx.py exported photo.jpg 450 600
+
+writes `mask.png`. What it needs: onnxruntime, numpy, pillow.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+
+def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") -> None:
+    """Segments what is at pixel (x, y) of the picture."""
+    config = json.loads(Path(folder, "config.json").read_text())
+    encoder, decoder = (
+        onnxruntime.InferenceSession(Path(folder, f"{name}.onnx"))
+        for name in ("encoder", "decoder")
+    )
+    image = Image.open(picture).convert("RGB")
+    scale = config["image_size"] / max(image.size)
+    width, height = (int(n * scale + 0.5) for n in image.size)
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32)
+    (embedding,) = encoder.run(None, {"input_image": resized})  # once per picture
+
+    # A click on the object (1); a list without a box ends with "not a point" (-1).
+    click = [float(x) * width / image.width, float(y) * height / image.height]
+    side = config["mask_size"]
+    masks, scores, _ = decoder.run(
+        None,
+        {
+            "image_embeddings": embedding,
+            "point_coords": np.array([[click, [0, 0]]], np.float32),
+            "point_labels": np.array([[1, -1]], np.float32),
+            "mask_input": np.zeros((1, 1, side, side), np.float32),
+            "has_mask_input": np.zeros(1, np.float32),
+            "orig_im_size": np.array([image.height, image.width], np.float32),
+        },
+    )
+    # Of four masks the first is for unambiguous prompts; one click is not.
+    best = 0 if config["single_mask"] else 1 + int(scores[0, 1:].argmax())
+    Image.fromarray(masks[0, best] > config["mask_threshold"]).save(output)
+    print(f"{output}  predicted IoU {scores[0, best]:.3f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
