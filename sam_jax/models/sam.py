@@ -171,7 +171,7 @@ class Sam(nnx.Module):
         if prompts_at_once is None:
             if (platform or jax.default_backend()) == "cpu":
                 prompts_at_once = images_at_once = 1  # what fits the cache
-            else:
+            elif isinstance(points.shape[1], int):  # `jax.export` may leave it open
                 prompts_at_once = 64
 
         def one_image(x):
