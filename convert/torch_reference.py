@@ -77,16 +77,20 @@ def _stand_ins():
 
 
 def import_reference(name: str) -> types.ModuleType:
-    """`segment_anything` or `mobile_sam`."""
+    """`segment_anything`, `mobile_sam` or `segment_anything_hq`."""
     with _stand_ins():
         return importlib.import_module(name)
 
 
 def meta_sam(config: SamConfig) -> torch.nn.Module:
-    """Meta's `Sam` of this configuration, or MobileSAM's; not initialised."""
+    """Meta's `Sam` of this configuration, or MobileSAM's, or SAM-HQ's; not initialised."""
     decoder, dim, grid = config.mask_decoder, config.prompt_embed_dim, config.image_embedding_size
     vit = isinstance(config.image_encoder, ViTConfig)
-    modeling = import_reference("segment_anything" if vit else "mobile_sam").modeling
+    package = "segment_anything" if vit else "mobile_sam"
+    modeling = import_reference("segment_anything_hq" if config.hq else package).modeling
+    make_decoder = modeling.MaskDecoder
+    if config.hq:
+        make_decoder = partial(modeling.MaskDecoderHQ, vit_dim=config.image_encoder.early_dim)
     return modeling.Sam(
         image_encoder=(_vit if vit else _tiny_vit)(modeling, config),
         prompt_encoder=modeling.PromptEncoder(
@@ -95,7 +99,7 @@ def meta_sam(config: SamConfig) -> torch.nn.Module:
             input_image_size=(config.image_size, config.image_size),
             mask_in_chans=config.prompt_encoder.mask_in_chans,
         ),
-        mask_decoder=modeling.MaskDecoder(
+        mask_decoder=make_decoder(
             num_multimask_outputs=decoder.num_multimask_outputs,
             transformer=modeling.TwoWayTransformer(
                 depth=decoder.transformer_depth,
@@ -144,8 +148,10 @@ def _tiny_vit(modeling, config: SamConfig) -> torch.nn.Module:
 
 
 def hf_sam(config: SamConfig) -> torch.nn.Module:
-    """Hugging Face's `SamModel` of this configuration, with random weights."""
+    """Hugging Face's `SamModel`, or `SamHQModel`, of this configuration, with random weights."""
     import transformers
 
     values = {k: v for k, v in to_hf(config).items() if k.endswith("_config")}
+    if config.hq:
+        return transformers.SamHQModel(transformers.SamHQConfig(**values)).eval()
     return transformers.SamModel(transformers.SamConfig(**values)).eval()

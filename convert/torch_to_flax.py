@@ -57,10 +57,10 @@ def check_verifiable(checkpoint: str) -> None:
             "already; give the PyTorch checkpoint, or leave --verify out"
         )
     tensors = read_state_dict(checkpoint)
-    encoder = infer_config(tensors).image_encoder
-    tiny = isinstance(encoder, TinyViTConfig)
-    if tiny and encoder.stem_stride == 1:
-        raise ValueError("--verify knows no PyTorch model of LiteMedSAM; leave it out")
+    config = infer_config(tensors)
+    tiny = isinstance(config.image_encoder, TinyViTConfig)
+    if config.hq or (tiny and config.image_encoder.stem_stride == 1):
+        raise ValueError("--verify runs no PyTorch model of SAM-HQ or LiteMedSAM; leave it out")
     try:
         from torch_reference import import_reference
 

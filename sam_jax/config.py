@@ -57,6 +57,11 @@ class ViTConfig:
             )
 
     @property
+    def early_dim(self) -> int:
+        """Channels of the layer that SAM-HQ looks at, the first block with global attention."""
+        return self.embed_dim
+
+    @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.embed_dim // self.num_heads
@@ -84,6 +89,11 @@ class TinyViTConfig:
         _check_types(self)
         if self.stem_stride not in (1, 2):
             raise ValueError(f"stem_stride is {self.stem_stride}, expected 1 or 2")
+
+    @property
+    def early_dim(self) -> int:
+        """Channels of the layer that SAM-HQ looks at, the output of the second stage."""
+        return self.embed_dims[2]
 
     @property
     def patch_size(self) -> int:
@@ -134,6 +144,9 @@ class SamConfig:
     `resize` is "longest_side", padded to the square, or "square", which changes the picture's
     proportions. With `normalization` "min_max", for medical pictures, a picture's smallest value
     becomes 0 and its largest 1, and mean and deviation do not count.
+
+    `hq` is for SAM-HQ (Ke et al. 2023), whose decoder has a token more and also looks at an early
+    layer of the image encoder: image embeddings have its channels after their own.
     """
 
     image_encoder: ViTConfig | TinyViTConfig = ViTConfig()
@@ -146,9 +159,12 @@ class SamConfig:
     mask_threshold: float = 0.0
     resize: str = "longest_side"
     normalization: str = "statistics"
+    hq: bool = False
 
     def __post_init__(self):
         _check_types(self)
+        if self.hq and not getattr(self.image_encoder, "global_attn_indexes", True):
+            raise ValueError("hq is True, but no block of the image encoder attends globally")
         for name, known in (
             ("resize", ("longest_side", "square")),
             ("normalization", ("statistics", "min_max")),
@@ -173,6 +189,11 @@ class SamConfig:
     def image_embedding_size(self) -> int:
         """Side of the image embedding's grid (64 for 1024 pixels)."""
         return self.image_size // self.image_encoder.patch_size
+
+    @property
+    def image_embedding_channels(self) -> int:
+        """Channels of an image embedding: 256, and for SAM-HQ those of an early layer besides."""
+        return self.prompt_embed_dim + (self.image_encoder.early_dim if self.hq else 0)
 
     @property
     def mask_size(self) -> int:
@@ -291,9 +312,10 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
     Raises:
         ValueError: if it describes another kind of model, or something that SAM does not have.
     """
-    if values.get("model_type", "sam") != "sam":
+    model_type = values.get("model_type", "sam")
+    if model_type not in ("sam", "sam_hq"):
         raise ValueError(
-            f"config.json describes a {values['model_type']!r} model, expected model_type 'sam'"
+            f"config.json describes a {model_type!r} model, expected model_type 'sam' or 'sam_hq'"
         )
     vision = dict(values.get("vision_config") or {})
     prompt = dict(values.get("prompt_encoder_config") or {})
@@ -315,6 +337,8 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
         "mask_decoder_config.hidden_act": (decoder.get("hidden_act", "relu"), "relu"),
         "mask_decoder_config.hidden_size": (decoder.get("hidden_size", 256), out_chans),
     }
+    if model_type == "sam_hq":
+        expected["mask_decoder_config.vit_dim"] = decoder.get("vit_dim", 768), embed_dim
     wrong = [f"{k} is {got!r}, not {want!r}" for k, (got, want) in expected.items() if got != want]
     for name, size in (("image_size", image_size), ("patch_size", patch_size)):
         if not isinstance(size, int):
@@ -356,6 +380,7 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
         prompt_embed_dim=out_chans,
         pixel_mean=mean,
         pixel_std=std,
+        hq=model_type == "sam_hq",
     )
 
 
@@ -421,9 +446,9 @@ def to_hf(config: SamConfig) -> dict[str, Any]:
             "Hugging Face's SamModel has no TinyViT encoder; write the Meta format instead"
         )
     sizes = {"image_size": config.image_size, "patch_size": encoder.patch_size}
-    return {
-        "model_type": "sam",
-        "architectures": ["SamModel"],
+    values = {
+        "model_type": "sam_hq" if config.hq else "sam",
+        "architectures": ["SamHQModel" if config.hq else "SamModel"],
         "vision_config": {
             **sizes,
             "hidden_size": encoder.embed_dim,
@@ -457,3 +482,6 @@ def to_hf(config: SamConfig) -> dict[str, Any]:
             "layer_norm_eps": decoder.layer_norm_eps,
         },
     }
+    if config.hq:
+        values["mask_decoder_config"]["vit_dim"] = encoder.embed_dim
+    return values

@@ -79,10 +79,11 @@ def export_jax(
     if any(block.attn.implementation == "cudnn" for block in _blocks(model)):
         raise ValueError("attention is 'cudnn', which JAX does not export; leave it out")
     size, grid, side = config.image_size, config.image_embedding_size, config.mask_size
+    channels = config.image_embedding_channels
     b, p, n = jax.export.symbolic_shape("b, p, n")
     pixels = jax.ShapeDtypeStruct((b, size, size, 3), jnp.float32)
     prompts = (
-        jax.ShapeDtypeStruct((b, grid, grid, config.prompt_embed_dim), model.mask_decoder.dtype),
+        jax.ShapeDtypeStruct((b, grid, grid, channels), model.mask_decoder.dtype),
         jax.ShapeDtypeStruct((b, p, n, 2), jnp.float32),
         jax.ShapeDtypeStruct((b, p, n), jnp.int32),
     )
@@ -226,7 +227,8 @@ def _write_onnx_encoder(graph, model: Sam, path: Path) -> None:
         lambda pixels: (jnp.moveaxis(model.encode_image(pixels), -1, 1),),
         (pixels, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)),
     )
-    graph.save(path, {"image_embeddings": (embedding, (1, config.prompt_embed_dim, grid, grid))})
+    shape = (1, config.image_embedding_channels, grid, grid)
+    graph.save(path, {"image_embeddings": (embedding, shape)})
 
 
 def _write_onnx_decoder(graph, model: Sam, path: Path, single_mask: bool) -> None:
@@ -234,7 +236,7 @@ def _write_onnx_decoder(graph, model: Sam, path: Path, single_mask: bool) -> Non
     grid, side = config.image_embedding_size, config.mask_size
     n = jax.export.symbolic_shape("num_points")[0]
     shapes = {
-        "image_embeddings": (1, config.prompt_embed_dim, grid, grid),
+        "image_embeddings": (1, config.image_embedding_channels, grid, grid),
         "point_coords": (1, n, 2),
         "point_labels": (1, n),
         "mask_input": (1, 1, side, side),
@@ -248,13 +250,16 @@ def _write_onnx_decoder(graph, model: Sam, path: Path, single_mask: bool) -> Non
         encoder = model.prompt_encoder
         sparse, real = encoder(points.squeeze(0), labels.squeeze(0).astype(jnp.int32))
         with_mask, without = encoder.embed_mask(mask[0, 0]), encoder.embed_mask(None)
+        image = jnp.moveaxis(embedding[0], 0, -1)
+        image_embedding, hq_features = model.mask_decoder.image_features(image)
         masks, scores = model.mask_decoder(
-            jnp.moveaxis(embedding[0], 0, -1),
+            image_embedding,
             encoder.get_dense_pe(),
             sparse,
             real,
             has_mask * with_mask + (1 - has_mask) * without,
             None,
+            hq_features=hq_features,
         )
         return masks[None], scores[None]
 

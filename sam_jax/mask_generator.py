@@ -648,17 +648,18 @@ def _measure(
 ) -> _Measured:
     decoder = model.mask_decoder
     outputs = decoder.outputs(multimask_output=True)
+    embedding, hq_features = decoder.image_features(image_embedding)
     iou_limit, threshold, offset = frame.limits
 
     def measure(mask):
         return mask_statistics(mask, frame.full, threshold, offset)
 
     def masks_of_point(mask_tokens, keys, wanted):
-        masks = decoder.predict_masks(mask_tokens, keys, outputs)
+        masks = decoder.predict_masks(mask_tokens, keys, outputs, hq_features)
         return _for_each_wanted(measure, wanted, (masks,), at_once.measured)
 
     def some_points(real, coords):
-        iou_token, mask_tokens, keys = _attend(model, image_embedding, coords)
+        iou_token, mask_tokens, keys = _attend(model, embedding, coords)
         iou = jax.vmap(decoder.predict_iou)(iou_token)[:, outputs]
         wanted = real[:, None] & ((iou > iou_limit) | (iou_limit <= 0))
         statistics = _for_each_wanted(
@@ -679,12 +680,13 @@ def _decode(
 ) -> Float[Array, "n side side"]:
     decoder = model.mask_decoder
     outputs = decoder.outputs(multimask_output=True)
+    embedding, hq_features = decoder.image_features(image_embedding)
 
     def mask_of_point(mask_tokens, keys, which):
-        return decoder.predict_masks(mask_tokens, keys, outputs)[which]
+        return decoder.predict_masks(mask_tokens, keys, outputs, hq_features)[which]
 
     def some_points(real, coords, which):
-        _, mask_tokens, keys = _attend(model, image_embedding, coords)
+        _, mask_tokens, keys = _attend(model, embedding, coords)
         arrays = mask_tokens, keys, which
         return _for_each_wanted(mask_of_point, real, arrays, at_once.upscaled)
 

@@ -403,7 +403,7 @@ def check_embedding(embedding: Any, config: SamConfig) -> Float[np.ndarray, "g g
         ValueError: for another shape, and for numbers that are not finite.
     """
     grid = config.image_embedding_size
-    expected = (1, config.prompt_embed_dim, grid, grid)
+    expected = (1, config.image_embedding_channels, grid, grid)
     if np.shape(embedding) != expected:
         raise ValueError(f"the embedding has shape {np.shape(embedding)}, expected {expected}")
     embedding = np.asarray(embedding, np.float32)

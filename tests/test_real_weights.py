@@ -225,14 +225,14 @@ def test_vit_b_at_full_size():
 
 
 @pytest.mark.parametrize(
-    ("dim", "heads", "indexes"),
-    [(1024, 16, (1,)), (1280, 16, (1,))],
-    ids=["vit_l", "vit_h_head_dim_80"],
+    ("dim", "heads", "mlp_dim"),
+    [(1024, 16, 4096), (1280, 16, 5120), (384, 12, 1536), (168, 12, 696)],
+    ids=["vit_l", "vit_h_head_dim_80", "slim_sam_50", "slim_sam_77"],
 )
-def test_vit_l_and_vit_h_at_reduced_depth(dim, heads, indexes):
+def test_other_widths_at_reduced_depth(dim, heads, mlp_dim):
     """Real widths and the real 64 x 64 grid; a windowed and a global block."""
     encoder = ViTConfig(
-        embed_dim=dim, depth=2, num_heads=heads, mlp_dim=4 * dim, global_attn_indexes=indexes
+        embed_dim=dim, depth=2, num_heads=heads, mlp_dim=mlp_dim, global_attn_indexes=(1,)
     )
     compare_with_hf(config.from_hf(config.to_hf(SamConfig(encoder))), seed=2)
 

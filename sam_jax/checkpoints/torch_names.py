@@ -219,6 +219,42 @@ _MASK_DECODER = [
         _LINEAR_LEAVES,
     ),
 ]
+_HQ = [
+    ("mask_decoder.hq.token", "mask_decoder.hf_token", "mask_decoder.hq_token", _EMBED_LEAVES),
+    (
+        "mask_decoder.hq.mlp.layers.#",
+        "mask_decoder.hf_mlp.layers.#",
+        "mask_decoder.hq_mask_mlp.@",
+        _LINEAR_LEAVES,
+    ),
+    *(
+        (
+            f"mask_decoder.hq.{ours}.{part}",
+            f"mask_decoder.{ours}.{index}",
+            f"mask_decoder.{hf}_{part}",
+            leaves,
+        )
+        for ours, hf in (("compress_vit_feat", "compress_vit"), ("embedding_encoder", "encoder"))
+        for part, index, leaves in (
+            ("conv1", 0, _UPSCALE_LEAVES),
+            ("norm", 1, _NORM_LEAVES),
+            ("conv2", 3, _UPSCALE_LEAVES),
+        )
+    ),
+    *(
+        (
+            f"mask_decoder.hq.{part}",
+            f"mask_decoder.embedding_maskfeature.{index}",
+            f"mask_decoder.mask_{part}",
+            leaves,
+        )
+        for part, index, leaves in (
+            ("conv1", 0, _CONV_LEAVES),
+            ("norm", 1, _NORM_LEAVES),
+            ("conv2", 3, _CONV_LEAVES),
+        )
+    ),
+]
 # Hugging Face's second name for one tensor: a file may hold either, or both if they are equal.
 _HF_ALIAS = (
     "prompt_encoder.shared_embedding.positional_embedding",
@@ -244,7 +280,7 @@ def _leaf_table(rows) -> dict[str, tuple[str, str | None, Layout]]:
     return table
 
 
-_COMMON_ROWS = _NECK + _PROMPT_ENCODER + _MASK_DECODER
+_COMMON_ROWS = _NECK + _PROMPT_ENCODER + _MASK_DECODER + _HQ
 _TABLES = {
     ViTConfig: _leaf_table(_VIT + _COMMON_ROWS),
     TinyViTConfig: _leaf_table(_TINY_VIT + _COMMON_ROWS),
@@ -436,6 +472,7 @@ def _infer_config(tensors: Tensors, fmt: Format) -> SamConfig:
         image_size=image_size,
         prompt_embed_dim=dim,
         normalization=normalization,
+        hq=name("mask_decoder.hq.token") in tensors,
     )
 
 

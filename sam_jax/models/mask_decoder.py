@@ -26,7 +26,7 @@ class MaskDecoder(nnx.Module):
         self.iou_token = nnx.Param(embed(rngs.params(), (1, dim)))
         self.mask_tokens = nnx.Param(embed(rngs.params(), (num_mask_tokens, dim)))
         self.transformer = TwoWayTransformer(config, dtype=dtype, rngs=rngs)
-        self.output_upscaling = OutputUpscaling(dim, dtype=dtype, rngs=rngs)
+        self.output_upscaling = Upscaling(dim, dim // 4, dim // 8, dtype=dtype, rngs=rngs)
         self.output_hypernetworks_mlps = nnx.List(
             Head(dim, dim, dim // 8, 3, dtype=dtype, rngs=rngs) for _ in range(num_mask_tokens)
         )
@@ -38,6 +38,7 @@ class MaskDecoder(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
+        self.hq = HQ(config, dtype=dtype, rngs=rngs) if config.hq else None
         self.dtype = dtype
 
     def __call__(
@@ -50,11 +51,12 @@ class MaskDecoder(nnx.Module):
         multimask_output: bool | None,
         attention_similarity: Float[Array, "*heads_and_t g*g"] | None = None,
         target_embedding: Float[Array, "#t c"] | None = None,
+        hq_features: Float[Array, "h w hq"] | None = None,
     ) -> tuple[Float[Array, "m 4*g 4*g"], Float[Array, " m"]]:
         """Mask logits and predicted IoUs, both float32.
 
         Args:
-            image_embedding: of `Sam.encode_image`.
+            image_embedding: of `image_features`, as are `hq_features`.
             image_pe: of `PromptEncoder.get_dense_pe`.
             sparse: the prompt's tokens.
             sparse_mask: False where a token is padding.
@@ -63,6 +65,7 @@ class MaskDecoder(nnx.Module):
                 an unambiguous prompt, None for all, the one first.
             attention_similarity: see `TwoWayTransformer`.
             target_embedding: see `TwoWayTransformer`.
+            hq_features: SAM-HQ's, else None.
         """
         iou_token, mask_tokens, image_embedding = self.attend(
             image_embedding,
@@ -74,7 +77,7 @@ class MaskDecoder(nnx.Module):
             target_embedding,
         )
         outputs = self.outputs(multimask_output)
-        masks = self.predict_masks(mask_tokens, image_embedding, outputs)
+        masks = self.predict_masks(mask_tokens, image_embedding, outputs, hq_features)
         return masks, self.predict_iou(iou_token)[outputs]
 
     def outputs(self, multimask_output: bool | None) -> slice:
@@ -82,6 +85,19 @@ class MaskDecoder(nnx.Module):
         if multimask_output is None:
             return slice(None)
         return slice(1, None) if multimask_output else slice(0, 1)
+
+    def image_features(
+        self, image_embedding: Float[Array, "g g all"]
+    ) -> tuple[Float[Array, "g g c"], Float[Array, "h w hq"] | None]:
+        """What depends on the image alone: its embedding of `Sam.encode_image`, and SAM-HQ's part.
+
+        The latter is None for other models.
+        """
+        if self.hq is None:
+            return image_embedding, None
+        dim = self.mask_tokens.shape[-1]
+        embedding, early = image_embedding[..., :dim], image_embedding[..., dim:]
+        return embedding, self.hq.features(embedding, early)
 
     def attend(
         self,
@@ -93,9 +109,15 @@ class MaskDecoder(nnx.Module):
         attention_similarity: Float[Array, "*heads_and_t g*g"] | None = None,
         target_embedding: Float[Array, "#t c"] | None = None,
     ) -> tuple[Float[Array, " c"], Float[Array, "m c"], Float[Array, "g g c"]]:
-        """The IoU token, the mask tokens and the image embedding after the two-way transformer."""
-        # Token order: IoU, masks, points, box corners.
-        output_tokens = jnp.concatenate([self.iou_token[...], self.mask_tokens[...]])
+        """The IoU token, the mask tokens and the image embedding after the two-way transformer.
+
+        SAM-HQ's token is the last of the mask tokens.
+        """
+        # Token order: IoU, masks, SAM-HQ's, points, box corners.
+        own_tokens = [self.iou_token[...], self.mask_tokens[...]]
+        if self.hq is not None:
+            own_tokens.append(self.hq.token[...])
+        output_tokens = jnp.concatenate(own_tokens)
         tokens = jnp.concatenate([output_tokens.astype(self.dtype), sparse.astype(self.dtype)])
         token_mask = jnp.concatenate([jnp.ones(len(output_tokens), bool), sparse_mask])
 
@@ -123,28 +145,68 @@ class MaskDecoder(nnx.Module):
         mask_tokens: Float[Array, "all c"],
         image_embedding: Float[Array, "g g c"],
         outputs: slice,
+        hq_features: Float[Array, "h w hq"] | None = None,
     ) -> Float[Array, "m 4*g 4*g"]:
-        """Mask logits of the chosen mask tokens."""
-        upscaled = self.output_upscaling(image_embedding)
-        heads = list(self.output_hypernetworks_mlps)[outputs]
-        hyper_in = jnp.stack([h(t) for h, t in zip(heads, mask_tokens[outputs], strict=True)])
+        """Mask logits of the chosen mask tokens, to which SAM-HQ adds those of its own."""
+        upscaled = gelu(self.output_upscaling(image_embedding))
+        heads = list(self.output_hypernetworks_mlps)
+        tokens = mask_tokens[: len(heads)][outputs]
+        hyper_in = jnp.stack([h(t) for h, t in zip(heads[outputs], tokens, strict=True)])
         masks = jnp.matmul(upscaled, hyper_in.T, preferred_element_type=jnp.float32)
-        return jnp.moveaxis(join_pixels(masks), -1, 0)
+        masks = jnp.moveaxis(join_pixels(masks), -1, 0)
+        if self.hq is None:
+            return masks
+        return masks + self.hq.mask(mask_tokens[-1], join_pixels(upscaled), hq_features)
 
 
-class OutputUpscaling(nnx.Module):
+class Upscaling(nnx.Module):
     """Two transposed convolutions to four times the grid; only the first has a norm.
 
     Each pixel becomes 2 x 2 and these 2 x 2 again: see `join_pixels`.
     """
 
-    def __init__(self, dim: int, *, dtype, rngs):
-        self.conv1 = UpscaleConv(dim, dim // 4, dtype=dtype, rngs=rngs)
-        self.norm = LayerNorm(dim // 4, eps=1e-6, dtype=dtype)
-        self.conv2 = UpscaleConv(dim // 4, dim // 8, dtype=dtype, rngs=rngs)
+    def __init__(self, in_chans: int, hidden: int, out_chans: int, *, dtype, rngs):
+        self.conv1 = UpscaleConv(in_chans, hidden, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(hidden, eps=1e-6, dtype=dtype)
+        self.conv2 = UpscaleConv(hidden, out_chans, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "g g c"]) -> Float[Array, "g g 2 2 2 2 c//8"]:
-        return gelu(self.conv2(gelu(self.norm(self.conv1(x)))))
+    def __call__(self, x: Float[Array, "g g c"]) -> Float[Array, "g g 2 2 2 2 o"]:
+        return self.conv2(gelu(self.norm(self.conv1(x))))
+
+
+class HQ(nnx.Module):
+    """What SAM-HQ adds (Ke et al. 2023; reference `MaskDecoderHQ` of `segment-anything-hq`).
+
+    A mask of finer details, from a token of its own and from the image encoder's first and last
+    layers, which is added to each of SAM's masks. The reference returns the best of three masks
+    by their predicted IoU, and Hugging Face all three, the best first; here they are all three in
+    SAM's order.
+    """
+
+    def __init__(self, config: SamConfig, *, dtype, rngs):
+        dim, options = config.prompt_embed_dim, {"dtype": dtype, "rngs": rngs}
+        self.token = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (1, dim)))
+        self.mlp = Head(dim, dim, dim // 8, 3, **options)
+        early_dim = config.image_encoder.early_dim
+        self.compress_vit_feat = Upscaling(early_dim, dim, dim // 8, **options)
+        self.embedding_encoder = Upscaling(dim, dim // 4, dim // 8, **options)
+        self.conv1 = nnx.Conv(dim // 8, dim // 4, (3, 3), **options)
+        self.norm = LayerNorm(dim // 4, eps=1e-6, dtype=dtype)
+        self.conv2 = nnx.Conv(dim // 4, dim // 8, (3, 3), **options)
+
+    def features(
+        self, image_embedding: Float[Array, "g g c"], early: Float[Array, "g g e"]
+    ) -> Float[Array, "4*g 4*g hq"]:
+        return join_pixels(self.embedding_encoder(image_embedding) + self.compress_vit_feat(early))
+
+    def mask(
+        self,
+        token: Float[Array, " c"],
+        upscaled: Float[Array, "h w hq"],
+        features: Float[Array, "h w hq"],
+    ) -> Float[Array, "h w"]:
+        x = self.conv2(gelu(self.norm(self.conv1(upscaled)))) + features
+        return jnp.matmul(x, self.mlp(token), preferred_element_type=jnp.float32)
 
 
 class Head(nnx.Module):

@@ -143,7 +143,8 @@ class Sam(nnx.Module):
         """
         image_pe = self.prompt_encoder.get_dense_pe()
 
-        def one_prompt(image_embedding, points, labels, mask, similarity, target):
+        def one_prompt(image_features, points, labels, mask, similarity, target):
+            image_embedding, hq_features = image_features
             sparse, sparse_mask = self.prompt_encoder(points, labels)
             dense = self.prompt_encoder.embed_mask(mask)
             return self.mask_decoder(
@@ -155,6 +156,7 @@ class Sam(nnx.Module):
                 multimask_output,
                 similarity,
                 target,
+                hq_features,
             )
 
         if prompts_at_once is not None and prompts_at_once < 1:
@@ -176,11 +178,12 @@ class Sam(nnx.Module):
 
         def one_image(x):
             image_embedding, shared_mask, prompts = x
+            image_features = self.mask_decoder.image_features(image_embedding)
 
             def one(prompt):
                 points, labels, mask, similarity, target = prompt
                 mask = mask if mask_per_prompt else shared_mask
-                return one_prompt(image_embedding, points, labels, mask, similarity, target)
+                return one_prompt(image_features, points, labels, mask, similarity, target)
 
             return _map(one, prompts, prompts_at_once)
 
@@ -240,7 +243,7 @@ class Sam(nnx.Module):
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("give either pixel_values or image_embeddings, and not both")
-        grid, channels = self.config.image_embedding_size, self.config.prompt_embed_dim
+        grid, channels = self.config.image_embedding_size, self.config.image_embedding_channels
         if pixel_values is not None:
             self._check_pixels(pixel_values)
         else:
@@ -329,7 +332,7 @@ class Sam(nnx.Module):
         """PerSAM's two arguments as `decode` takes them, for labels of the shape `prompts`."""
         batch, count, n = prompts
         decoder, grid = self.config.mask_decoder, self.config.image_embedding_size
-        tokens = 1 + (decoder.num_multimask_outputs + 1) + n
+        tokens = 1 + (decoder.num_multimask_outputs + 1) + self.config.hq + n
         if similarity is not None:
             full = (batch * count, decoder.num_heads, tokens, grid * grid)
             similarity = _check_broadcast("attention_similarity", similarity, full)

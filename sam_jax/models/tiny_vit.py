@@ -59,15 +59,20 @@ class TinyViT(nnx.Module):
         if tiny.num_classes is not None:
             self.norm_head = ClassifierNorm(dims[-1])
             self.head = ClassifierHead(dims[-1], tiny.num_classes)
+        self.hq = config.hq
         self.neck = Neck(dims[-1], config.prompt_embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, pixel_values: Float[Array, "b size size 3"], *, remat: bool = False
     ) -> Float[Array, "b grid grid c"]:
         x = self.patch_embed(pixel_values)
-        for layer in self.layers:
+        early = None
+        for i, layer in enumerate(self.layers):
             x = layer(x, remat=remat)
-        return self.neck(x)
+            if self.hq and i == 1:  # of the first stage with attention, on the grid already
+                early = x
+        x = self.neck(x)
+        return x if early is None else jnp.concatenate([x, early], -1)
 
 
 class Stage(nnx.Module):

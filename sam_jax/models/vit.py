@@ -53,6 +53,8 @@ class ImageEncoderViT(nnx.Module):
             )
             for i in range(vit.depth)
         )
+        # SAM-HQ's decoder looks at the output of the first block that attends globally.
+        self.early_block = min(vit.global_attn_indexes) if config.hq else None
         self.neck = Neck(vit.embed_dim, config.prompt_embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -70,9 +72,15 @@ class ImageEncoderViT(nnx.Module):
         # From 0 in the first block to the whole rate in the last.
         rates = np.linspace(0, drop_path_rate, depth)
         block_keys = [None] * depth if keys is None else split_keys(keys, depth)
-        for block, rate, some_keys in zip(self.blocks, rates, block_keys, strict=True):
+        early = None
+        for i, (block, rate, some_keys) in enumerate(
+            zip(self.blocks, rates, block_keys, strict=True)
+        ):
             x = call_block(block, x, rate, some_keys, remat=remat)
-        return self.neck(x)
+            if i == self.early_block:
+                early = x
+        x = self.neck(x)
+        return x if early is None else jnp.concatenate([x, early], -1)
 
 
 class Block(nnx.Module):

@@ -87,7 +87,7 @@ def _is_whole(file: Path, config: SamConfig) -> bool:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return False
-    return found.shape == (grid, grid, config.prompt_embed_dim)
+    return found.shape == (grid, grid, config.image_embedding_channels)
 
 
 def _encoder_key(model: Sam) -> str:

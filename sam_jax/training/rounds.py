@@ -50,6 +50,7 @@ def interactive_losses(
         weights: see `mask_losses`.
     """
     size, side = model.config.image_size, model.config.mask_size
+    image = model.mask_decoder.image_features(image_embedding)
     image_pe = model.prompt_encoder.get_dense_pe()
     first_key, idle_key, click_key = jax.random.split(key, 3)
     inside = target > 0.5
@@ -62,7 +63,7 @@ def interactive_losses(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_round(carry, step):
         points, labels, previous = carry
-        masks, scores = _decode(model, image_embedding, image_pe, points, labels, previous, step)
+        masks, scores = _decode(model, image, image_pe, points, labels, previous, step)
         ambiguous = (step == 0) & ~is_box
         first = jnp.arange(len(scores)) == 0
         candidates = jnp.where(ambiguous, ~first, first)
@@ -105,12 +106,14 @@ def _brings_click(key, rounds):
     return (following < rounds - 1) & (following != idle)
 
 
-def _decode(model, image_embedding, image_pe, points, labels, previous, step):
+def _decode(model, image, image_pe, points, labels, previous, step):
     """All four masks and predicted IoUs of a prompt; from the second round on with a mask."""
     encoder, decoder = model.prompt_encoder, model.mask_decoder
+    image_embedding, hq_features = image
     sparse, sparse_mask = encoder(points, labels)
     dense = jnp.where(step > 0, encoder.embed_mask(previous), encoder.embed_mask(None))
     iou_token, mask_tokens, keys = decoder.attend(
         image_embedding, image_pe, sparse, sparse_mask, dense
     )
-    return decoder.predict_masks(mask_tokens, keys, slice(None)), decoder.predict_iou(iou_token)
+    masks = decoder.predict_masks(mask_tokens, keys, slice(None), hq_features)
+    return masks, decoder.predict_iou(iou_token)

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from reference import SMALL, assert_close, meta_sam, normal, ours, run, tensor, to_torch
 
-from sam_jax.models.layers import join_pixels
+from sam_jax.models.layers import gelu, join_pixels
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_upscaling(pair):
     reference, decoder = pair
     x = normal((12, 12, 32), seed=5)
     expected = reference.output_upscaling(to_torch(x)[None])[0]
-    actual = join_pixels(run(decoder.output_upscaling, x))
+    actual = join_pixels(gelu(run(decoder.output_upscaling, x)))
     assert_close(actual, np.moveaxis(expected.detach().numpy(), 0, -1))
 
 
