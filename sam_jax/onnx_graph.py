@@ -243,7 +243,8 @@ def _reshaped(graph, x, old, new):
         return x
     if isinstance(x, np.ndarray):
         return x.reshape(new)
-    return graph.node("Reshape", x, np.array([n if isinstance(n, int) else -1 for n in new]))
+    sizes = [n if isinstance(n, int) else -1 for n in new]
+    return graph.node("Reshape", x, np.array(sizes, np.int64))
 
 
 def _reshape(graph, equation, x):
