@@ -144,6 +144,20 @@ class Export:
     """Of onnx: one mask instead of four, chosen by the number of points and the scores."""
 
 
+@dataclasses.dataclass
+class Demo:
+    """Serve a web page on which one drops a picture, clicks, and sees the mask."""
+
+    model: str = "mobile_sam"
+    """Short name, hub repository, file or folder."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is all of this machine's, for other machines to reach it."""
+    port: int = 7860
+    """Port to listen at."""
+    max_megabytes: int = 20
+    """Size of the largest file that is taken."""
+
+
 # The fields that say which masks there are: what is in one folder must have them in common.
 _ARGUMENTS = inspect.signature(SamAutomaticMaskGenerator).parameters
 _GENERATOR = {f.name for f in dataclasses.fields(Generate)} & set(_ARGUMENTS) - {"model"}
@@ -245,6 +259,19 @@ def export(args: Export) -> None:
     else:
         export_jax(model, args.output, args.platforms)
     print(args.output)
+
+
+def demo(args: Demo) -> None:
+    """Serves the page; see `sam_jax.demo`."""
+    try:
+        from sam_jax.demo.page import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError(
+            "gradio is not installed; install sam_jax with its extra `demo`"
+        ) from error
+    serve(args.model, args.host, args.port, args.max_megabytes)
 
 
 def segment(args: Segment) -> None:
@@ -357,7 +384,14 @@ def _parse_numbers(text: str, counts: tuple[int, ...], option: str, form: str) -
     return numbers
 
 
-COMMANDS = {"segment": Segment, "generate": Generate, "evaluate": Evaluate, "export": Export}
+_FUNCTIONS = {
+    Segment: segment,
+    Generate: generate,
+    Evaluate: evaluate,
+    Export: export,
+    Demo: demo,
+}
+COMMANDS = {function.__name__: command for command, function in _FUNCTIONS.items()}
 
 
 def main() -> None:
@@ -366,8 +400,7 @@ def main() -> None:
         COMMANDS, prog="sam-jax", description="Segment Anything in JAX."
     )
     try:
-        commands = {Segment: segment, Generate: generate, Evaluate: evaluate, Export: export}
-        commands[type(args)](args)
+        _FUNCTIONS[type(args)](args)
     except (OSError, ValueError, TypeError) as error:
         sys.exit(f"sam-jax: {error}")
     except KeyboardInterrupt:

@@ -193,13 +193,18 @@ class SamAutomaticMaskGenerator:
         return self._generate([self._crops(a.shape[:2], a) for a in group] for group in arrays)
 
     def generate_from_embedding(
-        self, embedding: Any, original_size: tuple[int, int]
+        self,
+        embedding: Any,
+        original_size: tuple[int, int],
+        on_batch: Callable[[int, int], None] | None = None,
     ) -> list[dict[str, Any]]:
         """What `generate` returns for a picture whose embedding is known.
 
         Args:
             embedding: [1, c, g, g] of `SamPredictor.get_image_embedding`, of the same model.
             original_size: (h, w) of the picture.
+            on_batch: called with how many batches of `points_per_batch` points are done, and how
+                many there are, to show progress.
 
         Raises:
             ValueError: for another shape, and with crops, of which there are no embeddings.
@@ -210,7 +215,7 @@ class SamAutomaticMaskGenerator:
             )
         embedding = check_embedding(embedding, self.config)
         (size,) = check_sizes([original_size], 1, "original_size")
-        return self._generate([[self._crops(size, embedding=embedding)]])[0]
+        return self._generate([[self._crops(size, embedding=embedding)]], on_batch)[0]
 
     def _crops(
         self,
@@ -227,7 +232,11 @@ class SamAutomaticMaskGenerator:
             for i in order
         ]
 
-    def _generate(self, groups: "Iterable[list[list[_Crop]]]") -> list[list[dict[str, Any]]]:
+    def _generate(
+        self,
+        groups: "Iterable[list[list[_Crop]]]",
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> list[list[dict[str, Any]]]:
         """The records of groups of at most as many pictures as there are devices.
 
         While the devices work, the host reads what comes next and encodes what they have found.
@@ -235,7 +244,7 @@ class SamAutomaticMaskGenerator:
         with ThreadPoolExecutor(2) as host:
             records = []
             for crops, pixels, done in _one_ahead(self._turns(groups), host):
-                self._add_masks(crops, pixels, host)
+                self._add_masks(crops, pixels, host, on_batch)
                 records += [host.submit(self._records, picture[0].found) for picture in done]
             return [future.result() for future in records]
 
@@ -251,7 +260,11 @@ class SamAutomaticMaskGenerator:
                 yield crops, pixels, pictures if turn is last else []
 
     def _add_masks(
-        self, crops: "list[_Crop]", pixels: list[np.ndarray], host: ThreadPoolExecutor
+        self,
+        crops: "list[_Crop]",
+        pixels: list[np.ndarray],
+        host: ThreadPoolExecutor,
+        on_batch: Callable[[int, int], None] | None,
     ) -> None:
         """Finds the masks of a crop on each device and adds them to those of its picture."""
         if pixels:
@@ -268,7 +281,12 @@ class SamAutomaticMaskGenerator:
             _measure(*state, spread_frames, points, **static)
             for points in self._batches(crops, every, self.points_per_batch)
         ]
-        measured = jax.device_get(measured)  # only now is the first batch waited for
+        # Only now is the first batch waited for.
+        if on_batch is not None:
+            for done, batch in enumerate(measured, 1):
+                jax.block_until_ready(batch)
+                on_batch(done, len(measured))
+        measured = jax.device_get(measured)
         chosen = []
         for i, crop in enumerate(crops):
             mine = [jax.tree.map(lambda x, i=i: x[i], batch) for batch in measured]

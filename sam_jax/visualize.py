@@ -19,22 +19,22 @@ COLORS = (
     (213, 94, 0),
     (240, 228, 66),
 )
-_MARKS = {FOREGROUND: (40, 200, 80), BACKGROUND: (220, 50, 47)}
-_ALPHA = 0.55
+MARKS = {FOREGROUND: (40, 200, 80), BACKGROUND: (220, 50, 47)}
+ALPHA = 0.55
 
 
 def show_mask(mask: Any, ax: Any, color: tuple[int, int, int] = COLORS[0]):
     """Draws a mask [h, w], booleans, over the picture that the matplotlib axes `ax` show."""
     mask = _check_mask(mask, "mask")
     rgba = np.zeros((*mask.shape, 4))
-    rgba[mask] = (*np.array(color) / 255, _ALPHA)
+    rgba[mask] = (*np.array(color) / 255, ALPHA)
     return ax.imshow(rgba)
 
 
 def show_points(coords: Any, labels: Any, ax: Any, size: float = 200):
     """Draws foreground points [n, 2] as green stars, background points as red ones."""
     coords, labels = check_points(coords, labels, "coords")
-    for label, color in _MARKS.items():
+    for label, color in MARKS.items():
         x, y = coords[labels == label].T
         ax.scatter(
             x, y, color=np.array(color) / 255, marker="*", s=size, edgecolor="white", linewidth=1
@@ -45,7 +45,7 @@ def show_box(box: Any, ax: Any):
     """Draws a box x0, y0, x1, y1."""
     ((x0, y0, x1, y1),) = check_boxes([box], "box")
     rectangle = matplotlib.patches.Rectangle(
-        (x0, y0), x1 - x0, y1 - y0, edgecolor=np.array(_MARKS[1]) / 255, facecolor="none", lw=2
+        (x0, y0), x1 - x0, y1 - y0, edgecolor=np.array(MARKS[1]) / 255, facecolor="none", lw=2
     )
     return ax.add_patch(rectangle)
 
@@ -76,19 +76,19 @@ def overlay(
             raise ValueError(
                 f"masks[{i}] has shape {mask.shape}, expected the picture's {pixels.shape[:2]}"
             )
-        pixels[mask] = (1 - _ALPHA) * pixels[mask] + _ALPHA * color
-        pixels[_outline(mask)] = 255
+        pixels[mask] = (1 - ALPHA) * pixels[mask] + ALPHA * color
+        pixels[outline(mask)] = 255
     picture = Image.fromarray(pixels.round().astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     unit = max(picture.size) / 512  # lines and marks grow with the picture
     for box in boxes:
-        draw.rectangle(tuple(box), outline=_MARKS[1], width=max(2, round(2 * unit)))
+        draw.rectangle(tuple(box), outline=MARKS[1], width=max(2, round(2 * unit)))
     for (x, y), label in zip(coords, labels, strict=True):
-        if label in _MARKS:
+        if label in MARKS:
             radius = max(4, 6 * unit)
             draw.ellipse(
                 (x - radius, y - radius, x + radius, y + radius),
-                fill=_MARKS[int(label)],
+                fill=MARKS[int(label)],
                 outline="white",
                 width=max(1, round(1.5 * unit)),
             )
@@ -105,8 +105,8 @@ def _check_mask(mask: Any, where: str) -> np.ndarray:
     return mask
 
 
-def _outline(mask: np.ndarray) -> np.ndarray:
-    """The mask's pixels that touch a pixel outside it, up, down, left or right."""
+def outline(mask: np.ndarray) -> np.ndarray:
+    """A mask's pixels that touch a pixel outside it, up, down, left or right."""
     padded = np.pad(mask, 1, mode="edge")
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inside

@@ -1,0 +1,301 @@
+"""What the demo page shows, as pure functions: a picture, its prompts, and the masks.
+
+A visitor's picture is embedded once. Its embedding and the prompts so far are a `Visit`, which
+everything here takes and gives; nothing is changed in place and nothing is global.
+"""
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image
+
+from sam_jax.mask_generator import SamAutomaticMaskGenerator
+from sam_jax.models.sam import Sam
+from sam_jax.ops.masks import rle_area, rle_compress, rle_decode, rle_encode, rle_uncompress
+from sam_jax.ops.prompts import FOREGROUND
+from sam_jax.predictor import SamPredictor
+from sam_jax.processing import SamProcessor, load_image
+from sam_jax.visualize import ALPHA, COLORS, outline
+
+PIXELS = 50_000_000  # the most that a picture may have
+SHOWN = 1600  # pixels along the longest side of the picture that the browser gets
+
+
+class Point(NamedTuple):
+    """In pixels of the picture; label 1 is on the object, 0 is not."""
+
+    x: int
+    y: int
+    label: int
+
+
+class Box(NamedTuple):
+    """In pixels of the picture."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+
+class Answer(NamedTuple):
+    """The candidates for a prompt, the best predicted IoU first."""
+
+    masks: np.ndarray  # [m, h, w] booleans, of the picture as large as the model sees it
+    scores: np.ndarray  # [m]
+    logits: np.ndarray  # [m, 256, 256]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture's embedding [1, c, g, g] and its (h, w)."""
+
+    embedding: np.ndarray
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A picture, its prompts in the order they were given, and the answer to them."""
+
+    picture: Picture
+    prompts: tuple[Point | Box, ...] = ()
+    answer: Answer | None = None
+    chosen: int = 0  # which of the answer's candidates is shown
+
+    @property
+    def points(self) -> list[Point]:
+        """All points."""
+        return [p for p in self.prompts if isinstance(p, Point)]
+
+    @property
+    def box(self) -> Box | None:
+        """The last box, which takes the place of those before."""
+        return next((p for p in reversed(self.prompts) if isinstance(p, Box)), None)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture's records of everything-mode, with COCO's run lengths as strings."""
+
+    picture: Picture
+    records: list[dict[str, Any]]
+
+
+def open_picture(model: Sam, path: str | os.PathLike) -> tuple[Picture, Image.Image]:
+    """A picture's embedding, and the picture as it is shown.
+
+    Raises:
+        TypeError, ValueError: for files that are no picture, and for pictures that are too large.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as file:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            _check_pixels(file.width * file.height)
+    except Image.DecompressionBombError:
+        _check_pixels(math.inf)
+    except OSError:
+        pass  # load_image says what is wrong
+    array = load_image(path)
+    predictor = SamPredictor(model)
+    predictor.set_image(array)
+    picture = Picture(predictor.get_image_embedding(), array.shape[:2])
+    shown = Image.fromarray(array)
+    shown.thumbnail((SHOWN, SHOWN))
+    return picture, shown
+
+
+def _check_pixels(pixels: float) -> None:
+    if pixels > PIXELS:
+        raise ValueError(
+            f"the picture has more than {PIXELS // 10**6} million pixels; make it smaller first"
+        )
+
+
+def add_point(visit: Visit, x: float, y: float, label: int) -> Visit:
+    """With one more point; what lies outside the picture moves to its edge."""
+    height, width = visit.picture.size
+    point = Point(_clip(x, width), _clip(y, height), label)
+    return dataclasses.replace(visit, prompts=(*visit.prompts, point))
+
+
+def add_box(visit: Visit, x0: float, y0: float, x1: float, y1: float) -> Visit:
+    """With a box between any two corners, in the place of an earlier one."""
+    height, width = visit.picture.size
+    xs, ys = sorted(_clip(x, width) for x in (x0, x1)), sorted(_clip(y, height) for y in (y0, y1))
+    box = Box(xs[0], ys[0], xs[1], ys[1])
+    return dataclasses.replace(visit, prompts=(*visit.prompts, box))
+
+
+def _clip(value: float, size: int) -> int:
+    if not math.isfinite(value):
+        raise ValueError(f"a coordinate is {value}, expected a finite number")
+    return int(min(max(value, 0), size - 1))
+
+
+def undo(visit: Visit) -> Visit:
+    """Without the last prompt; an earlier box is in force again."""
+    return dataclasses.replace(visit, prompts=visit.prompts[:-1])
+
+
+def clear(visit: Visit) -> Visit:
+    """Without prompts."""
+    return Visit(visit.picture)
+
+
+def prompt_of(visit: Visit) -> dict[str, Any]:
+    """What `SamPredictor.predict` takes for the visit's prompts; points and a box."""
+    prompt: dict[str, Any] = {}
+    if visit.points:
+        prompt["point_coords"] = [[p.x, p.y] for p in visit.points]
+        prompt["point_labels"] = [p.label for p in visit.points]
+    if visit.box:
+        prompt["box"] = list(visit.box)
+    # A single point is ambiguous, all else is not.
+    return prompt | {"multimask_output": len(visit.points) == 1 and not visit.box}
+
+
+def answer(model: Sam, visit: Visit) -> Visit:
+    """With the answer to its prompts.
+
+    What the predictor is asked for are masks of the picture as large as the model sees it, which
+    takes the same time for every picture; their logits are those for the picture itself.
+    """
+    if not visit.prompts:
+        return dataclasses.replace(visit, answer=None, chosen=0)
+    predictor = SamPredictor(model)
+    processor, size = predictor.processor, visit.picture.size
+    predictor.set_image_embedding(visit.picture.embedding, processor.input_size(size))
+
+    def scaled(coords: list) -> np.ndarray:
+        return processor.scale_coords(np.reshape(coords, (-1, 2)), size)
+
+    prompt = prompt_of(visit)
+    if visit.points:
+        prompt["point_coords"] = scaled(prompt["point_coords"])
+    if visit.box:
+        prompt["box"] = scaled(prompt["box"]).reshape(4)
+    masks, scores, logits = predictor.predict(**prompt)
+    order = np.argsort(-scores)
+    return dataclasses.replace(
+        visit, answer=Answer(masks[order], scores[order], logits[order]), chosen=0
+    )
+
+
+def choose(visit: Visit, candidate: int) -> Visit:
+    """With another candidate; after the last comes the first."""
+    count = len(visit.answer.scores) if visit.answer else 1
+    return dataclasses.replace(visit, chosen=candidate % count)
+
+
+def full_mask(model: Sam, visit: Visit) -> Bool[np.ndarray, "h w"]:
+    """The candidate that is shown, at the picture's own size."""
+    processor, size = SamProcessor(model.config), visit.picture.size
+    logits = visit.answer.logits[None, visit.chosen : visit.chosen + 1]
+    ((mask,),) = processor.post_process_masks([logits], [size], [processor.input_size(size)])[0]
+    return mask
+
+
+def find_everything(
+    model: Sam,
+    picture: Picture,
+    points_per_side: int,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Found:
+    """Everything-mode; see `SamAutomaticMaskGenerator.generate_from_embedding`."""
+    generator = SamAutomaticMaskGenerator(model, points_per_side, output_mode="coco_rle")
+    return Found(
+        picture, generator.generate_from_embedding(picture.embedding, picture.size, on_batch)
+    )
+
+
+def number_masks(found: Found) -> np.ndarray:
+    """uint16 [h, w]: 1 + the index of the record whose mask is there, 0 for none.
+
+    Smaller masks lie on larger ones.
+    """
+    numbers = np.zeros(found.picture.size, np.uint16)
+    for i in sorted(range(len(found.records)), key=lambda i: -found.records[i]["area"]):
+        numbers[rle_decode(rle_uncompress(found.records[i]["segmentation"]))] = i + 1
+    return numbers
+
+
+def draw_layer(numbers: np.ndarray) -> Image.Image:
+    """What lies on the picture that is shown: masks tinted and outlined, all else transparent.
+
+    Args:
+        numbers: integers [h, w], 0 where there is no mask, another for each mask.
+    """
+    scale = min(1, SHOWN / max(numbers.shape))
+    rows, columns = (
+        np.arange(max(1, round(n * scale))) * n // max(1, round(n * scale)) for n in numbers.shape
+    )
+    numbers = numbers[rows][:, columns]
+    colors = _color_indices(numbers)
+    for number in np.unique(numbers[numbers > 0]):
+        mask = numbers == number
+        rim = outline(mask)
+        colors[rim | outline(mask & ~rim)] = len(COLORS) + 1  # of two pixels
+    layer = _paint(colors, [*COLORS, (255, 255, 255)])
+    layer.info["transparency"] = bytes([0, *[round(255 * ALPHA)] * len(COLORS), 255])
+    return layer
+
+
+def label_picture(numbers: np.ndarray) -> Image.Image:
+    """Numbers of masks, uint16, as a picture with these as its pixels, coloured to tell them apart.
+
+    More than 255 masks take 16 bits, which have no colours.
+    """
+    if numbers.max(initial=0) > 255:
+        return Image.fromarray(numbers)
+    return _paint(numbers.astype(np.uint8), [COLORS[i % len(COLORS)] for i in range(255)])
+
+
+def _color_indices(numbers: np.ndarray) -> np.ndarray:
+    """0, or 1 to the number of colours."""
+    numbers = numbers.astype(np.int32)
+    return np.where(numbers > 0, 1 + (numbers - 1) % len(COLORS), 0).astype(np.uint8)
+
+
+def _paint(indices: np.ndarray, colors: list) -> Image.Image:
+    """Black for 0, the first of the colours for 1, and so on."""
+    picture = Image.fromarray(indices)
+    picture.putpalette([value for color in ((0, 0, 0), *colors) for value in color])
+    return picture
+
+
+def prompt_json(visit: Visit, mask: np.ndarray) -> dict[str, Any]:
+    """The visit's mask and how to get it again; lists of masks are as in `everything_json`."""
+    rle = rle_encode(mask)
+    record = {
+        "segmentation": rle_compress(rle),
+        "area": rle_area(rle),
+        "predicted_iou": float(visit.answer.scores[visit.chosen]),
+    }
+    height, width = visit.picture.size
+    return {"width": width, "height": height, "prompt": prompt_of(visit), "masks": [record]}
+
+
+def everything_json(found: Found) -> dict[str, Any]:
+    """The records, in which each `segmentation` is what `pycocotools.mask` takes."""
+    height, width = found.picture.size
+    return {"width": width, "height": height, "masks": found.records}
+
+
+def warm_up(model: Sam) -> None:
+    """Compiles what pictures and clicks need, so that no visitor waits for it."""
+    predictor = SamPredictor(model)
+    side = model.config.image_size
+    predictor.set_image(np.zeros((side, side, 3), np.uint8))
+    picture = Picture(predictor.get_image_embedding(), (side, side))
+    answer(model, Visit(picture, (Box(0, 0, side - 1, side - 1),)))
+    # With the one that ends them, powers of two; to these other numbers are padded.
+    for points in (1, 3, 7, 15):
+        answer(model, Visit(picture, (Point(0, 0, FOREGROUND),) * points))
