@@ -56,6 +56,7 @@ def export_jax(
     * `params.safetensors`: the programs' first argument, a dictionary;
     * `config.json`: what preparing a picture takes: `image_size`, and `pixel_mean` and `pixel_std`
       for red, green and blue from 0 to 255; a mask is where logits exceed `mask_threshold`.
+      (`resize` and `normalization` are other than said above for MedSAM; see `SamConfig`.)
 
     Each platform gets what is fastest on it, unless the model names an attention: on a CPU prompts
     one after the other, and never all logits of a ViT's global attention at once; elsewhere all
@@ -128,13 +129,20 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
 
     Raises:
         FileExistsError: if there is something at `path` already.
-        ValueError: if the model computes in another dtype, or the package `onnx` is not installed.
+        ValueError: if the model computes in another dtype, if it prepares pictures in another way
+            than SAM, or if the package `onnx` is not installed.
     """
     check_new(path)
     if (dtype := jnp.dtype(model.mask_decoder.dtype)) != jnp.float32:
         raise ValueError(
             f"the model computes in {dtype}, but ONNX is written in "
             "float32; load it with dtype=jnp.float32"
+        )
+    prepared = model.config.resize, model.config.normalization
+    if prepared != ("longest_side", "statistics"):
+        raise ValueError(
+            f"resize and normalization are {prepared}, but the encoder in ONNX normalises by mean "
+            "and deviation; export for JAX instead"
         )
     try:
         from sam_jax.onnx_graph import Graph
@@ -162,7 +170,10 @@ def _appearing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _write_config(folder: Path, model: Sam, **more: Any) -> None:
-    names = ("image_size", "mask_size", "pixel_mean", "pixel_std", "mask_threshold")
+    names = (
+        *("image_size", "mask_size", "mask_threshold"),
+        *("resize", "normalization", "pixel_mean", "pixel_std"),
+    )
     values = {name: getattr(model.config, name) for name in names}
     values["dtype"] = str(jnp.dtype(model.mask_decoder.dtype))
     (folder / "config.json").write_text(json.dumps(values | more, indent=2) + "\n")
