@@ -93,7 +93,6 @@ class Graph:
                 helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
                 for name, (_, shape) in outputs.items()
             ],
-            [numpy_helper.from_array(array, name) for name, array in self._constants.values()],
         )
         opset = helper.make_opsetid("", OPSET)
         model = helper.make_model(
@@ -102,6 +101,9 @@ class Graph:
             ir_version=helper.find_min_ir_version_for([opset]),
             producer_name="sam_jax",
         )
+        # Last, and one by one, since every message copies its parts.
+        for name, array in self._constants.values():
+            model.graph.initializer.append(numpy_helper.from_array(array, name))
         size = sum(array.nbytes for _, array in self._constants.values())
         data = {"save_as_external_data": True, "location": f"{path.name}.data"}
         onnx.save_model(model, path, **(data if size > _LARGEST_FILE else {}))
@@ -124,8 +126,6 @@ class Graph:
         """The tensor, broadcast where that was left to ONNX."""
         if value.shape == tuple(shape):
             return value.tensor
-        if isinstance(value.tensor, np.ndarray) and all(isinstance(n, int) for n in shape):
-            return np.broadcast_to(value.tensor, shape)
         own = (1,) * (len(shape) - len(value.shape)) + value.shape
         sizes = [self._size(1 if n == m else n) for n, m in zip(shape, own, strict=True)]
         return self.node("Expand", value.tensor, self.node("Concat", *sizes, axis=0))
@@ -153,7 +153,10 @@ class Graph:
 
     def _equation(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         name, parameters = equation.primitive.name, equation.params
-        all_known = all(isinstance(value.tensor, np.ndarray) for value in values)
+        shapes = [atom.aval.shape for atom in equation.invars]
+        all_known = all(isinstance(value.tensor, np.ndarray) for value in values) and all(
+            isinstance(size, int) for shape in shapes for size in shape
+        )
         inner = parameters.get("jaxpr", parameters.get("call_jaxpr"))
         translate = _OPERATIONS.get(name)
         if inner is not None and name in ("jit", "custom_jvp_call"):
@@ -169,13 +172,12 @@ class Graph:
                 return [self._value(tensor, shape)]
             values = [_known_value(np.broadcast_to(v.tensor, shape)) for v in values]
             return _compute(equation, [value.tensor for value in values])
-        tensors = [
-            self._full(v, atom.aval.shape) for v, atom in zip(values, equation.invars, strict=True)
-        ]
         if all_known:
-            return _compute(equation, tensors)
+            arrays = [np.broadcast_to(v.tensor, n) for v, n in zip(values, shapes, strict=True)]
+            return _compute(equation, arrays)
         if translate is None:
             raise ValueError(f"JAX's operation {name!r} has no translation to ONNX here")
+        tensors = [self._full(v, shape) for v, shape in zip(values, shapes, strict=True)]
         tensor = translate(self, equation, *tensors)
         return [self._value(tensor, equation.outvars[0].aval.shape)]
 
@@ -347,6 +349,10 @@ def _softmax(graph, equation, logits):
     return graph.node("Softmax", logits, axis=axis)
 
 
+def _average(graph, equation, logits, v):
+    return graph.node("MatMul", graph.node("Softmax", logits, axis=-1), v)
+
+
 def _gelu(graph, equation, x):
     """In the order of operations that ONNX Runtime computes in one."""
     root, one, half = (np.array(n, np.float32) for n in (math.sqrt(2), 1, 0.5))
@@ -371,6 +377,7 @@ def _depthwise_conv(graph, equation, x, kernel):
 # parts. (Softmax also needs half of the memory.)
 _FUNCTIONS: dict[str, Callable] = {
     "softmax": _softmax,
+    "_average": _average,
     "_gelu": _gelu,
     "_depthwise_conv": _depthwise_conv,
 }
