@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -370,6 +371,9 @@ def test_refusals(tmp_path, unchecked, monkeypatch):
         export_jax(model, tmp_path / "out", ["gpu"])
     with pytest.raises(ValueError, match="computes in bfloat16, but ONNX is written in float32"):
         export_onnx(model, tmp_path / "out")
+    medsam = dataclasses.replace(SHALLOW, normalization="min_max")
+    with pytest.raises(ValueError, match="but the encoder in ONNX normalises by mean and dev"):
+        export_onnx(ours(meta_sam(medsam), medsam), tmp_path / "out")
     monkeypatch.setitem(sys.modules, "sam_jax.onnx_graph", None)
     with pytest.raises(ValueError, match="install sam_jax with its extra `onnx`"):
         export_onnx(ours(meta_sam(SHALLOW), SHALLOW), tmp_path / "out")

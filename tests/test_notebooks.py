@@ -1,5 +1,6 @@
 """The notebooks of `examples/`, run from clean."""
 
+import base64
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def test_notebook(name, tmp_path):
     assert count_pictures(notebook) == pictures
     warned = [o["text"] for o in outputs(notebook) if o.get("name") == "stderr"]
     assert not warned
+
+
+@pytest.mark.parametrize("name", ["predictor", "research_loop"])
+def test_readmes_picture_is_the_notebooks_first(name):
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+    first = next(
+        o.data["image/jpeg"] for o in outputs(notebook) if "image/jpeg" in o.get("data", {})
+    )
+    assert base64.b64decode(first) == (EXAMPLES / f"{name}.jpg").read_bytes()
 
 
 def outputs(notebook):
