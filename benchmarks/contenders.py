@@ -201,7 +201,28 @@ def predict(setting: Setting) -> Contenders:
         who: in_dtype(by(import_reference("segment_anything").SamPredictor(sam)), setting, dtype)
         for who, sam, dtype in metas(setting)
     }
+    if torch and setting.is_vit:
+        run = hugging_face_predict(setting, photo, point)
+        theirs["transformers, SDPA"] = in_dtype(run, setting, setting.dtype)
     return setting.with_ours(theirs, lambda model: by(SamPredictor(model)))
+
+
+def hugging_face_predict(setting: Setting, photo: np.ndarray, point: np.ndarray) -> Callable:
+    """The same by `SamProcessor` and `SamModel` of `transformers`."""
+    from transformers import SamProcessor
+    from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+    processor = SamProcessor(SamImageProcessorPil())
+
+    def run():
+        inputs = processor(photo, input_points=[[point.tolist()]], return_tensors="pt")
+        sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        inputs = inputs.to(setting.device, torch.float32)
+        logits = setting.hugging_face(**inputs).pred_masks.float().cpu()
+        processor.image_processor.post_process_masks(logits, *sizes)
+        return logits[0, 0]
+
+    return run
 
 
 def everything(setting: Setting) -> Contenders:
