@@ -33,7 +33,7 @@ def check_new(path: str | os.PathLike) -> None:
     Raises:
         FileExistsError: if there is.
     """
-    if os.path.lexists(path):
+    if os.path.lexists(Path(path).expanduser()):
         raise FileExistsError(f"{path} exists already; choose another folder or remove it first")
 
 
@@ -60,7 +60,8 @@ def export_jax(
 
     Each platform gets what is fastest on it, unless the model names an attention: on a CPU prompts
     one after the other, and never all logits of a ViT's global attention at once; elsewhere all
-    together, in ViT-H a gigabyte for each picture.
+    together, in ViT-H a gigabyte for each picture. Float32 products have the precision that
+    `jax_default_matmul_precision` asks for at the time of writing.
 
     Args:
         model: of any dtype, in which the programs compute.
@@ -124,8 +125,9 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
     Args:
         model: computing in float32.
         path: of the new folder, which appears whole or not at all.
-        single_mask: m is 1, and the mask the one for unambiguous prompts from three points on, the
-            best candidate below (Meta's `return_single_mask`), instead of all 4, that one first.
+        single_mask: m is 1, Meta's `return_single_mask`: the mask for unambiguous prompts if
+            `point_coords` has three points or more, else the best of the candidates. Otherwise m is
+            4, the one for unambiguous prompts first.
 
     Raises:
         FileExistsError: if there is something at `path` already.
@@ -135,8 +137,8 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
     check_new(path)
     if (dtype := jnp.dtype(model.mask_decoder.dtype)) != jnp.float32:
         raise ValueError(
-            f"the model computes in {dtype}, but ONNX is written in "
-            "float32; load it with dtype=jnp.float32"
+            f"the model computes in {dtype}, but ONNX is written in float32; load it with "
+            "dtype=jnp.float32"
         )
     prepared = model.config.resize, model.config.normalization
     if prepared != ("longest_side", "statistics"):
