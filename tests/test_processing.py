@@ -1,11 +1,13 @@
 import dataclasses
 import os
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import skimage.data
+import skimage.transform
 import torch
 import torch_reference
 import transformers
@@ -13,7 +15,7 @@ from PIL import Image
 from reference import SMALL, assert_close, mask_iou
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from sam_jax.config import vit_b, with_preprocessing
+from sam_jax.config import lite_medsam, vit_b, with_preprocessing
 from sam_jax.processing import SamProcessor, load_image
 
 SIZES = [(300, 451), (451, 300), (96, 96), (1024, 1024), (700, 1500), (5, 9), (60, 1), (1, 60)]
@@ -121,6 +123,23 @@ def test_medsams_pictures():
     assert not processor(np.full((8, 8, 3), 7, np.uint8))["pixel_values"].any()
 
 
+def test_medsams_resampling_is_as_close_as_we_say():
+    """PIL's bilinear filter beside those of the authors' own inference, on a photo."""
+    image = skimage.data.coffee()
+    medsam = skimage.transform.resize(
+        image, (1024, 1024), order=3, preserve_range=True, anti_aliasing=True
+    ).astype(np.uint8)
+    lite = cv2.resize(image, (256, 171), interpolation=cv2.INTER_AREA)
+    for config, resized, mean in (
+        (with_preprocessing(vit_b(), "medsam"), medsam, 0.006),
+        (lite_medsam(), lite, 0.004),
+    ):
+        pixels = SamProcessor(config).preprocess(image)
+        assert not pixels[len(resized) :].any()
+        expected = (resized - resized.min()) / np.float32(np.ptp(resized))
+        assert round(float(np.abs(pixels[: len(resized)] - expected).mean()), 3) == mean
+
+
 def test_several_pictures_of_different_sizes(small, tmp_path):
     images = [picture(40, 60), picture(61, 33, 1), picture(7, 7, 2)]
     Image.fromarray(images[1]).save(tmp_path / "image.png")
@@ -147,6 +166,16 @@ def test_segmentation_maps_are_hfs(processor, hf, size):
         found = processor(image, segmentation_maps=given)["labels"]
         assert found.dtype == np.int64
         assert np.array_equal(found, expected)
+
+
+def test_segmentation_maps_of_stretched_pictures():
+    """They lie on the model's masks, whose picture lost its proportions."""
+    labels = np.zeros((300, 451), np.uint8)
+    labels[100:200, 150:] = 7
+    processor = SamProcessor(with_preprocessing(vit_b(), "medsam"))
+    (found,) = processor(picture(300, 451), segmentation_maps=labels)["labels"]
+    expected = Image.fromarray(labels).resize((256, 256), Image.Resampling.NEAREST)
+    assert np.array_equal(found, np.asarray(expected))
 
 
 def test_segmentation_maps_of_booleans_and_large_numbers(small):
