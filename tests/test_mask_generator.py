@@ -15,6 +15,7 @@ from PIL import Image
 from reference import SMALL, mask_iou, meta_sam, mobile_sam_torch, ours
 
 from sam_jax import SamPredictor, from_pretrained
+from sam_jax.config import with_preprocessing
 from sam_jax.mask_generator import SamAutomaticMaskGenerator, _points_at_once
 
 amg = torch_reference.import_reference("segment_anything")
@@ -156,6 +157,29 @@ def test_points_per_batch_changes_nothing(points_per_batch):
     expected = generator(points_per_side=9).generate(image)  # 81 points, 64 at a time
     actual = generator(points_per_side=9, points_per_batch=points_per_batch).generate(image)
     assert_same_records(actual, expected, exact=True)
+
+
+def test_a_stretched_picture():
+    """MedSAM's preprocessing, also of crops: the masks are the predictor's."""
+    model = ours(small()[0], with_preprocessing(SMALL, "medsam"))
+    image, predictor = picture(70, 110), SamPredictor(model)
+    grids = [np.array([[0.3, 0.6]]), np.array([[0.5, 0.5]])]
+    generator = SamAutomaticMaskGenerator(
+        model, None, point_grids=grids, crop_n_layers=1, crop_nms_thresh=1, **ALL
+    )
+    records = generator.generate(image)
+    crops = {tuple(record["crop_box"]) for record in records}
+    assert len(crops) > 1
+    for x, y, w, h in crops:
+        predictor.set_image(image[y : y + h, x : x + w])
+        found = [r for r in records if r["crop_box"] == [x, y, w, h]]
+        point = np.array(found[0]["point_coords"]) - [x, y]
+        masks, scores, _ = predictor.predict(point, [1])
+        for record in found:
+            k = np.abs(scores - record["predicted_iou"]).argmin()
+            mask = segmentation(record)
+            assert mask_iou(mask[y : y + h, x : x + w], masks[k]) >= 0.999
+            assert mask.sum() == record["area"]
 
 
 def test_the_schedule_of_accelerators_changes_nothing():

@@ -10,6 +10,7 @@ from PIL import Image
 from reference import SMALL, assert_close, mask_iou, meta_sam, ours
 
 import sam_jax.processing
+from sam_jax.config import with_preprocessing
 from sam_jax.models import sam as sam_module
 from sam_jax.ops.prompts import count_bucket
 from sam_jax.ops.resize import size_bucket
@@ -179,6 +180,29 @@ def test_predict(predictor, reference, prompt, multimask):
         options = {"multimask_output": multimask, "return_logits": logits}
         expected = reference.predict(**PROMPTS[prompt], **options)
         assert_same(predictor.predict(**PROMPTS[prompt], **options), expected, logits)
+
+
+def test_a_stretched_picture():
+    """MedSAM's preprocessing, against Meta's predictor given the prepared pixels."""
+    config = with_preprocessing(SMALL, "medsam")
+    predictor = SamPredictor(ours(torch_model(), config))
+    image = picture()
+    predictor.set_image(image)
+    assert predictor.input_size == (96, 96)
+    small = np.asarray(Image.fromarray(image).resize((96, 96), Image.Resampling.BILINEAR))
+    pixels = (small - small.min()) / (small.max() - small.min())
+    reference = reference_predictor()
+    mean, std = reference.model.pixel_mean, reference.model.pixel_std
+    reference.model.pixel_mean, reference.model.pixel_std = 0 * mean, 0 * std + 1
+    try:
+        reference.set_torch_image(torch.tensor(pixels).float().permute(2, 0, 1)[None], SIZE)
+    finally:
+        reference.model.pixel_mean, reference.model.pixel_std = mean, std
+    points = torch.tensor(POINTS / [SIZE[1], SIZE[0]] * 96, dtype=torch.float32)[None]
+    expected = reference.predict_torch(points, torch.tensor(LABELS)[None], return_logits=True)
+    actual = predictor.predict(POINTS, LABELS, return_logits=True)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e[0], TOLERANCE)
 
 
 def test_lists_serve_as_arrays(predictor):

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from reference import SMALL
 
+from sam_jax.config import with_preprocessing
 from sam_jax.processing import SamProcessor
 from sam_jax.training.data import (
     CocoInstances,
@@ -244,6 +245,21 @@ def test_a_prepared_example(coco):
         found = xs.min() * cell, ys.min() * cell, (xs.max() + 1) * cell, (ys.max() + 1) * cell
         np.testing.assert_allclose(found, (x0, y0, x1, y1), atol=2.2)
     assert not result["masks"][3].any()
+
+
+def test_a_stretched_example(coco):
+    """MedSAM's preprocessing: the axes of picture, masks and boxes are scaled apart."""
+    example = CocoInstances(coco / "coco.json", coco)[0]
+    config = with_preprocessing(SMALL, "medsam")
+    result = Prepare(config, 3, SIDE)(example, np.random.default_rng(0))
+    expected = SamProcessor(config).preprocess(example["image"])
+    np.testing.assert_array_equal(result["pixel_values"], expected)
+    scale = SIZE / np.array([W, H, W, H])
+    np.testing.assert_allclose(result["boxes"], np.array(RECTANGLES) * scale - [0, 0, 1, 1], atol=1)
+    for mask, box in zip(result["masks"], RECTANGLES, strict=True):
+        ys, xs = np.nonzero(mask)
+        found = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) * SIZE / SIDE
+        np.testing.assert_allclose(found, np.array(box) * scale, atol=2)  # a cell of the grid
 
 
 def test_fewer_places_than_objects(coco):
