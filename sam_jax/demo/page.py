@@ -126,9 +126,9 @@ def build_page(model: Sam) -> gr.Blocks:
                 opener = gr.UploadButton("Open a picture", file_types=["image"], variant="primary")
                 gr.Markdown(_HINT)
                 label = gr.Radio(
-                    [("the object", FOREGROUND), ("the background", BACKGROUND)],
+                    [("object", FOREGROUND), ("background", BACKGROUND)],
                     value=FOREGROUND,
-                    label="A click marks",
+                    label="A click marks the",
                     elem_id="label",
                 )
                 with gr.Row():

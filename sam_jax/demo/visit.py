@@ -175,7 +175,7 @@ def answer(model: Sam, visit: Visit) -> Visit:
     predictor.set_image_embedding(visit.picture.embedding, processor.input_size(size))
 
     def scaled(coords: list) -> np.ndarray:
-        return processor.scale_coords(np.reshape(coords, (-1, 2)), size)
+        return processor.scale_coords(np.array(coords, np.float64).reshape(-1, 2), size)
 
     prompt = prompt_of(visit)
     if visit.points:
@@ -240,9 +240,11 @@ def draw_layer(numbers: np.ndarray) -> Image.Image:
     numbers = numbers[rows][:, columns]
     colors = _color_indices(numbers)
     for number in np.unique(numbers[numbers > 0]):
-        mask = numbers == number
-        rim = outline(mask)
-        colors[rim | outline(mask & ~rim)] = len(COLORS) + 1  # of two pixels
+        inside = numbers == number
+        for _ in range(max(1, round(max(numbers.shape) / 512))):  # as thick whatever the size
+            rim = outline(inside)
+            colors[rim] = len(COLORS) + 1
+            inside = inside & ~rim
     layer = _paint(colors, [*COLORS, (255, 255, 255)])
     layer.info["transparency"] = bytes([0, *[round(255 * ALPHA)] * len(COLORS), 255])
     return layer

@@ -1,0 +1,241 @@
+import json
+
+import numpy as np
+import pycocotools.mask
+import pytest
+from PIL import Image
+from reference import SMALL, meta_sam, ours
+
+from sam_jax import SamAutomaticMaskGenerator, SamPredictor
+from sam_jax.demo import visit as demo
+from sam_jax.demo.visit import Box, Found, Picture, Point, Visit
+from sam_jax.visualize import COLORS
+
+SIZE = (71, 113)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ours(meta_sam(SMALL), SMALL)
+
+
+@pytest.fixture(scope="module")
+def image():
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def picture(model, image, tmp_path_factory):
+    path = tmp_path_factory.mktemp("demo") / "photo.png"
+    image.save(path)
+    return demo.open_picture(model, path)[0]
+
+
+@pytest.fixture(scope="module")
+def predictor(model, image):
+    predictor = SamPredictor(model)
+    predictor.set_image(image)
+    return predictor
+
+
+def test_prompts_come_and_go():
+    nothing = Visit(Picture(np.zeros(0), (100, 200)))
+    one = demo.add_point(nothing, 12.7, 30, 1)
+    boxed = demo.add_box(one, 150, 80, 20, 10)
+    two = demo.add_point(boxed, 5, 6, 0)
+    again = demo.add_box(two, 0, 0, 9, 9)
+    assert again.points == [Point(12, 30, 1), Point(5, 6, 0)]
+    assert again.box == Box(0, 0, 9, 9)
+    assert demo.undo(again) == two
+    assert demo.undo(again).box == Box(20, 10, 150, 80)
+    assert demo.undo(demo.undo(demo.undo(again))) == one
+    assert demo.undo(nothing) == demo.clear(again) == nothing
+    assert demo.prompt_of(two) == {
+        "point_coords": [[12, 30], [5, 6]],
+        "point_labels": [1, 0],
+        "box": [20, 10, 150, 80],
+        "multimask_output": False,
+    }
+    assert demo.prompt_of(one)["multimask_output"] is True
+    assert demo.prompt_of(demo.add_point(one, 1, 1, 1))["multimask_output"] is False
+
+
+def test_prompts_stay_in_the_picture():
+    nothing = Visit(Picture(np.zeros(0), (100, 200)))
+    assert demo.add_point(nothing, -5, 1e9, 1).points == [Point(0, 99, 1)]
+    assert demo.add_box(nothing, 300, -1, -3, 50.5).box == Box(0, 0, 199, 50)
+    with pytest.raises(ValueError, match="a coordinate is nan, expected a finite number"):
+        demo.add_point(nothing, float("nan"), 1, 1)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        (Point(50, 30, 1),),
+        (Point(50, 30, 1), Point(9, 60, 0)),
+        (Box(10, 5, 90, 60),),
+        (Box(0, 0, 1, 1), Point(40, 40, 1), Box(10, 5, 90, 60)),
+    ],
+    ids=["point", "points", "box", "box_and_point"],
+)
+def test_masks_are_the_predictors(model, picture, predictor, prompts):
+    """At the picture's own size, though what is computed first has the model's."""
+    visit = demo.answer(model, Visit(picture, prompts))
+    masks, scores, logits = predictor.predict(**demo.prompt_of(visit))
+    order = np.argsort(-scores)
+    assert len(scores) == (3 if len(prompts) == 1 and isinstance(prompts[0], Point) else 1)
+    assert np.array_equal(visit.answer.scores, scores[order])
+    assert np.array_equal(visit.answer.logits, logits[order])
+    assert visit.answer.masks.shape == (len(scores), 60, 96)
+    for i in range(len(scores)):
+        assert np.array_equal(demo.full_mask(model, demo.choose(visit, i)), masks[order[i]])
+    assert demo.choose(visit, len(scores)).chosen == 0
+
+
+def test_no_prompts_no_answer(model, picture):
+    visit = demo.answer(model, Visit(picture, (Point(50, 30, 1),)))
+    visit = demo.answer(model, demo.undo(demo.choose(visit, 2)))
+    assert visit.answer is None
+    assert visit.chosen == demo.choose(visit, 5).chosen == 0
+
+
+def test_mask_as_json(model, picture):
+    visit = demo.answer(model, Visit(picture, (Point(50, 30, 1),)))
+    mask = demo.full_mask(model, visit)
+    result = json.loads(json.dumps(demo.prompt_json(visit, mask)))
+    assert (result["height"], result["width"]) == SIZE
+    assert result["prompt"] == demo.prompt_of(visit)
+    (record,) = result["masks"]
+    assert np.array_equal(pycocotools.mask.decode(record["segmentation"]), mask)
+    assert record["area"] == mask.sum()
+    assert record["predicted_iou"] == pytest.approx(visit.answer.scores[0])
+
+
+def test_everything(model, picture, image, monkeypatch):
+    # Of random weights no mask would pass.
+    monkeypatch.setattr(
+        demo,
+        "SamAutomaticMaskGenerator",
+        lambda *args, **options: SamAutomaticMaskGenerator(
+            *args, **options, pred_iou_thresh=0, stability_score_thresh=0
+        ),
+    )
+    progress = []
+    found = demo.find_everything(model, picture, 9, lambda *step: progress.append(step))
+    assert progress == [(1, 2), (2, 2)]  # 81 points, 64 at a time
+    generator = SamAutomaticMaskGenerator(
+        model, 9, pred_iou_thresh=0, stability_score_thresh=0, output_mode="coco_rle"
+    )
+    expected = generator.generate(image)
+    assert len(expected) > 3
+    result = json.loads(json.dumps(demo.everything_json(found)))
+    assert result == {"width": SIZE[1], "height": SIZE[0], "masks": expected}
+
+    numbers = demo.number_masks(found)
+    masks = np.array([pycocotools.mask.decode(r["segmentation"]) for r in expected], bool)
+    areas = np.where(masks, masks.sum((1, 2), keepdims=True), 2**30)
+    assert np.array_equal(numbers > 0, masks.any(0))
+    (ys, xs) = np.nonzero(numbers)
+    assert np.array_equal(areas[numbers[ys, xs] - 1, ys, xs], areas.min(0)[ys, xs])
+
+
+def test_numbers_as_a_picture():
+    numbers = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    picture = demo.label_picture(numbers)
+    assert np.array_equal(np.asarray(picture), numbers)
+    colors = np.asarray(picture.convert("RGB"))
+    assert colors[0, 0].tolist() == [0, 0, 0]
+    assert colors[0, 1].tolist() == colors[2, 0].tolist() == list(COLORS[0])
+    assert len(np.unique(colors.reshape(-1, 3), axis=0)) == 8
+    many = demo.label_picture(numbers * 100)
+    assert many.mode == "I;16"
+    assert np.array_equal(np.asarray(many), numbers * 100)
+
+
+def test_layer_is_tinted_outlined_and_transparent():
+    numbers = np.zeros((20, 30), np.uint16)
+    numbers[2:9, 3:20] = 1
+    numbers[11:18, 3:20] = 9
+    layer = np.asarray(demo.draw_layer(numbers).convert("RGBA"))
+    assert layer.shape == (20, 30, 4)
+    assert (layer[numbers == 0, 3] == 0).all()
+    assert layer[5, 10].tolist() == [*COLORS[0], 140]
+    assert layer[14, 10].tolist() == [*COLORS[1], 140]
+    for y, x in ((2, 10), (8, 3), (11, 19)):
+        assert layer[y, x].tolist() == [255] * 4
+
+
+def test_a_large_layer_is_made_smaller():
+    numbers = np.zeros((4, 4000), bool)
+    numbers[:, 1000:] = True
+    layer = np.asarray(demo.draw_layer(numbers).convert("RGBA"))
+    assert layer.shape == (2, demo.SHOWN, 4)
+    assert (layer[:, 400:, 3] > 0).all()
+    assert (layer[:, :400, 3] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "CMYK", "P", "1"])
+def test_any_kind_of_picture(model, image, tmp_path, mode):
+    path = tmp_path / "photo.tiff"
+    image.convert(mode).save(path)
+    picture, shown = demo.open_picture(model, path)
+    assert picture.size == SIZE
+    assert picture.embedding.shape == (1, 32, 12, 12)
+    assert (shown.mode, shown.size) == ("RGB", SIZE[::-1])
+
+
+def test_animation_gives_its_first_frame(model, image, tmp_path):
+    path = tmp_path / "photo.gif"
+    frames = [image.convert("P"), Image.new("P", image.size)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    _, shown = demo.open_picture(model, path)
+    assert np.array_equal(np.asarray(shown), np.asarray(frames[0].convert("RGB")))
+
+
+def test_rotated_and_large(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SHOWN", 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    Image.new("RGB", (120, 80)).save(tmp_path / "photo.jpg", exif=exif)
+    picture, shown = demo.open_picture(model, tmp_path / "photo.jpg")
+    assert picture.size == (120, 80)
+    assert shown.size == (40, 60)
+
+
+@pytest.mark.parametrize("pixels", [101, 100 * Image.MAX_IMAGE_PIXELS], ids=["more", "a_bomb"])
+def test_too_large(model, tmp_path, monkeypatch, pixels):
+    """Told from the file's head, before its pixels are read."""
+    monkeypatch.setattr(demo, "PIXELS", 100)
+    if pixels > 101:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    Image.new("L", (101, 1)).save(tmp_path / "photo.png")
+    monkeypatch.setattr(demo, "load_image", None)
+    with pytest.raises(ValueError, match="has more than 0 million pixels; make it smaller first"):
+        demo.open_picture(model, tmp_path / "photo.png")
+
+
+def test_no_picture(model, tmp_path):
+    (tmp_path / "photo.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"photo\.png is not a picture of a known format"):
+        demo.open_picture(model, tmp_path / "photo.png")
+    Image.new("I;16", (9, 9)).save(tmp_path / "deep.png")
+    with pytest.raises(TypeError, match="more than 8 bits per channel"):
+        demo.open_picture(model, tmp_path / "deep.png")
+
+
+def test_nothing_found(picture):
+    assert demo.number_masks(Found(picture, [])).shape == SIZE
+    assert not demo.number_masks(Found(picture, [])).any()
+
+
+def test_warm_up_compiles_what_clicks_need(model, picture, compilations):
+    demo.warm_up(model)
+    compilations.clear()
+    visit = Visit(picture)
+    for x in range(12):
+        visit = demo.add_point(visit, x, 9, x % 2)
+        demo.answer(model, visit)
+    demo.answer(model, demo.add_box(visit, 1, 1, 50, 50))
+    demo.answer(model, demo.add_box(Visit(picture), 1, 1, 50, 50))
+    assert not compilations
