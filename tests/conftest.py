@@ -48,7 +48,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Minutes each: begun last, one would run alone at the end.
 LONG = (
     *("test_notebooks", "test_readme", "test_sharding", "test_finetune", "test_mask_generator"),
-    *("test_real_weights", "test_sam", "test_step", "test_folder", "test_platforms"),
+    *("test_real_weights", "test_sam", "test_step", "test_folder", "test_platforms", "test_page"),
 )
 
 

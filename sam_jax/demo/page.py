@@ -8,6 +8,7 @@ import io
 import ipaddress
 import json
 import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -72,6 +73,8 @@ def serve(model: str, host: str, port: int, max_megabytes: int) -> None:
             "asks for no password and encrypts nothing",
             file=sys.stderr,
         )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    socket.create_server((host, port), family=family).close()  # before compiling for a taken port
     print("Compiling the model ...", flush=True)
     sam = from_pretrained(model)
     warm_up(sam)
@@ -277,7 +280,7 @@ def _open(visit: Visit | None) -> Visit:
 
 
 def _error(message: str) -> gr.Error:
-    return gr.Error(message, title="This did not work", print_exception=False)
+    return gr.Error(message[0].upper() + message[1:], print_exception=False)
 
 
 def _url(picture: Image.Image, kind: str) -> str:

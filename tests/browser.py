@@ -1,0 +1,176 @@
+"""The demo page, served by the command itself, in headless Chromium."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from cores import all_cores
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+_ARGUMENTS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--disable-dev-shm-usage", "--window-size=1280,900"),
+]
+
+
+def find_chromium() -> tuple[str, str] | None:
+    """Chromium and its driver, if both are installed."""
+    found = shutil.which("chromium"), shutil.which("chromedriver")
+    return None if None in found else found
+
+
+@contextlib.contextmanager
+def running_demo(folder: Path, *arguments: str) -> Iterator[str]:
+    """The address of a page that `sam-jax demo` serves; stopped as a user does.
+
+    Its temporary files are in the folder.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TMPDIR": str(folder),
+        # As in the tests, so that what one process has compiled another need not.
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    }
+    command = [sys.executable, "-m", "sam_jax.cli", "demo", "--port", str(port), *arguments]
+    log = folder / "log"
+    with all_cores(), open(log, "w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(1200):
+            if "Ctrl+C stops it" in log.read_text():
+                break
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/"
+        assert list(folder.glob("sam_jax_demo_*")), "uploads were kept elsewhere"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert log.read_text().endswith("sam-jax: stopped\n")
+        assert "Traceback" not in log.read_text()
+        assert not list(folder.glob("sam_jax_demo_*")), "a server that was stopped left files"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def open_browser(folder: Path) -> webdriver.Chrome:
+    """Chromium with a new profile, which saves files in the folder."""
+    binary, driver = find_chromium()
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in (*_ARGUMENTS, f"--user-data-dir={folder / 'profile'}"):
+        options.add_argument(argument)
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
+    return webdriver.Chrome(options, webdriver.ChromeService(driver))
+
+
+class Page:
+    """A tab of the browser that shows the page."""
+
+    def __init__(self, browser, address, folder):
+        self.browser, self.folder = browser, folder
+        browser.switch_to.new_window("tab")
+        self.window = browser.current_window_handle
+        browser.get(address)
+        self.find(".stage.empty")
+
+    def front(self):
+        self.browser.switch_to.window(self.window)
+
+    def find(self, css):
+        return WebDriverWait(self.browser, 20, 0.02).until(
+            lambda browser: browser.find_element(By.CSS_SELECTOR, css)
+        )
+
+    def run(self, script, *arguments):
+        return self.browser.execute_script(script, *arguments)
+
+    def wait(self, condition):
+        return WebDriverWait(self.browser, 20, 0.02).until(lambda _: condition())
+
+    def layer(self):
+        """Where the mask is, as it is shown."""
+        url = self.find(".stage .mask").get_attribute("src")
+        if not url:
+            return None
+        picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        return np.asarray(picture.convert("RGBA"))[..., 3] > 0
+
+    @contextlib.contextmanager
+    def change(self):
+        """Waits for another mask, and for its files."""
+        self.front()
+        before = self.find(".stage .mask").get_attribute("src")
+        yield
+        self.finish(before)
+
+    def finish(self, before):
+        self.wait(lambda: self.find(".stage .mask").get_attribute("src") != before)
+        self.wait(lambda: self.find("#png").is_enabled() and self.find("#rle").is_enabled())
+
+    def mouse(self, *places, button="click"):
+        """Clicks at a place, from 0 to 1 along the picture's sides, or drags between two."""
+        stage = self.find(".stage")
+        width, height = stage.size["width"], stage.size["height"]
+        offsets = [(round((x - 0.5) * width), round((y - 0.5) * height)) for x, y in places]
+        actions = ActionChains(self.browser, duration=0)
+        actions.move_to_element_with_offset(stage, *offsets[0])
+        if len(offsets) == 1:
+            getattr(actions, button)()
+        else:
+            actions.click_and_hold()
+            for offset in offsets[1:]:
+                actions.move_to_element_with_offset(stage, *offset)
+            actions.release()
+        actions.perform()
+
+    def press(self, name):
+        self.run("document.getElementById(arguments[0]).click()", name)
+
+    def saved(self):
+        """What the two buttons save: the PNG's picture, and the JSON."""
+        self.front()
+        files = []
+        for button, kind in (("png", "png"), ("rle", "json")):
+            for old in self.folder.glob(f"*.{kind}"):
+                old.unlink()
+            self.find(f"#{button}").click()
+            self.wait(lambda kind=kind: list(self.folder.glob(f"*.{kind}")))
+            files += self.folder.glob(f"*.{kind}")
+        with Image.open(files[0]) as picture:
+            picture.load()
+        return picture, json.loads(files[1].read_text())
+
+    def drop(self, path):
+        """Drops a file where the picture is or will be."""
+        self.front()
+        self.run(_DROP, base64.b64encode(path.read_bytes()).decode())
+
+
+_DROP = """
+const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
+const transfer = new DataTransfer();
+transfer.items.add(new File([bytes], "dropped.jpg", {type: "image/jpeg"}));
+const event = new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true});
+document.querySelector(".stage").dispatchEvent(event);
+"""
