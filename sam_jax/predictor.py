@@ -101,6 +101,7 @@ class SamPredictor:
         mask_input: Any = None,
         multimask_output: bool = True,
         return_logits: bool = False,
+        hq_token_only: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Masks for one prompt.
 
@@ -113,6 +114,7 @@ class SamPredictor:
             multimask_output: three masks, best for an ambiguous prompt such as a single point, or
                 the one mask for an unambiguous prompt.
             return_logits: float32 logits instead of booleans.
+            hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
 
         Returns:
             masks [m, h, w] of the picture's size, predicted IoUs [m] and low-resolution logits
@@ -137,6 +139,7 @@ class SamPredictor:
             None if mask_input is None else np.asarray(mask_input)[None],
             multimask_output,
             return_logits,
+            hq_token_only,
         )
         return masks[0], scores[0], low_res[0]
 
@@ -148,6 +151,7 @@ class SamPredictor:
         mask_input: Any = None,
         multimask_output: bool = True,
         return_logits: bool = False,
+        hq_token_only: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Masks for b prompts in one compiled call.
 
@@ -158,13 +162,15 @@ class SamPredictor:
             mask_input: [b, 1, 256, 256] low-resolution logits.
             multimask_output: see `predict`.
             return_logits: see `predict`.
+            hq_token_only: see `predict`.
 
         Returns:
             masks [b, m, h, w] of the picture's size, predicted IoUs [b, m] and low-resolution
             logits [b, m, 256, 256], all numpy.
         """
         prompts = point_coords, point_labels, boxes, mask_input
-        return self._predict(prompts, self._to_input, multimask_output, return_logits)
+        options = multimask_output, return_logits, hq_token_only
+        return self._predict(prompts, self._to_input, *options)
 
     def predict_torch(
         self,
@@ -174,6 +180,7 @@ class SamPredictor:
         mask_input: Any = None,
         multimask_output: bool = True,
         return_logits: bool = False,
+        hq_token_only: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`predict_batch` with coordinates in pixels of the model's input, as Meta's of that name.
 
@@ -181,14 +188,19 @@ class SamPredictor:
         `SamProcessor.scale_coords` makes such coordinates.
         """
         prompts = point_coords, point_labels, boxes, mask_input
-        return self._predict(prompts, np.float32, multimask_output, return_logits)
+        return self._predict(prompts, np.float32, multimask_output, return_logits, hq_token_only)
 
     def _to_input(self, coords: np.ndarray) -> np.ndarray:
         """From pixels of the picture to pixels of the model's input."""
         return self.processor.scale_coords(coords, self.original_size)
 
     def _predict(
-        self, prompts: tuple, to_input: Callable, multimask_output: bool, return_logits: bool
+        self,
+        prompts: tuple,
+        to_input: Callable,
+        multimask_output: bool,
+        return_logits: bool,
+        hq_token_only: bool,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         self._check_image()
         points, labels, masks = self._prompts(*prompts, to_input)
@@ -204,6 +216,7 @@ class SamPredictor:
             labels,
             masks,
             multimask_output=multimask_output,
+            hq_token_only=hq_token_only,
         )
         low_res, scores = np.asarray(low_res)[0, :count], np.asarray(scores)[0, :count]
         flat = low_res.reshape(-1, *low_res.shape[-2:])

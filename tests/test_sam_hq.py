@@ -148,6 +148,9 @@ def test_masks_are_the_originals(original, model, kind):
     found = model(pixels, **inputs, multimask_output=False)
     assert_close(found.pred_masks[0], single)
     assert_close(found.iou_scores[0], single_score)
+    found = model(pixels, **inputs, multimask_output=False, hq_token_only=True)
+    assert_close(found.pred_masks[0], everything[:, 4:])
+    assert_close(found.iou_scores[0], single_score)
 
 
 def test_gradients_are_the_originals(original, model):
@@ -266,6 +269,9 @@ def test_predictor_and_everything_mode(model):
     predictor.set_image_embedding(embedding, image.shape[:2])
     for a, e in zip(predictor.predict([[40, 30]], [1]), expected, strict=True):
         np.testing.assert_array_equal(a, e)
+    _, _, alone = predictor.predict([[40, 30]], [1], hq_token_only=True)
+    np.testing.assert_array_equal(alone[0], alone[2])
+    assert np.abs(alone - expected[2]).max() > 0.1
     generator = SamAutomaticMaskGenerator(
         model, 2, pred_iou_thresh=-100, stability_score_thresh=0, box_nms_thresh=1
     )
@@ -275,6 +281,14 @@ def test_predictor_and_everything_mode(model):
         masks, scores, _ = predictor.predict(record["point_coords"], [1])
         which = np.abs(scores - record["predicted_iou"]).argmin()
         assert (masks[which] != record["segmentation"]).mean() < 1e-3
+
+
+def test_other_models_have_no_token_of_their_own():
+    plain = dataclasses.replace(HQ, hq=False)
+    with pytest.raises(ValueError, match="hq_token_only is True, but the model is no SAM-HQ"):
+        ours(meta_sam(plain), plain)(
+            np.zeros((1, 96, 96, 3), np.float32), POINTS, LABELS, hq_token_only=True
+        )
 
 
 def test_the_decoder_trains(model):

@@ -52,6 +52,7 @@ class MaskDecoder(nnx.Module):
         attention_similarity: Float[Array, "*heads_and_t g*g"] | None = None,
         target_embedding: Float[Array, "#t c"] | None = None,
         hq_features: Float[Array, "h w hq"] | None = None,
+        hq_token_only: bool = False,
     ) -> tuple[Float[Array, "m 4*g 4*g"], Float[Array, " m"]]:
         """Mask logits and predicted IoUs, both float32.
 
@@ -66,6 +67,7 @@ class MaskDecoder(nnx.Module):
             attention_similarity: see `TwoWayTransformer`.
             target_embedding: see `TwoWayTransformer`.
             hq_features: SAM-HQ's, else None.
+            hq_token_only: see `predict_masks`.
         """
         iou_token, mask_tokens, image_embedding = self.attend(
             image_embedding,
@@ -77,7 +79,9 @@ class MaskDecoder(nnx.Module):
             target_embedding,
         )
         outputs = self.outputs(multimask_output)
-        masks = self.predict_masks(mask_tokens, image_embedding, outputs, hq_features)
+        masks = self.predict_masks(
+            mask_tokens, image_embedding, outputs, hq_features, hq_token_only
+        )
         return masks, self.predict_iou(iou_token)[outputs]
 
     def outputs(self, multimask_output: bool | None) -> slice:
@@ -146,8 +150,12 @@ class MaskDecoder(nnx.Module):
         image_embedding: Float[Array, "g g c"],
         outputs: slice,
         hq_features: Float[Array, "h w hq"] | None = None,
+        hq_token_only: bool = False,
     ) -> Float[Array, "m 4*g 4*g"]:
-        """Mask logits of the chosen mask tokens, to which SAM-HQ adds those of its own."""
+        """Mask logits of the chosen mask tokens, to which SAM-HQ adds those of its own.
+
+        With `hq_token_only` SAM-HQ's mask alone is in the place of each.
+        """
         upscaled = gelu(self.output_upscaling(image_embedding))
         heads = list(self.output_hypernetworks_mlps)
         tokens = mask_tokens[: len(heads)][outputs]
@@ -156,7 +164,8 @@ class MaskDecoder(nnx.Module):
         masks = jnp.moveaxis(join_pixels(masks), -1, 0)
         if self.hq is None:
             return masks
-        return masks + self.hq.mask(mask_tokens[-1], join_pixels(upscaled), hq_features)
+        hq_mask = self.hq.mask(mask_tokens[-1], join_pixels(upscaled), hq_features)
+        return hq_mask + (jnp.zeros_like(masks) if hq_token_only else masks)
 
 
 class Upscaling(nnx.Module):

@@ -119,6 +119,7 @@ class Sam(nnx.Module):
         attention_similarity: Float[Array, "b p #heads #t g*g"] | None = None,
         target_embedding: Float[Array, "b p #t c"] | None = None,
         *,
+        hq_token_only: bool = False,
         prompts_at_once: int | None = None,
         platform: str | None = None,
     ) -> tuple[Float[Array, "b p m 4*g 4*g"], Float[Array, "b p m"]]:
@@ -137,6 +138,7 @@ class Sam(nnx.Module):
             multimask_output: three masks per prompt, or one; None for all four, the one first.
             attention_similarity: added to the token-to-image logits (PerSAM).
             target_embedding: added to the tokens before each block (PerSAM).
+            hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
             prompts_at_once: how many prompts of each image are computed together, for less memory.
                 None: one of one image on a CPU, whose cache it fits, else up to 64 (2 GB).
             platform: where it will run ("cpu", "cuda", ...), if not on JAX's default backend.
@@ -157,8 +159,11 @@ class Sam(nnx.Module):
                 similarity,
                 target,
                 hq_features,
+                hq_token_only,
             )
 
+        if hq_token_only and not self.config.hq:
+            raise ValueError("hq_token_only is True, but the model is no SAM-HQ")
         if prompts_at_once is not None and prompts_at_once < 1:
             raise ValueError(f"prompts_at_once is {prompts_at_once}, expected at least 1, or None")
         if masks is not None and masks.shape[1] not in (1, points.shape[1]):
@@ -204,6 +209,7 @@ class Sam(nnx.Module):
         multimask_output: bool = True,
         attention_similarity: ArrayLike | None = None,
         target_embedding: ArrayLike | None = None,
+        hq_token_only: bool = False,
         original_sizes: Any = None,
         reshaped_input_sizes: Any = None,
         labels: Any = None,
@@ -228,6 +234,7 @@ class Sam(nnx.Module):
             attention_similarity: broadcasts to [b * p, heads, tokens, g * g]; the tokens are the
                 IoU token, the mask tokens, the points, and two for a box or one for none.
             target_embedding: broadcasts to [b, p, tokens, c].
+            hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
             original_sizes: not used, nor are the following: they let `model(**inputs)` pass on all
                 that the processor returns.
             reshaped_input_sizes: not used.
@@ -283,6 +290,7 @@ class Sam(nnx.Module):
             attention_similarity,
             target_embedding,
             multimask_output=multimask_output,
+            hq_token_only=hq_token_only,
         )
         if masks.shape[1] != count:
             masks, scores = _first_prompts(masks, count), _first_prompts(scores, count)
@@ -470,7 +478,7 @@ def encode_prompts(
     return sparse, jnp.moveaxis(dense, -1, 1)
 
 
-@functools.partial(jax.jit, static_argnames="multimask_output")
+@functools.partial(jax.jit, static_argnames=("multimask_output", "hq_token_only"))
 def decode(
     graphdef: nnx.GraphDef,
     params: PyTree,
@@ -482,6 +490,7 @@ def decode(
     target_embedding: Float[Array, "b p #t c"] | None = None,
     *,
     multimask_output: bool,
+    hq_token_only: bool = False,
 ) -> tuple[Float[Array, "b p m 4*g 4*g"], Float[Array, "b p m"]]:
     """`Sam.decode` of `nnx.merge(graphdef, params)`, compiled."""
     return nnx.merge(graphdef, params).decode(
@@ -492,4 +501,5 @@ def decode(
         multimask_output,
         attention_similarity,
         target_embedding,
+        hq_token_only=hq_token_only,
     )
