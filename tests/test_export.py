@@ -96,8 +96,7 @@ def test_jax_encoder(jax_folder, model):
         assert_close(program(jax_folder, "encoder")(pixels), encode_image(graphdef, state, pixels))
 
 
-@pytest.mark.parametrize(("b", "p", "n"), [(2, 3, 2), (1, 2, 13)])
-@pytest.mark.parametrize("with_masks", [False, True])
+@pytest.mark.parametrize(("b", "p", "n", "with_masks"), [(2, 3, 2, False), (1, 2, 13, True)])
 def test_jax_decoder(jax_folder, model, b, p, n, with_masks):
     grid, side = SMALL.image_embedding_size, SMALL.mask_size
     embeddings, masks = random_arrays(
