@@ -20,7 +20,7 @@ import tyro
 from sam_jax.checkpoints import from_pretrained, load_params, orbax, read_state_dict
 from sam_jax.checkpoints.sources import locate
 from sam_jax.checkpoints.torch_names import detect_format, infer_config
-from sam_jax.config import SamConfig, TinyViTConfig
+from sam_jax.config import Preprocessing, SamConfig, TinyViTConfig, with_preprocessing
 
 
 @dataclasses.dataclass
@@ -33,6 +33,8 @@ class Args:
     """The new folder."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """What to keep the parameters as; as in the checkpoint if left out."""
+    preprocessing: Preprocessing | None = None
+    """How pictures are to be prepared, kept with the weights: "medsam" for a MedSAM."""
     verify: bool = False
     """Run PyTorch's model and the converted one on a picture and print the differences."""
 
@@ -42,6 +44,7 @@ def main(args: Args) -> None:
     if args.verify:
         check_verifiable(args.checkpoint)
     params, config = load_params(args.checkpoint)
+    config = with_preprocessing(config, args.preprocessing)
     orbax.save(args.output, params, config, args.dtype)
     count = sum(v.size for v in params.values())
     print(f"{args.output}: {len(params)} arrays, {count:,} numbers")

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.export
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
 
@@ -33,11 +33,14 @@ def load(folder: Path):
 def prepare(image: Image.Image, config) -> tuple[np.ndarray, tuple[int, int]]:
     """Pixels as the encoder takes them, and (height, width) of the resized picture in them."""
     size = config["image_size"]
-    scale = size / max(image.size)
-    width, height = (int(n * scale + 0.5) for n in image.size)
+    width, height = size, size
+    if config["resize"] == "longest_side":
+        width, height = (max(1, int(n * size / max(image.size) + 0.5)) for n in image.size)
     resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32)
     pixels = np.zeros((1, size, size, 3), np.float32)
     mean, std = np.float32(config["pixel_mean"]), np.float32(config["pixel_std"])
+    if config["normalization"] == "min_max":
+        mean, std = resized.min(), max(np.ptp(resized), 1)
     pixels[0, :height, :width] = (resized - mean) / std
     return pixels, (height, width)
 
@@ -45,7 +48,7 @@ def prepare(image: Image.Image, config) -> tuple[np.ndarray, tuple[int, int]]:
 def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") -> None:
     """Segments what is at pixel (x, y) of the picture."""
     config, encoder, decoder = load(Path(folder))
-    image = Image.open(picture).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
     pixels, (height, width) = prepare(image, config)
     embedding = encoder(pixels)  # once per picture
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") -> None:
@@ -22,9 +22,9 @@ def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") ->
         onnxruntime.InferenceSession(Path(folder, f"{name}.onnx"))
         for name in ("encoder", "decoder")
     )
-    image = Image.open(picture).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
     scale = config["image_size"] / max(image.size)
-    width, height = (int(n * scale + 0.5) for n in image.size)
+    width, height = (max(1, int(n * scale + 0.5)) for n in image.size)
     resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32)
     (embedding,) = encoder.run(None, {"input_image": resized})  # once per picture
 

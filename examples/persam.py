@@ -20,9 +20,14 @@ from sam_jax.visualize import show_box, show_mask, show_points
 
 
 def embed(model: Sam, image: np.ndarray) -> np.ndarray:
-    """Image embeddings, channels last [64, 64, 256]."""
+    """The image embedding as the model keeps it, channels first [1, 256, 64, 64]."""
     pixels = SamProcessor(model.config)(image)["pixel_values"]
-    return np.moveaxis(np.asarray(model.get_image_embeddings(pixels))[0], 0, -1)
+    return np.asarray(model.get_image_embeddings(pixels))
+
+
+def cells(model: Sam, embedding: np.ndarray) -> np.ndarray:
+    """Of each place of the grid [64, 64, 256]; without the early layer that a SAM-HQ adds."""
+    return np.moveaxis(embedding[0, : model.config.prompt_embed_dim], 0, -1)
 
 
 def object_embedding(model: Sam, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -32,7 +37,7 @@ def object_embedding(model: Sam, image: np.ndarray, mask: np.ndarray) -> np.ndar
     covered = np.asarray(jax.image.resize(mask.astype(np.float32), shape, "linear"))
     covered = np.pad(covered, [(0, size - n) for n in shape])
     weights = covered.reshape(grid, size // grid, grid, size // grid).mean((1, 3))
-    return np.einsum("hwc,hw->c", embed(model, image), weights) / weights.sum()
+    return np.einsum("hwc,hw->c", cells(model, embed(model, image)), weights) / weights.sum()
 
 
 def similarity(embedding: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -53,34 +58,38 @@ def find(model: Sam, image: np.ndarray, target: np.ndarray):
     """The object's mask [h, w] in another picture; two clicks [2, 2]; the similarity [g, g]."""
     processor, size = SamProcessor(model.config), image.shape[:2]
     embedding = embed(model, image)
-    alike = similarity(embedding, target)
+    alike = similarity(cells(model, embedding), target)
 
     # Location prior: the most and the least similar place, in pixels of the picture.
     full = enlarge(model, alike, size)
     clicks = [np.unravel_index(i, size)[::-1] for i in (full.argmax(), full.argmin())]
     points, labels = np.array(clicks, np.float32), np.array([1, 0])
 
-    # Target-guided attention and target-semantic prompting.
-    channels_first = np.moveaxis(embedding, -1, 0)[None]
+    # Target-guided attention and target-semantic prompting. (The original stretches the picture's
+    # part of the similarity over the grid; here each place keeps its own.)
+    cell = model.config.image_size // model.config.image_embedding_size
+    height, width = (-(-n // cell) for n in processor.input_size(size))
+    inside = alike[:height, :width]  # the rest is padding
     outputs = model(
-        image_embeddings=channels_first,
+        image_embeddings=embedding,
         input_points=processor.scale_coords(points, size)[None, None],
         input_labels=labels[None, None],
         multimask_output=False,
-        attention_similarity=jax.nn.sigmoid((alike - alike.mean()) / alike.std()).reshape(-1),
+        attention_similarity=jax.nn.sigmoid((alike - inside.mean()) / inside.std()).reshape(-1),
         target_embedding=target,
     )
 
     # Refined twice: by the mask, then by the mask and its box.
     predictor = SamPredictor(model)
-    predictor.set_image_embedding(channels_first, size)
+    predictor.set_image_embedding(embedding, size)
     logits, box = np.asarray(outputs.pred_masks)[0, 0], None
     for _ in range(2):
         masks, scores, found = predictor.predict(points, labels, box, mask_input=logits)
         best = scores.argmax()
         logits = found[[best]]
-        rows, columns = np.nonzero(masks[best])
-        box = [columns.min(), rows.min(), columns.max(), rows.max()]
+        if masks[best].any():
+            rows, columns = np.nonzero(masks[best])
+            box = [columns.min(), rows.min(), columns.max(), rows.max()]
     return masks[best], points, alike
 
 

@@ -148,7 +148,9 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
         )
     try:
         from sam_jax.onnx_graph import Graph
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "onnx":
+            raise
         raise ValueError("onnx is not installed; install sam_jax with its extra `onnx`") from error
     # Without a loop; of those the one that took ONNX Runtime the least time and memory.
     model = _with_attention(model, lambda named, grid: "folded")
@@ -233,6 +235,8 @@ def _write_onnx_encoder(graph, model: Sam, path: Path) -> None:
     mean, std = (np.array(v, np.float32) for v in (config.pixel_mean, config.pixel_std))
     normalised = graph.node("Div", graph.node("Sub", picture, mean), std)
     missing = graph.node("Sub", np.array([size, size, 3]), graph.node("Shape", picture))
+    # Not negative, which would crop: a picture that is too large then fails to be reshaped.
+    missing = graph.node("Max", missing, np.array(0))
     pads = graph.node("Concat", np.zeros(3, np.int64), missing, axis=0)
     padded = graph.node("Pad", normalised, pads, np.array(0, np.float32))
     pixels = graph.node("Reshape", padded, np.array([1, size, size, 3]))

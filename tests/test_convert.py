@@ -16,7 +16,7 @@ from reference import SMALL, SMALL_TINY, hf_sam, meta_sam, ours
 from sam_jax import save_pretrained
 from sam_jax.checkpoints import load_config, write_checkpoint
 from sam_jax.checkpoints.params import param_shapes
-from sam_jax.config import lite_medsam
+from sam_jax.config import lite_medsam, with_preprocessing
 
 SCRIPTS = Path(torch_to_flax.__file__).parent
 VIT, TINY = (
@@ -125,6 +125,12 @@ def test_nothing_is_written_if_the_reference_cannot_be_imported(tmp_path, monkey
     with pytest.raises(ValueError, match=f"cannot be imported: .*{missing}"):
         to_ours(tmp_path / "sam.pth", tmp_path / "ours", verify=True)
     assert not (tmp_path / "ours").exists()
+
+
+def test_medsams_preprocessing_goes_with_the_weights(tmp_path):
+    torch.save(meta_sam(VIT).state_dict(), tmp_path / "medsam.pth")
+    to_ours(tmp_path / "medsam.pth", tmp_path / "ours", preprocessing="medsam")
+    assert load_config(tmp_path / "ours") == with_preprocessing(VIT, "medsam")
 
 
 def test_lite_medsam_is_not_verified(tmp_path):

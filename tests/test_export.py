@@ -18,6 +18,7 @@ from PIL import Image
 from reference import (
     SHALLOW,
     SMALL,
+    SMALL_TINY,
     assert_close,
     mask_iou,
     meta_sam,
@@ -27,7 +28,7 @@ from reference import (
 from safetensors.numpy import load_file
 
 import sam_jax
-from sam_jax import cli, export
+from sam_jax import Sam, SamProcessor, cli, export
 from sam_jax.export import export_jax, export_onnx
 from sam_jax.models.sam import encode_image
 from sam_jax.ops.prompts import LABELS
@@ -373,7 +374,70 @@ def test_refusals(tmp_path, unchecked, monkeypatch):
     medsam = dataclasses.replace(SHALLOW, normalization="min_max")
     with pytest.raises(ValueError, match="but the encoder in ONNX normalises by mean and dev"):
         export_onnx(ours(meta_sam(medsam), medsam), tmp_path / "out")
-    monkeypatch.setitem(sys.modules, "sam_jax.onnx_graph", None)
+    monkeypatch.delitem(sys.modules, "sam_jax.onnx_graph", raising=False)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ValueError, match="install sam_jax with its extra `onnx`"):
         export_onnx(ours(meta_sam(SHALLOW), SHALLOW), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", [SMALL_TINY, SMALL], ids=["tiny_vit", "vit"])
+def test_sam_hq_and_tiny_vit(config, tmp_path):
+    """In both formats, an early layer's channels and all."""
+    model = Sam(dataclasses.replace(config, hq=True), rngs=nnx.Rngs(0))
+    size = config.image_size
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    pixels = SamProcessor(model.config)(image)["pixel_values"]
+    points = np.array([[[[0.3 * size, 0.6 * size], [0, 0]]]], np.float32)
+    labels = np.array([[[1, -1]]], np.int32)
+    embedding = jnp.moveaxis(model.get_image_embeddings(pixels), 1, -1)
+    prompts = jnp.asarray(points), jnp.asarray(labels)
+    expected, scores = jax.jit(lambda *x: model.decode(*x, None, None))(embedding, *prompts)
+
+    export_jax(model, tmp_path / "jax", ["cpu"])
+    params = load_file(tmp_path / "jax" / "params.safetensors")
+    encoder, decoder = (
+        jax.export.deserialize(bytearray((tmp_path / "jax" / f"{name}.jax").read_bytes())).call
+        for name in ("encoder", "decoder")
+    )
+    found = encoder(params, pixels)
+    assert_close(found, embedding)
+    for a, e in zip(decoder(params, found, points, labels), (expected, scores), strict=True):
+        assert_close(a, e)
+
+    export_onnx(model, tmp_path / "onnx")
+    encoder, decoder = (
+        onnxruntime.InferenceSession(tmp_path / "onnx" / f"{name}.onnx")
+        for name in ("encoder", "decoder")
+    )
+    (found,) = encoder.run(None, {"input_image": image.astype(np.float32)})
+    assert_close(np.moveaxis(found, 1, -1), embedding)
+    side = model.config.mask_size
+    inputs = {
+        "image_embeddings": found,
+        "point_coords": points[0],
+        "point_labels": labels[0].astype(np.float32),
+        "mask_input": np.zeros((1, 1, side, side), np.float32),
+        "has_mask_input": np.zeros(1, np.float32),
+        "orig_im_size": np.array([size, size], np.float32),
+    }
+    _, found_scores, low_res = decoder.run(None, inputs)
+    assert_close(low_res, expected[0])
+    assert_close(found_scores, scores[0])
+    with pytest.raises(Exception, match=r"[Rr]eshape"):
+        encoder.run(None, {"input_image": np.zeros((size, size + 9, 3), np.float32)})
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"normalization": "min_max"}, {"resize": "square"}], ids=str
+)
+def test_the_loader_prepares_as_the_processor_does(change, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import load_export
+
+    config = dataclasses.replace(SMALL, **change)
+    image = Image.fromarray(np.random.default_rng(1).integers(9, 200, (50, 70, 3), dtype=np.uint8))
+    pixels, shape = load_export.prepare(image, json.loads(json.dumps(config.to_dict())))
+    processor = SamProcessor(config)
+    np.testing.assert_allclose(pixels, processor(image)["pixel_values"], atol=1e-6)
+    assert shape == processor.input_size((50, 70))

@@ -24,7 +24,7 @@ from sam_jax.checkpoints.sources import PackageMember, download_package
 from sam_jax.checkpoints.torch_names import from_torch
 from sam_jax.config import vit_b
 from sam_jax.ops.prompts import join_prompts
-from sam_jax.training.parameters import DECODER_ONLY, split_model
+from sam_jax.training.parameters import HQ_ONLY, split_model
 from sam_jax.training.step import batch_losses, mean_loss
 
 HQ = dataclasses.replace(
@@ -291,9 +291,8 @@ def test_other_models_have_no_token_of_their_own():
         )
 
 
-def test_the_decoder_trains(model):
-    """Its own parameters among it, with the image encoder frozen."""
-    graphdef, trained, frozen = split_model(model, DECODER_ONLY)
+def test_its_own_parameters_train(model):
+    graphdef, trained, frozen = split_model(model, HQ_ONLY)
     batch = {
         "pixel_values": normal((1, 96, 96, 3), seed=9),
         "masks": jnp.zeros((1, 1, 48, 48), bool).at[..., 10:30, 5:25].set(True),
@@ -309,5 +308,7 @@ def test_the_decoder_trains(model):
         )
         return mean_loss(losses, batch["valid"])[0]
 
-    found = nnx.to_pure_dict(gradient(trained))["mask_decoder"]["hq"]
+    found = nnx.to_pure_dict(gradient(trained))
+    assert list(found) == ["mask_decoder"]
+    assert list(found["mask_decoder"]) == ["hq"]
     assert all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(found))

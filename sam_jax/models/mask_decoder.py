@@ -206,6 +206,7 @@ class HQ(nnx.Module):
     def features(
         self, image_embedding: Float[Array, "g g c"], early: Float[Array, "g g e"]
     ) -> Float[Array, "4*g 4*g hq"]:
+        """What an image's embedding and its early layer add to the mask's pixels."""
         return join_pixels(self.embedding_encoder(image_embedding) + self.compress_vit_feat(early))
 
     def mask(
@@ -214,6 +215,7 @@ class HQ(nnx.Module):
         upscaled: Float[Array, "h w hq"],
         features: Float[Array, "h w hq"],
     ) -> Float[Array, "h w"]:
+        """Mask logits, float32, from SAM-HQ's token and the upscaled embedding of the prompt."""
         x = self.conv2(gelu(self.norm(self.conv1(upscaled)))) + features
         return jnp.matmul(x, self.mlp(token), preferred_element_type=jnp.float32)
 
