@@ -137,13 +137,9 @@ def build_page(model: Sam) -> gr.Blocks:
                 with gr.Row():
                     back = gr.Button("Undo", **off, elem_id="undo")
                     again = gr.Button("Clear", **off, elem_id="clear")
-                candidates = gr.Radio(
-                    [], label="Candidates, with their predicted IoU", elem_id="candidates"
-                )
+                candidates = gr.Radio([], label="Candidates (predicted IoU)", elem_id="candidates")
                 following = gr.Button("Next candidate", **off, elem_id="next")
-                side = gr.Slider(
-                    4, 32, value=16, step=4, label="Points along each side", elem_id="side"
-                )
+                side = gr.Slider(4, 32, value=16, step=4, label="Points per side", elem_id="side")
                 everything = gr.Button("Segment everything", **off, elem_id="all")
                 with gr.Row():
                     png = gr.DownloadButton("Save PNG", **off, elem_id="png")

@@ -1,0 +1,42 @@
+"""Makes README's picture of the demo page.
+
+    PYTHONPATH=tests python tests/demo/screenshot.py
+
+Takes the default model (MobileSAM), a photo from scikit-image, chromium and chromedriver; writes
+`demo.png`.
+"""
+
+import tempfile
+from pathlib import Path
+
+import skimage.data
+from browser import Page, open_browser, running_demo
+from PIL import Image
+
+
+def main(output: Path = Path("demo.png")) -> None:
+    """Clicks on the astronaut twice, then on her helmet as background, and takes the picture."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        Image.fromarray(skimage.data.astronaut()).save(folder / "photo.png")
+        with running_demo(folder) as address, open_browser(folder) as browser:
+            browser.set_window_size(1200, 860)
+            page = Page(browser, address, folder)
+            page.drop(folder / "photo.png")
+            page.find(".stage.open")
+            for place in ((0.44, 0.25), (0.3, 0.7)):
+                with page.change():
+                    page.mouse(place)
+            with page.change():
+                page.mouse((0.75, 0.85), button="context_click")
+            browser.save_screenshot(folder / "page.png")
+        # 256 colours, dithered, in half the bytes.
+        with Image.open(folder / "page.png") as file:
+            picture = file.convert("RGB")
+        palette = picture.quantize(256, kmeans=4)
+        picture.quantize(palette=palette).save(output, optimize=True)
+    print(output)
+
+
+if __name__ == "__main__":
+    main()
