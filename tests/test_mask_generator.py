@@ -234,8 +234,12 @@ def test_a_saved_embedding_serves_for_the_picture():
     predictor = SamPredictor(small()[1])
     predictor.set_image(image)
     embedding = predictor.get_image_embedding()
-    actual = generator().generate_from_embedding(embedding, (70, 110))
+    steps = []
+    actual = generator().generate_from_embedding(
+        embedding, (70, 110), on_batch=lambda *step: steps.append(step)
+    )
     assert_same_records(actual, generator().generate(image), exact=True)
+    assert steps == [(1, 1)]  # 36 points are one batch
     with pytest.raises(ValueError, match="crop_n_layers is 1, and crops need the picture"):
         generator(crop_n_layers=1).generate_from_embedding(embedding, (70, 110))
     with pytest.raises(ValueError, match=r"shape \(1, 2\), expected \(1, 32, 12, 12\)"):

@@ -139,7 +139,9 @@ def build_page(model: Sam) -> gr.Blocks:
                     again = gr.Button("Clear", **off, elem_id="clear")
                 candidates = gr.Radio([], label="Candidates (predicted IoU)", elem_id="candidates")
                 following = gr.Button("Next candidate", **off, elem_id="next")
-                side = gr.Slider(4, 32, value=16, step=4, label="Points per side", elem_id="side")
+                side = gr.Slider(
+                    4, 32, value=16, step=4, precision=0, label="Points per side", elem_id="side"
+                )
                 everything = gr.Button("Segment everything", **off, elem_id="all")
                 with gr.Row():
                     png = gr.DownloadButton("Save PNG", **off, elem_id="png")
