@@ -73,3 +73,21 @@ def test_commands(page, monkeypatch):
             monkeypatch.syspath_prepend((ROOT / script).parent)
             module = importlib.import_module(Path(script).stem)
             tyro.cli(getattr(module, SCRIPTS[script]), args=arguments)
+
+
+def test_options(capsys):
+    """Every option that a text names is one of a command's (or, where listed here, another's)."""
+    others = {"--return-single-mask", "--input"}
+    known = set(others)
+    sys.path.extend(str(ROOT / folder) for folder in ("examples", "convert"))
+    scripts = (
+        getattr(importlib.import_module(Path(script).stem), name)
+        for script, name in SCRIPTS.items()
+    )
+    for config in (*COMMANDS.values(), *scripts):
+        with pytest.raises(SystemExit):
+            tyro.cli(config, args=["--help"])
+        known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    for page in (*PAGES, ROOT / "README.md", ROOT / "examples" / "README.md"):
+        text = "".join(re.findall(r"`[^`\n]+`", page.read_text()))
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known, page
