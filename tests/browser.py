@@ -62,7 +62,8 @@ def running_demo(folder: Path, *arguments: str) -> Iterator[str]:
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/"
-        assert list(folder.glob("sam_jax_demo_*")), "uploads were kept elsewhere"
+        files = [file for file in folder.glob("sam_jax_demo_*/**/*") if file.is_file()]
+        assert files, "uploads were kept elsewhere"
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
         assert log.read_text().endswith("sam-jax: stopped\n")

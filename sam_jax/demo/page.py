@@ -231,7 +231,10 @@ def build_page(model: Sam) -> gr.Blocks:
 
 
 def _stage() -> gr.HTML:
-    """The picture with what is drawn on it; it has the events `press` and `drag`."""
+    """The picture with what is drawn on it; it has the events `press` and `drag`.
+
+    Places on it are in percent, so that they stay where they belong however large it is shown.
+    """
     html, css, js = (
         Path(__file__).with_name(f"stage.{kind}").read_text() for kind in ("html", "css", "js")
     )

@@ -1,3 +1,5 @@
+// A click is a point, a drag is a box. Where they are in the picture follows from where the picture
+// is on the screen at that moment.
 const stage = () => element.querySelector(".stage");
 let start = null;
 
@@ -51,15 +53,15 @@ element.addEventListener("pointercancel", () => {
 });
 element.addEventListener("contextmenu", (event) => props.picture && event.preventDefault());
 
-// Files go the way of the button that opens one.
+// A file may be dropped anywhere; it goes the way of the button that opens one.
 const input = () => document.querySelector("input[type=file]");
 element.addEventListener("click", () => props.picture || input().click());
-element.addEventListener("dragover", (event) => {
+document.addEventListener("dragover", (event) => {
   event.preventDefault();
   stage().classList.add("over");
 });
-element.addEventListener("dragleave", () => stage().classList.remove("over"));
-element.addEventListener("drop", (event) => {
+document.addEventListener("dragleave", () => stage().classList.remove("over"));
+document.addEventListener("drop", (event) => {
   event.preventDefault();
   stage().classList.remove("over");
   if (!event.dataTransfer.files.length) return;

@@ -54,6 +54,7 @@ def test_page(server, browser, mobile_sam_file, tmp_path):
     first, second = (Page(browser, server, tmp_path) for _ in range(2))
     first.front()
     first.find("input[type=file]").send_keys(str(turned))
+    first.find(".stage.open")
     second.drop(plain)
     for page, path in ((first, turned), (second, plain)):
         page.front()
