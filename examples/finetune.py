@@ -48,7 +48,8 @@ class Config:
     bad_annotations: BadAnnotations = "refuse"  # list what is wrong and stop, or leave it out
     model: str = "mobile_sam"  # short name, hub repository, file or folder
     seed: int = 0  # of the order of pictures and of all that is by chance
-    train: Literal["decoder", "lora", "everything"] = "decoder"  # lora: and the encoder's adapters
+    # hq: what SAM-HQ adds to SAM; lora: the decoder and the encoder's adapters
+    train: Literal["decoder", "hq", "lora", "everything"] = "decoder"
     lora_rank: int = 4  # rank of the adapters
     layer_decay: float | None = None  # layer-wise decay of a ViT's learning rate (everything)
     cache: bool = True  # keep a frozen encoder's embeddings on disk (ViT and MobileSAM: 4 MB each)
@@ -146,7 +147,7 @@ def what_trains(model, config: Config):
     """The model, with adapters if they are asked for, and the table of what trains."""
     if config.layer_decay is not None and config.train != "everything":
         raise ValueError("--layer-decay is for --train everything")
-    if config.recipe.drop_path_rate and config.train == "decoder":
+    if config.recipe.drop_path_rate and config.train in ("decoder", "hq"):
         raise ValueError("--drop-path-rate is for an image encoder that trains")
     if config.train == "lora":
         layers = r"image_encoder\..*\.(qkv|proj)"
@@ -162,7 +163,7 @@ def sources(model, config: Config):
     if config.eval_annotations is not None:
         found[1] = open_source(config.eval_annotations, config.eval_images, config.bad_annotations)
     augments = config.flip > 0 or config.scale_range is not None
-    if config.cache and config.train == "decoder" and not augments:
+    if config.cache and config.train in ("decoder", "hq") and not augments:
         # The encoder does not change, nor do the pictures: each is encoded once.
         total = sum(len(source) for source in found if source)
         folder = config.output / "embeddings"

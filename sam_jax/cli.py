@@ -263,6 +263,9 @@ def export(args: Export) -> None:
 
 def demo(args: Demo) -> None:
     """Serves the page; see `sam_jax.demo`."""
+    # What the environment says of gradio is not meant for this page: files to serve, for one.
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        del os.environ[name]
     try:
         from sam_jax.demo.page import serve
     except ModuleNotFoundError as error:

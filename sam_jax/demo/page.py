@@ -17,10 +17,11 @@ from typing import Any
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from PIL import Image
+from starlette.middleware import Middleware
 
 from sam_jax.checkpoints import from_pretrained
+from sam_jax.demo.guard import Guard
 from sam_jax.demo.visit import (
-    Found,
     Visit,
     add_box,
     add_point,
@@ -42,8 +43,8 @@ from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.visualize import MARKS
 
-VISITORS = 50  # whose pictures are kept, about 10 MB each
-FORGET = 3600  # seconds without a click after which a picture, and files, are dropped
+VISITORS = 50  # whose pictures are kept, about 10 MB each; of more the first ones are dropped
+FORGET = 3600  # seconds without a click after which an embedding, and files, are dropped
 
 _FONTS = ["system-ui", "sans-serif"]
 _HINT = """
@@ -67,32 +68,37 @@ def serve(model: str, host: str, port: int, max_megabytes: int) -> None:
     """
     if max_megabytes < 1:
         raise ValueError(f"--max-megabytes is {max_megabytes}, expected 1 or more")
+    if not 1 <= port < 65536:
+        raise ValueError(f"--port is {port}, expected 1 to 65535")
+    if not host or ":" in host:
+        raise ValueError(f"--host is {host!r}, expected a name or an IPv4 address")
     if not _is_loopback(host):
         print(
             f"sam-jax: warning: whoever reaches port {port} of this machine can use the page; it "
             "asks for no password and encrypts nothing",
             file=sys.stderr,
         )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    socket.create_server((host, port), family=family).close()  # before compiling for a taken port
+    socket.create_server((host, port)).close()  # before compiling for a taken port
     print("Compiling the model ...", flush=True)
     sam = from_pretrained(model)
     warm_up(sam)
     # What visitors upload and download lies where no other user reads it, and goes away.
     with tempfile.TemporaryDirectory(prefix="sam_jax_demo_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
+        names = {host, "127.0.0.1", "localhost"} if _is_loopback(host) else None
+        guard = Middleware(Guard, names=names, max_bytes=max_megabytes * 10**6)
         page = build_page(sam)
         page.launch(
             server_name=host,
             server_port=port,
             max_file_size=f"{max_megabytes}mb",
             state_session_capacity=VISITORS,
+            app_kwargs={"middleware": [guard]},
             # Fonts that every machine has: nothing is loaded from elsewhere.
             theme=gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=["monospace"]),
             footer_links=[],
             prevent_thread_lock=True,
             quiet=True,
-            # Whatever the environment says:
             share=False,
             ssr_mode=False,
             mcp_server=False,
@@ -171,7 +177,11 @@ def build_page(model: Sam) -> gr.Blocks:
 
         def press(visit: Visit | None, label: int, event: gr.EventData):
             label = BACKGROUND if event.right else label
-            return _show(answer(model, add_point(_open(visit), event.x, event.y, label)))
+            try:
+                visit = add_point(_open(visit), event.x, event.y, label)
+            except ValueError as error:
+                raise _error(str(error)) from error
+            return _show(answer(model, visit))
 
         def drag(visit: Visit | None, event: gr.EventData):
             corners = event.x0, event.y0, event.x1, event.y1
@@ -198,20 +208,24 @@ def build_page(model: Sam) -> gr.Blocks:
 
         def find(visit: Visit | None, points_per_side: int, progress=gr.Progress()):  # noqa: B008
             progress(0)
-            return find_everything(
+            visit = _open(visit)
+            found = find_everything(
                 model,
-                _open(visit).picture,
+                visit.picture,
                 points_per_side,
                 lambda done, total: progress((done, total), unit="batches"),
             )
-
-        def show_found(visit: Visit | None, found: Found):
-            if visit is None or visit.picture is not found.picture:
-                return None, *[gr.skip()] * len(marks)  # there is another picture by now
+            # Here and not in the clicks' turn, where others would wait for it.
             numbers = number_masks(found)
             files = _files("everything", label_picture(numbers), everything_json(found))
+            return visit.picture, visit.prompts, _url(draw_layer(numbers), "png"), files
+
+        def show_found(visit: Visit | None, found: tuple):
+            picture, prompts, layer, files = found
+            if visit is None or visit.picture is not picture or visit.prompts != prompts:
+                return None, *[gr.skip()] * len(marks)  # something else is shown by now
             visit, stage, *others = _show(clear(visit))
-            stage["mask"] = _url(draw_layer(numbers), "png")
+            stage["mask"] = layer
             return None, visit, stage, *others[:-2], *files
 
         for event in (
@@ -276,7 +290,9 @@ def _show(visit: Visit) -> list[Any]:
 
 def _open(visit: Visit | None) -> Visit:
     if visit is None:
-        raise _error("There is no picture, or it was dropped after a long time. Open one first.")
+        raise _error(
+            "There is no picture, or it was dropped after a long time or for others. Open one first"
+        )
     return visit
 
 

@@ -31,7 +31,8 @@ function showPending(event) {
 }
 
 element.addEventListener("pointerdown", (event) => {
-  if (!props.picture || !event.target.closest(".stage") || ![0, 2].includes(event.button)) return;
+  if (start || !event.isPrimary || ![0, 2].includes(event.button)) return;
+  if (!props.picture || !event.target.closest(".stage")) return;
   event.preventDefault();
   stage().setPointerCapture(event.pointerId);
   start = {x: event.clientX, y: event.clientY, at: at(event)};
@@ -44,7 +45,7 @@ element.addEventListener("pointerup", (event) => {
   showPending(event);
   const [x, y] = at(event);
   if (dragged(event)) trigger("drag", {x0: start.at[0], y0: start.at[1], x1: x, y1: y});
-  else trigger("press", {x, y, right: event.button === 2});
+  else trigger("press", {x, y, right: event.button === 2 || event.ctrlKey});
   start = null;
 });
 element.addEventListener("pointercancel", () => {

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.models.sam import Sam
@@ -24,7 +24,10 @@ from sam_jax.predictor import SamPredictor
 from sam_jax.processing import SamProcessor, load_image
 from sam_jax.visualize import ALPHA, COLORS, outline
 
+# Of these Pillow's own decoders read nothing but pixels, as many as the head of the file tells.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 PIXELS = 50_000_000  # the most that a picture may have
+POINTS = 31  # the most that a prompt may have: more would compile anew
 SHOWN = 1600  # pixels along the longest side of the picture that the browser gets
 
 
@@ -96,14 +99,18 @@ def open_picture(model: Sam, path: str | os.PathLike) -> tuple[Picture, Image.Im
         TypeError, ValueError: for files that are no picture, and for pictures that are too large.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as file:
+        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as file:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             _check_pixels(file.width * file.height)
+            array = load_image(ImageOps.exif_transpose(file))
     except Image.DecompressionBombError:
         _check_pixels(math.inf)
-    except OSError:
-        pass  # load_image says what is wrong
-    array = load_image(path)
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"the file is not a picture of a known format; {', '.join(FORMATS)} are"
+        ) from error
+    except (OSError, SyntaxError) as error:  # of a damaged file
+        raise ValueError(f"the picture cannot be read: {error}") from error
     predictor = SamPredictor(model)
     predictor.set_image(array)
     picture = Picture(predictor.get_image_embedding(), array.shape[:2])
@@ -120,7 +127,13 @@ def _check_pixels(pixels: float) -> None:
 
 
 def add_point(visit: Visit, x: float, y: float, label: int) -> Visit:
-    """With one more point; what lies outside the picture moves to its edge."""
+    """With one more point; what lies outside the picture moves to its edge.
+
+    Raises:
+        ValueError: if there are too many.
+    """
+    if len(visit.points) == POINTS:
+        raise ValueError(f"there are {POINTS} points, as many as can be; take some back first")
     height, width = visit.picture.size
     point = Point(_clip(x, width), _clip(y, height), label)
     return dataclasses.replace(visit, prompts=(*visit.prompts, point))
@@ -299,5 +312,5 @@ def warm_up(model: Sam) -> None:
     picture = Picture(predictor.get_image_embedding(), (side, side))
     answer(model, Visit(picture, (Box(0, 0, side - 1, side - 1),)))
     # With the one that ends them, powers of two; to these other numbers are padded.
-    for points in (1, 3, 7, 15):
+    for points in (1, 3, 7, 15, POINTS):
         answer(model, Visit(picture, (Point(0, 0, FOREGROUND),) * points))

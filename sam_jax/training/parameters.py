@@ -28,6 +28,7 @@ EVERYTHING: Table = ((".*", 1.0),)
 LORA_ONLY: Table = ((r".*\.lora_[ab]", 1.0), (".*", None))
 TABLES = {
     "decoder": DECODER_ONLY,
+    "hq": HQ_ONLY,
     "lora": (LORA_ONLY[0], *DECODER_ONLY),  # and the decoder
     "everything": EVERYTHING,
 }

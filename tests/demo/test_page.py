@@ -168,6 +168,12 @@ def test_page(server, browser, mobile_sam_file, tmp_path):
         urllib.request.urlopen(upload(server, tmp_path / "large.jpg"))
     assert refused.value.code == 413
     refused.value.close()
+    # Nor does the page serve a site that sends a visitor's browser here.
+    foreign = urllib.request.Request(server, headers={"Origin": "http://evil.example"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(foreign)
+    assert refused.value.code == 403
+    refused.value.close()
     with second.change():
         second.mouse(face)
     check(second, plain, face)
@@ -201,19 +207,25 @@ def fails(monkeypatch):
 
 @pytest.mark.parametrize(
     ("host", "warns"),
-    [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True), ("", True)],
+    [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)],
 )
 def test_other_hosts_are_warned_of(fails, capsys, host, warns):
-    assert "/no/such/model" in fails("--host", host, "--port", "0", "--model", "/no/such/model")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    assert "/no/such/model" in fails("--host", host, "--port", port, "--model", "/no/such/model")
     printed = capsys.readouterr().err
     assert bool(printed) == warns
-    assert not warns or "warning: whoever reaches port 0 of this machine can use" in printed
+    assert not warns or f"warning: whoever reaches port {port} of this machine can" in printed
 
 
 def test_what_cannot_be_served(fails):
     """Told before the model is loaded."""
     message = fails("--max-megabytes", "0", "--model", "/no/such/model")
     assert message == "sam-jax: --max-megabytes is 0, expected 1 or more"
+    assert fails("--port", "0") == "sam-jax: --port is 0, expected 1 to 65535"
+    for host in ("", "::1"):
+        message = fails("--host", host)
+        assert message == f"sam-jax: --host is {host!r}, expected a name or an IPv4 address"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert "Address already in use" in fails("--port", port, "--model", "/no/such/model")

@@ -217,8 +217,20 @@ def test_too_large(model, tmp_path, monkeypatch, pixels):
 
 def test_no_picture(model, tmp_path):
     (tmp_path / "photo.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"photo\.png is not a picture of a known format"):
-        demo.open_picture(model, tmp_path / "photo.png")
+    # Whose content counts, not their names: some of Pillow's formats start other programs, or hold
+    # more pixels than they tell.
+    Image.new("RGB", (9, 9)).save(tmp_path / "drawing.png", "EPS")
+    Image.new("RGB", (32, 32)).save(tmp_path / "icon.png", "ICO")
+    for name in ("photo", "drawing", "icon"):
+        with pytest.raises(
+            ValueError, match=r"is not a picture of a known format; JPEG, PNG, WEBP"
+        ):
+            demo.open_picture(model, tmp_path / f"{name}.png")
+    whole = tmp_path / "whole.png"
+    Image.effect_noise((64, 64), 50).save(whole)
+    (tmp_path / "half.png").write_bytes(whole.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="the picture cannot be read: "):
+        demo.open_picture(model, tmp_path / "half.png")
     Image.new("I;16", (9, 9)).save(tmp_path / "deep.png")
     with pytest.raises(TypeError, match="more than 8 bits per channel"):
         demo.open_picture(model, tmp_path / "deep.png")
@@ -239,3 +251,11 @@ def test_warm_up_compiles_what_clicks_need(model, picture, compilations):
     demo.answer(model, demo.add_box(visit, 1, 1, 50, 50))
     demo.answer(model, demo.add_box(Visit(picture), 1, 1, 50, 50))
     assert not compilations
+
+
+def test_points_are_as_many_as_are_compiled_for(picture):
+    visit = Visit(picture)
+    for _ in range(demo.POINTS):
+        visit = demo.add_point(visit, 1, 1, 1)
+    with pytest.raises(ValueError, match="there are 31 points, as many as can be"):
+        demo.add_point(visit, 1, 1, 1)
