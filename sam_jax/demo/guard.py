@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _UNUSED = ("/process_recording", "/component_server", "/deep_link", "/file=http")
-_SPARE = 64 * 1024  # bytes of a request beside the picture
+_SPARE = 64 * 1024
 
 
 class Guard:
@@ -20,7 +20,7 @@ class Guard:
     Args:
         app: the application.
         names: the host names that requests may be for; None for any.
-        max_bytes: of a request's picture.
+        max_bytes: of a request, beside a few.
     """
 
     def __init__(self, app: Callable, names: Collection[str] | None, max_bytes: int):

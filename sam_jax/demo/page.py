@@ -44,6 +44,7 @@ from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.visualize import MARKS
 
 VISITORS = 50  # whose pictures are kept, about 10 MB each; of more the first ones are dropped
+WAITING = 100  # clicks and other requests that may wait; more are told to come again
 FORGET = 3600  # seconds without a click after which an embedding, and files, are dropped
 
 _FONTS = ["system-ui", "sans-serif"]
@@ -86,8 +87,9 @@ def serve(model: str, host: str, port: int, max_megabytes: int) -> None:
     with tempfile.TemporaryDirectory(prefix="sam_jax_demo_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         names = {host, "127.0.0.1", "localhost"} if _is_loopback(host) else None
-        guard = Middleware(Guard, names=names, max_bytes=max_megabytes * 10**6)
-        page = build_page(sam)
+        # More than a file that is too large, which gradio refuses with a message.
+        guard = Middleware(Guard, names=names, max_bytes=2 * max_megabytes * 10**6)
+        page = build_page(sam).queue(max_size=WAITING)
         page.launch(
             server_name=host,
             server_port=port,

@@ -30,6 +30,10 @@ function showPending(event) {
   pending.hidden = false;
 }
 
+function hidePending() {
+  stage().querySelector(".pending").hidden = true;
+}
+
 element.addEventListener("pointerdown", (event) => {
   if (start || !event.isPrimary || ![0, 2].includes(event.button)) return;
   if (!props.picture || !event.target.closest(".stage")) return;
@@ -43,6 +47,7 @@ element.addEventListener("pointermove", (event) => {
 element.addEventListener("pointerup", (event) => {
   if (!start) return;
   showPending(event);
+  setTimeout(hidePending, 10_000); // if no answer comes, but an error
   const [x, y] = at(event);
   if (dragged(event)) trigger("drag", {x0: start.at[0], y0: start.at[1], x1: x, y1: y});
   else trigger("press", {x, y, right: event.button === 2 || event.ctrlKey});
@@ -50,7 +55,7 @@ element.addEventListener("pointerup", (event) => {
 });
 element.addEventListener("pointercancel", () => {
   start = null;
-  stage().querySelector(".pending").hidden = true;
+  hidePending();
 });
 element.addEventListener("contextmenu", (event) => props.picture && event.preventDefault());
 
