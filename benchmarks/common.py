@@ -94,19 +94,25 @@ def matrix_rate(dtype: str = "float32") -> float:
     return count * 2 * side**3 / float(np.median(times))
 
 
+def match(actual: list[dict], expected: list[dict]) -> tuple[np.ndarray, list[tuple[dict, dict]]]:
+    """Records matched one to one, and the IoUs of their masks."""
+    masks = [[record["segmentation"] for record in records] for records in (actual, expected)]
+    ious = np.array(pycocotools.mask.iou(*masks, [0] * len(expected)))
+    ious = ious.reshape(len(actual), len(expected))  # pycocotools gives [] for no masks
+    rows, columns = linear_sum_assignment(-ious)
+    pairs = [(actual[i], expected[j]) for i, j in zip(rows, columns, strict=True)]
+    return ious[rows, columns], pairs
+
+
 def compare(actual: list[dict], expected: list[dict], pixels: int) -> tuple[np.ndarray, float]:
     """IoUs of masks matched one to one, and the largest difference of their scores.
 
     So many pixels more or less above a threshold of stability are no difference.
     """
-    masks = [[record["segmentation"] for record in records] for records in (actual, expected)]
-    ious = np.array(pycocotools.mask.iou(*masks, [0] * len(expected)))
-    ious = ious.reshape(len(actual), len(expected))  # pycocotools gives [] for no masks
-    rows, columns = linear_sum_assignment(-ious)
+    ious, pairs = match(actual, expected)
     scores = []
-    for i, j in zip(rows, columns, strict=True):
-        ours, theirs = actual[i], expected[j]
+    for ours, theirs in pairs:
         scores.append(abs(ours["predicted_iou"] - theirs["predicted_iou"]))
         difference = abs(ours["stability_score"] - theirs["stability_score"])
         scores.append(max(difference - pixels / theirs["area"], 0))
-    return ious[rows, columns], max(scores, default=0.0)
+    return ious, max(scores, default=0.0)

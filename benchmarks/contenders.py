@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from PIL import Image
+from pycocotools.mask import frPyObjects
 
 from benchmarks.common import RANDOM_ENCODER, in_pytorch, model_of, photos
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
@@ -37,7 +39,7 @@ sys.path.extend(
 try:
     import torch
     from test_losses import torch_loss
-    from torch_reference import import_reference
+    from torch_reference import hf_mask_generation, import_reference
 except ImportError:
     torch = None
 if torch and os.environ.get("JAX_PLATFORMS") == "cuda" and not torch.cuda.is_available():
@@ -98,6 +100,11 @@ class Setting:
         """As fast as PyTorch can; without CUDA graphs where one's outputs outlive the next call."""
         mode = "max-autotune" if graphs else "max-autotune-no-cudagraphs"
         return torch.compile(function, mode=mode if self.device == "cuda" else None)
+
+    @property
+    def variants(self) -> tuple[bool, ...]:
+        """PyTorch's under torch.compile or not."""
+        return (False, True) if self.compiled else (False,)
 
     @property
     def is_vit(self) -> bool:
@@ -175,14 +182,35 @@ def torch_decoders(setting: Setting, embedding, clicks, labels) -> Contenders:
 
         return call
 
+    def run_hugging_face(module, dtype):
+        model = setting.hugging_face
+        points, labels = (x[None] for x in clicked)
+
+        def call():
+            sparse, dense = model.prompt_encoder(points, labels, None, None)
+            return module(
+                image_embeddings=channels_first.to(dtype),
+                image_positional_embeddings=model.get_image_wide_positional_embeddings().to(dtype),
+                sparse_prompt_embeddings=sparse.to(dtype),
+                dense_prompt_embeddings=dense.to(dtype),
+                multimask_output=True,
+            )[0]
+
+        return call
+
     dtype = setting.torch_dtype
     fast = copy.deepcopy(setting.meta.mask_decoder).to(dtype)
     found: Contenders = {}
     if setting.dtype != "float32":
         found["Meta, float32"] = run(setting.meta.mask_decoder, torch.float32)
     found["Meta"] = run(fast, dtype)
+    if setting.is_vit:
+        sdpa = copy.deepcopy(setting.hugging_face.mask_decoder).to(dtype)
+        found["transformers, SDPA"] = run_hugging_face(sdpa, dtype)
     if setting.compiled:
         found["Meta, torch.compile"] = run(setting.compile(fast), dtype)
+        if setting.is_vit:
+            found["transformers, torch.compile"] = run_hugging_face(setting.compile(sdpa), dtype)
     return found
 
 
@@ -201,24 +229,25 @@ def predict(setting: Setting) -> Contenders:
         who: in_dtype(by(import_reference("segment_anything").SamPredictor(sam)), setting, dtype)
         for who, sam, dtype in metas(setting)
     }
-    if torch and setting.is_vit:
-        run = hugging_face_predict(setting, photo, point)
-        theirs["transformers, SDPA"] = in_dtype(run, setting, setting.dtype)
+    for who, model in hugging_faces(setting):
+        run = hugging_face_predict(setting, model, photo, point)
+        theirs[who] = in_dtype(run, setting, setting.dtype)
     return setting.with_ours(theirs, lambda model: by(SamPredictor(model)))
 
 
-def hugging_face_predict(setting: Setting, photo: np.ndarray, point: np.ndarray) -> Callable:
+def hugging_face_predict(
+    setting: Setting, model: "torch.nn.Module", photo: np.ndarray, point: np.ndarray
+) -> Callable:
     """The same by `SamProcessor` and `SamModel` of `transformers`."""
     from transformers import SamProcessor
-    from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-    processor = SamProcessor(SamImageProcessorPil())
+    processor = SamProcessor(hugging_face_processor())
 
     def run():
         inputs = processor(photo, input_points=[[point.tolist()]], return_tensors="pt")
         sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
         inputs = inputs.to(setting.device, torch.float32)
-        logits = setting.hugging_face(**inputs).pred_masks.float().cpu()
+        logits = model(**inputs).pred_masks.cpu()
         processor.image_processor.post_process_masks(logits, *sizes)
         return logits[0, 0]
 
@@ -237,7 +266,32 @@ def everything(setting: Setting) -> Contenders:
         return import_reference("segment_anything").SamAutomaticMaskGenerator(sam, **options)
 
     theirs = {who: in_dtype(by(meta(sam)), setting, dtype) for who, sam, dtype in metas(setting)}
+    for who, model in hugging_faces(setting):
+        run = hugging_face_everything(setting, model, photo)
+        theirs[who] = in_dtype(run, setting, setting.dtype)
     return setting.with_ours(theirs, lambda model: by(SamAutomaticMaskGenerator(model, **options)))
+
+
+def hugging_face_everything(
+    setting: Setting, model: "torch.nn.Module", photo: np.ndarray
+) -> Callable[[], list[dict]]:
+    """The same by the pipeline of `transformers`."""
+    generate = hf_mask_generation(model, hugging_face_processor(), device=setting.device)
+    image = Image.fromarray(photo)
+
+    def run():
+        # The pipeline decodes all that it keeps, and gives the run lengths besides.
+        found = generate(image, points_per_batch=64, output_rle_mask=True, **RANDOM_ENCODER)
+        rles = found["rle_mask"]
+        return [{"segmentation": frPyObjects(rle, *rle["size"])} for rle in rles]
+
+    return run
+
+
+def hugging_face_processor():
+    from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+    return SamImageProcessorPil()
 
 
 def metas(setting: Setting) -> "Iterator[tuple[str, torch.nn.Module, str]]":
@@ -246,14 +300,31 @@ def metas(setting: Setting) -> "Iterator[tuple[str, torch.nn.Module, str]]":
         return
     if setting.dtype != "float32":
         yield "Meta, float32", setting.meta, "float32"
-    for compiled in (False, True) if setting.compiled else (False,):
+    for compiled in setting.variants:
         sam = copy.deepcopy(setting.meta)
-        # Meta's code makes arrays of what comes out, which PyTorch does not do of bfloat16.
-        sam.mask_decoder.register_forward_hook(lambda *x: tuple(out.float() for out in x[-1]))
+        give_float32(sam.mask_decoder)
         if compiled:
             sam.image_encoder = setting.compile(sam.image_encoder, graphs=False)
             sam.mask_decoder = setting.compile(sam.mask_decoder, graphs=False)
         yield "Meta, torch.compile" if compiled else "Meta", sam, setting.dtype
+
+
+def hugging_faces(setting: Setting) -> "Iterator[tuple[str, torch.nn.Module]]":
+    """`SamModel` of `transformers`, then compiled, encoder and decoder."""
+    if torch is None or not setting.is_vit:
+        return
+    for compiled in setting.variants:
+        model = copy.deepcopy(setting.hugging_face)
+        give_float32(model.mask_decoder)
+        if compiled:
+            model.vision_encoder = setting.compile(model.vision_encoder, graphs=False)
+            model.mask_decoder = setting.compile(model.mask_decoder, graphs=False)
+        yield "transformers, torch.compile" if compiled else "transformers, SDPA", model
+
+
+def give_float32(decoder: "torch.nn.Module") -> None:
+    """What comes out is made arrays of, which PyTorch does not do of bfloat16."""
+    decoder.register_forward_hook(lambda *x: tuple(out.float() for out in x[-1]))
 
 
 def in_dtype(function: Callable, setting: Setting, dtype: str) -> Callable:
@@ -298,22 +369,63 @@ def training(setting: Setting) -> Contenders:
 
 def torch_steps(setting: Setting, batch: dict, key) -> Contenders:
     found: Contenders = {}
+
+    def add(who, sam, forward, dtype):
+        found[who] = torch_step(setting, sam, forward, batch, key, dtype)
+
     if setting.dtype != "float32":
-        meta = copy.deepcopy(setting.meta)
-        found["Meta, float32"] = torch_step(setting, meta, batch, key, "float32")
-    meta = copy.deepcopy(setting.meta)
-    found["Meta"] = torch_step(setting, meta, batch, key, setting.dtype)
-    if setting.compiled:
         sam = copy.deepcopy(setting.meta)
-        sam.image_encoder = setting.compile(sam.image_encoder)
-        # On a CPU its gradients are wrong by more than their size when compiled (PyTorch 2.13).
-        if setting.device != "cpu":  # the method, since that is what the step calls
-            sam.mask_decoder.predict_masks = setting.compile(sam.mask_decoder.predict_masks)
-        found["Meta, torch.compile"] = torch_step(setting, sam, batch, key, setting.dtype)
+        add("Meta, float32", sam, meta_forward(sam), "float32")
+    # On a CPU gradients of compiled decoders are wrong by more than their size (PyTorch 2.13).
+    decoders = setting.device != "cpu"
+    for compiled in setting.variants:
+        sam = copy.deepcopy(setting.meta)
+        if compiled:
+            sam.image_encoder = setting.compile(sam.image_encoder)
+            if decoders:  # the method, since that is what the step calls
+                sam.mask_decoder.predict_masks = setting.compile(sam.mask_decoder.predict_masks)
+        add("Meta, torch.compile" if compiled else "Meta", sam, meta_forward(sam), setting.dtype)
+    for compiled in setting.variants if setting.is_vit else ():
+        model = copy.deepcopy(setting.hugging_face)
+        if compiled:
+            model.vision_encoder = setting.compile(model.vision_encoder)
+            if decoders:
+                model.mask_decoder = setting.compile(model.mask_decoder)
+        who = "transformers, torch.compile" if compiled else "transformers, SDPA"
+        add(who, model, hugging_face_forward(model), setting.dtype)
     return found
 
 
-def torch_step(setting: Setting, sam: "torch.nn.Module", batch: dict, key, dtype: str) -> Callable:
+def meta_forward(sam: "torch.nn.Module") -> Callable:
+    """Logits [b, 4, h, w] and scores [b, 4] of pixels and a box [b, 4] for each image."""
+
+    def forward(pixels, boxes):
+        image_pe, found = sam.prompt_encoder.get_dense_pe(), []
+        for embedding, box in zip(sam.image_encoder(pixels), boxes, strict=True):
+            # Its decoder takes one image.
+            prompt = sam.prompt_encoder(points=None, boxes=box[None], masks=None)
+            found.append(sam.mask_decoder.predict_masks(embedding[None], image_pe, *prompt))
+        return (torch.cat(x) for x in zip(*found, strict=True))
+
+    return forward
+
+
+def hugging_face_forward(model: "torch.nn.Module") -> Callable:
+    """The same of `SamModel`, of which one gets the first mask alone, or the others."""
+
+    def forward(pixels, boxes):
+        embeddings = model.vision_encoder(pixels).last_hidden_state
+        image_pe = model.get_image_wide_positional_embeddings().repeat(len(pixels), 1, 1, 1)
+        prompt = model.prompt_encoder(None, None, boxes[:, None], None)
+        found = model.mask_decoder(embeddings, image_pe, *prompt, multimask_output=False)
+        return (x[:, 0] for x in found)
+
+    return forward
+
+
+def torch_step(
+    setting: Setting, sam: "torch.nn.Module", forward: Callable, batch: dict, key, dtype: str
+) -> Callable:
     """The same step in PyTorch, with the boxes that ours draws at each step."""
     for module in sam.modules():
         # It caches its biases when it does not train. Batch norms keep their statistics, as ours.
@@ -324,10 +436,9 @@ def torch_step(setting: Setting, sam: "torch.nn.Module", batch: dict, key, dtype
         {"params": [p for p in sam.parameters() if (id(p) in kernels) is decays], "weight_decay": w}
         for decays, w in ((True, WEIGHT_DECAY), (False, 0.0))
     ]
-    optimiser = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    optimiser = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
     pixels = setting.tensor(batch["pixel_values"]).permute(0, 3, 1, 2).contiguous()
     targets = setting.tensor(batch["masks"][:, 0]).float()
-    first = (torch.arange(4, device=setting.device) == 0)[None]
     steps = itertools.count()
 
     @jax.jit
@@ -342,22 +453,16 @@ def torch_step(setting: Setting, sam: "torch.nn.Module", batch: dict, key, dtype
         return jax.vmap(one)(prompt_keys, masks, boxes)
 
     def run():
-        box = draw_boxes(next(steps), batch["masks"][:, 0], batch["boxes"][:, 0])
-        box = setting.tensor(np.array(box))
+        boxes = draw_boxes(next(steps), batch["masks"][:, 0], batch["boxes"][:, 0])
+        boxes = setting.tensor(np.array(boxes))
         with (
             torch.enable_grad(),
             torch.autocast(setting.device, setting.torch_dtype, enabled=dtype != "float32"),
         ):
-            embeddings = sam.image_encoder(pixels)
-            losses = []
-            for i in range(setting.batch):
-                sparse, dense = sam.prompt_encoder(points=None, boxes=box[i : i + 1], masks=None)
-                logits, scores = sam.mask_decoder.predict_masks(
-                    embeddings[i : i + 1], sam.prompt_encoder.get_dense_pe(), sparse, dense
-                )
-                target = targets[i : i + 1]
-                losses.append(torch_loss(logits.double(), scores.float(), target.double(), first))
-            loss = torch.cat(losses).mean()
+            logits, scores = forward(pixels, boxes)
+            # A box is not ambiguous: the first mask is for it.
+            first = (torch.arange(logits.shape[1], device=setting.device) == 0)[None]
+            loss = torch_loss(logits.double(), scores.double(), targets.double(), first).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -35,7 +35,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks.common import compare, matrix_rate, timed
+from benchmarks.common import match, matrix_rate, timed
 from benchmarks.contenders import PARTS, PROMPTS, Contenders, Setting, torch
 from benchmarks.convert_memory import read_status
 
@@ -91,7 +91,7 @@ def differences(part: str, contenders: Contenders) -> dict[str, float | Exceptio
 def missing(records: list[dict], expected: list[dict]) -> float:
     if not records or not expected:
         return float(len(records) != len(expected))
-    ious, _ = compare(records, expected, pixels=1)
+    ious, _ = match(records, expected)
     return 1 - float((ious >= 0.99).sum()) / max(len(records), len(expected))
 
 

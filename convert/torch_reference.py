@@ -155,3 +155,19 @@ def hf_sam(config: SamConfig) -> torch.nn.Module:
     if config.hq:
         return transformers.SamHQModel(transformers.SamHQConfig(**values)).eval()
     return transformers.SamModel(transformers.SamConfig(**values)).eval()
+
+
+def hf_mask_generation(model: torch.nn.Module, processor, **options):
+    """Hugging Face's pipeline; suppression of overlapping masks stands in for torchvision's."""
+    import transformers
+    from transformers.models.sam.image_processing_pil_sam import _rle_to_mask
+
+    def suppress(rles, scores, boxes, threshold):
+        kept = _batched_nms(boxes.float(), scores, torch.zeros(len(boxes)), threshold)
+        rles = [rles[i] for i in kept]
+        return [_rle_to_mask(rle) for rle in rles], scores[kept], rles, boxes[kept]
+
+    processor.post_process_for_mask_generation = suppress
+    return transformers.pipeline(
+        "mask-generation", model=model, image_processor=processor, **options
+    )

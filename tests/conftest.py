@@ -94,3 +94,21 @@ def compilations():
 def unchecked(monkeypatch):
     """Without the tests' type checks, as users run it, so that our own errors are seen."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As if JAX ran on an NVIDIA H100, as far as lowering for it goes: nothing can be run."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    from sam_jax.ops import attention
+
+    monkeypatch.setattr(attention, "_gpu", lambda: "9.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    known = {
+        "check_cudnn_version": lambda: 91500,
+        "check_compute_capability": lambda least: float(least) <= 9,
+        "is_cuda_compute_capability_equal": lambda capability: float(capability) == 9,
+    }
+    for name, function in known.items():
+        monkeypatch.setattr(fused_attention_stablehlo, name, function)

@@ -1,6 +1,7 @@
 """The PyTorch references with random weights, and our models with the same weights."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -159,3 +160,16 @@ def mask_iou(actual, expected) -> np.ndarray:
     both = (actual & expected).sum((-2, -1))
     either = (actual | expected).sum((-2, -1))
     return np.where(either == 0, 1.0, both / np.maximum(either, 1))
+
+
+def lowered_for_cuda(function, *shapes, **static) -> str:
+    """The StableHLO of a jitted function for an NVIDIA GPU."""
+    return function.trace(*shapes, **static).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def flash_attentions(text: str) -> tuple[int, int]:
+    """How many of cuDNN's flash attentions there are, forward and backward."""
+    return tuple(
+        len(re.findall(rf"\b{re.escape(name)}\b", text))
+        for name in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+    )

@@ -2,13 +2,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
-import torch_reference
-import transformers
 from PIL import Image
 from reference import SMALL, hf_sam, mask_iou, ours
 from test_mask_generator import picture
-from transformers.models.sam import image_processing_pil_sam
+from torch_reference import hf_mask_generation
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from sam_jax.pipeline import pipeline
 
@@ -26,21 +24,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def reference():
-    """Hugging Face's pipeline; suppression stands in for torchvision's."""
     size = {"height": 96, "width": 96}
-    processor = image_processing_pil_sam.SamImageProcessorPil(
-        size={"longest_edge": 96}, pad_size=size
-    )
-    nms = torch_reference.import_reference("segment_anything").automatic_mask_generator.batched_nms
-
-    def suppress(rles, scores, boxes, threshold):
-        kept = nms(boxes.float(), scores, torch.zeros(len(boxes)), threshold)
-        rles = [rles[i] for i in kept]
-        masks = [image_processing_pil_sam._rle_to_mask(rle) for rle in rles]
-        return masks, scores[kept], rles, boxes[kept]
-
-    processor.post_process_for_mask_generation = suppress
-    return transformers.pipeline("mask-generation", model=hf_sam(HF), image_processor=processor)
+    processor = SamImageProcessorPil(size={"longest_edge": 96}, pad_size=size)
+    return hf_mask_generation(hf_sam(HF), processor)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,17 @@
 """What is compiled lowers for every platform: no GPU's or TPU's user is the first to try."""
 
+import dataclasses
+
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
-from reference import SMALL, SMALL_TINY
+from jax.sharding import Mesh
+from reference import SMALL, SMALL_TINY, flash_attentions, lowered_for_cuda
 
+from sam_jax.mask_generator import _encode
 from sam_jax.models.sam import Sam
 from sam_jax.training.parameters import EVERYTHING, adamw, split_model
 from sam_jax.training.step import Recipe, init_state, train_step
@@ -90,3 +95,30 @@ def test_training_step(model):
         batch,
         shape(2, dtype=jnp.uint32),
     )
+
+
+@pytest.mark.usefixtures("hopper")
+def test_flash_attention_is_the_default_of_a_hopper():
+    """In bfloat16, for global layers; in everything-mode's encoder, and in a step of training."""
+    config = dataclasses.replace(SMALL, image_size=512)  # a grid of 64 x 64
+    model = nnx.eval_shape(lambda: Sam(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("images",))
+    text = lowered_for_cuda(_encode, graphdef, params, shape(1, 512, 512, 3), mesh=mesh)
+    assert flash_attentions(text) == (1, 0)
+    assert "x4096x4096x" not in text
+
+    tx = adamw(1e-4, EVERYTHING)
+    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    state = jax.eval_shape(lambda trained: init_state(trained, tx), trained)
+    batch = {
+        "pixel_values": shape(2, 512, 512, 3),
+        "masks": shape(2, 1, 128, 128, dtype=bool),
+        "boxes": shape(2, 1, 4),
+        "valid": shape(2, 1),
+    }
+    step = jax.jit(train_step, static_argnames=("graphdef", "tx", "recipe"))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    text = lowered_for_cuda(step, graphdef, state, frozen, batch, key, tx=tx, recipe=Recipe())
+    assert flash_attentions(text) == (1, 1)
+    assert "x4096x4096x" not in text

@@ -79,7 +79,8 @@ def rel_pos_attention(
             the positions in wider queries and keys (`fold_positions`), "chunked" materialises the
             logits of one head and a block of queries at a time, for less memory, "cudnn" none (an
             NVIDIA GPU's flash attention, in bfloat16 or float16, folded). None takes the fastest:
-            on a CPU "folded" for windows and "chunked" for large grids, elsewhere "xla".
+            on a CPU "folded" for windows and "chunked" for large grids, on a GPU "cudnn" for large
+            grids where it can run, else "xla".
 
     Logits and softmax are float32 whatever the inputs' dtype (but "folded" and "cudnn" round the
     position terms to it); the result has the inputs' dtype.
@@ -91,6 +92,8 @@ def rel_pos_attention(
     check_implementation(implementation)
     if implementation is None:
         implementation = fastest(grid, jax.default_backend())
+        if h * w > _QUERY_BLOCK and not _cudnn_lacks(q, rel_pos is not None, grid, _gpu()):
+            implementation = "cudnn"
     tables = None
     if rel_pos is not None:
         tables = relative_positions(rel_pos[0], h), relative_positions(rel_pos[1], w)
@@ -98,7 +101,7 @@ def rel_pos_attention(
 
 
 def fastest(grid: tuple[int, int], platform: str) -> Implementation:
-    """The fastest implementation for a grid of (h, w) on a platform, in any dtype."""
+    """The fastest implementation for a grid of (h, w) on a platform, on any device in any dtype."""
     if platform != "cpu":
         return "xla"
     return "folded" if grid[0] * grid[1] <= _QUERY_BLOCK else "chunked"
@@ -219,10 +222,15 @@ def fold_positions(
 
 def _cudnn(q, k, v, tables, grid):
     d = q.shape[-1]
+    if wrong := _cudnn_lacks(q, tables is not None, grid, _gpu()):
+        raise ValueError(
+            "attention is 'cudnn', which needs an NVIDIA GPU of compute capability 8.0 or more, or "
+            "9.x (Hopper) for heads wider than 128, bfloat16 or float16, and an even number of "
+            f"positions, but {wrong}; leave it out, or name another"
+        )
     q, k = fold_positions(q, k, tables)
-    # It takes one width for all three, in multiples of eight.
-    width = -(-q.shape[-1] // 8) * 8
-    _check_cudnn(q.dtype, grid, width)
+    # One width for all three.
+    width = _cudnn_width(d, tables is not None, grid)
     q, k, v = (_widen(x, width).transpose(0, 2, 1, 3) for x in (q, k, v))
     out = jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation="cudnn")
     return out.transpose(0, 2, 1, 3)[..., :d]
@@ -232,30 +240,36 @@ def _widen(x, width):
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
 
 
-def _check_cudnn(dtype, grid: tuple[int, int], width: int) -> None:
-    """Raises ValueError where cuDNN's flash attention, forward and backward, does not exist."""
-    wrong = None
-    if jax.default_backend() != "gpu":
-        wrong = f"JAX runs on {jax.default_backend()} here"
-    elif not re.fullmatch(r"\d+\.\d+", capability := jax.local_devices()[0].compute_capability):
-        wrong = f"this is a GPU of another maker ({capability})"
-    elif dtype not in (jnp.bfloat16, jnp.float16):
-        wrong = f"the model computes in {dtype}; give it dtype=jnp.bfloat16"
-    elif width > 256:
-        wrong = f"a grid of {grid[0]} x {grid[1]} makes the heads {width} wide, with 256 the most"
-    elif float(capability) < 8 or (width > 128 and not 9 <= float(capability) < 10):
-        wrong = (
-            f"this one has compute capability {capability}, and heads are {width} wide with the "
-            f"positions of a grid of {grid[0]} x {grid[1]}"
+def _cudnn_width(d: int, has_positions: bool, grid: tuple[int, int]) -> int:
+    """Of heads with the positions folded into them, a multiple of eight."""
+    return -(-(d + has_positions * sum(grid)) // 8) * 8
+
+
+def _gpu() -> str:
+    """The compute capability of an NVIDIA GPU, such as "9.0"; of others their name, or platform."""
+    return getattr(jax.local_devices()[0], "compute_capability", jax.default_backend())
+
+
+def _cudnn_lacks(
+    q: Float[Array, "b heads n d"], has_positions: bool, grid: tuple[int, int], gpu: str
+) -> str | None:
+    """Why cuDNN's flash attention, forward and backward, does not exist for it; None if it does."""
+    width = _cudnn_width(q.shape[-1], has_positions, grid)
+    size = f"{grid[0]} x {grid[1]}"
+    if not re.fullmatch(r"\d+\.\d+", gpu):
+        return f"JAX runs on {gpu} here"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the model computes in {q.dtype}; give it dtype=jnp.bfloat16"
+    if width > 256:
+        return f"a grid of {size} makes the heads {width} wide, with 256 the most"
+    if float(gpu) < 8 or (width > 128 and not 9 <= float(gpu) < 10):
+        return (
+            f"this one has compute capability {gpu}, and heads are {width} wide with the "
+            f"positions of a grid of {size}"
         )
-    elif grid[0] * grid[1] % 2:
-        wrong = f"a grid of {grid[0]} x {grid[1]} has an odd number of positions"
-    if wrong:
-        raise ValueError(
-            "attention is 'cudnn', which needs an NVIDIA GPU of compute capability 8.0 or more, or "
-            "9.x (Hopper) for heads wider than 128, bfloat16 or float16, and an even number of "
-            f"positions, but {wrong}; leave it out, or name another"
-        )
+    if grid[0] * grid[1] % 2:
+        return f"a grid of {size} has an odd number of positions"
+    return None
 
 
 def _rows_per_block(h: int, w: int) -> int:

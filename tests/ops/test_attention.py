@@ -1,13 +1,12 @@
 import re
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torch_reference
-from reference import assert_close, normal, tensor
+from reference import assert_close, flash_attentions, lowered_for_cuda, normal, tensor
 
 import sam_jax.ops.attention
 from sam_jax.ops.attention import (
@@ -87,7 +86,7 @@ def cudnn_by_xla(monkeypatch):
         assert implementation == "cudnn"
         return plain(q, k, v, scale=scale)
 
-    monkeypatch.setattr(sam_jax.ops.attention, "_check_cudnn", lambda *_: None)
+    monkeypatch.setattr(sam_jax.ops.attention, "_cudnn_lacks", lambda *_: None)
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
 
 
@@ -110,14 +109,10 @@ def test_what_cudnn_is_given(grid):
     jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), gradients("cudnn"), gradients("xla"))
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("grid", "d"), [((64, 64), 64), ((64, 64), 80), ((14, 14), 80)], ids=str)
-def test_cudnn_lowers_for_cuda(grid, d, monkeypatch):
-    """For a Hopper, forward and backward, and nothing there has the size of all logits."""
-    stablehlo = jax._src.cudnn.fused_attention_stablehlo
-    monkeypatch.setattr(sam_jax.ops.attention, "_check_cudnn", lambda *_: None)
-    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91500)
-    monkeypatch.setattr(stablehlo, "check_compute_capability", lambda least: float(least) <= 9)
-    monkeypatch.setattr(stablehlo, "is_cuda_compute_capability_equal", lambda c: float(c) == 9)
+def test_cudnn_lowers_for_cuda(grid, d):
+    """Forward and backward, and nothing there has the size of all logits."""
     n = grid[0] * grid[1]
     q = jax.ShapeDtypeStruct((2, 4, n, d), jnp.bfloat16)
     tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, d), jnp.bfloat16) for size in grid)
@@ -125,14 +120,39 @@ def test_cudnn_lowers_for_cuda(grid, d, monkeypatch):
     def total(q, k, v, tables):
         return rel_pos_attention(q, k, v, tables, grid, "cudnn").astype(jnp.float32).sum()
 
-    calls = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
-    exported = jax.export.export(
-        jax.jit(jax.grad(total, (0, 1, 2, 3))), platforms=["cuda"], disabled_checks=unchecked
-    )(q, q, q, tables)
-    text = exported.mlir_module()
-    assert all(name in text for name in calls)
+    text = lowered_for_cuda(jax.jit(jax.grad(total, (0, 1, 2, 3))), q, q, q, tables)
+    assert flash_attentions(text) == (1, 1)
     assert not re.search(rf"x{n}x{n}x|x{n}x{grid[0]}x{grid[1]}x", text)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "grid", "d", "expected"),
+    [
+        ("9.0", "bfloat16", (64, 64), 64, "cudnn"),
+        ("9.0", "float16", (64, 64), 80, "cudnn"),
+        ("9.0", "float32", (64, 64), 64, "xla"),
+        ("9.0", "bfloat16", (14, 14), 64, "xla"),
+        ("9.0", "bfloat16", (96, 96), 80, "xla"),
+        ("9.0", "bfloat16", (27, 27), 64, "xla"),
+        ("8.0", "bfloat16", (64, 64), 64, "xla"),
+        ("8.0", "bfloat16", (32, 32), 64, "cudnn"),
+        ("10.0", "bfloat16", (64, 64), 64, "xla"),
+        ("7.5", "bfloat16", (32, 32), 32, "xla"),
+        ("gfx90a", "bfloat16", (64, 64), 64, "xla"),
+    ],
+)
+def test_a_gpu_s_default(monkeypatch, gpu, dtype, grid, d, expected):
+    """What cuDNN's support matrix has for the GPU, forward and backward."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(sam_jax.ops.attention, "_gpu", lambda: gpu)
+    chosen = []
+    for name in sam_jax.ops.attention._IMPLEMENTATIONS:
+        implementation = lambda q, *_, name=name: chosen.append(name) or q  # noqa: E731
+        monkeypatch.setitem(sam_jax.ops.attention._IMPLEMENTATIONS, name, implementation)
+    q = jax.ShapeDtypeStruct((1, 2, grid[0] * grid[1], d), dtype)
+    tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, d), dtype) for size in grid)
+    jax.eval_shape(lambda *x: rel_pos_attention(*x, grid), q, q, q, tables)
+    assert chosen == [expected]
 
 
 @pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
@@ -153,10 +173,27 @@ def test_gradients_of_queries_where_keys_have_a_mean(implementation, grid):
     assert_close(actual, q.grad, 5e-5)
 
 
-def test_cudnn_says_what_it_needs():
-    q, k, v, tables = inputs((2, 2))
-    with pytest.raises(ValueError, match=r"'cudnn', which needs an NVIDIA GPU .* runs on cpu here"):
-        rel_pos_attention(q, k, v, tables, (2, 2), "cudnn")
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "grid", "message"),
+    [
+        ("cpu", "bfloat16", (2, 2), "JAX runs on cpu here; leave it out, or name another"),
+        ("gfx90a", "bfloat16", (2, 2), "JAX runs on gfx90a here"),
+        ("9.0", "float32", (2, 2), "the model computes in float32; give it dtype=jnp.bfloat16"),
+        ("9.0", "bfloat16", (130, 130), "a grid of 130 x 130 makes the heads 272 wide, with 256"),
+        (
+            "8.9",
+            "bfloat16",
+            (64, 64),
+            "has compute capability 8.9, and heads are 136 wide",
+        ),
+        ("9.0", "bfloat16", (3, 3), "a grid of 3 x 3 has an odd number of positions"),
+    ],
+)
+def test_cudnn_says_what_it_needs(monkeypatch, gpu, dtype, grid, message):
+    monkeypatch.setattr(sam_jax.ops.attention, "_gpu", lambda: gpu)
+    arrays = jax.tree.map(lambda x: x.astype(dtype), inputs(grid))
+    with pytest.raises(ValueError, match=rf"'cudnn', which needs an NVIDIA GPU .*{message}"):
+        rel_pos_attention(*arrays, grid, "cudnn")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
