@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import tyro
 from PIL import Image
 from reference import SMALL, meta_sam
 
-from sam_jax.cli import COMMANDS
+import sam_jax
+from sam_jax.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -29,6 +31,11 @@ SCRIPTS = {
 SMALL_VIT = dataclasses.replace(
     SMALL, mask_decoder=dataclasses.replace(SMALL.mask_decoder, num_heads=8)
 )
+WITH_BASH = [
+    page
+    for page in (*PAGES, ROOT / "README.md", ROOT / "examples" / "README.md")
+    if "```bash" in page.read_text()
+]
 WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
 
 
@@ -57,22 +64,61 @@ def test_python(page, folder):
     exec(compile(code, page.name, "exec"), {})
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "examples" / "README.md"])
-def test_commands(page, monkeypatch):
-    """Commands have the arguments that a page gives them."""
+@pytest.fixture
+def small(folder, monkeypatch):
+    """A small model that stands for MobileSAM and ViT-B, and three pictures with annotations."""
+    locate = sam_jax.checkpoints.locate
+    weights = (folder / "medsam_vit_b.pth").rename(folder / "sam_vit_b_01ec64.pth")
+    monkeypatch.setattr(
+        sam_jax.checkpoints, "locate", lambda name: weights if name == "mobile_sam" else locate(name)
+    )
+    monkeypatch.syspath_prepend(ROOT / "convert")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import cells
+
+    cells.main(cells.Config(Path("made"), train=2, test=1))
+    shutil.move("made/images", "photos")
+    for name in ("train", "test", "held_out", "coco"):
+        shutil.copy("made/train.json", f"{name}.json")
+    return folder
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("page", WITH_BASH, ids=lambda page: str(page.relative_to(ROOT)))
+def test_bash(page, monkeypatch):
+    """All commands of a page in their order; two steps of training, and few points of everything.
+
+    Other programs' are left out. Those that need other machines, and the one that runs until it is
+    stopped, are only looked at: their arguments are what they take.
+    """
     text = "\n".join(blocks(page.read_text(), "bash")).replace("\\\n", " ")
+    if "run/model" in text and "finetune.py" not in text:
+        sam_jax.save_pretrained(sam_jax.from_pretrained("mobile_sam"), Path("run", "model"))
     for command in re.split(r"\n|&&", text):
         program, *arguments = shlex.split(command, comments=True) or [""]
         if program.endswith("sam-jax"):
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments)
+            args = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments)
+            if arguments[0] != "demo" and "--ray" not in arguments:
+                few = ["--points-per-side", "4"] if arguments[0] == "generate" else []
+                monkeypatch.setattr(sys, "argv", [program, *arguments, *few])
+                main()
         elif program.endswith("python") and arguments[0].endswith(".py"):
             script, *arguments = arguments
             assert (ROOT / script).is_file()
-            if script not in SCRIPTS or "..." in arguments:
+            if "..." in arguments or script == "examples/quickstart.py":  # run by test_readme
                 continue
-            monkeypatch.syspath_prepend((ROOT / script).parent)
             module = importlib.import_module(Path(script).stem)
-            tyro.cli(getattr(module, SCRIPTS[script]), args=arguments)
+            if script not in SCRIPTS:
+                module.main(*arguments)
+                continue
+            args = tyro.cli(getattr(module, SCRIPTS[script]), args=arguments)
+            fewer = {
+                "examples/finetune.py": {"steps": 2, "batch_size": 2, "max_objects": 2},
+                "examples/cells.py": {"train": 2, "test": 1},
+            }
+            args = dataclasses.replace(args, **fewer.get(script, {}))
+            if getattr(args, "hosts", None) is None:
+                module.main(args)
 
 
 def test_options(capsys):
