@@ -69,9 +69,8 @@ def small(folder, monkeypatch):
     """A small model that stands for MobileSAM and ViT-B, and three pictures with annotations."""
     locate = sam_jax.checkpoints.locate
     weights = (folder / "medsam_vit_b.pth").rename(folder / "sam_vit_b_01ec64.pth")
-    monkeypatch.setattr(
-        sam_jax.checkpoints, "locate", lambda name: weights if name == "mobile_sam" else locate(name)
-    )
+    names = {"mobile_sam": weights}
+    monkeypatch.setattr(sam_jax.checkpoints, "locate", lambda name: names.get(name) or locate(name))
     monkeypatch.syspath_prepend(ROOT / "convert")
     monkeypatch.syspath_prepend(ROOT / "examples")
     import cells
