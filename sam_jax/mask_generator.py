@@ -204,7 +204,7 @@ class SamAutomaticMaskGenerator:
             embedding: [1, c, g, g] of `SamPredictor.get_image_embedding`, of the same model.
             original_size: (h, w) of the picture.
             on_batch: called with how many batches of `points_per_batch` points are done, and how
-                many there are, to show progress.
+                many there are, to show progress. What it raises ends the work.
 
         Raises:
             ValueError: for another shape, and with crops, of which there are no embeddings.
@@ -277,15 +277,18 @@ class SamAutomaticMaskGenerator:
         static = {"mesh": self.mesh, "at_once": self._at_once}
 
         every = [(np.arange(len(crop.grid)), np.zeros(len(crop.grid), int)) for crop in crops]
-        measured = [
-            _measure(*state, spread_frames, points, **static)
-            for points in self._batches(crops, every, self.points_per_batch)
-        ]
-        # Only now is the first batch waited for.
-        if on_batch is not None:
-            for done, batch in enumerate(measured, 1):
-                jax.block_until_ready(batch)
-                on_batch(done, len(measured))
+        total, measured = -(-max(len(crop.grid) for crop in crops) // self.points_per_batch), []
+
+        def report(done: int) -> None:
+            if on_batch is not None and done:
+                jax.block_until_ready(measured[done - 1])
+                on_batch(done, total)
+
+        for points in self._batches(crops, every, self.points_per_batch):
+            measured.append(_measure(*state, spread_frames, points, **static))
+            # The one before is waited for: if `on_batch` raises, only this one is still computed.
+            report(len(measured) - 1)
+        report(len(measured))
         measured = jax.device_get(measured)
         chosen = []
         for i, crop in enumerate(crops):
