@@ -36,7 +36,8 @@ def _batched_nms(boxes, scores, categories, iou_threshold):
         corner1 = torch.minimum(boxes[best, 2:], boxes[order, 2:])
         intersection = (corner1 - corner0).clamp(min=0).prod(1)
         iou = intersection / (areas[best] + areas[order] - intersection)
-        order = order[~(iou > iou_threshold)]
+        # In C++ the threshold is a double.
+        order = order[~(iou.double() > iou_threshold)]
     return torch.stack(kept) if kept else order
 
 

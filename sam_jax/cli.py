@@ -332,16 +332,27 @@ def segment(args: Segment) -> None:
 
 
 def _write(folder: Path, pictures: dict[str, Image.Image], summary: str) -> None:
-    """Writes all files under a hidden folder, then puts them in the place of an earlier run's."""
+    """Writes all files under a hidden folder, then puts them in the place of an earlier run's.
+
+    Whenever it is interrupted, masks.json tells of every file there that is ours.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+
+        def replace_summary(text: str) -> None:
+            Path(temporary, "masks.json").write_text(text)
+            os.replace(Path(temporary, "masks.json"), folder / "masks.json")
+
         for name, picture in pictures.items():
             picture.save(Path(temporary, name))
-        Path(temporary, "masks.json").write_text(summary)
-        for old in _files_of_earlier_run(folder):
-            (folder / old).unlink(missing_ok=True)
-        for name in (*pictures, "masks.json"):
+        old = _files_of_earlier_run(folder)
+        both = [{"file": name} for name in (*old, *pictures)]
+        replace_summary(json.dumps({"masks": both}))
+        for name in pictures:
             os.replace(Path(temporary, name), folder / name)
+        for name in {*old} - {*pictures, "masks.json"}:
+            (folder / name).unlink(missing_ok=True)
+        replace_summary(summary)
 
 
 def _check_free(folder: Path) -> None:

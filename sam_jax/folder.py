@@ -4,6 +4,7 @@ A run can be stopped at any time and started again. Each picture's result appear
 all, and pictures that have one are passed over.
 """
 
+import collections
 import csv
 import dataclasses
 import itertools
@@ -13,6 +14,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -159,19 +161,23 @@ def keep_settings(file: Path, settings: dict[str, Any], has_results: bool) -> No
 
 
 def find_pictures(inputs: Iterable[Path]) -> list[Path]:
-    """The files given, and all files in the folders given but hidden ones, sorted in each.
+    """The files given, and of the folders given the files that are named as pictures, sorted.
+
+    Hidden ones are passed over, and what Pillow knows no such name for.
 
     Raises:
         FileNotFoundError: for a path that does not exist.
         ValueError: if there is none, or if two of them would have one result.
     """
     pictures: dict[str, Path] = {}
+    inputs, known = list(inputs), Image.registered_extensions()
     for path in inputs:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
         for file in files:
-            if path.is_dir() and file.name.startswith("."):
+            is_picture = file.suffix.lower() in known and not file.name.startswith(".")
+            if path.is_dir() and not is_picture:
                 continue
             if file.stem in _RESERVED:
                 raise ValueError(
@@ -196,6 +202,8 @@ def generate_folder(
 ) -> None:
     """Generates and writes the masks of pictures, as many at a time as the generator has devices.
 
+    Pictures are read before, and results written after, while the devices work on others.
+
     Args:
         generator: its output mode must be "uncompressed_rle".
         pictures: files.
@@ -203,13 +211,27 @@ def generate_folder(
         on_picture: called for each picture once it is done, with what was wrong if it could not be
             read.
     """
-    devices = generator.mesh.devices.size
-    readable = _read(pictures, on_picture)
-    while some := list(itertools.islice(readable, devices)):
-        records = generator.generate_batch([image for _, image in some])
-        for (picture, image), found in zip(some, records, strict=True):
-            results.write(picture, image, found)
-            on_picture(picture, None)
+    taken: collections.deque[tuple[Path, np.ndarray]] = collections.deque()
+
+    def images() -> Iterator[np.ndarray]:
+        for picture, image in _read(pictures, on_picture):
+            taken.append((picture, image))
+            yield image
+
+    def finish(picture: Path, writing: Future) -> None:
+        writing.result()
+        on_picture(picture, None)
+
+    before = None
+    with ThreadPoolExecutor(1) as writer:
+        for found in generator.generate_batch(images()):
+            picture, image = taken.popleft()
+            writing = picture, writer.submit(results.write, picture, image, found)
+            if before is not None:
+                finish(*before)
+            before = writing
+        if before is not None:
+            finish(*before)
 
 
 def generate_with_ray(

@@ -55,6 +55,7 @@ from sam_jax.processing import (
     ImageInput,
     SamProcessor,
     check_embedding,
+    check_model,
     check_sizes,
     load_image,
 )
@@ -85,7 +86,7 @@ class SamAutomaticMaskGenerator:
         crop_n_layers: also look at crops, 2^i x 2^i of them in layer i = 1 to n.
         crop_nms_thresh: like `box_nms_thresh` between crops, where the smaller crop's mask stays.
         crop_overlap_ratio: how much of the picture's shorter side the crops of the first layer
-            overlap, 0 to 1.
+            overlap, 0 to less than 1.
         crop_n_points_downscale_factor: layer i has as many times fewer points per side, to the
             power of i.
         point_grids: for each layer, the whole picture's first, points [n, 2], x and y from 0 to 1.
@@ -118,6 +119,7 @@ class SamAutomaticMaskGenerator:
         *,
         mesh: Mesh | None = None,
     ):
+        check_model(model)
         self.point_grids = check_arguments(
             points_per_side=points_per_side,
             points_per_batch=points_per_batch,
@@ -147,6 +149,7 @@ class SamAutomaticMaskGenerator:
 
         self.config = model.config
         self.processor = SamProcessor(model.config)
+        self._dtype = model.mask_decoder.dtype
         self._graphdef, params = nnx.split(model)
         if mesh is None:
             (device, *_) = jax.tree.leaves(params)[0].devices()
@@ -178,19 +181,23 @@ class SamAutomaticMaskGenerator:
             Without crops, the best predicted IoU comes first, otherwise the smallest crop; with
             `min_mask_region_area` those before both that it did not change.
         """
-        return self.generate_batch([image])[0]
+        (records,) = self.generate_batch([image])
+        return records
 
-    def generate_batch(self, images: Iterable[ImageInput]) -> list[list[dict[str, Any]]]:
-        """The masks of several pictures, of any sizes: for each what `generate` returns."""
+    def generate_batch(self, images: Iterable[ImageInput]) -> Iterator[list[dict[str, Any]]]:
+        """The masks of several pictures, of any sizes: one after the other what `generate` returns.
+
+        Pictures are taken from `images`, and their masks given, as the work goes on, so that there
+        may be more of them than fit the memory.
+        """
         if hasattr(images, "__array__") or isinstance(images, (str, os.PathLike, Image.Image)):
             raise TypeError(
                 f"images is a {type(images).__name__}, expected a list of pictures; generate takes "
                 "one picture"
             )
-        images, devices = list(images), self.mesh.devices.size
-        groups = (images[start : start + devices] for start in range(0, len(images), devices))
-        arrays = (map(load_image, group) for group in groups)
-        return self._generate([self._crops(a.shape[:2], a) for a in group] for group in arrays)
+        arrays, devices = map(load_image, images), self.mesh.devices.size
+        groups = iter(lambda: list(itertools.islice(arrays, devices)), [])
+        return self._generate([self._crops(a.shape[:2], a) for a in group] for group in groups)
 
     def generate_from_embedding(
         self,
@@ -213,9 +220,10 @@ class SamAutomaticMaskGenerator:
             raise ValueError(
                 f"crop_n_layers is {self.crop_n_layers}, and crops need the picture: call generate"
             )
-        embedding = check_embedding(embedding, self.config)
+        embedding = check_embedding(embedding, self.config).astype(self._dtype)
         (size,) = check_sizes([original_size], 1, "original_size")
-        return self._generate([[self._crops(size, embedding=embedding)]], on_batch)[0]
+        (records,) = self._generate([[self._crops(size, embedding=embedding)]], on_batch)
+        return records
 
     def _crops(
         self,
@@ -236,17 +244,23 @@ class SamAutomaticMaskGenerator:
         self,
         groups: "Iterable[list[list[_Crop]]]",
         on_batch: Callable[[int, int], None] | None = None,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> Iterator[list[dict[str, Any]]]:
         """The records of groups of at most as many pictures as there are devices.
 
         While the devices work, the host reads what comes next and encodes what they have found.
         """
-        with ThreadPoolExecutor(2) as host:
-            records = []
+        host = ThreadPoolExecutor(2)
+        try:
+            before: list[Future] = []
             for crops, pixels, done in _one_ahead(self._turns(groups), host):
                 self._add_masks(crops, pixels, host, on_batch)
-                records += [host.submit(self._records, picture[0].found) for picture in done]
-            return [future.result() for future in records]
+                records = [host.submit(self._records, picture[0].found) for picture in done]
+                yield from (future.result() for future in before)
+                before = records
+            yield from (future.result() for future in before)
+        finally:
+            # What an error, or whoever wants no more, leaves undone.
+            host.shutdown(cancel_futures=True)
 
     def _turns(
         self, groups: "Iterable[list[list[_Crop]]]"

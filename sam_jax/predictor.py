@@ -15,9 +15,11 @@ from sam_jax.processing import (
     SamProcessor,
     check_boxes,
     check_embedding,
+    check_model,
     check_points,
     check_sizes,
     load_image,
+    to_numbers,
 )
 
 
@@ -25,19 +27,23 @@ class SamPredictor:
     """Computes a picture's embedding once, then answers prompts for it quickly.
 
     Points and boxes are in pixels of the picture. Compiled programs are shared by all predictors of
-    models of the same shape, and serve pictures of every size.
+    models of the same shape. Pictures of another size need another only for making masks of their
+    size, which is quickly compiled, and the same up to the next of 256, 384, 512, 768, ... pixels.
 
     Args:
         model: its parameters are taken as they are now; make a new predictor after changing them.
     """
 
     def __init__(self, model: Sam):
+        check_model(model)
         self.config = model.config
         self.processor = SamProcessor(model.config)
         # The state that `split` gives shares its variables with the model; a copy of the tree (not
         # of the arrays) is this predictor's own.
         self._graphdef, params = nnx.split(model)
         self._params = jax.tree.map(lambda array: array, params)
+        (self._device, *_) = jax.tree.leaves(params)[0].devices()
+        self._dtype = model.mask_decoder.dtype
         self.reset_image()
 
     def set_image(self, image: ImageInput, image_format: str = "RGB") -> None:
@@ -54,7 +60,7 @@ class SamPredictor:
         if image_format == "BGR" and hasattr(image, "shape"):
             array = np.ascontiguousarray(array[..., ::-1])
         pixels = self.processor.preprocess(array)[None]
-        self._features = encode_image(self._graphdef, self._params, pixels)
+        self._set_features(encode_image(self._graphdef, self._params, pixels))
         self.original_size = array.shape[:2]
 
     def get_image_embedding(self) -> Float[np.ndarray, "1 c g g"]:
@@ -74,8 +80,12 @@ class SamPredictor:
         """
         embedding = check_embedding(embedding, self.config)
         (size,) = check_sizes([original_size], 1, "original_size")
-        self._features = jax.device_put(embedding[None])
+        self._set_features(embedding[None].astype(self._dtype))
         self.original_size = size
+
+    def _set_features(self, features: Any) -> None:
+        # Wherever they come from, of one kind, for which `decode` is compiled once.
+        self._features = jax.device_put(features, self._device)
 
     def reset_image(self) -> None:
         """Forgets the current picture."""
@@ -125,7 +135,7 @@ class SamPredictor:
             ValueError: for a prompt that cannot be used.
         """
         if box is not None:
-            box = np.asarray(box)
+            box = to_numbers(box, "box")
             if box.shape not in ((4,), (1, 4)):
                 raise ValueError(
                     f"box has shape {box.shape}, expected (4,): x0, y0, x1, y1; "
@@ -136,7 +146,7 @@ class SamPredictor:
             None if point_coords is None else [point_coords],
             None if point_labels is None else [point_labels],
             box,
-            None if mask_input is None else np.asarray(mask_input)[None],
+            None if mask_input is None else to_numbers(mask_input, "mask_input")[None],
             multimask_output,
             return_logits,
             hq_token_only,
@@ -159,7 +169,7 @@ class SamPredictor:
             point_coords: [b, n, 2] or b lists of different lengths; x and y of each point.
             point_labels: [b, n] or b lists; required with points.
             boxes: [b, 4], x0, y0, x1, y1, one for each prompt.
-            mask_input: [b, 1, 256, 256] low-resolution logits.
+            mask_input: [b, 1, 256, 256] low-resolution logits, or [1, 1, 256, 256] for all.
             multimask_output: see `predict`.
             return_logits: see `predict`.
             hq_token_only: see `predict`.
@@ -218,30 +228,38 @@ class SamPredictor:
             multimask_output=multimask_output,
             hq_token_only=hq_token_only,
         )
-        low_res, scores = np.asarray(low_res)[0, :count], np.asarray(scores)[0, :count]
+        # Copies, which may be written to and hold no padding in memory.
+        low_res, scores = (np.array(np.asarray(x)[0, :count]) for x in (low_res, scores))
         flat = low_res.reshape(-1, *low_res.shape[-2:])
         threshold = None if return_logits else self.config.mask_threshold
-        full = self.processor.resize_masks(flat, self.original_size, self.input_size, threshold)
+        full = self.processor.resize_masks(
+            flat, self.original_size, self.input_size, threshold, self._device
+        )
         return full.reshape(*low_res.shape[:2], *self.original_size), scores, low_res
 
     def _prompts(self, point_coords, point_labels, boxes, mask_input, to_input):
-        """The prompts as labelled points [b, n, 2], [b, n], and masks [b, side, side] or None."""
+        """The prompts as labelled points [b, n, 2], [b, n], and masks [b, side, side] or None.
+
+        The masks may be one for all.
+        """
         if (point_coords is None) != (point_labels is None):
             given, missing = "point_coords", "point_labels"
             if point_coords is None:
                 given, missing = missing, given
             raise ValueError(f"{given} are given without {missing}")
-        counts = {}
-        for name, value in (
-            ("point_coords", point_coords),
-            ("point_labels", point_labels),
-            ("boxes", boxes),
-            ("mask_input", mask_input),
-        ):
-            if value is not None:
-                if not hasattr(value, "__len__"):
-                    raise ValueError(f"{name} is {value!r}, expected an entry for each prompt")
-                counts[name] = len(value)
+        given = {
+            "point_coords": point_coords,
+            "point_labels": point_labels,
+            "boxes": boxes,
+            "mask_input": mask_input,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if not hasattr(value, "__len__"):
+                raise ValueError(f"{name} is {value!r}, expected an entry for each prompt")
+        counts = {name: len(value) for name, value in given.items()}
+        if len(counts) > 1 and counts.get("mask_input") == 1:
+            del counts["mask_input"]  # one for all
         if len(set(counts.values())) > 1:
             raise ValueError(f"there must be as many of each prompt, but there are {counts}")
         count = next(iter(counts.values()), 1)
@@ -250,10 +268,12 @@ class SamPredictor:
 
         coords = labels = None
         if point_coords is not None:
-            checked = [
-                check_points(c, k, "point_coords")
-                for c, k in zip(point_coords, point_labels, strict=True)
+            # Iterating over a JAX array would compile a slice for each shape.
+            lists = [
+                np.asarray(x) if hasattr(x, "__array__") else x
+                for x in (point_coords, point_labels)
             ]
+            checked = [check_points(c, k, "point_coords") for c, k in zip(*lists, strict=True)]
             length = max(len(c) for c, _ in checked)
             coords = np.zeros((count, length, 2), np.float32)
             labels = np.full((count, length), PADDING, np.int32)
@@ -266,13 +286,14 @@ class SamPredictor:
         masks = None
         if mask_input is not None:
             side = self.config.mask_size
-            if np.shape(mask_input) != (count, 1, side, side):
+            masks = to_numbers(mask_input, "mask_input").astype(np.float32)
+            if masks.shape[1:] != (1, side, side):
                 raise ValueError(
-                    f"mask_input has shape {np.shape(mask_input)[1:]}, expected "
-                    f"(1, {side}, {side}): low-resolution logits of an earlier prediction, not a "
-                    "mask of the picture's size"
+                    f"mask_input has shape {masks.shape[1:]}, expected (1, {side}, {side}): "
+                    "low-resolution logits of an earlier prediction, not a mask of the picture's "
+                    "size"
                 )
-            masks = np.asarray(mask_input, np.float32)[:, 0]
+            masks = masks[:, 0]
             if not np.isfinite(masks).all():
                 raise ValueError("mask_input holds logits that are not finite")
         if coords is None and boxes is None:  # a mask alone, or no prompt at all

@@ -5,6 +5,7 @@ The surface is that of `transformers.SamProcessor`; what Meta's `ResizeLongestSi
 """
 
 import os
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +16,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
+from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import FOREGROUND, PADDING, check_values, count_bucket, pad_axis
 from sam_jax.ops.resize import mask_resize_matrix, resize_masks, size_bucket
 
 ImageInput = Image.Image | np.ndarray | jax.Array | str | os.PathLike
-
-_MAP_SIZE = 256  # side of segmentation maps, as of low-resolution masks
 
 
 class SamProcessor:
@@ -78,9 +78,10 @@ class SamProcessor:
             `pixel_values` float32 [B, size, size, 3], channels last; `original_sizes` and
             `reshaped_input_sizes` int64 [B, 2], (h, w); and as far as given `input_points` float32
             [B, P, N, 2], `input_labels` int32 [B, P, N], `input_boxes` float32 [B, P, 4], in pixels
-            of the model's input, and `labels` int64 [B, 256, 256]. Shorter lists of points are
-            padded with label -10, which changes nothing. Images with fewer prompts are padded with
-            prompts of no points (or boxes of zeros), whose masks are to be dropped.
+            of the model's input, and `labels` int64 [B, 256, 256], as large as low-resolution
+            masks. Shorter lists of points are padded with label -10, which changes nothing. Images
+            with fewer prompts are padded with prompts of no points (or boxes of zeros), whose masks
+            are to be dropped.
 
         Raises:
             TypeError, ValueError: for a picture or a prompt that cannot be used; the message says
@@ -218,30 +219,34 @@ class SamProcessor:
         original_size: tuple[int, int],
         input_size: tuple[int, int],
         threshold: float | None,
+        device: jax.Device | None = None,
     ) -> Bool[np.ndarray, "n h w"] | Float[np.ndarray, "n h w"]:
         """Low-resolution logits to one picture's size; above `threshold`, or the logits if None.
 
-        Compiles once for each bucket of counts, heights and widths.
+        Compiles once for each bucket of counts, heights and widths. Computes on `device`, or JAX's
+        default.
         """
         side, image_size = masks.shape[-1], self.config.image_size
         rows, columns = (
             mask_resize_matrix(side, image_size, inp, orig, size_bucket(orig))
             for inp, orig in zip(input_size, original_size, strict=True)
         )
-        padded = pad_axis(masks, count_bucket(len(masks)), 0, 0)
+        padded = jax.device_put(pad_axis(masks, count_bucket(len(masks)), 0, 0), device)
         if threshold is None:
             full = _resized_logits(padded, rows, columns)
         else:
             full = _resized_masks(padded, rows, columns, np.float32(threshold))
         height, width = original_size
-        return np.asarray(full)[: len(masks), :height, :width]
+        # A copy, which may be written to and holds no padding in memory.
+        return np.array(np.asarray(full)[: len(masks), :height, :width])
 
-    def _segmentation_labels(self, maps, sizes) -> Int[np.ndarray, "b 256 256"]:
+    def _segmentation_labels(self, maps, sizes) -> Int[np.ndarray, "b side side"]:
         if not isinstance(maps, (list, tuple)):
             maps = [maps]
         if len(maps) != len(sizes):
             raise ValueError(f"there are {len(sizes)} images, but {len(maps)} segmentation_maps")
-        labels = np.zeros((len(maps), _MAP_SIZE, _MAP_SIZE), np.int64)
+        side = self.config.mask_size
+        labels = np.zeros((len(maps), side, side), np.int64)
         for i, (given, size) in enumerate(zip(maps, sizes, strict=True)):
             array = np.asarray(given)
             if array.shape != size or array.dtype.kind not in "iub":
@@ -249,7 +254,7 @@ class SamProcessor:
                     f"segmentation_maps[{i}] is {array.dtype} of shape {array.shape}, expected "
                     f"integers of its picture's shape {size}"
                 )
-            height, width = self._fit(size, _MAP_SIZE)
+            height, width = self._fit(size, side)
             resized = Image.fromarray(array.astype(np.int32)).resize(
                 (width, height), Image.Resampling.NEAREST
             )
@@ -322,9 +327,11 @@ def _read_image(path: str | os.PathLike) -> Image.Image:
 
 def _rgb_array(array: np.ndarray) -> np.ndarray:
     if array.dtype != np.uint8:
+        hint = "scale it to that"
+        if array.dtype.kind in "fb":
+            hint = "convert it, for instance (255 * image).astype(np.uint8) for values 0 to 1"
         raise TypeError(
-            f"the picture's dtype is {array.dtype}, expected uint8 with values 0 to 255; convert "
-            "it, for instance (255 * image).astype(np.uint8) for values 0 to 1"
+            f"the picture's dtype is {array.dtype}, expected uint8 with values 0 to 255; {hint}"
         )
     if array.ndim == 2:
         array = array[..., None]
@@ -349,7 +356,7 @@ def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.n
     Raises:
         ValueError: for shapes that do not fit, coordinates that are not finite, unknown labels.
     """
-    coords = _numbers(coords, where)
+    coords = to_numbers(coords, where)
     if coords.size == 0:
         coords = coords.reshape(0, 2)
     if coords.ndim != 2 or coords.shape[1] != 2:
@@ -358,7 +365,7 @@ def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.n
         )
     if labels is None:
         labels = np.full(len(coords), FOREGROUND)
-    labels = _numbers(labels, f"the labels of {where}")
+    labels = to_numbers(labels, f"the labels of {where}")
     if labels.shape != coords.shape[:1]:
         raise ValueError(
             f"{where} are {len(coords)} points, but their labels have shape {labels.shape}; "
@@ -374,7 +381,7 @@ def check_boxes(boxes: Any, where: str) -> np.ndarray:
     Raises:
         ValueError: for another shape, coordinates that are not finite, and boxes inside out.
     """
-    boxes = _numbers(boxes, where)
+    boxes = to_numbers(boxes, where)
     if boxes.size == 0:
         boxes = boxes.reshape(0, 4)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
@@ -385,17 +392,26 @@ def check_boxes(boxes: Any, where: str) -> np.ndarray:
     return boxes
 
 
+def check_model(model: Any) -> None:
+    """Raises TypeError for what is no model, a checkpoint's name for one."""
+    if not isinstance(model, Sam):
+        raise TypeError(
+            f"the model is {reprlib.repr(model)}, expected a Sam, as from_pretrained gives"
+        )
+
+
 def check_sizes(sizes: Any, images: int, where: str) -> list[tuple[int, int]]:
     """(h, w) of each picture.
 
     Raises:
         ValueError: for another number of sizes, and for what is no positive integer.
     """
-    array = _numbers(sizes, where)
+    array = to_numbers(sizes, where)
     whole = np.isfinite(array).all() and (array >= 1).all() and not (array % 1).any()
     if array.shape != (images, 2) or not whole:
         raise ValueError(
-            f"{where} are {array.tolist()}, expected one positive (h, w) per image, {images} in all"
+            f"{where} are {reprlib.repr(array.tolist())}, expected one positive (h, w) per image, "
+            f"{images} in all"
         )
     return [(int(height), int(width)) for height, width in array]
 
@@ -416,16 +432,20 @@ def check_embedding(embedding: Any, config: SamConfig) -> Float[np.ndarray, "g g
     return np.moveaxis(embedding[0], 0, -1)
 
 
-def _numbers(values: Any, where: str) -> np.ndarray:
+def to_numbers(values: Any, where: str) -> np.ndarray:
+    """Numbers in lists of equal lengths, or in an array, as float64.
+
+    Raises:
+        ValueError: for anything else.
+    """
     try:
         if np.iscomplexobj(values):
             raise TypeError("complex numbers")
-        array = np.asarray(values, np.float64)
+        return np.asarray(values, np.float64)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{where} are {values!r}, expected numbers in lists of equal lengths"
+            f"{where} are {reprlib.repr(values)}, expected numbers in lists of equal lengths"
         ) from error
-    return array
 
 
 def _point_lists(points, labels, images: int) -> tuple[list, list]:
@@ -436,13 +456,19 @@ def _point_lists(points, labels, images: int) -> tuple[list, list]:
     else:
         labels = _per_image("input_labels", labels, images, "[image][prompt][point]")
     all_points, all_labels = [], []
+    nested = max(map(_depth, points)) > 2
     for i, (prompts, kinds) in enumerate(zip(points, labels, strict=True)):
         where = f"input_points[{i}]"
-        if _depth(prompts) <= 2:  # one prompt: [point][xy]
+        # One prompt: [point][xy]. A list of empty lists are prompts without points, and an empty
+        # one among nested ones is no prompt.
+        one = not nested
+        if len(prompts):
+            one = _depth(prompts) <= 2 and any(map(np.size, prompts))
+        if one:
             prompts = [prompts]
         if kinds is None:
             kinds = [None] * len(prompts)
-        elif _depth(kinds) <= 1:  # likewise: [point]
+        elif _depth(kinds) <= 1 and (one or len(kinds)):  # likewise: [point]
             kinds = [kinds]
         if len(kinds) != len(prompts):
             raise ValueError(
@@ -487,7 +513,7 @@ def _per_image(name: str, values, images: int, nesting: str) -> list:
 
 
 def _depth(values) -> int:
-    """How deep lists or arrays are nested, along the first entries that are not empty."""
+    """How deep lists or arrays are nested, where they are deepest."""
     if isinstance(values, np.ndarray) or hasattr(values, "ndim"):
         return values.ndim
     if not isinstance(values, (list, tuple)):

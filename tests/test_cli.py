@@ -1,4 +1,6 @@
+import contextlib
 import json
+import os
 import sys
 
 import numpy as np
@@ -205,6 +207,29 @@ def test_a_write_that_fails_leaves_no_half(run, tmp_path, monkeypatch):
         run("--point", "20,30", "--output", "out")
     assert len(saved) == 1
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("allowed", range(1, 7))
+def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed):
+    """Wherever it was stopped, the next one knows all files as ours."""
+    run("--point", "60,30", "--output", "out")
+    run("--box", "12,8,90,66", "--output", "out")
+    replace, left = os.replace, [allowed]
+
+    def stopped(*paths):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    # Three masks and the picture with them, and before and after these the summary.
+    with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(os, "replace", stopped)
+        run("--point", "20,30", "--output", "out")
+    assert left[0] == (0 if allowed == 6 else -1)
+    run("--box", "12,8,90,66", "--output", "out")
+    assert len(results(tmp_path / "out")[1]) == 1
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,22 @@ def test_set_image(size, image_format):
     assert_same(predictor.predict(coords, [1, 0], return_logits=True), expected, logits=True)
 
 
+def test_results_may_be_written_to(predictor):
+    for result in predictor.predict(POINTS, LABELS):
+        assert result.flags.writeable
+        assert result.base is None or result.base.size == result.size  # holds no padding
+
+
+def test_jax_arrays_compile_as_numpy_s(predictor, compilations):
+    points, labels = np.tile(POINTS[:, None], (1, 3, 1)), np.tile(LABELS[:, None], (1, 3))
+    expected = predictor.predict_batch(points, labels)
+    given = jnp.asarray(points), jnp.asarray(labels)
+    compilations.clear()
+    for actual, exact in zip(predictor.predict_batch(*given), expected, strict=True):
+        assert np.array_equal(actual, exact)
+    assert compilations == []
+
+
 def test_bgr_is_rgb_reversed():
     predictor = SamPredictor(model())
     predictor.set_image(picture()[..., ::-1], "BGR")
@@ -309,6 +325,14 @@ def test_predict_batch(predictor, reference, kind, count):
         assert_close(found[2][i], low_res)
 
 
+def test_one_mask_for_several_prompts(predictor, reference):
+    prompts = batch_prompts(3, "all")
+    boxes, mask = prompts["boxes"], prompts["mask_input"][:1]
+    found = predictor.predict_batch(boxes=boxes, mask_input=mask)
+    scaled = reference.transform.apply_boxes_torch(torch.tensor(boxes), SIZE)
+    assert_same(found, reference.predict_torch(None, None, scaled, torch.tensor(mask)))
+
+
 def test_ragged_points(predictor, reference):
     coords = [POINTS[:1], POINTS, np.zeros((0, 2)), POINTS[1:]]
     labels = [[1], [1, 0, 1], [], [0, 1]]
@@ -354,7 +378,7 @@ def test_an_embedding_saved_and_set_again(predictor, tmp_path):
     assert np.array_equal(again.get_image_embedding(), embedding)
 
 
-def test_an_embedding_of_a_bfloat16_model_can_be_saved(tmp_path):
+def test_an_embedding_of_a_bfloat16_model_can_be_saved(tmp_path, compilations):
     """NumPy has no bfloat16: the file would hold bytes without a meaning."""
     predictor = SamPredictor(ours(torch_model(), SMALL, dtype=jnp.bfloat16))
     predictor.set_image(picture())
@@ -362,8 +386,13 @@ def test_an_embedding_of_a_bfloat16_model_can_be_saved(tmp_path):
     np.save(tmp_path / "embedding.npy", embedding)
     loaded = np.load(tmp_path / "embedding.npy")
     assert loaded.dtype == np.float32
+    before = predictor.predict(POINTS, LABELS)
+    compilations.clear()
     predictor.set_image_embedding(loaded, predictor.original_size)
     assert np.array_equal(predictor.get_image_embedding(), embedding)
+    for after, expected in zip(predictor.predict(POINTS, LABELS), before, strict=True):
+        assert np.array_equal(after, expected)
+    assert compilations == []
 
 
 def test_an_embedding_of_the_reference_can_be_set(reference):

@@ -179,12 +179,14 @@ def test_segmentation_maps_of_stretched_pictures():
 
 
 def test_segmentation_maps_of_booleans_and_large_numbers(small):
-    image = picture(64, 256)
-    truth = np.zeros((64, 256), bool)
-    truth[10:20, 30:50] = True
+    side = small.config.mask_size
+    image = picture(side // 4, side)
+    truth = np.zeros(image.shape[:2], bool)
+    truth[2:8, 10:20] = True
     (labels,) = small(image, segmentation_maps=truth)["labels"]
-    assert np.array_equal(labels[:64], truth)
-    assert not labels[64:].any()
+    assert labels.shape == (side, side)
+    assert np.array_equal(labels[: side // 4], truth)
+    assert not labels[side // 4 :].any()
     (labels,) = small(image, segmentation_maps=truth * 70_000)["labels"]
     assert labels.max() == 70_000
 
@@ -275,7 +277,8 @@ def test_arrays():
 
 @pytest.mark.parametrize("dtype", [bool, np.float32, np.float64, np.uint16, np.int64])
 def test_other_dtypes_are_refused(dtype):
-    message = f"dtype is {np.dtype(dtype)}, expected uint8 with values 0 to 255; convert"
+    how = "scale it to that" if np.issubdtype(dtype, np.integer) else "convert it, for instance"
+    message = f"dtype is {np.dtype(dtype)}, expected uint8 with values 0 to 255; {how}"
     with pytest.raises(TypeError, match=message):
         load_image(np.zeros((4, 5, 3), dtype))
 
@@ -470,6 +473,20 @@ def test_ragged_points_and_prompts(small):
     assert no_labels["input_labels"].tolist() == [[[1, 1], [1, -10]]]
 
 
+def test_ragged_points_with_boxes(small):
+    """Images without a prompt, and prompts without points."""
+    images = [picture(96, 96), picture(96, 96)]
+    inputs = small(
+        images, input_points=[[[[1, 2]]], []], input_labels=[[[0]], []], input_boxes=[[BOX], []]
+    )
+    assert inputs["input_labels"].tolist() == [[[0]], [[-10]]]
+    assert inputs["input_boxes"].tolist() == [[BOX], [[0] * 4]]
+    inputs = small(images[0], input_points=[[[], []]], input_boxes=[[BOX, BOX]])
+    assert inputs["input_points"].shape == (1, 2, 0, 2)
+    inputs = small(images[0], input_points=[[[], [[3, 4]]]], input_boxes=[[BOX, BOX]])
+    assert inputs["input_labels"].tolist() == [[[-10], [1]]]
+
+
 def test_ragged_boxes(small):
     images = [picture(96, 96), picture(48, 48), picture(96, 96)]
     boxes = small(images, input_boxes=[[[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 4]], []])
@@ -517,7 +534,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
             {"input_points": [[POINT]], "input_labels": [[1], [1]]},
             r"input_labels are for 2 images, but there are 1; expected them nested \[image\]",
         ),
-        ({"input_points": [[[float("nan"), 3]]]}, r"not finite or too large: \[\[nan, 3.0\]\]"),
+        ({"input_points": [[[float("nan"), 3]]]}, r"not finite or too large: \[nan, 3.0\]$"),
         ({"input_points": [[[float("inf"), 3]]]}, r"input_points\[0\]\[0\] hold .* not finite"),
         ({"input_points": [[POINT]], "input_labels": [[None]]}, r"have labels \[nan\]"),
         (

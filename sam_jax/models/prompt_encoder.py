@@ -12,6 +12,7 @@ A prompt's points and boxes are one list of labelled points, in the order of the
      -10    padding                                  zeros, and no attention sees it
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -52,7 +53,9 @@ class PromptEncoder(nnx.Module):
         kinds = jnp.concatenate([p[...] for p in self.point_embeddings]).astype(jnp.float32)
         # A sum of one row, so that its gradient is a matmul; -1 and -10 select none.
         chosen = labels[:, None] == jnp.arange(len(kinds))
-        tokens = encoding + chosen.astype(jnp.float32) @ kinds
+        # In full float32, whatever a GPU or TPU would make of it.
+        chosen = chosen.astype(jnp.float32)
+        tokens = encoding + jnp.matmul(chosen, kinds, precision=jax.lax.Precision.HIGHEST)
         label = labels[:, None]
         tokens = jnp.where(label == NOT_A_POINT, self.not_a_point_embed[...], tokens)
         return jnp.where(label == PADDING, 0.0, tokens), labels != PADDING

@@ -241,7 +241,10 @@ class Sam(nnx.Module):
             labels: not used.
 
         Prompts in numpy arrays are padded to a power of two in number and in length, and so compile
-        once per such size; JAX arrays are taken as they are.
+        once per such size; JAX arrays are taken as they are, and so are prompts with PerSAM's two.
+
+        A call walks the module, which takes some 10 ms; in a loop call `encode_image` and `decode`
+        of this file with the parts of one `nnx.split`, or use `SamPredictor`.
 
         Raises:
             TypeError: for what is no array.
@@ -310,9 +313,9 @@ class Sam(nnx.Module):
     ) -> tuple[Float[Array, "b p t c"] | None, Float[Array, "_ c g g"]]:
         """The prompt encoder's sparse and dense embeddings, shaped as in `transformers`.
 
-        Takes prompts as `__call__` does. The sparse ones are None when there is neither point nor
-        box. The dense ones are channels first: those of the masks [b * m, c, g, g], or without
-        masks the same for every image.
+        Takes prompts as `__call__` does, and compiles for each of their shapes. The sparse ones are
+        None when there is neither point nor box. The dense ones are channels first: those of the
+        masks [b * m, c, g, g], or without masks the same for every image.
         """
         self._check_prompts(input_points, input_labels, input_boxes, input_masks)
         points = labels = None
@@ -424,7 +427,7 @@ def _first_prompts(array: Array, count: int) -> Array:
     if isinstance(array, jax.core.Tracer):
         return array[:, :count]
     # By way of the host: a slice on the device would be a new program for each count.
-    return jax.device_put(np.asarray(array)[:, :count])
+    return jax.device_put(np.asarray(array)[:, :count], array.sharding)
 
 
 def pad_prompts(

@@ -100,5 +100,7 @@ def non_maximum_suppression(
     while len(order):
         best, order = order[0], order[1:]
         kept.append(best)
-        order = order[~(box_iou(boxes[best], boxes[order]) > iou_threshold)]
+        # Torchvision's IoUs are float32, its threshold is a double.
+        ious = box_iou(boxes[best], boxes[order]).astype(np.float64)
+        order = order[~(ious > iou_threshold)]
     return np.array(kept, np.int64)

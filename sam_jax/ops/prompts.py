@@ -4,6 +4,7 @@ The functions use the array's own namespace, so that prompts that come from a pi
 until the one compiled call, and traced prompts stay traced.
 """
 
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -71,13 +72,20 @@ def check_values(
     """
     for array in (points, boxes):
         # What float32 cannot hold becomes infinite later.
-        if array is not None and not (abs(np.asarray(array)) < 1e30).all():
-            numbers = np.asarray(array).tolist()
-            raise ValueError(f"{where} hold numbers that are not finite or too large: {numbers}")
+        if array is None:
+            continue
+        array = np.asarray(array)
+        fine = abs(array) < 1e30
+        if not fine.all():
+            rows = array[~fine.all(axis=-1)]
+            raise ValueError(
+                f"{where} hold numbers that are not finite or too large: {rows[0].tolist()}"
+                + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
+            )
     if labels is not None and (unknown := sorted(set(np.unique(labels).tolist()) - set(LABELS))):
         raise ValueError(
-            f"{where} have labels {unknown}; known are 1 (foreground), 0 (background), -1 (not a "
-            "point), 2 and 3 (a box's corners) and -10 (padding)"
+            f"{where} have labels {reprlib.repr(unknown)}; known are 1 (foreground), 0 "
+            "(background), -1 (not a point), 2 and 3 (a box's corners) and -10 (padding)"
         )
     if boxes is not None:
         boxes = np.asarray(boxes)

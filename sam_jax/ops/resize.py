@@ -15,6 +15,16 @@ from jaxtyping import Array, Float
 
 def linear_resize_matrix(in_size: int, out_size: int) -> Float[np.ndarray, "out_size in_size"]:
     """Resizes one axis; float64."""
+    low, high, fraction = _neighbours(in_size, out_size)
+    matrix = np.zeros((out_size, in_size))
+    rows = np.arange(out_size)
+    np.add.at(matrix, (rows, low), 1 - fraction)
+    np.add.at(matrix, (rows, high), fraction)
+    return matrix
+
+
+def _neighbours(in_size: int, out_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two entries that each of the result is between, and how far it is from the first."""
     # As PyTorch does it: the scale is float32, and so is the position, rounded once (by a fused
     # multiply-add). Exact positions would differ by 1e-4 of a pixel, and edges of masks with them.
     scale = np.float32(in_size) / np.float32(out_size)
@@ -22,12 +32,7 @@ def linear_resize_matrix(in_size: int, out_size: int) -> Float[np.ndarray, "out_
     position = np.maximum(position.astype(np.float32), 0)
     low = np.minimum(position.astype(np.int64), in_size - 1)
     high = np.minimum(low + 1, in_size - 1)
-    fraction = position.astype(np.float64) - low
-    matrix = np.zeros((out_size, in_size))
-    rows = np.arange(out_size)
-    np.add.at(matrix, (rows, low), 1 - fraction)
-    np.add.at(matrix, (rows, high), fraction)
-    return matrix
+    return low, high, position.astype(np.float64) - low
 
 
 def mask_resize_matrix(
@@ -46,8 +51,12 @@ def mask_resize_matrix(
         float32; `original_size` rows, then rows of zeros.
     """
     to_image = linear_resize_matrix(mask_size, image_size)[:input_size]
-    matrix = linear_resize_matrix(input_size, original_size) @ to_image
-    return np.pad(matrix, ((0, padded_size - original_size), (0, 0))).astype(np.float32)
+    # Each row is between two, which is much less work than a product of matrices.
+    low, high, fraction = _neighbours(input_size, original_size)
+    matrix = np.zeros((padded_size, mask_size), np.float32)
+    fraction = fraction[:, None]
+    matrix[:original_size] = (1 - fraction) * to_image[low] + fraction * to_image[high]
+    return matrix
 
 
 def size_bucket(size: int) -> int:

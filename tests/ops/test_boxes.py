@@ -80,8 +80,16 @@ def test_non_maximum_suppression(threshold, ties):
     assert (np.diff(scores[kept]) <= 0).all()
     for i in range(len(boxes)):
         earlier = [k for k in kept if (-scores[k], k) < (-scores[i], i)]
-        overlaps = (box_iou(boxes[i], boxes[earlier]) > threshold).any()
+        overlaps = (box_iou(boxes[i], boxes[earlier]).astype(float) > threshold).any()
         assert overlaps == (i not in kept)
+
+
+@pytest.mark.parametrize(("threshold", "kept"), [(0.8, [0]), (0.6, [0]), (0.5, [0, 1])])
+def test_an_iou_of_the_threshold(threshold, kept):
+    """Is larger than the double where float32 rounds it up: torchvision compares these two."""
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, round(10 * threshold)]])
+    assert box_iou(boxes[0], boxes)[1] == np.float32(threshold)
+    assert non_maximum_suppression(boxes, np.array([1, 0.5]), threshold).tolist() == kept
 
 
 def test_equal_boxes_and_scores_keep_the_first():
