@@ -16,6 +16,7 @@ import torch
 from flax import nnx
 from network import needs_package_index
 from reference import SMALL, SMALL_TINY, assert_close, hf_sam, meta_sam, normal, ours, to_torch
+from torch_reference import import_reference
 
 from sam_jax import SamAutomaticMaskGenerator, SamPredictor, from_pretrained, save_pretrained
 from sam_jax.checkpoints import load_params, write_checkpoint
@@ -281,6 +282,25 @@ def test_predictor_and_everything_mode(model):
         masks, scores, _ = predictor.predict(record["point_coords"], [1])
         which = np.abs(scores - record["predicted_iou"]).argmin()
         assert (masks[which] != record["segmentation"]).mean() < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_everything_mode_has_the_originals_masks(original, model):
+    """For each point the original has one mask, ours has that and two more."""
+    amg = import_reference("segment_anything_hq").automatic_mask_generator
+    options = {"points_per_side": 4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
+    options["box_nms_thresh"] = 1.0  # all stay
+    image = np.random.default_rng(0).integers(0, 256, (64, 90, 3), dtype=np.uint8)
+    expected = amg.SamAutomaticMaskGenerator(original, **options).generate(image)
+    found = SamAutomaticMaskGenerator(model, **options).generate(image)
+    assert len(expected) == 16
+    assert len(found) == 3 * 16
+    for record in expected:
+        same = [r for r in found if r["point_coords"] == record["point_coords"]]
+        best = max(same, key=lambda r: r["predicted_iou"])
+        assert best["predicted_iou"] == pytest.approx(record["predicted_iou"], abs=1e-5)
+        assert np.array_equal(best["segmentation"], record["segmentation"])
+        assert (best["bbox"], best["area"]) == (record["bbox"], record["area"])
 
 
 def test_other_models_have_no_token_of_their_own():
