@@ -307,7 +307,8 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
     Args:
         values: of `config.json`. What it leaves out takes the defaults of `transformers` (SlimSAM's
             names little more than `mlp_dim`).
-        preprocessor: of `preprocessor_config.json`, for the mean and deviation of pixels.
+        preprocessor: of `preprocessor_config.json`, or what `processor_config.json` has under
+            "image_processor", for the mean and deviation of pixels.
 
     Raises:
         ValueError: if it describes another kind of model, or something that SAM does not have.
@@ -395,7 +396,7 @@ def _pixel_statistics(preprocessor: Mapping[str, Any], image_size: int) -> tuple
     for name, value in expected.items():
         if preprocessor.get(name, value) != value:
             raise ValueError(
-                f"preprocessor_config.json has {name} {preprocessor[name]!r}, expected {value!r}"
+                f"the image processor has {name} {preprocessor[name]!r}, expected {value!r}"
             )
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if preprocessor.get("do_normalize", True):

@@ -259,9 +259,19 @@ def _hf_config(folder: Path) -> SamConfig:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'} is no JSON: {error}") from error
-    preprocessor = folder / "preprocessor_config.json"
     try:
-        values = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
-        return from_hf(config, values)
+        return from_hf(config, _hf_preprocessor(folder))
     except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"the configuration in {folder} is no SAM's: {error}") from error
+
+
+def _hf_preprocessor(folder: Path) -> dict[str, Any]:
+    """What the folder says of pictures, in the order of `ImageProcessingMixin`.
+
+    `SamProcessor` of transformers 5 writes `processor_config.json`, others the second file.
+    """
+    processor, preprocessor = (
+        json.loads(file.read_text()) if (file := folder / name).is_file() else {}
+        for name in ("processor_config.json", "preprocessor_config.json")
+    )
+    return processor.get("image_processor", preprocessor)

@@ -34,6 +34,9 @@ from sam_jax.checkpoints.torch_file import CheckpointError
 # (huggingface_hub itself tries six times, for half a minute.)
 _HUB_DEADLINE = 5.0
 
+# Of a hub repository, besides the weights.
+_CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
+
 
 @dataclass(frozen=True)
 class PackageMember:
@@ -328,7 +331,7 @@ def _locate_repository(repository: str) -> Path:
             f"The hub repository {repository} has no .safetensors and no pytorch_model.bin; its "
             f"files: {', '.join(files) or 'none'}."
         )
-    wanted = [f for f in files if f in ("config.json", "preprocessor_config.json")] + weights
+    wanted = [f for f in files if f in _CONFIGS] + weights
     return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from reference import SMALL, assert_close, hf_sam, meta_sam, normal, ours
 from safetensors.torch import save_file
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 import sam_jax.checkpoints
 from sam_jax import CheckpointError, SamProcessor, from_pretrained, save_pretrained
@@ -87,6 +88,24 @@ def test_preprocessor_of_a_folder(hf, tmp_path):
     config = SamProcessor.from_pretrained(tmp_path).config
     assert config.pixel_mean == (127.5, 127.5, 127.5)
     assert config.pixel_std == (63.75, 127.5, 255.0)
+
+
+@pytest.mark.parametrize("files", ["processor", "preprocessor", "both"])
+def test_what_transformers_saves_of_pictures(hf, tmp_path, files):
+    """In a file of the processor's, or one of the image processor's; in both, as it reads them."""
+    hf.save_pretrained(tmp_path)
+    size = {"size": {"longest_edge": 96}, "pad_size": {"height": 96, "width": 96}}
+    image_processor = SamImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.25] * 3, **size)
+    if files != "preprocessor":
+        transformers.SamProcessor(image_processor).save_pretrained(tmp_path)
+    if files != "processor":
+        other = {"image_mean": [0.1] * 3} if files == "both" else {}
+        SamImageProcessorPil.from_dict(image_processor.to_dict() | other).save_pretrained(tmp_path)
+    theirs = SamImageProcessorPil.from_pretrained(tmp_path)
+    config = SamProcessor.from_pretrained(tmp_path).config
+    assert theirs.image_mean == (0.5, 0.5, 0.5)
+    assert config.pixel_mean == tuple(255 * m for m in theirs.image_mean)
+    assert config.pixel_std == tuple(255 * s for s in theirs.image_std)
 
 
 def test_pruned_hugging_face_model(tmp_path):

@@ -376,8 +376,8 @@ def repository(monkeypatch, tmp_path):
 
 
 def test_of_a_repository_config_and_safetensors_are_downloaded(repository):
-    wanted = ["config.json", "preprocessor_config.json", "model.safetensors.index.json"]
-    wanted += ["model-1.safetensors", "model-2.safetensors"]
+    wanted = ["config.json", "preprocessor_config.json", "processor_config.json"]
+    wanted += ["model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors"]
     repository.files = [*wanted, "README.md", "pytorch_model.bin", "onnx/model.safetensors"]
     assert locate("owner/toy") == repository.folder
     assert sorted(repository.downloaded) == sorted(wanted)
