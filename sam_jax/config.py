@@ -6,6 +6,7 @@ Field names are those of Meta's `segment_anything`; the defaults of each class a
 import dataclasses
 import math
 from collections.abc import Mapping
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 Preprocessing = Literal["medsam"]
@@ -16,21 +17,23 @@ def _check_types(config: Any) -> None:
 
     Configurations are read from files, and a wrong type would come to light far from there.
     """
-
-    def fits(value, hint, least=1) -> bool:
-        if hint is int:
-            return type(value) is int and value >= least
-        if hint is float:
-            return type(value) in (int, float) and math.isfinite(value)
-        if get_origin(hint) is tuple:
-            return isinstance(value, tuple) and all(fits(v, get_args(hint)[0], 0) for v in value)
-        return isinstance(value, hint)
-
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if not fits(value, f.type):
+        if not _fits(value, f.type):
             kind = getattr(f.type, "__name__", f.type)
             raise ValueError(f"{type(config).__name__}.{f.name} is {value!r}, expected {kind}")
+
+
+def _fits(value: Any, hint: Any, least: int = 1) -> bool:
+    if hint is int:
+        return type(value) is int and value >= least
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(hint)[0], 0) for v in value)
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, kind) for kind in get_args(hint))
+    return isinstance(value, hint)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,11 @@ class ViTConfig:
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
+        if max(self.global_attn_indexes, default=0) >= self.depth:
+            raise ValueError(
+                f"global_attn_indexes is {self.global_attn_indexes}, expected indices of blocks, "
+                f"from 0 to {self.depth - 1}"
             )
 
     @property
@@ -89,6 +97,32 @@ class TinyViTConfig:
         _check_types(self)
         if self.stem_stride not in (1, 2):
             raise ValueError(f"stem_stride is {self.stem_stride}, expected 1 or 2")
+        # The first stage has no attention: its heads and its window do not count. The stem's first
+        # convolution has half of the first stage's channels.
+        for name, first, least in (
+            ("embed_dims", 0, 2),
+            ("depths", 0, 1),
+            ("num_heads", 1, 1),
+            ("window_sizes", 1, 1),
+        ):
+            values = getattr(self, name)
+            if len(values) != 4 or min(values[first:]) < least:
+                raise ValueError(
+                    f"{name} is {values}, expected an integer of at least {least} for each of the "
+                    "four stages"
+                )
+        for dim, heads in zip(self.embed_dims[1:], self.num_heads[1:], strict=True):
+            if dim % heads:
+                raise ValueError(
+                    f"embed_dims is {self.embed_dims} and num_heads is {self.num_heads}, expected "
+                    f"multiples of the heads, which {dim} is not of {heads}"
+                )
+        if min(self.mlp_ratio, self.mbconv_expand_ratio) * min(self.embed_dims) < 1:
+            raise ValueError(
+                f"mlp_ratio is {self.mlp_ratio} and mbconv_expand_ratio is "
+                f"{self.mbconv_expand_ratio}, expected ratios that leave a channel of "
+                f"{min(self.embed_dims)}"
+            )
 
     @property
     def early_dim(self) -> int:
@@ -110,6 +144,8 @@ class PromptEncoderConfig:
 
     def __post_init__(self):
         _check_types(self)
+        if self.mask_in_chans < 4:  # the first convolution has a fourth of them
+            raise ValueError(f"mask_in_chans is {self.mask_in_chans}, expected at least 4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +209,12 @@ class SamConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected {' or '.join(known)}"
                 )
+        # Half of them are sines, and the decoder's masks have an eighth of them.
+        if self.prompt_embed_dim % 2 or self.prompt_embed_dim < 8:
+            raise ValueError(
+                f"prompt_embed_dim is {self.prompt_embed_dim}, expected an even number of at least "
+                "8"
+            )
         if self.image_size % self.image_encoder.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of the patch size "
@@ -318,14 +360,32 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
         raise ValueError(
             f"config.json describes a {model_type!r} model, expected model_type 'sam' or 'sam_hq'"
         )
-    vision = dict(values.get("vision_config") or {})
-    prompt = dict(values.get("prompt_encoder_config") or {})
-    decoder = dict(values.get("mask_decoder_config") or {})
+    names = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+    vision, prompt, decoder = parts = [values.get(name) or {} for name in names]
+    for name, part in zip(names, parts, strict=True):
+        if not isinstance(part, Mapping):
+            raise ValueError(f"config.json has {name} {part!r}, expected names and values")
 
     embed_dim = vision.get("hidden_size", 768)
+    depth = vision.get("num_hidden_layers", 12)
     image_size = vision.get("image_size", 1024)
     patch_size = vision.get("patch_size", 16)
     out_chans = vision.get("output_channels", 256)
+    mlp_ratio = vision.get("mlp_ratio", 4.0)
+    indexes = vision.get("global_attn_indexes", (2, 5, 8, 11))
+    indexes = tuple(indexes) if isinstance(indexes, list) else indexes
+    # What is computed with below.
+    for name, value, hint, kind in (
+        ("hidden_size", embed_dim, int, "one positive integer"),
+        ("num_hidden_layers", depth, int, "one positive integer"),
+        ("image_size", image_size, int, "one positive integer"),
+        ("patch_size", patch_size, int, "one positive integer"),
+        ("output_channels", out_chans, int, "one positive integer"),
+        ("mlp_ratio", mlp_ratio, float, "one number"),
+        ("global_attn_indexes", indexes, tuple[int, ...], "a list of indices"),
+    ):
+        if not _fits(value, hint):
+            raise ValueError(f"vision_config.{name} is {value!r}, expected {kind}")
     expected = {
         "vision_config.hidden_act": (vision.get("hidden_act", "gelu"), "gelu"),
         "vision_config.num_channels": (vision.get("num_channels", 3), 3),
@@ -341,9 +401,6 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
     if model_type == "sam_hq":
         expected["mask_decoder_config.vit_dim"] = decoder.get("vit_dim", 768), embed_dim
     wrong = [f"{k} is {got!r}, not {want!r}" for k, (got, want) in expected.items() if got != want]
-    for name, size in (("image_size", image_size), ("patch_size", patch_size)):
-        if not isinstance(size, int):
-            wrong.append(f"vision_config.{name} is {size!r}, not one number")
     if wrong:
         raise ValueError("this SamConfig cannot be represented: " + "; ".join(wrong))
 
@@ -352,10 +409,11 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
     return SamConfig(
         image_encoder=ViTConfig(
             embed_dim=embed_dim,
-            depth=vision.get("num_hidden_layers", 12),
+            depth=depth,
             num_heads=vision.get("num_attention_heads", 12),
-            mlp_dim=int(embed_dim * vision.get("mlp_ratio", 4.0)) if mlp_dim is None else mlp_dim,
-            global_attn_indexes=tuple(vision.get("global_attn_indexes", (2, 5, 8, 11))),
+            mlp_dim=int(embed_dim * mlp_ratio) if mlp_dim is None else mlp_dim,
+            # The default has indices beyond few layers, of which transformers takes no notice.
+            global_attn_indexes=tuple(i for i in indexes if i < depth),
             patch_size=patch_size,
             window_size=vision.get("window_size", 14),
             qkv_bias=vision.get("qkv_bias", True),

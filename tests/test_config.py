@@ -104,6 +104,50 @@ def test_lite_medsam_has_a_grid_of_64_from_256_pixels():
         TinyViTConfig(stem_stride=3)
 
 
+FOUR = "for each of the four stages"
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        (TinyViTConfig, {"depths": (2, 2)}, f"depths is (2, 2), expected an integer of .* {FOUR}"),
+        (TinyViTConfig, {"num_heads": (2, 4)}, f"num_heads is (2, 4), expected .* {FOUR}"),
+        (TinyViTConfig, {"embed_dims": (64, 128, 320)}, "embed_dims is (64, 128, 320), expected "),
+        (TinyViTConfig, {"embed_dims": (0, 0, 0, 0)}, "is (0, 0, 0, 0), expected .* at least 2"),
+        (TinyViTConfig, {"window_sizes": (7, 0, 14, 7)}, "window_sizes is (7, 0, 14, 7), expected"),
+        (TinyViTConfig, {"num_heads": (2, 3, 5, 10)}, "multiples of the heads, which 128 is not"),
+        (TinyViTConfig, {"mlp_ratio": -4.0}, "mlp_ratio is -4.0 and mbconv_expand_ratio is 4.0"),
+        (TinyViTConfig, {"num_classes": 0}, "num_classes is 0, expected int | None"),
+        (ViTConfig, {"global_attn_indexes": (50,)}, "is (50,), expected .* from 0 to 11"),
+        (PromptEncoderConfig, {"mask_in_chans": 2}, "mask_in_chans is 2, expected at least 4"),
+        (SamConfig, {"prompt_embed_dim": 255}, "prompt_embed_dim is 255, expected an even number"),
+        (SamConfig, {"prompt_embed_dim": 6}, "is 6, expected an even number of at least 8"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_built(part, values, message):
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):
+        part(**values)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamConfig(TinyViTConfig(embed_dims=(2, 2, 2, 2), num_heads=(0, 1, 1, 1))),
+        dataclasses.replace(
+            SMALL,
+            prompt_encoder=PromptEncoderConfig(mask_in_chans=4),
+            mask_decoder=MaskDecoderConfig(num_heads=1, iou_head_depth=1),
+            prompt_embed_dim=8,
+        ),
+    ],
+    ids=["tiny_vit", "others"],
+)
+def test_the_smallest_sizes_can_be_built(config):
+    assert all(math.prod(shape) for shape in param_shapes(config).values())
+
+
 @pytest.mark.parametrize("field", ["resize", "normalization"])
 def test_unknown_ways_to_prepare_pictures(field, unchecked):
     with pytest.raises(ValueError, match=f"{field} is 'other', expected "):
@@ -176,6 +220,14 @@ def test_nearly_empty_config_of_slim_sam():
     assert sizes["image_encoder.blocks.0.mlp.lin1.kernel"] == (168, 696)
 
 
+def test_global_blocks_beyond_the_last_layer():
+    """The default has some; transformers takes no notice of them."""
+    theirs = transformers.models.sam.SamVisionConfig(num_hidden_layers=6)
+    assert tuple(theirs.global_attn_indexes) == (2, 5, 8, 11)
+    config = from_hf({"vision_config": theirs.to_dict()})
+    assert config.image_encoder.global_attn_indexes == (2, 5)
+
+
 def test_mlp_ratio_counts_where_mlp_dim_is_missing():
     for vision, mlp_dim in [
         ({"hidden_size": 384}, 1536),
@@ -236,12 +288,18 @@ def test_preprocessors_that_cannot_be(preprocessor, message):
         ({"vision_config": {"hidden_size": 100}}, "embed_dim 100 is not a multiple of num_heads"),
         (
             {"vision_config": {"image_size": [1024, 512]}},
-            "vision_config.image_size is [1024, 512], not one number",
+            "vision_config.image_size is [1024, 512], expected one positive integer",
         ),
         (
             {"vision_config": {"patch_size": [16, 16]}},
-            "vision_config.patch_size is [16, 16], not one number",
+            "vision_config.patch_size is [16, 16], expected one positive integer",
         ),
+        ({"vision_config": {"hidden_size": "768"}}, "hidden_size is '768', expected one positive"),
+        ({"vision_config": {"num_hidden_layers": 0}}, "num_hidden_layers is 0, expected one"),
+        ({"vision_config": {"mlp_ratio": "4"}}, "mlp_ratio is '4', expected one number"),
+        ({"vision_config": {"global_attn_indexes": 2}}, "indexes is 2, expected a list of indices"),
+        ({"vision_config": [1]}, "config.json has vision_config [1], expected names and values"),
+        ({"mask_decoder_config": "x"}, "config.json has mask_decoder_config 'x', expected names"),
     ],
     ids=str,
 )
