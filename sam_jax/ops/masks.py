@@ -176,10 +176,19 @@ def rle_encode(mask: Bool[np.ndarray, "h w"]) -> dict:
 
 
 def rle_decode(rle: dict) -> Bool[np.ndarray, "h w"]:
-    """The mask of uncompressed run lengths."""
-    height, width = rle["size"]
-    values = np.arange(len(rle["counts"])) % 2 == 1
-    return np.repeat(values, rle["counts"]).reshape(width, height).T
+    """The mask of uncompressed run lengths.
+
+    Raises:
+        ValueError: if they are not as many pixels as the mask has, or one is negative.
+    """
+    (height, width), counts = rle["size"], rle["counts"]
+    if sum(counts) != height * width or min(counts, default=0) < 0:
+        raise ValueError(
+            f"its run lengths do not fill the mask: their sum is {sum(counts)} and the smallest "
+            f"{min(counts, default=0)}, expected {height} x {width} and none below 0"
+        )
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T
 
 
 def rle_compress(rle: dict) -> dict:
@@ -194,7 +203,7 @@ def rle_uncompress(rle: dict) -> dict:
     pycocotools would read past the end of one that says too little.
 
     Raises:
-        ValueError: if the string is none of COCO's.
+        ValueError: if the string is none of COCO's, or ends within a number.
     """
     text = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
     counts: list[int] = []
@@ -212,6 +221,8 @@ def rle_uncompress(rle: dict) -> dict:
         # From the fourth on, what is written is the difference from the number before the last.
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
         value = shift = 0
+    if shift:
+        raise ValueError(f"{text[-20:]!r} ends within a number of COCO's run lengths")
     return {"size": rle["size"], "counts": counts}
 
 

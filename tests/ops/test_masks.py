@@ -130,3 +130,16 @@ def test_no_regions(value):
 def test_strings_that_are_no_run_lengths(counts):
     with pytest.raises(ValueError, match="is no string of COCO's run lengths"):
         rle_uncompress({"size": [5, 7], "counts": counts})
+
+
+@pytest.mark.parametrize("counts", ["o", "1o", b"0Po"])
+def test_a_string_that_ends_within_a_number(counts):
+    with pytest.raises(ValueError, match="o' ends within a number of COCO's run lengths"):
+        rle_uncompress({"size": [5, 7], "counts": counts})
+
+
+@pytest.mark.parametrize("counts", [[], [9], [30, 6], [40, -5]])
+def test_run_lengths_that_do_not_fill_the_mask(counts):
+    message = rf"their sum is {sum(counts)} and the smallest .*, expected 5 x 7 and none below 0"
+    with pytest.raises(ValueError, match=message):
+        rle_decode({"size": [5, 7], "counts": counts})

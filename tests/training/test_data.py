@@ -189,9 +189,9 @@ def test_long_lists_are_cut(coco):
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        ({"size": [H, W], "counts": "0"}, "its run lengths do not fill the picture"),
+        ({"size": [H, W], "counts": "0"}, "its run lengths do not fill the mask"),
         ({"size": [H, W], "counts": "\x00"}, "is no string of COCO's run lengths"),
-        ({"size": [H, W], "counts": [H * W + 5, -5]}, "its run lengths do not fill the picture"),
+        ({"size": [H, W], "counts": [H * W + 5, -5]}, "its run lengths do not fill the mask"),
         ([[1, 2, 3, 4, 5, float("nan")]], "not finite"),
         ([[1, 2, 3, 4, 5, 1e12]], "reach beyond 16 times the picture"),
         (["abcdefgh"], "could not convert"),
