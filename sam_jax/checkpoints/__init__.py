@@ -25,7 +25,7 @@ from sam_jax.checkpoints.params import (
     param_shapes,
     resize_positions,
 )
-from sam_jax.checkpoints.sources import locate
+from sam_jax.checkpoints.sources import HF_FILES, find_weights, locate, read_index
 from sam_jax.checkpoints.torch_file import (
     CheckpointError,
     read_tensors,
@@ -59,9 +59,6 @@ __all__ = [
     "save_pretrained",
     "write_checkpoint",
 ]
-
-
-_HF_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def from_pretrained(
@@ -171,9 +168,9 @@ def write_checkpoint(
         raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(writers)}")
     tensors, texts = to_torch(params, config, fmt), {}
     if fmt == "hf":
-        if path.name not in _HF_FILES:
+        if path.name not in HF_FILES:
             raise ValueError(
-                f"cannot write {path}: transformers looks for {' or '.join(_HF_FILES)} in a folder"
+                f"cannot write {path}: transformers looks for {' or '.join(HF_FILES)} in a folder"
             )
         texts = {
             path.with_name("config.json"): to_hf(config),
@@ -226,20 +223,16 @@ def _flat(config: SamConfig) -> list[tuple[str, Any]]:
 
 def _read_folder(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a Hugging Face folder, in one file or in several with an index."""
-    for name in _HF_FILES:
-        if (path / name).is_file():
-            return read_tensors(path / name)
-        if (index := path / f"{name}.index.json").is_file():
-            try:
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index} is no index of weights: {error!r}") from error
-            # An index names files of its own folder: nothing above it is read.
-            return {k: v for s in shards for k, v in read_tensors(path / Path(s).name).items()}
-    raise CheckpointError(
-        f"the folder {path} holds no checkpoint: expected model.safetensors or pytorch_model.bin "
-        "with a config.json (Hugging Face), or config.json and params/ (sam_jax)"
-    )
+    weights = find_weights([file.name for file in path.iterdir() if file.is_file()])
+    if weights is None:
+        raise CheckpointError(
+            f"the folder {path} holds no checkpoint: expected {' or '.join(HF_FILES)} with a "
+            "config.json (Hugging Face), or config.json and params/ (sam_jax)"
+        )
+    if weights in HF_FILES:
+        return read_tensors(path / weights)
+    shards = read_index(path / weights)
+    return {k: v for shard in shards for k, v in read_tensors(path / shard).items()}
 
 
 def _torch_config(path: Path, tensors: dict[str, np.ndarray]) -> SamConfig:

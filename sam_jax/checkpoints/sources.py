@@ -7,6 +7,7 @@ its name in the cache once it is whole and its sha256 is right; until then the n
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import tarfile
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,10 @@ from sam_jax.checkpoints.torch_file import CheckpointError
 # (huggingface_hub itself tries six times, for half a minute.)
 _HUB_DEADLINE = 5.0
 
-# Of a hub repository, besides the weights.
+# What holds the weights of a Hugging Face folder; one may be in shards, with an index.
+HF_FILES = ("model.safetensors", "pytorch_model.bin")
+_INDEX = ".index.json"
+# What is downloaded of a hub repository besides.
 _CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -325,13 +329,16 @@ def _locate_repository(repository: str) -> Path:
     # Out of reach, in one way or another: what was downloaded before will do.
     except Exception as error:
         return _locate_downloaded_repository(repository, reason=error)
-    weights = _weights(files)
-    if not weights:
+    weights = find_weights(files)
+    if weights is None:
         raise CheckpointError(
-            f"The hub repository {repository} has no .safetensors and no pytorch_model.bin; its "
-            f"files: {', '.join(files) or 'none'}."
+            f"The hub repository {repository} has no {' and no '.join(HF_FILES)}; its files: "
+            f"{', '.join(files) or 'none'}."
         )
-    wanted = [f for f in files if f in _CONFIGS] + weights
+    wanted = {weights, *_CONFIGS}
+    if weights.endswith(_INDEX):
+        wanted.update(read_index(Path(huggingface_hub.hf_hub_download(repository, weights))))
+    wanted = [file for file in files if file in wanted]
     return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
 
 
@@ -349,7 +356,7 @@ def _locate_downloaded_repository(repository: str, reason: Exception) -> Path:
     config = huggingface_hub.try_to_load_from_cache(repository, "config.json")
     if isinstance(config, str):
         folder = Path(config).parent
-        if _weights([file.name for file in folder.iterdir()]):
+        if find_weights([file.name for file in folder.iterdir()]):
             return folder
     raise ConnectionError(
         f"{repository} is no file or folder here, the hub could not be asked for it "
@@ -357,10 +364,25 @@ def _locate_downloaded_repository(repository: str, reason: Exception) -> Path:
     ) from reason
 
 
-def _weights(files: list[str]) -> list[str]:
-    """The weights among a repository's files: safetensors, or torch's file if there are none."""
-    safetensors = [f for f in files if f.endswith((".safetensors", ".safetensors.index.json"))]
-    return safetensors or [f for f in files if f == "pytorch_model.bin"]
+def find_weights(files: Collection[str]) -> str | None:
+    """Which of a Hugging Face folder's files holds its weights, or is the index of those that do.
+
+    Of several the one that `transformers` takes.
+    """
+    names = (name + suffix for name in HF_FILES for suffix in ("", _INDEX))
+    return next((name for name in names if name in files), None)
+
+
+def read_index(index: Path) -> list[str]:
+    """The names of the files that an index of weights names, all of its own folder.
+
+    Raises:
+        CheckpointError: if it is no index.
+    """
+    try:
+        return sorted({Path(f).name for f in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of weights: {error!r}") from error
 
 
 # ---- small things --------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import socket
 import subprocess
@@ -368,30 +369,51 @@ def repository(monkeypatch, tmp_path):
             (hub.folder / file).touch()
         return str(hub.folder / file_name) if file_name in hub.local else None
 
+    def hf_hub_download(name, index):
+        file = hub.folder / index
+        file.write_text(json.dumps({"weight_map": dict(enumerate(hub.shards))}))
+        return str(file)
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", try_to_load_from_cache)
     return hub
 
 
+CONFIGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
+
+
 def test_of_a_repository_config_and_safetensors_are_downloaded(repository):
-    wanted = ["config.json", "preprocessor_config.json", "processor_config.json"]
-    wanted += ["model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors"]
-    repository.files = [*wanted, "README.md", "pytorch_model.bin", "onnx/model.safetensors"]
+    wanted = [*CONFIGS, "model.safetensors"]
+    others = ["README.md", "pytorch_model.bin", "onnx/model.safetensors"]
+    repository.files = [*wanted, *others, "model.fp16.safetensors", "other.safetensors"]
+    assert locate("owner/toy") == repository.folder
+    assert sorted(repository.downloaded) == sorted(wanted)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_of_a_repository_in_shards_those_of_the_index_are_downloaded(repository, name):
+    suffix = Path(name).suffix
+    repository.shards = [f"part-1{suffix}", f"part-2{suffix}", f"part-1{suffix}", "../*"]
+    wanted = ["config.json", f"{name}.index.json", f"part-1{suffix}", f"part-2{suffix}"]
+    repository.files = [*wanted, f"part-3{suffix}", "tf_model.h5"]
     assert locate("owner/toy") == repository.folder
     assert sorted(repository.downloaded) == sorted(wanted)
 
 
 def test_torch_s_file_is_downloaded_when_there_are_no_safetensors(repository):
-    repository.files = ["config.json", "pytorch_model.bin", "tf_model.h5"]
+    repository.files = ["config.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
     locate("owner/toy")
     assert repository.downloaded == ["config.json", "pytorch_model.bin"]
 
 
 def test_a_repository_without_weights(repository):
     repository.files = ["config.json", "tf_model.h5"]
-    with pytest.raises(CheckpointError, match=r"has no \.safetensors .*config\.json, tf_model\.h5"):
+    with pytest.raises(
+        CheckpointError, match=r"has no model\.safetensors and no .*config\.json, tf_model"
+    ):
         locate("owner/toy")
     assert repository.downloaded is None
 
