@@ -4,6 +4,7 @@
 for PyTorch.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,6 +30,7 @@ from sam_jax.checkpoints.sources import HF_FILES, find_weights, locate, read_ind
 from sam_jax.checkpoints.torch_file import (
     CheckpointError,
     read_tensors,
+    replacing,
     write_safetensors,
     write_torch,
 )
@@ -182,14 +184,12 @@ def write_checkpoint(
         if file.exists():
             raise FileExistsError(f"{file} exists already; choose another folder or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    # The names appear together: a folder half written would be in the next run's way.
+    with contextlib.ExitStack() as stack:
         for file, values in texts.items():
-            file.write_text(json.dumps(values, indent=2) + "\n")
+            temporary = stack.enter_context(replacing(file))
+            temporary.write_text(json.dumps(values, indent=2) + "\n")
         writers[path.suffix](path, tensors)
-    except BaseException:
-        for file in texts:
-            file.unlink(missing_ok=True)
-        raise
 
 
 def _warn_of_lost_settings(config: SamConfig, tensors: dict[str, np.ndarray]) -> None:

@@ -415,7 +415,7 @@ def write_torch(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> N
             dtypes = ", ".join(str(dtype) for dtype in _TORCH_STORAGES)
             raise CheckpointError(f"{name!r} is {array.dtype}; cast it to one of {dtypes}.")
     with (
-        _replacing(Path(path)) as temporary,
+        replacing(Path(path)) as temporary,
         temporary.open("wb") as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
     ):
@@ -525,7 +525,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
     """
     # The library reads memory from the array's start on: whatever is strided must be copied first.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})
@@ -533,7 +533,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Gives a new path beside `path` to write to; it takes `path`'s place if nothing was raised."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

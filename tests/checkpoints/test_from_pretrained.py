@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -218,12 +219,17 @@ def test_a_write_that_fails_leaves_nothing(meta, tmp_path, monkeypatch):
     params, config = load_params(tmp_path / "sam.pth")
 
     def full(path, tensors):
+        shutil.copytree(path.parent, tmp_path / "killed")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sam_jax.checkpoints, "write_safetensors", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(tmp_path / "hf/model.safetensors", params, config, "hf")
+    with monkeypatch.context() as patch:
+        patch.setattr(sam_jax.checkpoints, "write_safetensors", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_checkpoint(tmp_path / "hf/model.safetensors", params, config, "hf")
     assert list((tmp_path / "hf").iterdir()) == []
+    # What a kill would have left there is in nobody's way.
+    write_checkpoint(tmp_path / "killed/model.safetensors", params, config, "hf")
+    assert load_config(tmp_path / "killed") == config
 
 
 @pytest.mark.parametrize(
