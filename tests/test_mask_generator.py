@@ -275,6 +275,54 @@ def test_eight_devices_are_as_one():
     assert run.stdout == "same\n"
 
 
+X64 = """
+import json
+import jax
+from flax import nnx
+import test_mask_generator as tests
+from reference import SMALL, SMALL_TINY
+from sam_jax import Sam
+from sam_jax.checkpoints.params import flat_params
+from sam_jax.training.lora import add_lora
+
+model = Sam(SMALL, rngs=nnx.Rngs(0))
+tiny = nnx.eval_shape(lambda: Sam(SMALL_TINY, rngs=nnx.Rngs(0)))
+adapted = add_lora(model, ".*qkv", 2, rngs=nnx.Rngs(0))
+new = {str(a.dtype) for m in (model, tiny, adapted) for a in jax.tree.leaves(nnx.split(m)[1])}
+print(json.dumps([jax.config.jax_enable_x64, sorted(new), tests.found_in_a_picture()]))
+"""
+
+
+def found_in_a_picture():
+    """Of a click, and of everything."""
+    image, predictor = picture(70, 110), SamPredictor(small()[1])
+    predictor.set_image(image)
+    outputs = predictor.predict([[30, 40]], [1], return_logits=True)
+    some = generator(points_per_side=3, output_mode="coco_rle")
+    some._at_once = _points_at_once(4, "gpu")  # some one by one, some together
+    return [str(array.dtype) for array in outputs], outputs[1].tolist(), some.generate(image)
+
+
+def test_with_64_bits_all_is_the_same():
+    environment = {
+        **os.environ,
+        "JAX_ENABLE_X64": "1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-c", X64]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    enabled, new, (dtypes, scores, records) = json.loads(run.stdout)
+    assert enabled
+    assert new == ["float32", "int32"]  # the latter counts a batch norm's batches
+    expected_dtypes, expected_scores, expected = found_in_a_picture()
+    assert dtypes == expected_dtypes == ["float32"] * 3
+    np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=1e-6)
+    assert len(expected) > 5
+    assert_same_records(records, expected, exact=True)
+
+
 def test_a_saved_embedding_serves_for_the_picture():
     image = picture(70, 110)
     predictor = SamPredictor(small()[1])

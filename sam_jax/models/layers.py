@@ -59,8 +59,9 @@ class LoRALinear(nnx.Linear):
         i, o = linear.kernel.shape
         super().__init__(i, o, use_bias=linear.use_bias, dtype=linear.dtype, rngs=rngs)
         self.kernel, self.bias = linear.kernel, linear.bias
-        self.lora_a = nnx.LoRAParam(nnx.initializers.he_uniform()(rngs.params(), (i, rank)))
-        self.lora_b = nnx.LoRAParam(jnp.zeros((rank, o)))
+        init = nnx.initializers.he_uniform()
+        self.lora_a = nnx.LoRAParam(init(rngs.params(), (i, rank), jnp.float32))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((rank, o), jnp.float32))
         self.scale = scale
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:

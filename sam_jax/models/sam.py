@@ -64,19 +64,21 @@ class Sam(nnx.Module):
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise ValueError(f"dtype is {jnp.dtype(dtype)}, expected float32, bfloat16 or float16")
         check_implementation(attention)
-        if isinstance(config.image_encoder, ViTConfig):
-            self.image_encoder = ImageEncoderViT(
-                config, dtype=dtype, attention=attention, rngs=rngs
-            )
-        elif attention is not None:
-            raise ValueError(
-                f"attention is {attention!r}, but TinyViT (MobileSAM) computes its attention in "
-                "one way only; leave it out"
-            )
-        else:
-            self.image_encoder = TinyViT(config, dtype=dtype, rngs=rngs)
-        self.prompt_encoder = PromptEncoder(config, dtype=dtype, rngs=rngs)
-        self.mask_decoder = MaskDecoder(config, dtype=dtype, rngs=rngs)
+        # Initializers give the widest floats that JAX is set to.
+        with jax.enable_x64(False):
+            if isinstance(config.image_encoder, ViTConfig):
+                self.image_encoder = ImageEncoderViT(
+                    config, dtype=dtype, attention=attention, rngs=rngs
+                )
+            elif attention is not None:
+                raise ValueError(
+                    f"attention is {attention!r}, but TinyViT (MobileSAM) computes its attention "
+                    "in one way only; leave it out"
+                )
+            else:
+                self.image_encoder = TinyViT(config, dtype=dtype, rngs=rngs)
+            self.prompt_encoder = PromptEncoder(config, dtype=dtype, rngs=rngs)
+            self.mask_decoder = MaskDecoder(config, dtype=dtype, rngs=rngs)
         self.config = config
 
     def encode_image(

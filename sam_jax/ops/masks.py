@@ -111,9 +111,9 @@ def _tiles_reached(
     tiles: Int[Array, "tiles 2"], reach: Bool[Array, " side"]
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """The first tile that takes something of what is reached, and the one after the last."""
-    before = jnp.pad(jnp.cumsum(reach), (1, 0))  # how many are reached before each
+    before = jnp.pad(jnp.cumsum(reach, dtype=jnp.int32), (1, 0))  # how many are reached before each
     taken = before[tiles[:, 1]] > before[tiles[:, 0]]
-    index = jnp.arange(len(taken))
+    index = jnp.arange(len(taken), dtype=jnp.int32)
     last = jnp.where(taken, index, -1).max() + 1
     return jnp.where(taken, index, last).min(), last
 
@@ -123,13 +123,14 @@ def _measure_tiles(mask, full, row_range, column_range, threshold, offset, windo
     slice_ = jax.lax.dynamic_slice
     dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
     height, width = _TILE
-    y, x = jnp.arange(height), jnp.arange(width)
+    y, x = jnp.arange(height, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32)
+    zero = jnp.int32(0)  # a slice's starts are of one dtype, and a plain 0 may be an int64
     far = jnp.iinfo(jnp.int32).max
 
     def one_tile(i, j, some_rows, found):
         start = jnp.minimum(full.column_tiles[j, 0], len(mask) - window)
         some_columns = slice_(full.columns, (j * width, start), (width, window))
-        logits = dot(slice_(some_rows, (0, start), (height, window)), some_columns.T)
+        logits = dot(slice_(some_rows, (zero, start), (height, window)), some_columns.T)
         ys, xs = i * height + y, j * width + x
         inside = (ys < full.size[0])[:, None] & (xs < full.size[1])
         on = inside & (logits > threshold)
@@ -149,7 +150,7 @@ def _measure_tiles(mask, full, row_range, column_range, threshold, offset, windo
         start = jnp.minimum(full.row_tiles[i, 0], len(mask) - window)
         some_rows = dot(
             slice_(full.rows, (i * height, start), (height, window)),
-            slice_(mask, (start, 0), (window, len(mask))),
+            slice_(mask, (start, zero), (window, len(mask))),
         )
         return jax.lax.fori_loop(
             *column_range, lambda j, found: one_tile(i, j, some_rows, found), found
