@@ -1,26 +1,15 @@
-"""`pipeline("mask-generation")`: everything-mode with the surface of `transformers`.
-
-The masks are those of `SamAutomaticMaskGenerator`, which follows Meta. Hugging Face's pipeline
-differs from Meta's generator, and so from this, in that
-
-* with crops it suppresses duplicates once, by predicted IoU, where Meta does so within each crop
-  and then between crops, of which the smaller wins;
-* a mask's stability must exceed its threshold, where Meta's may equal it;
-* it fails where no mask survives, and here the lists are empty;
-* its scores and boxes are PyTorch tensors, and here numpy arrays;
-* it also takes addresses on the network and generators, and here a list is a list of pictures.
-
-Without crops the masks are the same.
-"""
+"""`pipeline("mask-generation")`: everything-mode with the surface of `transformers`."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from sam_jax.checkpoints import from_pretrained
-from sam_jax.mask_generator import SamAutomaticMaskGenerator
+from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
 from sam_jax.models.sam import Sam
 from sam_jax.ops.masks import rle_decode
 from sam_jax.processing import ImageInput
@@ -45,13 +34,28 @@ def pipeline(
 ) -> "MaskGenerationPipeline":
     """A pipeline that finds the masks of everything in a picture.
 
+    The masks are those of `SamAutomaticMaskGenerator`, which follows Meta. Without crops they are
+    those of Hugging Face's pipeline, which differs from this one in that
+
+    * with crops it suppresses duplicates once, by predicted IoU, where Meta does so within each
+      crop and then between crops, of which the smaller wins;
+    * a mask's stability must exceed its threshold, where Meta's may equal it;
+    * it fails where no mask survives, and here the lists are empty;
+    * its scores and boxes are PyTorch tensors, and here numpy arrays;
+    * it also takes addresses on the network, pictures as base64 and generators, and here a list or
+      a tuple is a list of pictures, and arrays are taken too;
+    * calls also take `batch_size`, `num_workers` and `timeout`, and `max_hole_area` and
+      `max_sprinkle_area` of SAM 2, which here are unknown options;
+    * its construction also takes `device`, `dtype`, `image_processor` and more, and here a model
+      that was loaded with what is wanted.
+
     Args:
         task: "mask-generation", the only one.
         model: a model, or what `from_pretrained` takes.
         options: of each call, unless it is given others; see `MaskGenerationPipeline`.
 
     Raises:
-        ValueError: for another task.
+        ValueError: for another task, or an option's value that cannot be.
         TypeError: for an unknown option.
     """
     if task != "mask-generation":
@@ -73,39 +77,42 @@ class MaskGenerationPipeline:
     """
 
     def __init__(self, model: Sam, **options: Any):
-        _check_options(options)
+        _generator_arguments(options)
         self.model = model
         self.options = options
 
     def __call__(
-        self, images: ImageInput | Sequence[ImageInput], **options: Any
+        self, image: ImageInput | Sequence[ImageInput], **options: Any
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """The masks of a picture, or of each picture of a list.
+
+        Args:
+            image: what `sam_jax.processing.load_image` takes, or a list of such. A PIL image is
+                turned as its EXIF orientation says.
+            options: in the place of those of the construction.
 
         Returns:
             A dictionary of `masks`, a list of booleans [h, w]; `scores`, their predicted IoUs,
             float32 [n]; with `output_rle_mask` also `rle_mask`, COCO's uncompressed run lengths;
             with `output_bboxes_mask` also `bounding_boxes`, int64 [n, 4], x0, y0, x1, y1 with the
             last pixels included.
-        """
-        _check_options(options)
-        options = {**self.options, **options}
-        generator = self._generator(options)
-        some = list(images) if isinstance(images, (list, tuple)) else [images]
-        results = [_outputs(records, options) for records in generator.generate_batch(some)]
-        return results if isinstance(images, (list, tuple)) else results[0]
 
-    def _generator(self, options: dict[str, Any]) -> SamAutomaticMaskGenerator:
-        arguments = {
-            ours: value for name, value in options.items() for ours in _ARGUMENTS.get(name, ())
-        }
-        if options.get("points_per_batch", 64) is None:
-            arguments["points_per_batch"] = (options.get("points_per_crop") or 32) ** 2
+        Raises:
+            TypeError, ValueError: for an option or a picture that cannot be.
+        """
+        options = {**self.options, **options}
         generator = SamAutomaticMaskGenerator(
-            self.model, **arguments, output_mode="uncompressed_rle"
+            self.model, **_generator_arguments(options), output_mode="uncompressed_rle"
         )
         generator.mask_threshold = options.get("mask_threshold", generator.mask_threshold)
-        return generator
+        is_list = isinstance(image, (list, tuple))
+        images = map(_upright, image if is_list else [image])
+        results = [_outputs(records, options) for records in generator.generate_batch(images)]
+        return results if is_list else results[0]
+
+
+def _upright(image: ImageInput) -> ImageInput:
+    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
 
 
 def _outputs(records: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +129,25 @@ def _outputs(records: list[dict[str, Any]], options: dict[str, Any]) -> dict[str
     return result
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def _generator_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """The generator's arguments that options mean; raises what `pipeline` raises."""
     known = (*_ARGUMENTS, "mask_threshold", *_OUTPUTS)
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"unknown options {', '.join(unknown)}; known: {', '.join(known)}")
+    side = options.get("points_per_crop", 32)
+    if side is None:  # for the generator that would mean grids of points
+        raise ValueError("points_per_crop is None, expected a whole number of at least 1")
+    arguments = {
+        ours: value for name, value in options.items() for ours in _ARGUMENTS.get(name, ())
+    }
+    all_at_once = options.get("points_per_batch", 64) is None
+    if all_at_once:
+        del arguments["points_per_batch"]
+    try:
+        check_arguments(**arguments, mask_threshold=options.get("mask_threshold", 0.0))
+    except ValueError as error:
+        message = str(error)
+        for name, ours in _ARGUMENTS.items():
+            message = re.sub(rf"\b({'|'.join(ours)})\b", name, message)
+        raise ValueError(message) from None
+    return {**arguments, "points_per_batch": side**2} if all_at_once else arguments

@@ -1,13 +1,15 @@
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from reference import SMALL, hf_sam, mask_iou, ours
 from test_mask_generator import picture
 from torch_reference import hf_mask_generation
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
+import sam_jax
 from sam_jax.pipeline import pipeline
 
 HF = dataclasses.replace(
@@ -55,6 +57,16 @@ def test_results_are_hugging_faces(model, reference, options):
         assert type(rle["counts"]) is list
 
 
+def test_a_picture_is_turned_as_its_exif_says(model, reference):
+    image = Image.fromarray(picture(80, 120))
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    expected = reference(image, **ALL)
+    generate = pipeline(model=model, **ALL)
+    for actual in (generate(image=image), *generate([image])):
+        assert actual["masks"][0].shape == expected["masks"][0].shape == (120, 80)
+        np.testing.assert_allclose(actual["scores"], expected["scores"], atol=1e-4)
+
+
 def test_lists_and_defaults(model, tmp_path):
     images = [picture(40, 60), picture(50, 30)]
     generate = pipeline(model=model, **ALL)
@@ -86,3 +98,34 @@ def test_what_cannot_be(model):
         pipeline(model=model)(picture(4, 5), device=0)
     with pytest.raises(ValueError, match="Unknown model 'vit_x'"):
         pipeline(model="vit_x")
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_threshold": "0"}, "mask_threshold is '0', expected a number"),
+        ({"mask_threshold": None}, "mask_threshold is None, expected a number"),
+        ({"points_per_crop": 0}, "points_per_crop is 0, expected a whole number of at least 1"),
+        ({"points_per_crop": None}, "points_per_crop is None, expected a whole number of at least"),
+        ({"points_per_crop": "3", "points_per_batch": None}, "points_per_crop is '3', expected a"),
+        ({"crops_nms_thresh": None}, "crops_nms_thresh is None, expected a number"),
+        ({"crops_n_layers": -1}, "crops_n_layers is -1, expected a whole number of at least 0"),
+        (
+            {"points_per_crop": 1, "crops_n_layers": 1, "crop_n_points_downscale_factor": 2},
+            "points_per_crop 1 over crop_n_points_downscale_factor 2 leaves no points for layer 1",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_values_are_named_as_they_were_given(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(model=model, **options)
+    with pytest.raises(ValueError, match=message):
+        pipeline(model=model)(picture(4, 5), **options)
+
+
+def test_help_tells_how_hugging_faces_pipeline_differs():
+    text = inspect.getdoc(sam_jax.pipeline)
+    for word in ("crops", "batch_size", "num_workers", "timeout", "max_hole_area", "device"):
+        assert word in text
