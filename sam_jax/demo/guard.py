@@ -2,13 +2,15 @@
 
 Other web sites' (a browser sends them to this machine on behalf of any site, also under a name of
 that site), bodies beyond the size of a picture, and what of gradio's is of no use here: files that
-the server would fetch from elsewhere, and uploads that it would keep.
+were not uploaded, which it would fetch from elsewhere, and folders, at which its cleaning ends.
 """
 
 import json
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 from urllib.parse import urlsplit
+
+from sam_jax.demo.upload import UPLOADED
 
 _UNUSED = ("/process_recording", "/component_server", "/deep_link", "/file=http")
 _SPARE = 64 * 1024
@@ -33,11 +35,13 @@ class Guard:
             if status := self._refusal(scope["path"], headers):
                 return await _answer(send, status)
             receive = _bounded(receive, self.max_bytes)
-            if headers.get("content-type", "").startswith("application/json"):
+            kind = headers.get("content-type", "")
+            # All but uploads are read as JSON, whatever they are called: gradio may as well.
+            if scope["method"] == "POST" and not kind.startswith("multipart/form-data"):
                 body = await _read(receive)
                 if body is None:
                     return await _answer(send, 413)
-                if _asks_for_address(body):
+                if _names_other_files(body):
                     return await _answer(send, 403)
                 receive = _again(body, receive)
         return await self.app(scope, receive, send)
@@ -55,18 +59,17 @@ class Guard:
         return 413 if not length.isdigit() or int(length) > self.max_bytes else None
 
 
-def _asks_for_address(body: bytes) -> bool:
-    """Whether a file that JSON names is to be fetched from an address."""
+def _names_other_files(body: bytes) -> bool:
+    """Whether JSON names a file that was not uploaded."""
 
-    def asks(value: Any) -> bool:
+    def names(value: Any) -> bool:
         if isinstance(value, dict):
-            path = value.get("path")
-            is_address = isinstance(path, str) and path.strip().lower().startswith("http")
-            return is_address or any(map(asks, value.values()))
-        return isinstance(value, list) and any(map(asks, value))
+            other = "path" in value and not UPLOADED.fullmatch(str(value["path"]))
+            return other or any(map(names, value.values()))
+        return isinstance(value, list) and any(map(names, value))
 
     try:
-        return bool(body) and asks(json.loads(body))
+        return bool(body) and names(json.loads(body))
     except (ValueError, RecursionError):
         return True
 

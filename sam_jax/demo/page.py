@@ -4,13 +4,19 @@ Each browser tab has states of its own, which gradio keeps and drops; visitors s
 """
 
 import base64
+import contextlib
+import functools
 import io
 import ipaddress
 import json
 import os
+import reprlib
+import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,9 @@ from starlette.middleware import Middleware
 
 from sam_jax.checkpoints import from_pretrained
 from sam_jax.demo.guard import Guard
+from sam_jax.demo.upload import upload_route
 from sam_jax.demo.visit import (
+    Picture,
     Visit,
     add_box,
     add_point,
@@ -44,18 +52,25 @@ from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.visualize import MARKS
 
 VISITORS = 50  # whose pictures are kept, about 10 MB each; of more the first ones are dropped
-WAITING = 100  # clicks and other requests that may wait; more are told to come again
+WAITING = 100  # clicks, uploads and others that may wait; more are told to come again
 FORGET = 3600  # seconds without a click after which an embedding, and files, are dropped
+POINTS_PER_SIDE = 4, 32  # of everything-mode, the fewest and the most
 
 _FONTS = ["system-ui", "sans-serif"]
 _HINT = """
 **Click** on an object for its mask, or **drag** a box around it. **Right-click** on what does not
 belong to it.
+
+Keys, with the picture in focus: **arrows** move a cross (**Shift**: far), **Enter** is a click,
+**B** one on the background, **X** one corner of a box and then the other, **Backspace** undo.
 """
+_GONE = "The picture was dropped, after a long time or for other visitors. Open it again."
+_EMPTY = {"picture": "", "mask": "", "width": 1, "height": 1, "points": [], "box": []}
+_PIXELS = -(10**9), 10**9  # what lies outside the picture moves to its edge
 
 
 def serve(model: str, host: str, port: int, max_megabytes: int) -> None:
-    """Serves the page until it is interrupted.
+    """Serves the page until it is interrupted or terminated.
 
     Args:
         model: whatever `from_pretrained` takes.
@@ -64,6 +79,7 @@ def serve(model: str, host: str, port: int, max_megabytes: int) -> None:
         max_megabytes: the size of the largest file that is taken.
 
     Raises:
+        KeyboardInterrupt: when it is stopped.
         OSError: if the port is taken.
         ValueError: for numbers that cannot be.
     """
@@ -80,22 +96,37 @@ def serve(model: str, host: str, port: int, max_megabytes: int) -> None:
             file=sys.stderr,
         )
     socket.create_server((host, port)).close()  # before compiling for a taken port
+    # What stops services and containers deletes the files as Ctrl+C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print("Compiling the model ...", flush=True)
     sam = from_pretrained(model)
     warm_up(sam)
+    with launch_page(sam, host, port, max_megabytes) as page:
+        print(f"{page.local_url} is the page; Ctrl+C stops it.", flush=True)
+        page.server.thread.join()
+
+
+@contextlib.contextmanager
+def launch_page(model: Sam, host: str, port: int, max_megabytes: int) -> Iterator[gr.Blocks]:
+    """Serves a model's page in the background; see `serve`."""
     # What visitors upload and download lies where no other user reads it, and goes away.
     with tempfile.TemporaryDirectory(prefix="sam_jax_demo_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
+        uploads = Path(folder, "uploads")
+        uploads.mkdir()
         names = {host, "127.0.0.1", "localhost"} if _is_loopback(host) else None
-        # More than a file that is too large, which gradio refuses with a message.
-        guard = Middleware(Guard, names=names, max_bytes=2 * max_megabytes * 10**6)
-        page = build_page(sam).queue(max_size=WAITING)
+        max_bytes = max_megabytes * 10**6
+        page = build_page(model).queue(max_size=WAITING)
         page.launch(
             server_name=host,
             server_port=port,
-            max_file_size=f"{max_megabytes}mb",
+            max_file_size=max_bytes,
             state_session_capacity=VISITORS,
-            app_kwargs={"middleware": [guard]},
+            app_kwargs={
+                # More than a file that is too large, which is refused with a message.
+                "middleware": [Middleware(Guard, names=names, max_bytes=2 * max_bytes)],
+                "routes": [upload_route(uploads, max_bytes, WAITING, page.upload_file_set)],
+            },
             # Fonts that every machine has: nothing is loaded from elsewhere.
             theme=gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=["monospace"]),
             footer_links=[],
@@ -109,8 +140,7 @@ def serve(model: str, host: str, port: int, max_megabytes: int) -> None:
             enable_monitoring=False,
         )
         try:
-            print(f"{page.local_url} is the page; Ctrl+C stops it.", flush=True)
-            page.server.thread.join()
+            yield page
         finally:
             page.close(verbose=False)
 
@@ -128,7 +158,7 @@ def build_page(model: Sam) -> gr.Blocks:
         title="Segment Anything in JAX", analytics_enabled=False, delete_cache=(600, FORGET)
     ) as page:
         off: dict[str, Any] = {"interactive": False, "min_width": 80, "size": "md"}
-        visit, found = gr.State(time_to_live=FORGET), gr.State(time_to_live=FORGET)
+        visit, saved, found = (gr.State(time_to_live=FORGET) for _ in range(3))
         gr.Markdown("# Segment Anything in JAX")
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
@@ -148,7 +178,7 @@ def build_page(model: Sam) -> gr.Blocks:
                 candidates = gr.Radio([], label="Candidates (predicted IoU)", elem_id="candidates")
                 following = gr.Button("Next candidate", **off, elem_id="next")
                 side = gr.Slider(
-                    4, 32, value=16, step=4, precision=0, label="Points per side", elem_id="side"
+                    *POINTS_PER_SIDE, value=16, step=4, label="Points per side", elem_id="side"
                 )
                 everything = gr.Button("Segment everything", **off, elem_id="all")
                 with gr.Row():
@@ -156,93 +186,143 @@ def build_page(model: Sam) -> gr.Blocks:
                     rle = gr.DownloadButton("Save RLE", **off, elem_id="rle")
 
         # What follows a visit's state, in the order of what `_show` gives.
-        marks = [visit, stage, candidates, following, back, again, png, rle]
-        # One at a time, in the order in which they come: a click sees what the one before it did.
-        turn = {
-            "concurrency_id": "clicks",
+        marks = [visit, stage, everything, candidates, following, back, again, png, rle]
+        # Whose everything-mode runs, and on what; who leaves or opens a picture is not in it.
+        finding: dict[str, Picture] = {}
+
+        # Values come as the browser sent them and are checked here: gradio's own checks know
+        # numbers only, print where they were made, and leave an empty file for each upload.
+        raw: dict[str, Any] = {
+            "preprocess": False,
             "concurrency_limit": 1,
             "trigger_mode": "multiple",
             "api_visibility": "private",
         }
+        # One at a time, in the order in which they come: a click sees what the one before it did.
+        turn = {**raw, "concurrency_id": "clicks"}
         quiet = {"show_progress": "hidden"}
         on_stage = {"show_progress_on": stage}
 
-        def open_(path: str):
+        def open_(file: dict[str, Any] | None, request: gr.Request):
+            if file is None:
+                raise _error("no file was sent")
+            path = file["path"]
             try:
                 picture, shown = open_picture(model, path)
             except (ValueError, TypeError) as error:
                 raise _error(str(error).replace(path, "the file")) from error
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            finding.pop(request.session_hash, None)
             height, width = picture.size
             visit, stage, *others = _show(Visit(picture))
             stage |= {"picture": _url(shown, "jpeg"), "width": width, "height": height}
-            return None, gr.update(interactive=True), visit, stage, *others
+            return None, visit, stage, *others
 
-        def press(visit: Visit | None, label: int, event: gr.EventData):
-            label = BACKGROUND if event.right else label
-            try:
-                visit = add_point(_open(visit), event.x, event.y, label)
-            except ValueError as error:
-                raise _error(str(error)) from error
-            return _show(answer(model, visit))
+        def changing(change: Callable[..., Visit]) -> Callable[..., list]:
+            """A handler of an event that changes the visit."""
 
-        def drag(visit: Visit | None, event: gr.EventData):
-            corners = event.x0, event.y0, event.x1, event.y1
-            return _show(answer(model, add_box(_open(visit), *corners)))
+            @functools.wraps(change)
+            def handle(visit: Visit | None, *values: Any):
+                if visit is None:
+                    gr.Warning(_GONE)
+                    return _show(None)
+                try:
+                    changed = change(visit, *values)
+                except gr.Error:
+                    raise
+                except ValueError as error:
+                    raise _error(str(error)) from error
+                same = changed.prompts is visit.prompts
+                return _show(changed if same else answer(model, changed))
 
-        def take_back(visit: Visit | None):
-            return _show(answer(model, undo(_open(visit))))
+            return handle
 
-        def begin_again(visit: Visit | None):
-            return _show(clear(_open(visit)))
+        def press(visit: Visit, label: Any, event: gr.EventData):
+            x, y, right = _numbers(event, x=_PIXELS, y=_PIXELS, right=(0, 1))
+            label = _number("the label", label, BACKGROUND, FOREGROUND)
+            return add_point(visit, x, y, BACKGROUND if right else label)
 
-        def select(visit: Visit | None, candidate: int):
-            return _show(choose(_open(visit), candidate))
+        def drag(visit: Visit, event: gr.EventData):
+            return add_box(visit, *_numbers(event, x0=_PIXELS, y0=_PIXELS, x1=_PIXELS, y1=_PIXELS))
 
-        def follow(visit: Visit | None):
-            visit = _open(visit)
-            return _show(choose(visit, visit.chosen + 1))
+        def select(visit: Visit, candidate: Any):
+            last = len(visit.answer.scores) - 1 if visit.answer else 0
+            return choose(visit, _number("the candidate", candidate, 0, last))
 
-        def save(visit: Visit | None):
-            if visit is None or visit.answer is None:
-                return gr.skip(), gr.skip()
+        def follow(visit: Visit):
+            return choose(visit, visit.chosen + 1)
+
+        # In turns of their own, since for a large picture others would wait for it. What they give
+        # is shown in the clicks' turn, and not if something else is shown by then.
+        def save(visit: Visit | None, saved: tuple | None):
+            if visit is None or visit.answer is None or (saved and saved[0] is visit):
+                return saved
             mask = full_mask(model, visit)
-            return _files("mask", Image.fromarray(mask), prompt_json(visit, mask))
+            return visit, _files("mask", Image.fromarray(mask), prompt_json(visit, mask))
 
-        def find(visit: Visit | None, points_per_side: int, progress=gr.Progress()):  # noqa: B008
+        def show_saved(visit: Visit | None, saved: tuple | None):
+            return saved[1] if saved and saved[0] is visit else [gr.skip()] * 2
+
+        def find(
+            visit: Visit | None,
+            points_per_side: Any,
+            request: gr.Request,
+            progress=gr.Progress(),  # noqa: B008
+        ):
+            if visit is None:
+                return None
+            side = _number("the number of points per side", points_per_side, *POINTS_PER_SIDE)
             progress(0)
-            visit = _open(visit)
-            found = find_everything(
-                model,
-                visit.picture,
-                points_per_side,
-                lambda done, total: progress((done, total), unit="batches"),
-            )
-            # Here and not in the clicks' turn, where others would wait for it.
+            finding[request.session_hash] = visit.picture
+
+            def on_batch(done: int, total: int) -> None:
+                if finding.get(request.session_hash) is not visit.picture:
+                    raise CancelledError
+                progress((done, total), unit="batches")
+
+            try:
+                found = find_everything(model, visit.picture, side, on_batch)
+            except CancelledError:
+                return None
+            finally:
+                finding.pop(request.session_hash, None)
             numbers = number_masks(found)
             files = _files("everything", label_picture(numbers), everything_json(found))
             return visit.picture, visit.prompts, _url(draw_layer(numbers), "png"), files
 
-        def show_found(visit: Visit | None, found: tuple):
-            picture, prompts, layer, files = found
-            if visit is None or visit.picture is not picture or visit.prompts != prompts:
+        def show_found(visit: Visit | None, found: tuple | None):
+            if visit is None:
+                gr.Warning(_GONE)
+                return None, *_show(None)
+            picture, prompts, layer, files = found or (None,) * 4
+            if visit.picture is not picture or visit.prompts != prompts:
                 return None, *[gr.skip()] * len(marks)  # something else is shown by now
             visit, stage, *others = _show(clear(visit))
             stage["mask"] = layer
             return None, visit, stage, *others[:-2], *files
 
+        def leave(request: gr.Request):
+            finding.pop(request.session_hash, None)
+
+        opening = opener.upload(open_, opener, [opener, *marks], **turn, **on_stage)
         for event in (
-            opener.upload(open_, opener, [opener, everything, *marks], **turn, **on_stage),
-            stage.press(press, [visit, label], marks, **turn, **quiet),
-            stage.drag(drag, visit, marks, **turn, **quiet),
-            back.click(take_back, visit, marks, **turn, **quiet),
-            again.click(begin_again, visit, marks, **turn, **quiet),
-            candidates.input(select, [visit, candidates], marks, **turn, **quiet),
-            following.click(follow, visit, marks, **turn, **quiet),
+            opening,
+            stage.press(changing(press), [visit, label], marks, **turn, **quiet),
+            stage.drag(changing(drag), visit, marks, **turn, **quiet),
+            back.click(changing(undo), visit, marks, **turn, **quiet),
+            again.click(changing(clear), visit, marks, **turn, **quiet),
+            candidates.input(changing(select), [visit, candidates], marks, **turn, **quiet),
+            following.click(changing(follow), visit, marks, **turn, **quiet),
         ):
-            event.success(save, visit, [png, rle], **turn, **quiet)
-        everything.click(
-            find, [visit, side], found, concurrency_limit=1, api_visibility="private", **on_stage
-        ).success(show_found, [visit, found], [found, *marks], **turn, **quiet)
+            event.success(save, [visit, saved], saved, **raw, **quiet).success(
+                show_saved, [visit, saved], [png, rle], **turn, **quiet
+            )
+        everything.click(find, [visit, side], found, **raw, **on_stage).success(
+            show_found, [visit, found], [found, *marks], **turn, **quiet
+        )
+        page.unload(leave)
     return page
 
 
@@ -258,30 +338,31 @@ def _stage() -> gr.HTML:
         name: f"rgb{MARKS[label]}"
         for name, label in (("object_color", FOREGROUND), ("background_color", BACKGROUND))
     }
-    empty = {"picture": "", "mask": "", "width": 1, "height": 1, "points": [], "box": []}
     return gr.HTML(
         html_template=html,
         css_template=css,
         js_on_load=js,
         apply_default_css=False,
         elem_id="stage",
-        **empty,
+        **_EMPTY,
         **colors,
     )
 
 
-def _show(visit: Visit) -> list[Any]:
-    """The visit, and updates of the stage, candidates, their button, undo, clear, downloads."""
-    scores, mask = [], ""
-    if visit.answer is not None:
-        scores = visit.answer.scores
-        mask = _url(draw_layer(visit.answer.masks[visit.chosen]), "png")
-    stage = gr.update(mask=mask, points=visit.points, box=visit.box or [])
+def _show(visit: Visit | None) -> list[Any]:
+    """The visit, and updates of the stage, of the buttons and candidates, and of the downloads."""
+    scores, shown = [], dict(_EMPTY)
+    if visit is not None:
+        shown = {"mask": "", "points": visit.points, "box": visit.box or []}
+        if visit.answer is not None:
+            scores = visit.answer.scores
+            shown["mask"] = _url(draw_layer(visit.answer.masks[visit.chosen]), "png")
     choices = [(f"{score:.2f}", i) for i, score in enumerate(scores)]
-    some = gr.update(interactive=bool(visit.prompts))
+    some = gr.update(interactive=visit is not None and bool(visit.prompts))
     return [
         visit,
-        stage,
+        gr.update(**shown),
+        gr.update(interactive=visit is not None),
         gr.update(choices=choices, value=visit.chosen if choices else None),
         gr.update(interactive=len(scores) > 1),
         some,
@@ -290,12 +371,17 @@ def _show(visit: Visit) -> list[Any]:
     ]
 
 
-def _open(visit: Visit | None) -> Visit:
-    if visit is None:
-        raise _error(
-            "There is no picture, or it was dropped after a long time or for others. Open one first"
-        )
-    return visit
+def _numbers(event: gr.EventData, **limits: tuple[int, int]) -> list[int]:
+    """What an event tells, by name."""
+    told = event._data if isinstance(event._data, dict) else {}
+    return [_number(name, told.get(name), *limits[name]) for name in limits]
+
+
+def _number(name: str, value: Any, low: int, high: int) -> int:
+    if not isinstance(value, int) or not low <= value <= high:
+        given = reprlib.repr(value)
+        raise _error(f"{name} is {given}, expected a whole number from {low} to {high}")
+    return value
 
 
 def _error(message: str) -> gr.Error:

@@ -29,7 +29,8 @@ def post(body, headers=JSON, **options):
 
 
 def test_what_the_page_sends_goes_through():
-    body = json.dumps({"data": [{"path": "/tmp/a/x.jpg", "url": "http://127.0.0.1:7860/x"}, 1]})
+    file = {"path": f"/tmp/a/{'0a' * 32}", "url": "http://127.0.0.1:7860/x"}
+    body = json.dumps({"data": [file, 1]})
     answer = post(body, {**JSON, "Origin": "http://127.0.0.1:7860"})
     assert answer.status_code == 200
     assert answer.text == body
@@ -64,13 +65,18 @@ def test_another_name_is_fine_where_other_machines_are_served():
     [
         '{"data": [{"path": "https://evil.example/huge", "meta": {"_type": "gradio.FileData"}}]}',
         '{"data": [[{"path": " \\u0068TTP://evil.example/huge"}]]}',
+        '{"data": [{"path": "/etc/passwd"}]}',
+        '{"data": [{"path": "/tmp/sam_jax_demo_x/uploads"}]}',
+        '{"data": [{"path": ["/etc/passwd"]}]}',
+        '{"event_data": {"path": null}}',
         "no JSON",
         "[" * 100_000,
     ],
-    ids=["path", "escaped", "text", "deep"],
+    ids=["address", "escaped", "file", "folder", "list", "null", "text", "deep"],
 )
-def test_nothing_is_fetched_from_elsewhere(body):
-    assert post(body).status_code in (403, 413)
+@pytest.mark.parametrize("kind", [JSON, {"Content-Type": "application/x+json"}, {}], ids=str)
+def test_only_uploads_are_opened(body, kind):
+    assert post(body, kind).status_code in (403, 413)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +88,9 @@ def test_what_the_page_does_not_use_is_not_there(path):
 
 def test_large_bodies_are_refused():
     large = b"x" * (1000 + 64 * 1024 + 1)
-    assert client().post("/upload", content=large).status_code == 413
-    assert client().post("/upload", content=large[:-1]).content == large[:-1]
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert client().post("/upload", content=large, headers=form).status_code == 413
+    assert client().post("/upload", content=large[:-1], headers=form).content == large[:-1]
 
     def chunks():
         yield from (large, b"x")
@@ -91,4 +98,4 @@ def test_large_bodies_are_refused():
     # Without a length: the application sees a visitor who left.
     assert post(chunks()).status_code == 413
     with pytest.raises(ClientDisconnect):
-        client().post("/upload", content=chunks())
+        client().post("/upload", content=chunks(), headers=form)
