@@ -35,21 +35,26 @@ def find_chromium() -> tuple[str, str] | None:
     return None if None in found else found
 
 
+def free_port() -> int:
+    """One of this machine's that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 @contextlib.contextmanager
-def running_demo(folder: Path, *arguments: str) -> Iterator[str]:
-    """The address of a page that `sam-jax demo` serves; stopped as a user does.
+def running_demo(folder: Path, *arguments: str, stop: int = signal.SIGINT) -> Iterator[str]:
+    """The address of a page that `sam-jax demo` serves, until it gets the signal `stop`.
 
     Its temporary files are in the folder.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
         "TMPDIR": str(folder),
         # As in the tests, so that what one process has compiled another need not.
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
     }
     command = [sys.executable, "-m", "sam_jax.cli", "demo", "--port", str(port), *arguments]
     log = folder / "log"
@@ -63,8 +68,9 @@ def running_demo(folder: Path, *arguments: str) -> Iterator[str]:
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/"
         files = [file for file in folder.glob("sam_jax_demo_*/**/*") if file.is_file()]
-        assert files, "uploads were kept elsewhere"
-        process.send_signal(signal.SIGINT)
+        assert files, "downloads were kept elsewhere"
+        assert "uploads" not in {file.parent.name for file in files}
+        process.send_signal(stop)
         assert process.wait(30) == 130
         assert log.read_text().endswith("sam-jax: stopped\n")
         assert "Traceback" not in log.read_text()
@@ -148,6 +154,25 @@ class Page:
     def press(self, name):
         self.run("document.getElementById(arguments[0]).click()", name)
 
+    def keys(self, *keys):
+        """Presses keys where the focus is; Shift is held until `Keys.NULL`."""
+        self.browser.switch_to.active_element.send_keys(*keys)
+
+    def choose(self, path):
+        """Opens a file by the button."""
+        self.front()
+        chooser = self.find("input[type=file]")
+        self.run("arguments[0].value = ''", chooser)  # as a click does, for the same file again
+        chooser.send_keys(str(path))
+
+    def told(self):
+        """The messages that are shown."""
+        return self.run(_TOLD)
+
+    def side(self, points):
+        """Sets the points per side."""
+        self.run(_SIDE, str(points))
+
     def saved(self):
         """What the two buttons save: the PNG's picture, and the JSON."""
         self.front()
@@ -168,6 +193,14 @@ class Page:
         self.run(_DROP, base64.b64encode(path.read_bytes()).decode())
 
 
+_SIDE = """
+const side = document.querySelector("#side input");
+side.value = arguments[0];
+side.dispatchEvent(new Event("input", {bubbles: true}));
+"""
+_TOLD = """
+return [...document.querySelectorAll(".toast-body")].map((e) => e.textContent).join();
+"""
 _DROP = """
 const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
 const transfer = new DataTransfer();

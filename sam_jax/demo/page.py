@@ -115,7 +115,7 @@ def launch_page(model: Sam, host: str, port: int, max_megabytes: int) -> Iterato
         uploads = Path(folder, "uploads")
         uploads.mkdir()
         names = {host, "127.0.0.1", "localhost"} if _is_loopback(host) else None
-        max_bytes = max_megabytes * 10**6
+        max_bytes = max_megabytes * gr.FileSize.MB
         page = build_page(model).queue(max_size=WAITING)
         page.launch(
             server_name=host,
