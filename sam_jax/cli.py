@@ -267,7 +267,7 @@ def demo(args: Demo) -> None:
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
     try:
-        from sam_jax.demo.page import serve
+        from sam_jax.demo.server import serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise

@@ -14,7 +14,7 @@ import torch_reference
 from PIL import Image
 from reference import SMALL, mask_iou, meta_sam, mobile_sam_torch, ours
 
-from sam_jax import SamPredictor, from_pretrained
+from sam_jax import SamPredictor, from_pretrained, mask_generator
 from sam_jax.config import with_preprocessing
 from sam_jax.mask_generator import SamAutomaticMaskGenerator, _points_at_once
 
@@ -338,6 +338,28 @@ def test_a_saved_embedding_serves_for_the_picture():
         generator(crop_n_layers=1).generate_from_embedding(embedding, (70, 110))
     with pytest.raises(ValueError, match=r"shape \(1, 2\), expected \(1, 32, 12, 12\)"):
         generator().generate_from_embedding(np.zeros((1, 2)), (70, 110))
+
+
+def test_what_on_batch_raises_ends_the_work(monkeypatch):
+    """No more than the batch after is still computed."""
+    predictor = SamPredictor(small()[1])
+    predictor.set_image(picture(70, 110))
+    batches = []
+    measure = mask_generator._measure
+    monkeypatch.setattr(
+        mask_generator, "_measure", lambda *args, **kw: batches.append(0) or measure(*args, **kw)
+    )
+
+    def stop(done, total):
+        assert total == 6
+        if done == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        generator(points_per_batch=7).generate_from_embedding(
+            predictor.get_image_embedding(), (70, 110), stop
+        )
+    assert len(batches) == 3
 
 
 def test_another_picture_compiles_nothing(compilations):

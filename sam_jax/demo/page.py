@@ -1,4 +1,4 @@
-"""The demo page, in gradio, and its server.
+"""The demo page, in gradio.
 
 Each browser tab has states of its own, which gradio keeps and drops; visitors share the model only.
 """
@@ -7,15 +7,10 @@ import base64
 import contextlib
 import functools
 import io
-import ipaddress
 import json
 import os
 import reprlib
-import signal
-import socket
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
@@ -23,11 +18,7 @@ from typing import Any
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from PIL import Image
-from starlette.middleware import Middleware
 
-from sam_jax.checkpoints import from_pretrained
-from sam_jax.demo.guard import Guard
-from sam_jax.demo.upload import upload_route
 from sam_jax.demo.visit import (
     Picture,
     Visit,
@@ -45,111 +36,23 @@ from sam_jax.demo.visit import (
     open_picture,
     prompt_json,
     undo,
-    warm_up,
 )
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.visualize import MARKS
 
-VISITORS = 50  # whose pictures are kept, about 10 MB each; of more the first ones are dropped
-WAITING = 100  # clicks, uploads and others that may wait; more are told to come again
 FORGET = 3600  # seconds without a click after which an embedding, and files, are dropped
 POINTS_PER_SIDE = 4, 32  # of everything-mode, the fewest and the most
 
-_FONTS = ["system-ui", "sans-serif"]
 _HINT = """
 **Click** on an object for its mask, or **drag** a box around it. **Right-click** on what does not
 belong to it.
 
-Keys, with the picture in focus: **arrows** move a cross (**Shift**: far), **Enter** is a click,
-**B** one on the background, **X** one corner of a box and then the other, **Backspace** undo.
+Keys: **arrows** (**Shift**: far), **Enter**; **B** for background, **X** for a box's corners.
 """
 _GONE = "The picture was dropped, after a long time or for other visitors. Open it again."
 _EMPTY = {"picture": "", "mask": "", "width": 1, "height": 1, "points": [], "box": []}
 _PIXELS = -(10**9), 10**9  # what lies outside the picture moves to its edge
-
-
-def serve(model: str, host: str, port: int, max_megabytes: int) -> None:
-    """Serves the page until it is interrupted or terminated.
-
-    Args:
-        model: whatever `from_pretrained` takes.
-        host: the address to listen at.
-        port: likewise.
-        max_megabytes: the size of the largest file that is taken.
-
-    Raises:
-        KeyboardInterrupt: when it is stopped.
-        OSError: if the port is taken.
-        ValueError: for numbers that cannot be.
-    """
-    if max_megabytes < 1:
-        raise ValueError(f"--max-megabytes is {max_megabytes}, expected 1 or more")
-    if not 1 <= port < 65536:
-        raise ValueError(f"--port is {port}, expected 1 to 65535")
-    if not host or ":" in host:
-        raise ValueError(f"--host is {host!r}, expected a name or an IPv4 address")
-    if not _is_loopback(host):
-        print(
-            f"sam-jax: warning: whoever reaches port {port} of this machine can use the page; it "
-            "asks for no password and encrypts nothing",
-            file=sys.stderr,
-        )
-    socket.create_server((host, port)).close()  # before compiling for a taken port
-    # What stops services and containers deletes the files as Ctrl+C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print("Compiling the model ...", flush=True)
-    sam = from_pretrained(model)
-    warm_up(sam)
-    with launch_page(sam, host, port, max_megabytes) as page:
-        print(f"{page.local_url} is the page; Ctrl+C stops it.", flush=True)
-        page.server.thread.join()
-
-
-@contextlib.contextmanager
-def launch_page(model: Sam, host: str, port: int, max_megabytes: int) -> Iterator[gr.Blocks]:
-    """Serves a model's page in the background; see `serve`."""
-    # What visitors upload and download lies where no other user reads it, and goes away.
-    with tempfile.TemporaryDirectory(prefix="sam_jax_demo_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        uploads = Path(folder, "uploads")
-        uploads.mkdir()
-        names = {host, "127.0.0.1", "localhost"} if _is_loopback(host) else None
-        max_bytes = max_megabytes * gr.FileSize.MB
-        page = build_page(model).queue(max_size=WAITING)
-        page.launch(
-            server_name=host,
-            server_port=port,
-            max_file_size=max_bytes,
-            state_session_capacity=VISITORS,
-            app_kwargs={
-                # More than a file that is too large, which is refused with a message.
-                "middleware": [Middleware(Guard, names=names, max_bytes=2 * max_bytes)],
-                "routes": [upload_route(uploads, max_bytes, WAITING, page.upload_file_set)],
-            },
-            # Fonts that every machine has: nothing is loaded from elsewhere.
-            theme=gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=["monospace"]),
-            footer_links=[],
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
-            run_history=False,
-            enable_monitoring=False,
-        )
-        try:
-            yield page
-        finally:
-            page.close(verbose=False)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def build_page(model: Sam) -> gr.Blocks:

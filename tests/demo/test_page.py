@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 import urllib.error
@@ -27,9 +26,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from visitor import Visitor
 
-from sam_jax import SamAutomaticMaskGenerator, SamPredictor, cli, from_pretrained
+from sam_jax import SamAutomaticMaskGenerator, SamPredictor, from_pretrained
 from sam_jax.demo import page as demo
-from sam_jax.demo import visit
+from sam_jax.demo import server, visit
 from sam_jax.demo.visit import Point, Visit
 
 # Gradio leaves its loops open, and uses what pandas is about to drop.
@@ -40,13 +39,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::Depr
 
 @contextlib.contextmanager
 def launched(model, **constants):
-    """The address of a model's page."""
+    """The address of a model's page, with few visitors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("GRADIO_TEMP_DIR", raising=False)
+        patch.setattr(server, "VISITORS", 3)
         for name, value in constants.items():
             patch.setattr(demo, name, value)
         port = free_port()
-        with demo.launch_page(model, "127.0.0.1", port, 1):
+        with server.launch_page(model, "127.0.0.1", port, 1):
             yield f"http://127.0.0.1:{port}/"
         gc.collect()  # while its warnings are ignored
 
@@ -58,7 +58,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def site(small):
-    with launched(small, VISITORS=3) as address:
+    with launched(small) as address:
         yield address
 
 
@@ -303,7 +303,7 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def server(chromium, mobile_sam_file, tmp_path_factory):
+def address(chromium, mobile_sam_file, tmp_path_factory):
     """The page's address."""
     arguments = "--model", str(mobile_sam_file), "--max-megabytes", "2"
     folder = tmp_path_factory.mktemp("server")
@@ -357,9 +357,9 @@ CUP, FACE = (0.55, 0.3), (0.44, 0.25)
 
 
 @pytest.fixture(scope="module")
-def tabs(browser, server, downloads, turned, plain):
+def tabs(browser, address, downloads, turned, plain):
     """Of two visitors: the one chose a file, the other dropped one on the page."""
-    first, second = (Page(browser, server, downloads) for _ in range(2))
+    first, second = (Page(browser, address, downloads) for _ in range(2))
     first.choose(turned[0])
     second.drop(plain[0])
     for page in (first, second):
@@ -562,7 +562,7 @@ def test_another_picture_while_everything_is_looked_for(second, first, turned, p
     second.wait(lambda: second.find(".stage").size["width"] == second.find(".stage").size["height"])
 
 
-def test_refusals(first, server, turned, downloads):
+def test_refusals(first, address, turned, downloads):
     """What is no picture, or too large, is told, and the picture stays."""
     page, (_, predictor) = first, turned
     with page.change():
@@ -580,11 +580,11 @@ def test_refusals(first, server, turned, downloads):
         page.wait(lambda message=message: message in page.told())
     assert np.array_equal(page.layer(), before)
     with pytest.raises(urllib.error.HTTPError) as refused:  # whatever the page allows
-        urllib.request.urlopen(upload(server, downloads / "large.jpg"))
+        urllib.request.urlopen(upload(address, downloads / "large.jpg"))
     assert refused.value.code == 413
     refused.value.close()
     # Nor does the page serve a site that sends a visitor's browser here.
-    foreign = urllib.request.Request(server, headers={"Origin": "http://evil.example"})
+    foreign = urllib.request.Request(address, headers={"Origin": "http://evil.example"})
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(foreign)
     assert refused.value.code == 403
@@ -610,62 +610,17 @@ def test_a_picture_that_was_dropped(browser, site, downloads, plain):
         page.mouse(FACE)
 
 
-def test_nothing_comes_from_elsewhere(second, server):
+def test_nothing_comes_from_elsewhere(second, address):
     with second.change():
         second.mouse(FACE)
     names = second.run("return performance.getEntriesByType('resource').map(e => e.name)")
     assert len(names) > 10
-    assert not [name for name in names if not name.startswith((server, "data:", "blob:"))]
+    assert not [name for name in names if not name.startswith((address, "data:", "blob:"))]
 
 
-def upload(server, path):
+def upload(address, path):
     """The request by which a program of its own uploads a file."""
     head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="x.jpg"\r\n\r\n'
     body = head + path.read_bytes() + b"\r\n--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    return urllib.request.Request(f"{server}gradio_api/upload", body, headers)
-
-
-@pytest.fixture
-def fails(monkeypatch):
-    """Runs `sam-jax demo ARGUMENTS`, which must fail; what it says."""
-
-    def fails(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sam-jax", "demo", *arguments])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        return exit_info.value.code
-
-    return fails
-
-
-@pytest.mark.parametrize(
-    ("host", "warns"),
-    [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)],
-)
-def test_other_hosts_are_warned_of(fails, capsys, host, warns):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    assert "/no/such/model" in fails("--host", host, "--port", port, "--model", "/no/such/model")
-    printed = capsys.readouterr().err
-    assert bool(printed) == warns
-    assert not warns or f"warning: whoever reaches port {port} of this machine can" in printed
-
-
-def test_what_cannot_be_served(fails):
-    """Told before the model is loaded."""
-    message = fails("--max-megabytes", "0", "--model", "/no/such/model")
-    assert message == "sam-jax: --max-megabytes is 0, expected 1 or more"
-    assert fails("--port", "0") == "sam-jax: --port is 0, expected 1 to 65535"
-    for host in ("", "::1"):
-        message = fails("--host", host)
-        assert message == f"sam-jax: --host is {host!r}, expected a name or an IPv4 address"
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        assert "Address already in use" in fails("--port", port, "--model", "/no/such/model")
-
-
-def test_without_gradio(fails, monkeypatch):
-    monkeypatch.delitem(sys.modules, "sam_jax.demo.page", raising=False)
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert fails() == "sam-jax: gradio is not installed; install sam_jax with its extra `demo`"
+    return urllib.request.Request(f"{address}gradio_api/upload", body, headers)
