@@ -90,7 +90,7 @@ def build_page(model: Sam) -> gr.Blocks:
 
         # What follows a visit's state, in the order of what `_show` gives.
         marks = [visit, stage, everything, candidates, following, back, again, png, rle]
-        # Whose everything-mode runs, and on what; who leaves or opens a picture is not in it.
+        # Whose everything-mode runs, and on what; who leaves or opens another is not in it.
         finding: dict[str, Picture] = {}
 
         # Values come as the browser sent them and are checked here: gradio's own checks know
@@ -181,7 +181,7 @@ def build_page(model: Sam) -> gr.Blocks:
             finding[request.session_hash] = visit.picture
 
             def on_batch(done: int, total: int) -> None:
-                if finding.get(request.session_hash) is not visit.picture:
+                if not page.is_running or finding.get(request.session_hash) is not visit.picture:
                     raise CancelledError
                 progress((done, total), unit="batches")
 

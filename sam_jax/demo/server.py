@@ -7,6 +7,8 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,7 +75,7 @@ def launch_page(model: Sam, host: str, port: int, max_megabytes: int) -> Iterato
         uploads.mkdir()
         names = {host, "127.0.0.1", "localhost"} if _is_loopback(host) else None
         max_bytes = max_megabytes * gr.FileSize.MB
-        page = build_page(model).queue(max_size=WAITING)
+        page, threads = build_page(model).queue(max_size=WAITING), set(threading.enumerate())
         page.launch(
             server_name=host,
             server_port=port,
@@ -100,6 +102,10 @@ def launch_page(model: Sam, host: str, port: int, max_megabytes: int) -> Iterato
             yield page
         finally:
             page.close(verbose=False)
+            # Python must not end while the model runs in one of gradio's threads.
+            deadline = time.monotonic() + 8
+            for thread in set(threading.enumerate()) - threads:
+                thread.join(max(0, deadline - time.monotonic()))
 
 
 def _is_loopback(host: str) -> bool:
