@@ -93,8 +93,8 @@ def build_page(model: Sam) -> gr.Blocks:
         # Whose everything-mode runs, and on what; who leaves or opens another is not in it.
         finding: dict[str, Picture] = {}
 
-        # Values come as the browser sent them and are checked here: gradio's own checks know
-        # numbers only, print where they were made, and leave an empty file for each upload.
+        # Values come as the browser sent them and are checked here: gradio's own checks let NaN
+        # through, print tracebacks, and leave an empty file for each upload.
         raw: dict[str, Any] = {
             "preprocess": False,
             "concurrency_limit": 1,
@@ -222,7 +222,8 @@ def build_page(model: Sam) -> gr.Blocks:
             event.success(save, [visit, saved], saved, **raw, **quiet).success(
                 show_saved, [visit, saved], [png, rle], **turn, **quiet
             )
-        everything.click(find, [visit, side], found, **raw, **on_stage).success(
+        once = {**raw, "trigger_mode": "once"}
+        everything.click(find, [visit, side], found, **once, **on_stage).success(
             show_found, [visit, found], [found, *marks], **turn, **quiet
         )
         page.unload(leave)

@@ -89,7 +89,8 @@ watch("picture", () => {
 });
 element.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey) return;
-  const [x, y] = cross, key = event.key === " " ? "Enter" : event.key;
+  const [x, y] = cross, letter = event.key.length === 1;
+  const key = event.key === " " ? "Enter" : letter ? event.key.toLowerCase() : event.key;
   const step = Math.ceil(Math.max(props.width, props.height) / 200) * (event.shiftKey ? 10 : 1);
   if (!props.picture) {
     if (key !== "Enter") return;

@@ -1,5 +1,6 @@
 """The demo page: as its visitors' browsers ask for it, and in headless Chromium as they use it."""
 
+import asyncio
 import contextlib
 import gc
 import io
@@ -48,6 +49,7 @@ def launched(model, **constants):
         port = free_port()
         with server.launch_page(model, "127.0.0.1", port, 1):
             yield f"http://127.0.0.1:{port}/"
+        asyncio.set_event_loop(None)  # gradio's, of this thread
         gc.collect()  # while its warnings are ignored
 
 
@@ -523,7 +525,7 @@ def test_by_keyboard(second):
     assert saved["prompt"]["point_labels"] == [1]
     page.run("arguments[0].focus()", stage)
     with page.change():
-        page.keys(Keys.ARROW_RIGHT, "b")
+        page.keys(Keys.ARROW_RIGHT, "B")
     prompt = page.saved()[1]["prompt"]
     assert prompt["point_coords"] == [[250, 139], [253, 139]]
     assert prompt["point_labels"] == [1, 0]
