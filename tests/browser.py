@@ -105,7 +105,7 @@ class Page:
         self.browser.switch_to.window(self.window)
 
     def find(self, css):
-        return WebDriverWait(self.browser, 20, 0.02).until(
+        return WebDriverWait(self.browser, 60, 0.02).until(
             lambda browser: browser.find_element(By.CSS_SELECTOR, css)
         )
 
@@ -113,7 +113,7 @@ class Page:
         return self.browser.execute_script(script, *arguments)
 
     def wait(self, condition):
-        return WebDriverWait(self.browser, 20, 0.02).until(lambda _: condition())
+        return WebDriverWait(self.browser, 60, 0.02).until(lambda _: condition())
 
     def layer(self):
         """Where the mask is, as it is shown."""

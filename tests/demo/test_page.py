@@ -161,7 +161,7 @@ def test_who_breaks_an_upload_off_leaves_nothing(site, guest):
 def test_events_that_no_page_sends_are_refused(guest, name, values, event, error):
     started = time.monotonic()
     assert error in guest.send(name, *values, **event)["error"]
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert guest.send("save")["data"] == [None]  # the visit is as it was
 
 
@@ -227,10 +227,10 @@ def test_everything_ends_with_its_visitor(guest, photo, endless, how):
         if how == "opens":
             file = guest.upload(photo)
         guest.join("find", 4)
-        assert endless.running.wait(5)
+        assert endless.running.wait(20)
         if how == "opens":
             guest.join("open_", file)
-            assert endless.stopped.wait(5)
+            assert endless.stopped.wait(20)
             with guest.messages() as messages:  # neither has an error
                 ends = [m["success"] for m in messages if m["msg"] == "process_completed"]
             assert ends == [True, True]
@@ -238,7 +238,7 @@ def test_everything_ends_with_its_visitor(guest, photo, endless, how):
             assert not any("mask" in update.get("props", {}) for update in found["data"] if update)
             return
         assert not endless.stopped.is_set()
-    assert endless.stopped.wait(5)
+    assert endless.stopped.wait(20)
 
 
 def test_everything_ends_with_the_server(small, photo, endless):
@@ -246,7 +246,7 @@ def test_everything_ends_with_the_server(small, photo, endless):
         guest = Visitor(address)
         guest.send("open_", guest.upload(photo))
         guest.join("find", 4)
-        assert endless.running.wait(5)
+        assert endless.running.wait(20)
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
     assert endless.stopped.is_set()
     assert not folder.exists()
@@ -254,14 +254,14 @@ def test_everything_ends_with_the_server(small, photo, endless):
 
 def test_everything_of_others_goes_on(site, guest, photo, endless):
     guest.join("find", 4)
-    assert endless.running.wait(5)
+    assert endless.running.wait(20)
     other = Visitor(site)
     with other.http.stream("GET", f"heartbeat/{other.session}"):
         other.send("open_", other.upload(photo))
         other.send("press", 1, **CLICK)
     assert not endless.stopped.wait(0.5)
     guest.send("open_", guest.upload(photo))
-    assert endless.stopped.wait(5)
+    assert endless.stopped.wait(20)
 
 
 def test_what_is_saved_is_what_is_shown(site, guest, small, photo, monkeypatch, tmp_path):
