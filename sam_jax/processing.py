@@ -249,6 +249,11 @@ class SamProcessor:
         labels = np.zeros((len(maps), side, side), np.int64)
         for i, (given, size) in enumerate(zip(maps, sizes, strict=True)):
             array = np.asarray(given)
+            # They are resized as int32.
+            if array.dtype.kind in "iu" and (far := array[array != array.astype(np.int32)]).size:
+                raise ValueError(
+                    f"segmentation_maps[{i}] holds {far[0]}, expected -2^31 to 2^31 - 1"
+                )
             if array.shape != size or array.dtype.kind not in "iub":
                 raise ValueError(
                     f"segmentation_maps[{i}] is {array.dtype} of shape {array.shape}, expected "

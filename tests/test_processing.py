@@ -197,11 +197,21 @@ def test_segmentation_maps_of_booleans_and_large_numbers(small):
         (np.zeros((9, 8), int), r"segmentation_maps\[0\] is int64 of shape \(9, 8\).*\(8, 9\)"),
         (np.zeros((8, 9)), r"is float64 of shape \(8, 9\), expected integers"),
         ([np.zeros((8, 9), int)] * 2, "there are 1 images, but 2 segmentation_maps"),
+        (np.full((8, 9), 3_000_000_000, np.uint32), r"maps\[0\] holds 3000000000, expected -2"),
+        (np.full((8, 9), 2**32 + 5), "holds 4294967301, expected -2"),
+        (np.full((8, 9), 2**64 - 1, np.uint64), "holds 18446744073709551615, expected -2"),
+        (np.full((8, 9), -(2**31) - 1), "holds -2147483649, expected -2"),
     ],
 )
 def test_bad_segmentation_maps(small, maps, message):
     with pytest.raises(ValueError, match=message):
         small(picture(8, 9), segmentation_maps=maps)
+
+
+@pytest.mark.parametrize("most", [2**31 - 1, -(2**31)])
+def test_segmentation_maps_up_to_int32(small, most):
+    (labels,) = small(picture(8, 9), segmentation_maps=np.full((8, 9), most))["labels"]
+    assert set(np.unique(labels)) == {0, most}  # 0 is the padding
 
 
 # --- load_image ---------------------------------------------------------------------------------
