@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["vit_b", "vit_h"], choices=MODELS)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--batch", type=int, default=8, help="images, of encoder and training")
-    parser.add_argument("--attention", nargs="+", default=["default", "xla", "folded", "cudnn"])
+    parser.add_argument("--attention", nargs="+", default=["xla", "folded", "cudnn"])
     args = parser.parse_args()
     mesh = h100()
     print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", flush=True)
@@ -198,8 +198,7 @@ def main() -> None:
         heads = config.image_encoder.num_heads
         for part in args.parts:
             is_encoder = part in ("encoder", "training")
-            for chosen in args.attention if is_encoder else ("default",):
-                named = None if chosen == "default" else chosen
+            for named in args.attention if is_encoder else (None,):
                 model = nnx.eval_shape(
                     lambda: Sam(config, dtype=jnp.bfloat16, attention=named, rngs=nnx.Rngs(0))  # noqa: B023
                 )
@@ -207,7 +206,7 @@ def main() -> None:
                 temporaries = program.memory_analysis().temp_size_in_bytes
                 row = {
                     "Model, part": f"{name}, {part}",
-                    "Attention": chosen if is_encoder else "",
+                    "Attention": named or "",
                     "Temporaries": f"{temporaries / 1e9:.2f} GB",
                     **look(program.as_text(), args.batch * heads * 4096**2),
                 }

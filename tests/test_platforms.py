@@ -99,13 +99,14 @@ def test_training_step(model):
 
 @pytest.mark.usefixtures("hopper")
 def test_flash_attention_is_the_default_of_a_hopper():
-    """In bfloat16, for global layers; in everything-mode's encoder, and in a step of training."""
-    config = dataclasses.replace(SMALL, image_size=512)  # a grid of 64 x 64
+    """In bfloat16, for all layers; in everything-mode's encoder, and in a step of training."""
+    vit = dataclasses.replace(SMALL.image_encoder, window_size=14)
+    config = dataclasses.replace(SMALL, image_encoder=vit, image_size=512)  # a grid of 64 x 64
     model = nnx.eval_shape(lambda: Sam(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
     mesh = Mesh(np.array(jax.devices()[:1]), ("images",))
     text = lowered_for_cuda(_encode, graphdef, params, shape(1, 512, 512, 3), mesh=mesh)
-    assert flash_attentions(text) == (1, 0)
+    assert flash_attentions(text) == (2, 0)
     assert "x4096x4096x" not in text
 
     tx = adamw(1e-4, EVERYTHING)
@@ -120,5 +121,5 @@ def test_flash_attention_is_the_default_of_a_hopper():
     step = jax.jit(train_step, static_argnames=("graphdef", "tx", "recipe"))
     key = jax.eval_shape(lambda: jax.random.key(0))
     text = lowered_for_cuda(step, graphdef, state, frozen, batch, key, tx=tx, recipe=Recipe())
-    assert flash_attentions(text) == (1, 1)
+    assert flash_attentions(text) == (2, 2)
     assert "x4096x4096x" not in text

@@ -142,7 +142,8 @@ class Sam(nnx.Module):
             target_embedding: added to the tokens before each block (PerSAM).
             hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
             prompts_at_once: how many prompts of each image are computed together, for less memory.
-                None: one of one image on a CPU, whose cache it fits, else up to 64 (2 GB).
+                None: one of one image on a CPU, whose cache it fits, else up to 64 (on an NVIDIA
+                GPU 0.4 GB in bfloat16).
             platform: where it will run ("cpu", "cuda", ...), if not on JAX's default backend.
         """
         image_pe = self.prompt_encoder.get_dense_pe()

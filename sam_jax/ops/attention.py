@@ -79,8 +79,8 @@ def rel_pos_attention(
             the positions in wider queries and keys (`fold_positions`), "chunked" materialises the
             logits of one head and a block of queries at a time, for less memory, "cudnn" none (an
             NVIDIA GPU's flash attention, in bfloat16 or float16, folded). None takes the fastest:
-            on a CPU "folded" for windows and "chunked" for large grids, on a GPU "cudnn" for large
-            grids where it can run, else "xla".
+            on a CPU "folded" for windows and "chunked" for large grids, on a GPU "cudnn" where it
+            can run and else "folded", elsewhere "xla".
 
     Logits and softmax are float32 whatever the inputs' dtype (but "folded" and "cudnn" round the
     position terms to it); the result has the inputs' dtype.
@@ -92,7 +92,7 @@ def rel_pos_attention(
     check_implementation(implementation)
     if implementation is None:
         implementation = fastest(grid, jax.default_backend())
-        if h * w > _QUERY_BLOCK and not _cudnn_lacks(q, rel_pos is not None, grid, _gpu()):
+        if not _cudnn_lacks(q, rel_pos is not None, grid, _gpu()):
             implementation = "cudnn"
     tables = None
     if rel_pos is not None:
@@ -102,9 +102,11 @@ def rel_pos_attention(
 
 def fastest(grid: tuple[int, int], platform: str) -> Implementation:
     """The fastest implementation for a grid of (h, w) on a platform, on any device in any dtype."""
-    if platform != "cpu":
-        return "xla"
-    return "folded" if grid[0] * grid[1] <= _QUERY_BLOCK else "chunked"
+    if platform == "cpu" and grid[0] * grid[1] > _QUERY_BLOCK:
+        return "chunked"
+    # XLA's compilers for CPUs and GPUs make one kernel of a softmax, but of the sum that "xla" has
+    # before it (benchmarks/compiled.py).
+    return "folded" if platform in ("cpu", "gpu", "cuda") else "xla"
 
 
 def check_implementation(name: str | None) -> None:
