@@ -8,6 +8,7 @@ the object as often as the whole cell, which is what is annotated. `cells/train.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +110,10 @@ def write(config: Config, name: str, count: int, rng: np.random.Generator) -> No
 
 def main(config: Config) -> None:
     """Draws both sets."""
-    (config.output / "images").mkdir(parents=True)
+    try:
+        (config.output / "images").mkdir(parents=True)
+    except FileExistsError:
+        sys.exit(f"cells: {config.output} has pictures already; choose another --output")
     rng = np.random.default_rng(config.seed)
     write(config, "train", config.train, rng)
     write(config, "test", config.test, rng)

@@ -49,4 +49,6 @@ def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") ->
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (5, 6):
+        sys.exit(__doc__)
     main(*sys.argv[1:])
