@@ -20,7 +20,7 @@ def main(output: Path = Path("demo.png")) -> None:
         folder = Path(name)
         Image.fromarray(skimage.data.astronaut()).save(folder / "photo.png")
         with running_demo(folder) as address, open_browser(folder) as browser:
-            browser.set_window_size(1200, 860)
+            browser.set_window_size(1200, 980)
             page = Page(browser, address, folder)
             page.drop(folder / "photo.png")
             page.find(".stage.open")
