@@ -116,24 +116,34 @@ def test_gradients_reach_every_decoder_parameter(model, embedding):
 
     @jax.jit
     @jax.grad
-    def gradient(params):
+    def gradient(params, weights):
         sam = nnx.merge(graphdef, params, rest)
         losses = interactive_losses(
             sam, embedding, target(SIDE), BOX, jax.random.key(0), rounds=4, box_probability=0.0
         )
-        return losses.total.mean()
+        return losses.total @ weights
 
-    gradients = nnx.to_flat_state(gradient(params))
-    zero = {
-        ".".join(map(str, path))
-        for path, value in gradients
-        if "image_encoder" not in path and not np.abs(value[...]).max() > 0
-    }
+    def without_part(gradients):
+        return {
+            ".".join(map(str, path))
+            for path, value in gradients
+            if "image_encoder" not in path and not np.abs(value[...]).max() > 0
+        }
+
+    gradients = nnx.to_flat_state(gradient(params, jnp.full(4, 0.25)))
+    zero = without_part(gradients)
     # A point's rounds have no box, clicks after the first may all be of one kind, and only one of
     # three candidates is pulled. Softmax is blind to the biases of keys.
     no_part = r"prompt_encoder\.point_embeddings.*|.*\.k_proj\.bias|.*hypernetworks_mlps\.[123]\..*"
     assert not {name for name in zero if not re.fullmatch(no_part, name)}
     assert all(np.isfinite(value[...]).all() for _, value in gradients)
+    # Only the first round uses the three candidates' networks: the later rounds' losses would reach
+    # them by way of the mask prompt alone.
+    later = without_part(nnx.to_flat_state(gradient(params, jnp.array([0.0, 1.0, 1.0, 1.0]))))
+    candidates = re.compile(r".*hypernetworks_mlps\.[123]\..*")
+    assert any(map(candidates.fullmatch, later - zero))
+    names = {".".join(map(str, path)) for path, _ in gradients}
+    assert set(filter(candidates.fullmatch, names)) <= later
 
 
 def test_memory_does_not_grow_with_the_rounds(model, embedding):

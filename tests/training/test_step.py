@@ -160,13 +160,17 @@ def test_what_is_frozen_takes_no_memory_for_gradients(model):
     assert some.temp_size_in_bytes < every.temp_size_in_bytes
 
 
-def test_what_is_frozen_keeps_its_bits_and_the_moving_average(model):
+def test_steps_draw_anew_keep_what_is_frozen_and_the_moving_average(model):
     batch, key, decay = batch_of(2), jax.random.key(0), 0.75
     before = {name: np.asarray(value) for name, value in flat_params(model).items()}
     tx = adamw(1e-2, DECODER_ONLY)
     graphdef, trained, frozen = split_model(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
     step = compile_step(state, tx, RECIPE._replace(ema_decay=decay))
+    # What a step draws depends on its number: the same state has another loss in another step.
+    copies = [jax.tree.map(jnp.copy, state)._replace(step=jnp.int32(k)) for k in (0, 0, 1)]
+    first, again, other = (step(graphdef, s, frozen, batch, key)[1]["loss"] for s in copies)
+    assert first == again != other
     expected = jax.tree.map(np.asarray, trained)
     for _ in range(3):
         state, _ = step(graphdef, state, frozen, batch, key)
