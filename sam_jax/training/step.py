@@ -54,8 +54,11 @@ class TrainState(NamedTuple):
 def init_state(
     trained: PyTree, tx: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
-    """The state before the first step, with arrays of its own, since a step gives up its input."""
-    trained = jax.tree.map(jnp.array, trained)
+    """The state before the first step, with arrays of its own, since a step gives up its input.
+
+    They are float32 whatever the checkpoint's are: small steps would vanish in bfloat16.
+    """
+    trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained)
     average = jax.tree.map(jnp.array, trained) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), average)
 
