@@ -198,7 +198,11 @@ def train_step(
 
     Returns:
         The new state, and float32 scalars: those of `mean_loss`, and `grad_norm`.
+
+    Raises:
+        ValueError: if only one of state and recipe has a moving average.
     """
+    _check_average(state, recipe)
     keys = jax.random.split(jax.random.fold_in(key, state.step), len(batch["valid"]))
     grads, metrics = gradients(graphdef, state.params, frozen, batch, keys, recipe)
     metrics["grad_norm"] = optax.tree.norm(grads)
@@ -216,9 +220,11 @@ def compile_step(state: TrainState, tx: optax.GradientTransformation, recipe: Re
     The state that it is given is given up, so that memory holds one.
 
     Raises:
-        ValueError: for a recipe whose numbers make no sense.
+        ValueError: for a recipe whose numbers make no sense, or if only one of state and recipe
+            has a moving average.
     """
     _check(recipe)
+    _check_average(state, recipe)
     # Arrays that were never put anywhere stay so: a step that places them is compiled again.
     places = jax.tree.map(lambda x: x.sharding if x.committed else None, state)
     return jax.jit(
@@ -239,3 +245,12 @@ def _check(recipe: Recipe) -> None:
     ):
         if not ok:
             raise ValueError(f"{name} is {getattr(recipe, name)}, expected {expected}")
+
+
+def _check_average(state: TrainState, recipe: Recipe) -> None:
+    has, wanted = state.ema is not None, recipe.ema_decay is not None
+    if has != wanted:
+        raise ValueError(
+            f"the state has {'a' if has else 'no'} moving average, but ema_decay is "
+            f"{recipe.ema_decay}; give init_state ema={wanted}, or the recipe another ema_decay"
+        )

@@ -319,6 +319,23 @@ def test_recipes_that_make_no_sense(model, options, message):
         compile_step(init_state(trained, tx), tx, Recipe(**options))
 
 
+@pytest.mark.parametrize(
+    ("ema", "decay", "message"),
+    [
+        (False, 0.9, "has no moving average, but ema_decay is 0.9"),
+        (True, None, "has a moving average, but ema_decay is None"),
+    ],
+)
+def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
+    tx = adamw(1e-3, DECODER_ONLY)
+    graphdef, trained, frozen = split_model(model, DECODER_ONLY)
+    state, recipe = init_state(trained, tx, ema=ema), Recipe(ema_decay=decay)
+    with pytest.raises(ValueError, match=message):
+        compile_step(state, tx, recipe)
+    with pytest.raises(ValueError, match=message):
+        train_step(graphdef, state, frozen, batch_of(1), KEYS[0], tx=tx, recipe=recipe)
+
+
 def test_no_drop_path_without_an_encoder(model):
     batch = {**batch_of(1), "image_embedding": np.zeros((1, 1))}
     with pytest.raises(
