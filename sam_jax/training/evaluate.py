@@ -1,4 +1,4 @@
-"""How good a model's masks are, by the number of clicks and by box (paper, section 7.1)."""
+"""How good a model's masks are, by the number of clicks and by box (paper, section 7.1, D.1)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,21 +28,29 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean IoU over all objects, at the pictures' own resolution.
 
-    The first click is in the middle of the object, each later one in the middle of the largest
-    error. After one click, which is ambiguous, the candidate with the best predicted IoU counts;
-    after more, the single mask, which has the logits before as a mask prompt. A box is the object's
-    own.
+    The first click is in the middle of the object, each later one in the middle of an error: of
+    all pixels missed, or wrongly in the mask, the farthest from that region's boundary (paper,
+    appendix D.1). After one click, which is ambiguous, the candidate with the best predicted IoU
+    counts; after more, the single mask, which has the logits before as a mask prompt. A box is the
+    object's own.
 
     Args:
         model: of any kind.
         source: examples; see `sam_jax.training.data`.
-        clicks: numbers of clicks.
+        clicks: numbers of clicks, at least one.
         objects_at_once: prompts decoded together.
         on_image: called after each picture.
 
     Returns:
         `miou@1`, ... for each number of clicks, `miou@box`, and `objects`, how many there were.
+
+    Raises:
+        ValueError: for numbers below 1, or if there is no object.
     """
+    if not clicks or min(clicks) < 1:
+        raise ValueError(f"clicks is {clicks}, expected one number of clicks or more, each above 0")
+    if objects_at_once < 1:
+        raise ValueError(f"objects_at_once is {objects_at_once}, expected at least 1")
     names = [*(f"miou@{n}" for n in clicks), "miou@box"]
     found: dict[str, list[float]] = {name: [] for name in names}
     predictor = SamPredictor(model)
@@ -95,11 +103,7 @@ def set_image(predictor: SamPredictor, example: dict[str, Any]) -> None:
 
 def middle(region: Bool[np.ndarray, "h w"]) -> tuple[int, int]:
     """(x, y) of the pixel farthest from what is not in the region, the picture's edge included."""
-    x0, y0, x1, y1 = mask_to_box(region)
-    part = np.pad(region[y0 : y1 + 1, x0 : x1 + 1], 1)
-    distance = scipy.ndimage.distance_transform_edt(part)[1:-1, 1:-1]
-    y, x = np.unravel_index(distance.argmax(), distance.shape)
-    return int(x + x0), int(y + y0)
+    return _innermost(region)[1]
 
 
 def iou(
@@ -118,11 +122,11 @@ def _by_clicks(predictor, targets, most: int) -> dict[int, list[float]]:
     labels: list[list] = [[] for _ in targets]
     for count in range(1, most + 1):
         for k, target in enumerate(targets):
-            missed, extra = target & ~predicted[k], predicted[k] & ~target
-            regions = [(_largest(missed), FOREGROUND), (_largest(extra), BACKGROUND)]
-            region, label = max(regions, key=lambda pair: pair[0].sum())
-            if region.any():
-                points[k].append(middle(region))
+            errors = (target & ~predicted[k], FOREGROUND), (predicted[k] & ~target, BACKGROUND)
+            inner = [(*_innermost(error), label) for error, label in errors if error.any()]
+            if inner:
+                _, point, label = max(inner, key=lambda found: found[0])
+                points[k].append(point)
                 labels[k].append(label)
         masks, scores, low = predictor.predict_batch(
             points, labels, mask_input=low_res, multimask_output=count == 1
@@ -134,10 +138,10 @@ def _by_clicks(predictor, targets, most: int) -> dict[int, list[float]]:
     return ious
 
 
-def _largest(region: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """The region's largest connected part."""
-    labels, count = scipy.ndimage.label(region)
-    if count < 2:
-        return region
-    sizes = np.bincount(labels.ravel())
-    return labels == 1 + sizes[1:].argmax()
+def _innermost(region: Bool[np.ndarray, "h w"]) -> tuple[float, tuple[int, int]]:
+    """How far the pixel of `middle` is from what is not in the region, and the pixel."""
+    x0, y0, x1, y1 = mask_to_box(region)
+    part = np.pad(region[y0 : y1 + 1, x0 : x1 + 1], 1)
+    distance = scipy.ndimage.distance_transform_edt(part)[1:-1, 1:-1]
+    y, x = np.unravel_index(distance.argmax(), distance.shape)
+    return float(distance[y, x]), (int(x + x0), int(y + y0))

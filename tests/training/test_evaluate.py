@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
+import scipy.ndimage
 from reference import SMALL, meta_sam, ours
 
 from sam_jax import SamPredictor
 from sam_jax.training.embeddings import CachedEmbeddings
-from sam_jax.training.evaluate import _largest, draw_clicks, evaluate, iou, middle
+from sam_jax.training.evaluate import _by_clicks, draw_clicks, evaluate, iou, middle
 
 H, W = 40, 60
 
@@ -49,7 +50,17 @@ def test_first_click_and_box_are_what_the_predictor_says(model, source):
     assert set(found) == {"miou@1", "miou@2", "miou@3", "miou@5", "miou@box", "objects"}
 
 
-def test_later_clicks_are_in_the_middle_of_the_largest_error(model, source, monkeypatch):
+def plain_click(predicted, target):
+    """The paper's next click, over the whole picture: x, y and label."""
+    depth = [
+        scipy.ndimage.distance_transform_edt(np.pad(error, 1))[1:-1, 1:-1]
+        for error in (target & ~predicted, predicted & ~target)
+    ]
+    kind, y, x = np.unravel_index(np.argmax(depth), (2, H, W))
+    return (x, y), 1 - kind
+
+
+def test_later_clicks_are_the_farthest_from_the_boundary_of_an_error(model, source, monkeypatch):
     calls = []
     predict = SamPredictor.predict_batch
 
@@ -68,10 +79,37 @@ def test_later_clicks_are_in_the_middle_of_the_largest_error(model, source, monk
     assert [options["mask_input"] is None for *_, options in calls] == [True, False, False]
     (_, _, predicted, _), (points, labels, _, _) = calls[:2]
     for k, mask in enumerate(source[0]["masks"]):
-        missed, extra = _largest(mask & ~predicted[k]), _largest(predicted[k] & ~mask)
-        foreground = missed.sum() >= extra.sum()
-        assert labels[k][1] == foreground
-        assert points[k][1] == middle(missed if foreground else extra)
+        assert (points[k][1], labels[k][1]) == plain_click(predicted[k], mask)
+
+
+def test_a_thin_rim_is_no_large_error():
+    """A click is in a blob, even if a rim around it has more pixels; beside a plain reference."""
+    target = rectangle(2, 2, 58, 38)
+    rim = target & ~rectangle(4, 4, 56, 36)
+    missed, extra = rectangle(10, 10, 19, 19), rectangle(30, 38, 40, 40)
+    predictions = [
+        target & ~rim & ~missed | rectangle(0, 0, W, 1),  # a rim and a blob are missed
+        rectangle(2, 2, 58, 7) | rectangle(20, 20, 35, 35),  # most is missed
+        target | extra,  # some is too much
+        rectangle(8, 8, 17, 17),  # the target is the rim: all of it is missed, and a blob too much
+    ]
+    targets = np.array([target] * 3 + [rim])
+
+    class Predictor:
+        """Answers with the predictions, whatever it is asked, and keeps the question."""
+
+        def predict_batch(self, points, labels, **_):
+            self.asked = points, labels
+            return np.array(predictions)[:, None], np.zeros((4, 1)), np.zeros((4, 1, 1, 1))
+
+    predictor = Predictor()
+    _by_clicks(predictor, targets, 2)
+    clicks = [(p[1], k[1]) for p, k in zip(*predictor.asked, strict=True)]
+    expected = map(plain_click, predictions, targets)
+    assert clicks == list(expected)
+    assert clicks[0] == ((14, 14), 1)
+    assert [label for _, label in clicks] == [1, 1, 0, 0]
+    assert rim.sum() > missed.sum()
 
 
 def test_cached_embeddings_give_the_same(model, source, tmp_path):
@@ -79,16 +117,28 @@ def test_cached_embeddings_give_the_same(model, source, tmp_path):
     assert evaluate(model, cached, clicks=(1,)) == evaluate(model, source, clicks=(1,))
 
 
-def test_the_middle_and_the_largest_part():
+def test_the_middle():
     mask = rectangle(10, 10, 21, 15) | rectangle(40, 20, 43, 23)
     assert middle(mask) == (12, 12)
     assert middle(rectangle(0, 0, W, H))[1] in (H // 2 - 1, H // 2)
-    np.testing.assert_array_equal(_largest(mask), rectangle(10, 10, 21, 15))
 
 
 def test_nothing_to_evaluate_on(model, source):
     with pytest.raises(ValueError, match="there is no object to evaluate on"):
         evaluate(model, source[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clicks": ()}, r"clicks is \(\), expected one number of clicks or more"),
+        ({"clicks": (0, 2)}, r"clicks is \(0, 2\), expected .* each above 0"),
+        ({"objects_at_once": 0}, "objects_at_once is 0, expected at least 1"),
+    ],
+)
+def test_numbers_that_make_no_sense(model, source, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, source, **options)
 
 
 def test_pictures_of_clicks(model, source):
