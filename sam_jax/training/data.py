@@ -157,8 +157,8 @@ class Prepare:
     Args:
         config: of the model.
         max_objects: n; of more objects some are chosen by chance.
-        target_size: the masks' side: `config.mask_size` (what the model gives), or
-            `config.image_size`.
+        target_size: the masks' side, a divisor of the model's input size: `config.mask_size` (what
+            the model gives), or `config.image_size`.
         flip: how often the picture is mirrored.
         scale_range: large-scale jitter: by how much the picture is larger than what fits the model,
             by chance in this range (the paper's is 0.1 to 2.0). What is too large is cropped.
@@ -177,6 +177,11 @@ class Prepare:
         low, high = self.scale_range or (1, 1)
         for name, ok, expected in (
             ("max_objects", self.max_objects >= 1, "at least 1"),
+            (
+                "target_size",
+                self.target_size >= 1 and self.config.image_size % self.target_size == 0,
+                f"a divisor of the model's input size {self.config.image_size}",
+            ),
             ("flip", 0 <= self.flip <= 1, "0 to 1"),
             ("scale_range", 0 < low <= high, "two numbers above 0, the smaller first"),
         ):
@@ -184,8 +189,23 @@ class Prepare:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """The example; what is by chance comes from `rng`."""
+        """The example; what is by chance comes from `rng`.
+
+        Raises:
+            TypeError: if the masks are not bool.
+            ValueError: if the masks are not of the picture's size, or the picture has to change
+                but its embedding is cached.
+        """
         image, masks = example["image"], example["masks"]
+        if masks.dtype != bool:
+            raise TypeError(
+                f"the masks are {masks.dtype}, expected bool; compare them, as masks > 0"
+            )
+        if masks.ndim != 3 or masks.shape[1:] != image.shape[:2]:
+            raise ValueError(
+                f"the masks have shape {masks.shape}, expected masks of the picture's "
+                f"size, [n, {image.shape[0]}, {image.shape[1]}]"
+            )
         if len(masks) > self.max_objects:
             chosen = np.sort(rng.choice(len(masks), self.max_objects, replace=False))
             masks = masks[chosen]

@@ -301,6 +301,8 @@ def test_augmented_masks_lie_on_their_objects(options, target_size):
     ("options", "message"),
     [
         ({"max_objects": 0}, "max_objects is 0, expected at least 1"),
+        ({"target_size": 0}, "target_size is 0, expected a divisor of the model's input size"),
+        ({"target_size": SIDE + 1}, f"target_size is {SIDE + 1}, expected a divisor of"),
         ({"flip": 1.5}, "flip is 1.5, expected 0 to 1"),
         ({"scale_range": (0, 1)}, r"scale_range is \(0, 1\), expected two numbers above 0"),
         ({"scale_range": (2.0, 1.0)}, r"scale_range is \(2.0, 1.0\), expected two numbers"),
@@ -309,6 +311,23 @@ def test_augmented_masks_lie_on_their_objects(options, target_size):
 def test_numbers_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         Prepare(SMALL, **{"max_objects": 4, "target_size": SIDE, **options})
+
+
+@pytest.mark.parametrize(
+    ("masks", "error", "message"),
+    [
+        (np.zeros((2, H, W), np.uint8), TypeError, "the masks are uint8, expected bool"),
+        (
+            np.zeros((2, H, W + 1), bool),
+            ValueError,
+            r"shape \(2, 55, 71\), expected .* \[n, 55, 70\]",
+        ),
+        (np.zeros((H, W), bool), ValueError, r"shape \(55, 70\), expected .* \[n, 55, 70\]"),
+    ],
+)
+def test_masks_that_are_none_of_the_pictures(masks, error, message):
+    with pytest.raises(error, match=message):
+        prepared({"image": np.zeros((H, W, 3), np.uint8), "masks": masks})
 
 
 def test_fingerprints(coco):
