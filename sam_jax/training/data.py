@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import numpy as np
 import pycocotools.mask
 from jaxtyping import Bool
-from PIL import Image
+from PIL import ExifTags, Image
 
 from sam_jax.config import SamConfig
 from sam_jax.ops.masks import mask_to_box, rle_decode, rle_uncompress
@@ -44,21 +44,23 @@ class Source(Protocol):
 class CocoInstances:
     """The pictures of a COCO instance file that have objects.
 
-    Polygons and run lengths, compressed or not. Crowds are left out.
+    Polygons and run lengths, compressed or not. Crowds are left out. Masks are of the pixels as a
+    file stores them, as in pycocotools: an EXIF orientation is not applied.
 
     Args:
         annotations: the JSON file.
         images: the folder of its pictures.
         bad_annotations: what to do about entries that cannot be right: missing pictures, ids that
-            occur twice, empty segmentations, run lengths of another size than the picture's, boxes
-            outside it, annotations of no picture. "refuse" raises an error that lists them by the
-            picture's id; "skip" leaves them out with a warning. What only shows when a picture is
-            read is treated the same; one that cannot be read at all is blank then, without objects.
+            occur twice, empty segmentations, polygons of half a point, run lengths of another size
+            than the picture's, boxes outside it, annotations of no picture. "refuse" raises an
+            error that lists them by the picture's id; "skip" leaves them out with a warning. What
+            only shows when a picture is read is treated the same; one that cannot be read at all
+            is blank then, without objects.
 
     Raises:
         FileNotFoundError: if the file is missing.
         ValueError: if the file is no COCO instance file, no picture in it has an object, or there
-            are bad entries and they are refused.
+            are bad entries and they are refused, or for another `bad_annotations`.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class CocoInstances:
         images: str | Path,
         bad_annotations: BadAnnotations = "refuse",
     ):
+        _check_choice(bad_annotations)
         content = _read_json(Path(annotations))
         try:
             self.entries, problems = _coco_entries(content, Path(images))
@@ -99,11 +102,12 @@ class SegmentAnything1B:
         bad_annotations: as for `CocoInstances`, when a picture is read.
 
     Raises:
-        ValueError: if there is no JSON file; when a picture is read, if it is missing, or its file
-            is none of SA-1B's.
+        ValueError: if there is no JSON file, or for another `bad_annotations`; when a picture is
+            read, if it is missing, or its file is none of SA-1B's.
     """
 
     def __init__(self, folder: str | Path, bad_annotations: BadAnnotations = "refuse"):
+        _check_choice(bad_annotations)
         # Each file is read only when it is its turn: SA-1B has 11 million.
         self.files = sorted(Path(folder).glob("*.json"))
         self.bad_annotations = bad_annotations
@@ -348,7 +352,7 @@ def _coco_entries(content: Any, folder: Path) -> tuple[list[tuple], list[str]]:
             ambiguous.add(info["id"])
         infos[info["id"]] = info
     for annotation in content["annotations"]:
-        image_id, annotation_id = annotation["image_id"], annotation.get("id")
+        image_id, annotation_id = annotation.get("image_id"), annotation.get("id")
         try:
             problem = _annotation_problem(annotation, infos.get(image_id), seen)
         except (KeyError, TypeError, ValueError) as error:
@@ -375,6 +379,8 @@ def _coco_entries(content: Any, folder: Path) -> tuple[list[tuple], list[str]]:
 
 def _annotation_problem(annotation: dict, info: dict | None, seen: set) -> str | None:
     """What is wrong with an annotation, as far as is seen without its picture."""
+    if "image_id" not in annotation:
+        return "it has no image_id"
     if info is None:
         return "there is no picture of this id"
     if annotation.get("id") is not None and annotation["id"] in seen:
@@ -384,6 +390,9 @@ def _annotation_problem(annotation: dict, info: dict | None, seen: set) -> str |
     is_polygons = isinstance(segmentation, list)
     if not segmentation or (is_polygons and not any(len(p) >= 6 for p in segmentation)):
         return "its segmentation is empty"
+    if is_polygons and any(len(p) % 2 for p in segmentation):
+        odd = next(len(p) for p in segmentation if len(p) % 2)
+        return f"a polygon of it has {odd} numbers, expected x and y of each point"
     if not is_polygons and list(segmentation["size"]) != [height, width]:
         return f"its size is {segmentation['size']}, but the picture's {[height, width]}"
     counts = None if is_polygons else segmentation["counts"]
@@ -394,6 +403,13 @@ def _annotation_problem(annotation: dict, info: dict | None, seen: set) -> str |
     if not (x >= -1 and y >= -1 and w > 0 and h > 0 and x + w <= width + 1 and y + h <= height + 1):
         return f"its box {[x, y, w, h]} is not within the picture of {width} x {height}"
     return None
+
+
+def _check_choice(bad_annotations: str) -> None:
+    choices = get_args(BadAnnotations)
+    if bad_annotations not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise ValueError(f"bad_annotations is {bad_annotations!r}, expected {expected}")
 
 
 def _report(problems: list[str], what: str, bad_annotations: BadAnnotations) -> None:
@@ -416,10 +432,8 @@ def _example(
     bad_annotations: BadAnnotations,
 ) -> Example:
     try:
-        image = load_image(picture)
-        if image.shape[:2] != tuple(size):
-            raise ValueError(f"it has {image.shape[:2]} pixels, but {tuple(size)} are annotated")
-    except (OSError, ValueError, TypeError) as error:
+        image = _stored_pixels(picture, tuple(size))
+    except Exception as error:  # also whatever Pillow's decoders meet in a damaged file
         _report([f"image {image_id}: {picture}: {error}"], "a bad picture", bad_annotations)
         return _blank()
     masks, problems = [], []
@@ -431,6 +445,22 @@ def _example(
     _report(problems, f"{picture} has bad annotations", bad_annotations)
     masks = [mask for mask in masks if mask.any()]
     return {"image": image, "masks": np.array(masks, bool).reshape(-1, *image.shape[:2])}
+
+
+def _stored_pixels(picture: Path, size: tuple[int, int]) -> np.ndarray:
+    """A picture of this size, not turned as its EXIF says: nor are those that COCO annotates."""
+    with Image.open(picture) as file:
+        orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
+        image = load_image(file)
+    if image.shape[:2] == size:
+        return image
+    message = f"it has {image.shape[:2]} pixels, but {size} are annotated"
+    if orientation > 4 and image.shape[1::-1] == size:  # on its side
+        message += (
+            f"; its EXIF orientation is {orientation}, and its annotations seem to be of the "
+            "turned picture, but have to be of the pixels as stored: store it turned, without EXIF"
+        )
+    raise ValueError(message)
 
 
 def _blank() -> Example:

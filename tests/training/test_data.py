@@ -4,7 +4,7 @@ import numpy as np
 import pycocotools.coco
 import pycocotools.mask
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from reference import SMALL
 
 from sam_jax.config import with_preprocessing
@@ -153,6 +153,11 @@ FIRST = "image 10: annotation 1: "
             lambda i, a: a[0].update(segmentation={"counts": [9]}),
             FIRST + "it cannot be read: KeyError('size')",
         ),
+        (
+            lambda i, a: a[0].update(segmentation=[[5, 8, 25, 8, 25, 30, 5]]),
+            FIRST + "a polygon of it has 7 numbers, expected x and y of each point",
+        ),
+        (lambda i, a: a[0].pop("image_id"), "image None: annotation 1: it has no image_id"),
         (lambda i, a: a[0].update(image_id=5), "image 5: annotation 1: there is no picture of"),
         (lambda i, a: a[0].update(id=2), "image 10: annotation 2: there are two annotations of"),
         (lambda i, a: i.append({**i[1], "file_name": "x"}), "image 11: there are two pictures of"),
@@ -216,6 +221,30 @@ def test_pictures_that_are_bad(coco, content):
     with pytest.warns(UserWarning, match=r"image 10: .*0\.png"):
         example = CocoInstances(coco / "coco.json", coco, "skip")[0]
     assert prepared(example)["valid"].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_exif_turns_no_picture(coco, orientation):
+    """As in pycocotools, which knows nothing of it."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = CocoInstances(coco / "coco.json", coco)[0]["image"]
+    Image.fromarray(stored).save(coco / "0.png", exif=exif)
+    source = CocoInstances(coco / "coco.json", coco)
+    np.testing.assert_array_equal(source[0]["image"], stored)
+    Image.fromarray(stored.swapaxes(0, 1)).save(coco / "0.png", exif=exif)
+    with pytest.raises(ValueError, match=r"it has \(70, 55\) pixels, but \(55, 70\)") as error:
+        source[0]
+    assert ("EXIF orientation is 6, and its annotations" in str(error.value)) == (orientation == 6)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_other_ways_with_bad_annotations(coco):
+    for annotations in (coco / "coco.json", coco):
+        with pytest.raises(
+            ValueError, match="bad_annotations is 'ignore', expected 'refuse' or 'skip'"
+        ):
+            open_source(annotations, coco, "ignore")
 
 
 def prepared(example, seed=0, **options):
