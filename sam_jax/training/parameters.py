@@ -73,10 +73,11 @@ def split_model(model: Sam, table: Table) -> tuple[nnx.GraphDef, PyTree, PyTree]
 
 
 def layer_decay(config: SamConfig, decay: float) -> Table:
-    """Layer-wise decay of a ViT encoder's learning rate; the paper's is 0.8 for ViT-B.
+    """Layer-wise decay of a ViT encoder's learning rate.
 
     The last block has `decay`, each earlier one a factor `decay` less, patches and positions one
-    less still; everything else 1 (Detectron2's rates for ViTDet).
+    less still; everything else 1 (Detectron2's rates for ViTDet). The paper's `decay` is 0.6 for
+    ViT-B and 0.8 for the larger ones (appendix A).
 
     Raises:
         ValueError: for an encoder that is no ViT.

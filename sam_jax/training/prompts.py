@@ -38,7 +38,7 @@ def sample_point(
 def noisy_box(key: Key, box: Float[Array, "4"], image_size: int) -> Float[Array, "4"]:
     """A box as loosely drawn: normal noise of a tenth of the side, 20 pixels at the most.
 
-    It stays within the picture, and the right way round.
+    It stays within the model's input, and the right way round.
     """
     sides = jnp.tile(box[2:] - box[:2], 2)
     noise = jax.random.normal(key, (4,)) * _BOX_NOISE * sides

@@ -69,6 +69,7 @@ def coco(tmp_path):
     ]
     for i, annotation in enumerate(annotations):
         annotation |= {"id": i + 1, "category_id": 1, "bbox": [0, 0, 1, 1], "area": 1}
+    point["bbox"] = [3, 3, 1, 0]  # as one of COCO's own
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1}]}
     (tmp_path / "coco.json").write_text(json.dumps(content))
     return tmp_path
@@ -140,7 +141,7 @@ FIRST = "image 10: annotation 1: "
         (lambda i, a: a[0].update(segmentation=[]), FIRST + "its segmentation is empty"),
         (lambda i, a: a[0].update(segmentation=[[1, 2]]), FIRST + "its segmentation is empty"),
         (lambda i, a: a[0].update(bbox=[60, 10, 30, 5]), FIRST + "its box [60, 10, 30, 5] is not"),
-        (lambda i, a: a[0].update(bbox=[6, 10, 0, 5]), FIRST + "its box [6, 10, 0, 5] is not"),
+        (lambda i, a: a[0].update(bbox=[6, 10, -1, 5]), FIRST + "its box [6, 10, -1, 5] is not"),
         (
             lambda i, a: a[0].update(segmentation={"size": [3, 3], "counts": [9]}),
             FIRST + "its size is [3, 3], but the picture's [55, 70]",
