@@ -9,13 +9,9 @@ import csv
 import dataclasses
 import itertools
 import json
-import os
-import shutil
 import socket
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from sam_jax.checkpoints import from_pretrained
+from sam_jax.files import replacing
 from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
 from sam_jax.ops.masks import rle_compress, rle_decode
 from sam_jax.processing import load_image
@@ -111,24 +108,24 @@ class Results:
         """Writes a picture's records, whose masks are uncompressed run lengths."""
         drawn = _draw(image, records) if self.overlays else None
         if self.format == "png":
-            with _appearing(self._result(picture)) as path:
+            with replacing(self._result(picture)) as path:
                 _write_pngs(path, records)
                 (path / _SOURCE).write_text(json.dumps(_source(picture)))
                 if drawn:
                     drawn.save(path / "overlay.png")
             return
         if drawn:
-            with _appearing(self.folder / _OVERLAYS / f"{picture.stem}.png") as path:
+            with replacing(self.folder / _OVERLAYS / f"{picture.stem}.png") as path:
                 drawn.save(path, format="PNG")
         part = {"source": _source(picture), **_coco_part(picture, image, records)}
-        with _appearing(self._result(picture)) as path:
+        with replacing(self._result(picture)) as path:
             path.write_text(json.dumps(part))
 
     def finish(self, pictures: Sequence[Path]) -> None:
         """Puts the parts of "coco" together in one file, in the order of `pictures`."""
         if self.format == "coco":
             parts = (self._result(p) for p in pictures if self.is_finished(p))
-            with _appearing(self.folder / ANNOTATIONS) as path:
+            with replacing(self.folder / ANNOTATIONS) as path:
                 _write_coco(path, parts)
 
     def _result(self, picture: Path) -> Path:
@@ -145,7 +142,7 @@ def keep_settings(file: Path, settings: dict[str, Any], has_results: bool) -> No
     """
     settings = json.loads(json.dumps(settings))
     if not has_results:
-        with _appearing(file) as path:
+        with replacing(file) as path:
             path.write_text(json.dumps(settings, indent=2) + "\n")
         return
     try:
@@ -391,21 +388,3 @@ def _draw(image: np.ndarray, records: list[dict[str, Any]]) -> Image.Image:
     """The picture with its masks, small ones over large ones."""
     largest_first = sorted(records, key=lambda record: -record["area"])
     return overlay(image, (rle_decode(record["segmentation"]) for record in largest_first))
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write a file or a folder to, which then takes its name."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        # On the disk before it has its name, so that a power failure leaves nothing half either.
-        for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)

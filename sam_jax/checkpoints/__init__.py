@@ -30,7 +30,6 @@ from sam_jax.checkpoints.sources import HF_FILES, find_weights, locate, read_ind
 from sam_jax.checkpoints.torch_file import (
     CheckpointError,
     read_tensors,
-    replacing,
     write_safetensors,
     write_torch,
 )
@@ -49,6 +48,7 @@ from sam_jax.config import (
     to_hf_preprocessor,
     with_preprocessing,
 )
+from sam_jax.files import replacing
 from sam_jax.models.sam import Sam
 from sam_jax.ops.attention import Implementation
 

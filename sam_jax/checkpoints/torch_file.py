@@ -12,10 +12,8 @@ import os
 import pickle
 import pickletools
 import struct
-import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +22,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from sam_jax.files import replacing
 
 _EXPECTED = "a torch checkpoint (from torch.save) or a .safetensors file"
 _RESAVE = "In torch, re-save the tensors alone: torch.save(model.state_dict(), path)."
@@ -530,14 +530,3 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
         mode = temporary.stat().st_mode
         safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)  # the library's file is for its owner alone, whatever the umask
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a new path beside `path` to write to; it takes `path`'s place if nothing was raised."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,8 +1,6 @@
 """Image embeddings on disk: with a frozen encoder, each picture is encoded once and for all."""
 
 import hashlib
-import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from flax import nnx
 
 from sam_jax.checkpoints.params import digest, flat_params
 from sam_jax.config import SamConfig
+from sam_jax.files import replacing
 from sam_jax.models.sam import Sam, encode_image
 from sam_jax.processing import SamProcessor
 from sam_jax.training.data import Source
@@ -51,9 +50,8 @@ class CachedEmbeddings:
             if not _is_whole(file, model.config):
                 pixels = processor.preprocess(image)[None]
                 embedding = np.asarray(encode_image(*split, pixels)[0], np.float32)
-                temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.npy")
-                np.save(temporary, embedding)
-                os.replace(temporary, file)
+                with replacing(file) as temporary, temporary.open("wb") as opened:
+                    np.save(opened, embedding)
             on_image()
 
     def __len__(self) -> int:
@@ -87,7 +85,8 @@ def _is_whole(file: Path, config: SamConfig) -> bool:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return False
-    return found.shape == (grid, grid, config.image_embedding_channels)
+    shape = grid, grid, config.image_embedding_channels
+    return found.shape == shape and found.dtype == np.float32
 
 
 def _encoder_key(model: Sam) -> str:
