@@ -1,8 +1,9 @@
 """Pictures with objects' masks, from disk to batches of one shape.
 
 A source is a list of examples, dictionaries of `image` (uint8 [h, w, 3]) and `masks` (bool
-[n, h, w]): `CocoInstances` and `SegmentAnything1B` are two, and any sequence of such dictionaries
-will do. `Prepare` gives an example a fixed shape, `batches` puts them together, by grain.
+[n, h, w]): `CocoInstances` and `SegmentAnything1B` are two, whose masks are `RunLengths`, and any
+sequence of such dictionaries will do. `Prepare` gives an example a fixed shape, `batches` puts them
+together, by grain.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from jaxtyping import Bool
 from PIL import ExifTags, Image
 
 from sam_jax.config import SamConfig
-from sam_jax.ops.masks import mask_to_box, rle_decode, rle_uncompress
+from sam_jax.ops.masks import mask_to_box, rle_area, rle_decode, rle_uncompress
 from sam_jax.ops.prompts import pad_axis
 from sam_jax.processing import SamProcessor, load_image
 
@@ -39,6 +40,33 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+class RunLengths:
+    """Masks [n, h, w] of which only those are decoded that are asked for: SA-1B has 100 a picture.
+
+    A number gives one mask, bool [h, w]; a slice or an array of numbers gives an array of some, and
+    `np.asarray` all.
+    """
+
+    dtype, ndim = np.dtype(bool), 3
+
+    def __init__(self, rles: list[dict], size: tuple[int, int]):
+        self.rles = rles  # uncompressed
+        self.shape = (len(rles), *size)
+
+    def __len__(self) -> int:
+        return len(self.rles)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        chosen = np.arange(len(self))[key]
+        if chosen.ndim == 0:
+            return rle_decode(self.rles[chosen])
+        masks = [rle_decode(self.rles[k]) for k in chosen]
+        return np.array(masks, bool).reshape(-1, *self.shape[1:])
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self[:].astype(dtype or bool, copy=False)
 
 
 class CocoInstances:
@@ -210,9 +238,10 @@ class Prepare:
                 f"the masks have shape {masks.shape}, expected masks of the picture's "
                 f"size, [n, {image.shape[0]}, {image.shape[1]}]"
             )
+        chosen: Any = slice(None)
         if len(masks) > self.max_objects:
             chosen = np.sort(rng.choice(len(masks), self.max_objects, replace=False))
-            masks = masks[chosen]
+        masks = masks[chosen]
         if "image_embedding" in example:
             if self.augments:
                 raise ValueError("a picture whose embedding is cached cannot be augmented")
@@ -437,15 +466,14 @@ def _example(
     except Exception as error:  # also whatever Pillow's decoders meet in a damaged file
         _report([f"image {image_id}: {picture}: {error}"], "a bad picture", bad_annotations)
         return _blank()
-    masks, problems = [], []
+    size, rles, problems = image.shape[:2], [], []
     for segmentation in segmentations:
         try:
-            masks.append(_decode_mask(segmentation, image.shape[:2]))
+            rles.append(_run_lengths(segmentation, size))
         except (ValueError, TypeError, KeyError) as error:
             problems.append(f"image {image_id}: a segmentation cannot be read: {error!r}")
     _report(problems, f"{picture} has bad annotations", bad_annotations)
-    masks = [mask for mask in masks if mask.any()]
-    return {"image": image, "masks": np.array(masks, bool).reshape(-1, *image.shape[:2])}
+    return {"image": image, "masks": RunLengths([rle for rle in rles if rle_area(rle)], size)}
 
 
 def _stored_pixels(picture: Path, size: tuple[int, int]) -> np.ndarray:
@@ -469,24 +497,31 @@ def _blank() -> Example:
     return {"image": np.zeros((1, 1, 3), np.uint8), "masks": np.zeros((0, 1, 1), bool)}
 
 
-def _decode_mask(segmentation: Any, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Polygons or run lengths, as COCO has them."""
+def _run_lengths(segmentation: Any, size: tuple[int, int]) -> dict:
+    """Polygons or run lengths, as COCO has them, as run lengths that `rle_decode` takes."""
     if isinstance(segmentation, dict):
         if tuple(segmentation["size"]) != size:
             raise ValueError(f"its size is {segmentation['size']}, but the picture's {list(size)}")
         if not isinstance(segmentation["counts"], list):
             segmentation = rle_uncompress(segmentation)
-        return rle_decode(segmentation)
+        counts = segmentation["counts"]
+        are_counts = all(isinstance(count, int) and count >= 0 for count in counts)
+        if not are_counts or sum(counts) != size[0] * size[1]:
+            raise ValueError(
+                "its run lengths do not fill the mask: expected whole numbers of 0 or above whose "
+                f"sum is {size[0]} x {size[1]}"
+            )
+        return {"size": list(size), "counts": counts}
     polygons = [np.asarray(p, float) for p in segmentation if len(p) >= 6]
     if not all(np.isfinite(p).all() for p in polygons):
         raise ValueError("its polygons hold numbers that are not finite")
     if not polygons:
-        return np.zeros(size, bool)
+        return {"size": list(size), "counts": [size[0] * size[1]]}
     # pycocotools walks along every edge, however long.
     if any(abs(p).max() > _FAR * max(size) for p in polygons):
         raise ValueError(f"its polygons reach beyond {_FAR} times the picture")
     rle = pycocotools.mask.frPyObjects([p.tolist() for p in polygons], *size)
-    return pycocotools.mask.decode(pycocotools.mask.merge(rle)).astype(bool)
+    return rle_uncompress(pycocotools.mask.merge(rle))
 
 
 def _resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:

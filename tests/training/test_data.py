@@ -8,6 +8,7 @@ from PIL import ExifTags, Image
 from reference import SMALL
 
 from sam_jax.config import with_preprocessing
+from sam_jax.ops.masks import rle_decode
 from sam_jax.processing import SamProcessor
 from sam_jax.training.data import (
     CocoInstances,
@@ -198,6 +199,7 @@ def test_long_lists_are_cut(coco):
         ({"size": [H, W], "counts": "0"}, "its run lengths do not fill the mask"),
         ({"size": [H, W], "counts": "\x00"}, "is no string of COCO's run lengths"),
         ({"size": [H, W], "counts": [H * W + 5, -5]}, "its run lengths do not fill the mask"),
+        ({"size": [H, W], "counts": [0.5, H * W - 0.5]}, "its run lengths do not fill the mask"),
         ([[1, 2, 3, 4, 5, float("nan")]], "not finite"),
         ([[1, 2, 3, 4, 5, 1e12]], "reach beyond 16 times the picture"),
         (["abcdefgh"], "could not convert"),
@@ -298,8 +300,24 @@ def test_fewer_places_than_objects(coco):
     assert len(chosen) == 3
 
 
+def test_only_chosen_objects_are_decoded(coco, monkeypatch):
+    example = CocoInstances(coco / "coco.json", coco)[0]
+    every = {**example, "masks": np.asarray(example["masks"])}
+    decoded = []
+    spy = lambda rle: decoded.append(rle) or rle_decode(rle)  # noqa: E731
+    monkeypatch.setattr("sam_jax.training.data.rle_decode", spy)
+    for seed in range(3):
+        assert_same_batch(
+            prepared(example, seed, max_objects=1), prepared(every, seed, max_objects=1)
+        )
+    assert len(decoded) == 3
+    np.testing.assert_array_equal(list(example["masks"]), every["masks"])
+    np.testing.assert_array_equal(example["masks"][1:], every["masks"][1:])
+
+
 def test_objects_too_small_for_the_grid_are_none(coco):
     example = CocoInstances(coco / "coco.json", coco)[0]
+    example["masks"] = np.array(example["masks"])
     example["masks"][1] = rectangle(3, 3, 4, 4)
     assert prepared(example)["valid"].tolist() == [1, 1, 0, 0]
     assert prepared(example, target_size=SIZE)["valid"].tolist() == [1, 1, 1, 0]
