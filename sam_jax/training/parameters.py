@@ -7,6 +7,7 @@ path, and freezes (`None`) what has none. Paths are those of `sam_jax.checkpoint
 `image_encoder.blocks.0.attn.qkv.kernel`.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -132,7 +133,19 @@ class Optimizer(NamedTuple):
     clip_norm: float = 1.0  # largest norm of all gradients together
 
     def make(self, table: Table, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        """The transformation for `init_state` and `train_step`, and each step's learning rate."""
+        """The transformation for `init_state` and `train_step`, and each step's learning rate.
+
+        Raises:
+            ValueError: for numbers that make no sense.
+        """
+        for name, ok, expected in (
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
+            ("warmup", self.warmup >= 0, "0 or more steps"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("clip_norm", self.clip_norm > 0, "above 0"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
         warmup = min(self.warmup, steps // 2)
         rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
         options = {"weight_decay": self.weight_decay, "clip_norm": self.clip_norm}

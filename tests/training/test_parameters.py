@@ -115,3 +115,18 @@ def test_the_rate_rises_then_falls(steps, warmup):
     middle = warmup + (steps - warmup) / 2
     found = [float(rate(step)) for step in (0, warmup / 2, warmup, middle, steps)]
     np.testing.assert_allclose(found, [0, 0.25, 0.5, 0.25, 0], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001, expected a number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan, expected a number above 0"),
+        ({"warmup": -5}, "warmup is -5, expected 0 or more steps"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1, expected 0 or more"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0, expected above 0"),
+    ],
+)
+def test_optimisers_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        Optimizer(**options).make(EVERYTHING, 10)
