@@ -33,7 +33,7 @@ _FAR = 16
 _EPOCHS = 2**31  # without end, but for what grain's arithmetic can count
 
 
-@runtime_checkable  # for beartype in the tests
+@runtime_checkable
 class Source(Protocol):
     """Examples by number."""
 

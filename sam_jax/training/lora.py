@@ -67,6 +67,23 @@ def merge_lora(model: Sam) -> Sam:
     return model
 
 
+def unmerge_lora(merged: Sam, model: Sam) -> Sam:
+    """The opposite of `merge_lora`: `merged` less the adapters of `model`, which stand beside it.
+
+    Kernels come back to rounding errors.
+
+    Raises:
+        ValueError: if `model` has no adapters, or `merged` not the layers that they are for.
+    """
+    merged, adapters = nnx.clone(merged), _adapted(model)
+    if not adapters:
+        raise ValueError("the second model has no adapters to take out of the first")
+    for path, (adapter, linear) in _matching(adapters, merged).items():
+        linear = _plain(linear, linear.kernel[...] - adapter.added())
+        _replace(merged, path, _adapter(linear, *_factors(adapter), adapter.scale))
+    return merged
+
+
 def save_lora(model: Sam, path: str | os.PathLike) -> None:
     """Writes the adapters alone, as a `.safetensors` file.
 

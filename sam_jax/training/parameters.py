@@ -97,6 +97,8 @@ def adamw(
     *,
     weight_decay: float = 0.1,
     clip_norm: float | None = None,
+    b1: float = 0.9,
+    b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
     """AdamW whose learning rate is scaled by the table, for the `trained` of `split_model`.
@@ -109,11 +111,13 @@ def adamw(
         table: see the head of this file.
         weight_decay: the paper's is 0.1.
         clip_norm: largest norm of all gradients together.
+        b1: decay of the gradients' mean.
+        b2: decay of the gradients' squares.
         eps: added to the root of the squares.
     """
     return optax.chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
-        optax.scale_by_adam(eps=eps),
+        optax.scale_by_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay, lambda params: map_with_path(_decays, params)),
         optax.stateless(lambda updates, _: map_with_path(_scaled(table), updates)),
         optax.scale_by_learning_rate(learning_rate),

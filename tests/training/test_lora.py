@@ -9,7 +9,7 @@ from reference import SMALL, meta_sam, normal, ours
 
 from sam_jax.checkpoints import save_pretrained
 from sam_jax.checkpoints.params import flat_params
-from sam_jax.training.lora import add_lora, load_lora, merge_lora, save_lora
+from sam_jax.training.lora import add_lora, load_lora, merge_lora, save_lora, unmerge_lora
 from sam_jax.training.parameters import LORA_ONLY, adamw, split_model
 from sam_jax.training.step import Recipe, compile_step, init_state
 
@@ -72,6 +72,17 @@ def test_a_layer_merged_is_the_layer_applied(adapted):
     assert_same([plain(x)], [applied(x)], 1e-6)
 
 
+def test_unmerge_is_the_opposite(plain, adapted):
+    back = unmerge_lora(merge_lora(adapted), adapted)
+    expected = flat_params(adapted)
+    for name, value in flat_params(back).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-6)
+    with pytest.raises(ValueError, match="no adapters to take out"):
+        unmerge_lora(plain, plain)
+    with pytest.raises(ValueError, match="which is no plain linear layer here"):
+        unmerge_lora(adapted, adapted)
+
+
 def test_adapters_alone_are_written(plain, adapted, tmp_path):
     save_lora(adapted, tmp_path / "lora.safetensors")
     loaded = load_lora(plain, tmp_path / "lora.safetensors")
@@ -79,8 +90,6 @@ def test_adapters_alone_are_written(plain, adapted, tmp_path):
     for name, value in flat_params(loaded).items():
         np.testing.assert_array_equal(value, expected[name])
     assert_same(predict(loaded), predict(adapted), 0)
-    with pytest.raises(ValueError, match="which is no plain linear layer here"):
-        load_lora(adapted, tmp_path / "lora.safetensors")
     size = (tmp_path / "lora.safetensors").stat().st_size
     assert size < sum(v.nbytes for v in flat_params(plain).values()) / 2
     with pytest.raises(FileExistsError, match="exists already"):
