@@ -20,19 +20,26 @@ def test_a_folder(tmp_path):
         temporary.mkdir()
         (temporary / "file").write_text("whole")
     assert (tmp_path / "folder" / "file").read_text() == "whole"
-    with pytest.raises(OSError, match="not empty"), replacing(tmp_path / "folder") as temporary:
-        temporary.mkdir()
-        (temporary / "file").write_text("other")
+    write = replacing(tmp_path / "folder")
+    temporary = write.__enter__()
+    temporary.mkdir()
+    (temporary / "file").write_text("other")
+    with pytest.raises(OSError, match="not empty"):
+        write.__exit__(None, None, None)
     assert (tmp_path / "folder" / "file").read_text() == "whole"
     assert os.listdir(tmp_path) == ["folder"]
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_nothing_is_left_of_what_was_not_finished(tmp_path, is_folder):
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "path") as temporary:
-        if is_folder:
-            temporary.mkdir()
-            temporary /= "file"
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+    def write():
+        with replacing(tmp_path / "path") as temporary:
+            if is_folder:
+                temporary.mkdir()
+                temporary /= "file"
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert os.listdir(tmp_path) == []

@@ -10,6 +10,8 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from sam_jax.files import replacing
+
 
 class MetricsLog:
     """`metrics.jsonl`, a line per step, and beside it `pictures/` and `tensorboard/`.
@@ -28,9 +30,8 @@ class MetricsLog:
             return
         path = Path(folder) / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._pictures = path.with_name("pictures")
         self._board = SummaryWriter(str(path.with_name("tensorboard")), purge_step=step + 1)

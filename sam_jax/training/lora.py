@@ -21,6 +21,7 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sam_jax.files import replacing
 from sam_jax.models.layers import LoRALinear, kernel_of
 from sam_jax.models.sam import Sam
 
@@ -102,12 +103,8 @@ def save_lora(model: Sam, path: str | os.PathLike) -> None:
         for part, factor in zip(("lora_a", "lora_b"), _factors(linear), strict=True)
     }
     scales = {name: linear.scale for name, linear in adapters.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, {"lora_scales": json.dumps(scales)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_lora(model: Sam, path: str | os.PathLike) -> Sam:
