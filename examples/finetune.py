@@ -135,12 +135,19 @@ def main(config: Config) -> None:
 def keep_run_settings(model, config: Config):
     """Compares the options with those that the run began with, or writes them for a new one."""
     settings = dataclasses.asdict(config) | config.recipe._asdict() | config.optimizer._asdict()
-    settings = {name: str(value) for name, value in settings.items() if name not in FREE}
+    if Path(config.model).exists():
+        settings["model"] = Path(config.model)
+    settings = {name: comparable(value) for name, value in settings.items() if name not in FREE}
     settings["weights"] = digest(flat_params(model))
     settings["data"] = fingerprint(config.annotations)
     config.output.mkdir(parents=True, exist_ok=True)
     has_checkpoint = any(path.name.isdigit() for path in config.output.glob("checkpoints/*"))
     keep_settings(config.output / "settings.json", settings, has_checkpoint)
+
+
+def comparable(value) -> str:
+    """A setting as it is compared: a path is the same from wherever one says it."""
+    return str(value.resolve() if isinstance(value, Path) else value)
 
 
 def what_trains(model, config: Config):

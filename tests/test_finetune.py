@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from cores import all_cores
@@ -17,6 +18,7 @@ from reference import SHALLOW, meta_sam, ours
 
 from sam_jax import from_pretrained, save_pretrained
 from sam_jax.checkpoints.params import flat_params
+from sam_jax.training.checkpointing import open_checkpoints
 from sam_jax.training.lora import load_lora
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -72,6 +74,23 @@ def lines(output):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def saved(output, step, part):
+    """Of a checkpoint the parameters that train, or their moving average, by their names."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with open_checkpoints(output / "checkpoints") as checkpoints:
+        shapes = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+            for name, x in checkpoints.metadata(step).metadata.items()
+        }
+        arrays = checkpoints.load(step, shapes)
+    found = {}
+    for name, array in arrays.items():
+        if f" .{part}[" in name:
+            keys = re.findall(r"\['?(\w+)'?\]", name)
+            found[".".join(keys)] = np.asarray(array)
+    return found
+
+
 # All that is by chance: drawn prompts, the order, and with them mirrored pictures.
 RANDOM = ["--train", "everything", "--flip", "0.5", "--ema-decay", "0.9"]
 
@@ -100,6 +119,13 @@ def test_a_run_leaves_what_it_says(whole, model):
     )
     assert tuned.keys() == before.keys()
     assert any(not np.array_equal(tuned[name], before[name]) for name in tuned)
+    # The model is the moving average.
+    average, last = (saved(whole, STEPS, part) for part in ("ema", "params"))
+    buffer = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+    assert average.keys() == tuned.keys() - {buffer}
+    for name, value in average.items():
+        np.testing.assert_array_equal(tuned[name], value)
+    assert any(not np.array_equal(last[name], average[name]) for name in average)
 
 
 def test_a_run_that_is_killed_goes_on_bit_for_bit(whole, cells, model, tmp_path):
@@ -137,7 +163,9 @@ def test_other_settings_are_refused_and_a_finished_run_stays(whole, cells, model
     annotations.write_text(content)
     assert code == 1
     assert re.search(r"has results of other settings: data was '\w{64}' and is '\w{64}'$", errors)
-    code, _, errors = finish(start(cells, model, whole, *RANDOM))
+    # Paths are the same from wherever they are said.
+    near = [Path(os.path.relpath(path)) for path in (cells, model)]
+    code, _, errors = finish(start(*near, whole, *RANDOM))
     assert code == 0, errors
     assert (whole / "metrics.jsonl").read_bytes() == before
 
@@ -153,6 +181,13 @@ def test_adapters_and_evaluation(cells, model, tmp_path):
     assert {p.name for p in (output / "pictures").iterdir()} == {
         f"{step:06}.png" for step in (4, 8, 12, 14)
     }
+    best = max(found, key=lambda line: line["miou@1"])["step"]
+    parameters = flat_params(from_pretrained(output / "best"))
+    decoder = {k: v for k, v in saved(output, best, "params").items() if "lora" not in k}
+    assert all(name.startswith("mask_decoder.") for name in decoder)
+    assert len(decoder) > 50
+    for name, value in decoder.items():
+        np.testing.assert_array_equal(parameters[name], value)
     # The adapters alone are of use with the model that they were made for and its new decoder.
     adapted = flat_params(load_lora(from_pretrained(model), output / "model.adapters.safetensors"))
     assert sum(name.endswith("lora_a") for name in adapted) == 2
