@@ -23,10 +23,10 @@ benchmark() {
 date --iso-8601
 # Optimised as for users: tests/conftest.py has a CPU in mind.
 try env JAX_DISABLE_MOST_OPTIMIZATIONS=0 "$python" -m pytest -q -n 0 -W default \
-    tests/ops/test_attention_gpu.py
+    tests/ops/test_attention_gpu.py tests/models tests/ops
 benchmark --models vit_h vit_b --batch 8 --parts encoder --attention xla folded cudnn --repeat 20
 try "$python" -m benchmarks.accuracy --models mobile_sam vit_h --attention xla folded cudnn
-benchmark --models vit_b --batch 8 --parts training --attention xla folded cudnn --repeat 10
+benchmark --models vit_b --batch 8 --parts training --attention cudnn --repeat 10
 benchmark --models vit_h mobile_sam --parts decoder predict --repeat 20
 benchmark --models vit_h mobile_sam --parts everything --repeat 3
 try "$python" -m benchmarks.training_memory

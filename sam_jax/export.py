@@ -58,10 +58,10 @@ def export_jax(
       for red, green and blue from 0 to 255; a mask is where logits exceed `mask_threshold`.
       (`resize` and `normalization` are other than said above for MedSAM; see `SamConfig`.)
 
-    Each platform gets what is fastest on it, unless the model names an attention: on a CPU prompts
-    one after the other, and never all logits of a ViT's global attention at once; elsewhere all
-    together, in ViT-H a gigabyte for each picture. Float32 products have the precision that
-    `jax_default_matmul_precision` asks for at the time of writing.
+    CPUs and accelerators get different programs, unless the model names an attention: on a CPU
+    prompts one after the other, and never all logits of a ViT's global attention at once; elsewhere
+    all together, in ViT-H a gigabyte for each picture (flash attention is not exported). Float32
+    products have the precision that `jax_default_matmul_precision` asks for at the time of writing.
 
     Args:
         model: of any dtype, in which the programs compute.

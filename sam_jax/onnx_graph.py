@@ -4,11 +4,9 @@
 constants alone (folded weights, tables of positions, indices) is computed on the way. One size of
 the inputs may be left open, such as the number of points. What is not known here is an error.
 
-Not by jax2onnx: the versions that work with our Orbax (up to 0.13.0) make graphs of the decoder
-that ONNX Runtime refuses, from linear layers of a vector and from sizes that depend on an open one.
-
-(The decoder that jax2onnx 0.17.1 makes is refused by ONNX Runtime: it takes n + 5 tokens for 5, and
-a linear layer of a vector for one of a matrix. It also needs an older Orbax than we do.)
+Not by jax2onnx: the decoder that it makes (0.13.0, which works with our Orbax, and 0.17.1, which
+needs an older one) is refused by ONNX Runtime, for a linear layer of a vector and for n + 5 tokens
+taken for 5.
 """
 
 import itertools

@@ -36,8 +36,10 @@ function hidePending() {
   stage().querySelector(".pending").hidden = true;
 }
 
+let fading;
 function mark(name, data) {
-  setTimeout(hidePending, 10_000); // if no answer comes, but an error
+  clearTimeout(fading);
+  fading = setTimeout(hidePending, 10_000); // if no answer comes, but an error
   trigger(name, data);
 }
 
