@@ -234,6 +234,7 @@ def generate_folder(
 def generate_with_ray(
     address: str | None,
     model: str,
+    dtype: str,
     options: dict[str, Any],
     pictures: Sequence[Path],
     results: Results,
@@ -248,6 +249,7 @@ def generate_with_ray(
     Args:
         address: of the cluster; None for one that runs on this machine or a new one.
         model: what `from_pretrained` takes, on every machine.
+        dtype: likewise.
         options: of `SamAutomaticMaskGenerator`.
         pictures: files.
         results: where to write.
@@ -266,7 +268,7 @@ def generate_with_ray(
     ours = not ray.is_initialized()
     ray.init(address, log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
     try:
-        _run_on_ray(ray, model, options, pictures, results, on_picture)
+        _run_on_ray(ray, model, dtype, options, pictures, results, on_picture)
     except ray.exceptions.RayError as error:
         raise ValueError(f"the run on Ray failed: {str(error).splitlines()[-1]}") from error
     finally:
@@ -285,7 +287,7 @@ def _check_reachable(address: str | None) -> None:
         raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from error
 
 
-def _run_on_ray(ray, model, options, pictures, results, on_picture) -> None:
+def _run_on_ray(ray, model, dtype, options, pictures, results, on_picture) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -296,7 +298,7 @@ def _run_on_ray(ray, model, options, pictures, results, on_picture) -> None:
         override_num_blocks=min(len(pictures), 1000),
     ).map(
         _Worker,
-        fn_constructor_args=(model, options, results),
+        fn_constructor_args=(model, dtype, options, results),
         concurrency=(1, gpus or machines),
         num_gpus=1 if gpus else None,
         scheduling_strategy="SPREAD",
@@ -309,8 +311,9 @@ def _run_on_ray(ray, model, options, pictures, results, on_picture) -> None:
 class _Worker:
     """A Ray actor: a generator that does one picture after the other."""
 
-    def __init__(self, model: str, options: dict[str, Any], results: Results):
-        self.generator = SamAutomaticMaskGenerator(from_pretrained(model), **options)
+    def __init__(self, model: str, dtype: str, options: dict[str, Any], results: Results):
+        sam = from_pretrained(model, dtype=dtype)
+        self.generator = SamAutomaticMaskGenerator(sam, **options)
         self.results = results
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:

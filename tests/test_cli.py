@@ -183,6 +183,15 @@ def test_the_picture_is_not_overwritten(fails, folder, tmp_path):
     assert picture.read_bytes() == (folder / "photo.png").read_bytes()
 
 
+def test_in_bfloat16(run, tmp_path):
+    scores = []
+    for dtype in ("float32", "bfloat16"):
+        run("--box", "12,8,90,66", "--output", dtype, "--dtype", dtype)
+        scores.append(results(tmp_path / dtype)[0]["masks"][0]["predicted_iou"])
+    assert scores[0] != scores[1]
+    assert scores[0] == pytest.approx(scores[1], abs=0.1)
+
+
 def test_gray_and_transparent_pictures(run, folder, tmp_path):
     with Image.open(folder / "photo.png") as file:
         file.convert("LA").save(tmp_path / "gray.png")

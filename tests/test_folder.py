@@ -115,6 +115,21 @@ def test_coco(run, expected, tmp_path, capsys):
     assert len(coco.getImgIds()) == 3
 
 
+def test_in_bfloat16(run, model, tmp_path, expected):
+    assert run("--format", "coco", "--dtype", "bfloat16")[0] is None
+    found = json.loads((tmp_path / "out/parts/small.json").read_text())["annotations"]
+    options = {**ALL, "box_nms_thresh": 0.7, "points_per_side": 4}
+    sam = from_pretrained(model, dtype="bfloat16")
+    records = SamAutomaticMaskGenerator(sam, **options).generate(
+        picture(*SIZES["small"], seed=list(SIZES).index("small"))
+    )
+    scores = [annotation["predicted_iou"] for annotation in found]
+    assert scores == [record["predicted_iou"] for record in records]
+    assert scores != [record["predicted_iou"] for record in expected["small"]]
+    # Results of both are not mixed.
+    assert "dtype was 'bfloat16' and is 'float32'" in run("--format", "coco")[0]
+
+
 @pytest.mark.parametrize("kind", ["png", "coco"])
 def test_what_is_finished_is_passed_over(run, tmp_path, kind):
     run("--format", kind)

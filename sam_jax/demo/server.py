@@ -28,11 +28,12 @@ WAITING = 100  # clicks, uploads and others that may wait; more are told to come
 _FONTS = ["system-ui", "sans-serif"]
 
 
-def serve(model: str, host: str, port: int, max_megabytes: int) -> None:
+def serve(model: str, dtype: str, host: str, port: int, max_megabytes: int) -> None:
     """Serves the page until it is interrupted or terminated.
 
     Args:
         model: whatever `from_pretrained` takes.
+        dtype: likewise.
         host: the address to listen at.
         port: likewise.
         max_megabytes: the size of the largest file that is taken.
@@ -58,7 +59,7 @@ def serve(model: str, host: str, port: int, max_megabytes: int) -> None:
     # What stops services and containers deletes the files as Ctrl+C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     print("Compiling the model ...", flush=True)
-    sam = from_pretrained(model)
+    sam = from_pretrained(model, dtype=dtype)
     warm_up(sam)
     with launch_page(sam, host, port, max_megabytes) as page:
         print(f"{page.local_url} is the page; Ctrl+C stops it.", flush=True)
