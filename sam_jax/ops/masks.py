@@ -1,6 +1,7 @@
 """Masks to numbers: boxes, areas, stability; run lengths; small holes and islands."""
 
 import functools
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -177,19 +178,23 @@ def rle_encode(mask: Bool[np.ndarray, "h w"]) -> dict:
 
 
 def rle_decode(rle: dict) -> Bool[np.ndarray, "h w"]:
-    """The mask of uncompressed run lengths.
-
-    Raises:
-        ValueError: if they are not as many pixels as the mask has, or one is negative.
-    """
+    """The mask of uncompressed run lengths; raises what `check_rle` does."""
+    check_rle(rle)
     (height, width), counts = rle["size"], rle["counts"]
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T
+
+
+def check_rle(rle: dict) -> None:
+    """Raises ValueError for uncompressed run lengths that are not those of a mask of their size."""
+    (height, width), counts = rle["size"], rle["counts"]
+    if not all(isinstance(count, numbers.Integral) for count in counts):
+        raise ValueError("its run lengths do not fill the mask: expected whole numbers")
     if sum(counts) != height * width or min(counts, default=0) < 0:
         raise ValueError(
             f"its run lengths do not fill the mask: their sum is {sum(counts)} and the smallest "
             f"{min(counts, default=0)}, expected {height} x {width} and none below 0"
         )
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(width, height).T
 
 
 def rle_compress(rle: dict) -> dict:

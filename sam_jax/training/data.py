@@ -21,7 +21,7 @@ from jaxtyping import Bool
 from PIL import ExifTags, Image
 
 from sam_jax.config import SamConfig
-from sam_jax.ops.masks import mask_to_box, rle_area, rle_decode, rle_uncompress
+from sam_jax.ops.masks import check_rle, mask_to_box, rle_area, rle_decode, rle_uncompress
 from sam_jax.ops.prompts import pad_axis
 from sam_jax.processing import SamProcessor, load_image
 
@@ -504,14 +504,8 @@ def _run_lengths(segmentation: Any, size: tuple[int, int]) -> dict:
             raise ValueError(f"its size is {segmentation['size']}, but the picture's {list(size)}")
         if not isinstance(segmentation["counts"], list):
             segmentation = rle_uncompress(segmentation)
-        counts = segmentation["counts"]
-        are_counts = all(isinstance(count, int) and count >= 0 for count in counts)
-        if not are_counts or sum(counts) != size[0] * size[1]:
-            raise ValueError(
-                "its run lengths do not fill the mask: expected whole numbers of 0 or above whose "
-                f"sum is {size[0]} x {size[1]}"
-            )
-        return {"size": list(size), "counts": counts}
+        check_rle(segmentation)
+        return segmentation
     polygons = [np.asarray(p, float) for p in segmentation if len(p) >= 6]
     if not all(np.isfinite(p).all() for p in polygons):
         raise ValueError("its polygons hold numbers that are not finite")
