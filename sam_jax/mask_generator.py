@@ -189,6 +189,10 @@ class SamAutomaticMaskGenerator:
 
         Pictures are taken from `images`, and their masks given, as the work goes on, so that there
         may be more of them than fit the memory.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: for one picture instead of several at once,
+                and as `load_image` when it is a picture's turn.
         """
         if hasattr(images, "__array__") or isinstance(images, (str, os.PathLike, Image.Image)):
             raise TypeError(

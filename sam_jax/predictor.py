@@ -52,6 +52,9 @@ class SamPredictor:
         Args:
             image: a uint8 array [h, w, 3], or anything else that `load_image` takes.
             image_format: "RGB" or "BGR", the order of an array's channels.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as `load_image`; and for another format.
         """
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format is {image_format!r}, expected 'RGB' or 'BGR'")

@@ -65,6 +65,10 @@ def overlay(
         point_coords: [n, 2].
         point_labels: [n], 1 foreground, 0 background.
         boxes: [n, 4].
+
+    Raises:
+        TypeError, ValueError: for a picture or a prompt that cannot be used, and for masks that are
+            not booleans of the picture's size.
     """
     coords, labels = check_points(point_coords, point_labels, "point_coords")
     boxes = check_boxes(boxes, "boxes")

@@ -69,7 +69,11 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def load_config(path: str | os.PathLike) -> SamConfig:
-    """The configuration of a folder that `save` wrote."""
+    """The configuration of a folder that `save` wrote.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
     file = Path(path) / CONFIG
     try:
         return SamConfig.from_dict(json.loads(file.read_text()))

@@ -294,6 +294,9 @@ def torch_name(path: str, config: SamConfig, fmt: Format) -> tuple[str, Layout]:
         path: ours, such as `image_encoder.blocks.3.attn.qkv.kernel`.
         config: of the model.
         fmt: "meta" or "hf".
+
+    Raises:
+        CheckpointError: for a TinyViT in Hugging Face's format.
     """
     pattern = re.sub(r"\.\d+(?=\.|$)", ".#", path)
     meta, hf, layout = _TABLES[type(config.image_encoder)][pattern]

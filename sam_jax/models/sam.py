@@ -98,6 +98,10 @@ class Sam(nnx.Module):
             drop_path_rate: to train a ViT with stochastic depth, the last block's rate (the paper's
                 is 0.4, for ViT-H); earlier blocks have less, in proportion.
             keys: for it, [b] of `jax.random`, one for each image.
+
+        Raises:
+            TypeError, ValueError: for what is no array of that shape, and for a `drop_path_rate`
+                of no ViT or without keys.
         """
         size = self.config.image_size
         _check_shape("pixel_values", pixel_values, (None, size, size, 3))
@@ -145,6 +149,10 @@ class Sam(nnx.Module):
                 None: one of one image on a CPU, whose cache it fits, else up to 64 (on an NVIDIA
                 GPU 0.4 GB in bfloat16).
             platform: where it will run ("cpu", "cuda", ...), if not on JAX's default backend.
+
+        Raises:
+            ValueError: for another number of masks, for `hq_token_only` of no SAM-HQ, and for
+                `prompts_at_once` below 1.
         """
         image_pe = self.prompt_encoder.get_dense_pe()
 

@@ -168,7 +168,12 @@ def open_source(
     images: str | Path | None = None,
     bad_annotations: BadAnnotations = "refuse",
 ) -> CocoInstances | SegmentAnything1B:
-    """COCO for a file (with its folder of pictures), SA-1B for a folder."""
+    """COCO for a file (with its folder of pictures), SA-1B for a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `CocoInstances` and `SegmentAnything1B`; and for a file
+            without a folder of pictures.
+    """
     if Path(annotations).is_dir():
         return SegmentAnything1B(annotations, bad_annotations)
     if images is None:

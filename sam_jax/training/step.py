@@ -76,6 +76,10 @@ def batch_losses(
         batch: of `sam_jax.training.data.batches`.
         keys: [b] of `jax.random`, one for each image; its prompts and drop path depend on it.
         recipe: see there.
+
+    Raises:
+        ValueError: for a recipe whose numbers make no sense, or a `drop_path_rate` where the image
+            encoder does not train.
     """
     prompt_keys, drop_keys = split_keys(keys, 2)
     _check(recipe)
@@ -144,6 +148,9 @@ def gradients(
 
     With `recipe.accumulate` above 1 the batch is worked on in parts; every part counts by its
     number of valid objects, so that the result is that of the whole batch.
+
+    Raises:
+        ValueError: if that is no divisor of the batch, and what `batch_losses` raises.
     """
 
     def loss(trained, batch, keys):
