@@ -9,11 +9,12 @@ import contextlib
 import re
 import secrets
 import shutil
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -33,23 +34,45 @@ def upload_route(folder: Path, max_bytes: int, most: int, names: set[str]) -> Ro
     """
 
     async def upload(request: Request) -> Response:
+        if not request.headers.get("Content-Type", "").startswith("multipart/form-data"):
+            return PlainTextResponse("Expected a form, multipart/form-data.", 400)
         try:
             # Until the form is whole its file has no name, so that it cannot stay.
-            async with request.form(max_files=1, max_fields=0) as form:
-                file = form.get("files")
-                if not isinstance(file, UploadFile):
-                    return PlainTextResponse("Expected a form with one file, `files`.", 400)
-                if file.size > max_bytes:
-                    return PlainTextResponse(f"Expected a file of {max_bytes} bytes at most.", 413)
-                path = await run_in_threadpool(_keep, file, folder, most)
-        except HTTPException as error:
-            return PlainTextResponse(error.detail, error.status_code)
-        except ClientDisconnect:
-            return Response(status_code=400)
+            form = await _WholeForm(request).parse()
+        except MultiPartException as error:
+            return PlainTextResponse(error.message, 400)
+        try:
+            file = form.get("files")
+            if not isinstance(file, UploadFile):
+                return PlainTextResponse("Expected a form with one file, `files`.", 400)
+            if file.size > max_bytes:
+                return PlainTextResponse(f"Expected a file of {max_bytes} bytes at most.", 413)
+            path = await run_in_threadpool(_keep, file, folder, most)
+        finally:
+            await form.close()
         names.add(path)
         return JSONResponse([path])
 
     return Route("/gradio_api/upload", upload, methods=["POST"])
+
+
+class _WholeForm(MultiPartParser):
+    """A form with one file. If it breaks off, that is an error, by which the file is closed."""
+
+    ended = False
+
+    def __init__(self, request: Request):
+        super().__init__(request.headers, self._chunks(request), max_files=1, max_fields=0)
+
+    def on_end(self) -> None:
+        self.ended = True
+
+    async def _chunks(self, request: Request) -> AsyncGenerator[bytes, None]:
+        with contextlib.suppress(ClientDisconnect):
+            async for chunk in request.stream():
+                yield chunk
+        if not self.ended:
+            raise MultiPartException("The form has no end.")
 
 
 def _keep(file: UploadFile, folder: Path, most: int) -> str:
