@@ -1,9 +1,12 @@
 """What `benchmarks.run` compares: ours and PyTorch's, part by part, as functions without arguments.
 
-Meta's code, and `transformers` with its fused attention ("SDPA"); on request both under
-torch.compile. Where PyTorch is not installed ours is alone. Everyone has the same weights and the
-same inputs, random ones for encoder and decoder. Below float32 there is someone in float32 besides,
-first, whom the outputs of all are compared with.
+Meta's code, `transformers` with its fused attention ("SDPA"), and of segment-anything-fast its two
+parts, the encoder and everything-mode, which are compiled; on request the others under
+torch.compile, too. Where PyTorch is not installed ours is alone, and who else is not installed is
+left out. (segment-anything-fast is pytorch-labs' on GitHub; PyPI has something else by that name.)
+
+Everyone has the same weights and the same inputs, random ones for encoder and decoder. Below
+float32 there is someone in float32 besides, first, whom the outputs of all are compared with.
 """
 
 import copy
@@ -11,6 +14,8 @@ import functools
 import itertools
 import os
 import sys
+import tempfile
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +88,20 @@ class Setting:
         reference.set_attn_implementation("sdpa")
         return reference.to(self.device)
 
+    @functools.cached_property
+    def fast(self) -> "tuple[types.ModuleType, torch.nn.Module] | None":
+        """segment-anything-fast and its model, compiled; None where it has none or is not here."""
+        try:
+            package = import_reference("segment_anything_fast")
+        except ImportError:
+            return None
+        if not self.is_vit:
+            return None
+        with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+            torch.save(self.meta.state_dict(), file.name)
+            make = package.sam_model_fast_registry[self.name]
+            return package, make(file.name, dtype=self.torch_dtype).to(self.device)
+
     @property
     def torch_dtype(self) -> "torch.dtype":
         """PyTorch's."""
@@ -139,6 +158,8 @@ def torch_encoders(setting: Setting, pixels: np.ndarray) -> Contenders:
         modules["Meta, torch.compile"] = setting.compile(fast), dtype
         if setting.is_vit:
             modules["transformers, torch.compile"] = setting.compile(sdpa), dtype
+    if setting.fast:
+        modules["segment-anything-fast"] = setting.fast[1].image_encoder, dtype
 
     def run(module, dtype):
         inputs = channels_first.to(dtype)
@@ -269,6 +290,10 @@ def everything(setting: Setting) -> Contenders:
     for who, model in hugging_faces(setting):
         run = hugging_face_everything(setting, model, photo)
         theirs[who] = in_dtype(run, setting, setting.dtype)
+    if torch and setting.fast:
+        package, sam = setting.fast
+        generator = package.SamAutomaticMaskGenerator(sam, process_batch_size=8, **options)
+        theirs["segment-anything-fast"] = by(generator)
     return setting.with_ours(theirs, lambda model: by(SamAutomaticMaskGenerator(model, **options)))
 
 

@@ -4,7 +4,7 @@
 #     benchmarks/gpu.sh [python]
 #
 # Needs the extra `test` and JAX with CUDA; PyTorch's side of the tables is there where PyTorch has CUDA,
-# too. What fails does not keep the rest from running; the status at the end says so.
+# too, and segment-anything-fast's where it is installed from GitHub (pytorch-labs/segment-anything-fast). What fails does not keep the rest from running; the status at the end says so.
 set -uo pipefail
 cd "$(git rev-parse --show-toplevel)"
 python=${1:-python}

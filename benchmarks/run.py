@@ -21,12 +21,16 @@ its result is there, and the median counts.
 """
 
 import argparse
+import contextlib
 import gc
 import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import tempfile
+import traceback
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -48,13 +52,26 @@ TRAINING_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
 MASKS_TOLERANCE = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.1}
 
 
-def seconds(contenders: Contenders, repeat: int) -> dict[str, float]:
+class Failures(dict[str, Exception]):
+    """Of contenders: whoever cannot run here is no reason to leave out the others."""
+
+    @contextlib.contextmanager
+    def of(self, who: str) -> Iterator[None]:
+        """Takes what the block raises."""
+        try:
+            yield
+        except Exception as error:
+            self[who] = error
+
+
+def seconds(contenders: Contenders, repeat: int, failures: Failures) -> dict[str, float]:
     """The median time of each; all take turns, so that what else the machine does hits them all."""
     times: dict[str, list[float]] = {who: [] for who in contenders}
     for _ in range(repeat):
         for who, run in contenders.items():
-            times[who].append(timed(run)[1])
-    return {who: statistics.median(found) for who, found in times.items()}
+            with failures.of(who):
+                times[who].append(timed(run)[1])
+    return {who: statistics.median(found) for who, found in times.items() if who not in failures}
 
 
 def on_host(result) -> np.ndarray:
@@ -70,21 +87,20 @@ def output(part: str, run) -> np.ndarray | list[dict]:
     return np.stack([on_host(run()) for _ in range(2 if part == "training" else 1)])
 
 
-def differences(part: str, contenders: Contenders) -> dict[str, float | Exception]:
-    """How far each one's output is from the first's, or why it has none."""
+def differences(part: str, contenders: Contenders, failures: Failures) -> dict[str, float]:
+    """How far each one's output is from the first's."""
     expected, found = None, {}
     for who, run in contenders.items():
-        try:
+        with failures.of(who):
             actual = output(part, run)
-        except Exception as error:  # whoever cannot run here is no reason to leave out the others
-            found[who] = error
-            continue
-        expected = actual if expected is None else expected
-        if part == "everything":
-            found[who] = missing(actual, expected)
-        else:
-            error = actual.reshape(expected.shape) - expected
-            found[who] = float(np.sqrt(np.square(error).mean() / np.square(expected).mean()))
+            expected = actual if expected is None else expected
+            if part == "everything":
+                found[who] = missing(actual, expected)
+            else:
+                error = actual.reshape(expected.shape) - expected
+                found[who] = float(np.sqrt(np.square(error).mean() / np.square(expected).mean()))
+        if torch:
+            torch.cuda.empty_cache()  # JAX gets none of what PyTorch keeps
     return found
 
 
@@ -140,16 +156,16 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
         compilation_cache.reset_cache()
     del ours  # and its memory
     contenders = PARTS[part](setting)  # anew, since a step of training leaves its mark
-    found = differences(part, contenders)
+    failures = Failures()
+    found = differences(part, contenders, failures)
     tolerances = {"everything": MASKS_TOLERANCE, "training": TRAINING_TOLERANCE}
     limit = tolerances.get(part, TOLERANCE)[args.dtype]
-    agreeing = {
-        who: run
-        for who, run in contenders.items()
-        if not isinstance(found[who], Exception) and found[who] <= limit
-    }
-    times = seconds(agreeing, args.repeat)
-    peaks = {who: peak(who, run) for who, run in agreeing.items()}
+    agreeing = {who: contenders[who] for who, difference in found.items() if difference <= limit}
+    times = seconds(agreeing, args.repeat, failures)
+    peaks: dict[str, float] = {}
+    for who in times:
+        with failures.of(who):
+            peaks[who] = peak(who, contenders[who])
     rate = matrix_rate(args.dtype)
     work = {
         "encoder": batch * ENCODER_FLOPS.get(name, 0),
@@ -157,13 +173,13 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
         "decoder": PROMPTS * DECODER_FLOPS,
     }.get(part, 0)
     rows = []
-    for who, difference in found.items():
+    for who in contenders:
         row = {"Model, part": f"{name}, {part}", "Who": who}
-        if isinstance(difference, Exception):
-            reason = f"{type(difference).__name__}: {difference}".splitlines()[0]
+        if error := failures.get(who):
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             rows.append({**row, "Difference": reason[:200].replace("|", "/"), "Time": "none"})
             continue
-        row["Difference"] = f"{difference:.0e}"
+        row["Difference"] = f"{found[who]:.0e}"
         if took := times.get(who):
             row["Time"] = f"{took:.2f} s" if took > 1 else f"{1e3 * took:.0f} ms"
             row["Per s"] = f"{(PROMPTS if part == 'decoder' else batch) / took:.3g}"
@@ -217,13 +233,21 @@ def main() -> None:
     # Memory is shared with PyTorch.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     process = multiprocessing.get_context("spawn")
+    failed = False
     with ProcessPoolExecutor(1, process, max_tasks_per_child=1) as pool:
         print(pool.submit(describe, args.dtype).result() + "\n")
         print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", flush=True)
         for name in args.models:
             for part in args.parts:
-                for row in pool.submit(measure, part, name, args).result():
+                try:
+                    rows = pool.submit(measure, part, name, args).result()
+                except Exception:  # ours cannot, or the memory is too small for all
+                    traceback.print_exc()
+                    failed = True
+                    continue
+                for row in rows:
                     print(f"| {' | '.join(row.get(c, '') for c in COLUMNS)} |", flush=True)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
