@@ -18,7 +18,9 @@ from sam_jax.checkpoints.params import build_model, flat_params, param_shapes
 from sam_jax.checkpoints.torch_names import Format, to_torch
 from sam_jax.config import vit_b, vit_h, vit_l
 from sam_jax.models.sam import Sam
+from sam_jax.ops import attention
 
+VITS = {"vit_b": vit_b, "vit_l": vit_l, "vit_h": vit_h}
 # For a random image encoder: what the decoder finds in noise scores lower than objects do.
 RANDOM_ENCODER = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.7}
 
@@ -37,13 +39,28 @@ def photos() -> dict[str, np.ndarray]:
     }
 
 
+def attention_with_bias(q, k, v, tables, grid):
+    """Of `sam_jax.ops.attention`: cuDNN's flash attention, given what positions add to all logits.
+
+    What "cudnn" avoids; a rival, for head widths that it has on every GPU of today.
+    """
+    rel_h, rel_w = attention._position_terms(q, tables)
+    bias = (rel_h[..., :, None] + rel_w[..., None, :]).astype(q.dtype)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    bias = bias.reshape(*bias.shape[:3], -1)
+    return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn").transpose(0, 2, 1, 3)
+
+
+attention._IMPLEMENTATIONS["cudnn, bias"] = attention_with_bias
+
+
 @functools.cache
 def model_of(name: str, dtype: str = "float32", attention: str | None = None) -> Sam:
     """MobileSAM, or a ViT of random weights; neck, prompt encoder and decoder are MobileSAM's."""
     mobile = from_pretrained("mobile_sam", dtype=jnp.dtype(dtype))
     if name == "mobile_sam":
         return mobile
-    config = {"vit_b": vit_b, "vit_l": vit_l, "vit_h": vit_h}[name]()
+    config = VITS[name]()
     rng, official = np.random.default_rng(0), flat_params(mobile)
 
     def values(path: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,8 +4,9 @@
     python -m benchmarks.compiled --models vit_h --parts encoder
 
 Nothing runs, so there are no times, and what is chosen by trying on a GPU is not what a GPU would
-choose. Besides the project this needs, of JAX's version, `jax-cuda12-plugin` and `jax-cuda12-pjrt`,
-and `nvidia-cuda-nvcc-cu12`, `nvidia-cuda-runtime-cu12` and `nvidia-cuda-cupti-cu12`.
+choose. Besides the project and scikit-image this needs, of JAX's version, `jax-cuda12-plugin` and
+`jax-cuda12-pjrt`, and `nvidia-cuda-nvcc-cu12`, `nvidia-cuda-runtime-cu12` and
+`nvidia-cuda-cupti-cu12`.
 
 * Temporaries: what the program holds at once besides its parameters, inputs and results.
 * Traffic: what its kernels read and write, without loops' bodies; everything-mode is a loop.
@@ -30,7 +31,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sam_jax.config import vit_b, vit_h, vit_l
+from benchmarks.common import VITS
 from sam_jax.mask_generator import _Frame, _measure, _padded_size, _Points, _points_at_once
 from sam_jax.models.sam import Sam, decode, encode_image
 from sam_jax.ops import attention
@@ -38,7 +39,6 @@ from sam_jax.ops.masks import full_size
 from sam_jax.training.parameters import EVERYTHING, adamw, split_model
 from sam_jax.training.step import Recipe, init_state, train_step
 
-MODELS = {"vit_b": vit_b, "vit_l": vit_l, "vit_h": vit_h}
 PROMPTS = 64
 # As XLA describes an H100 to itself.
 H100 = """
@@ -172,7 +172,8 @@ def look(text: str, logits: int) -> dict[str, str]:
                 traffic += written[name] + sum(written.get(other, 0) for other in names)
                 large += sum(count >= logits for count, _ in results)
     flash = [
-        len(re.findall(rf'target="__cudnn\$fmhaSoftmax{kind}"', text)) for kind in ("", "Backward")
+        len(re.findall(rf'target="__cudnn\$fmha(?:ScaleBias)?Softmax{kind}"', text))
+        for kind in ("", "Backward")
     ]
     return {
         "Traffic": f"{traffic / 1e9:.1f} GB",
@@ -186,15 +187,15 @@ COLUMNS = ("Model, part", "Attention", "Temporaries", "Traffic", "Flash", "N x N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["vit_b", "vit_h"], choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=["vit_b", "vit_h"], choices=VITS)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--batch", type=int, default=8, help="images, of encoder and training")
-    parser.add_argument("--attention", nargs="+", default=["xla", "folded", "cudnn"])
+    parser.add_argument("--attention", nargs="+", default=["xla", "folded", "cudnn, bias", "cudnn"])
     args = parser.parse_args()
     mesh = h100()
     print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", flush=True)
     for name in args.models:
-        config = MODELS[name]()
+        config = VITS[name]()
         heads = config.image_encoder.num_heads
         for part in args.parts:
             is_encoder = part in ("encoder", "training")

@@ -28,10 +28,11 @@ from flax import nnx
 from PIL import Image
 from pycocotools.mask import frPyObjects
 
-from benchmarks.common import RANDOM_ENCODER, in_pytorch, model_of, photos
+from benchmarks.common import RANDOM_ENCODER, VITS, in_pytorch, model_of, photos
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.models.layers import split_keys
 from sam_jax.models.sam import Sam, decode, encode_image
+from sam_jax.ops.attention import rel_pos_attention
 from sam_jax.ops.prompts import join_prompts
 from sam_jax.predictor import SamPredictor
 from sam_jax.training.parameters import EVERYTHING, adamw, split_model
@@ -496,10 +497,74 @@ def torch_step(
     return run
 
 
+def layer(setting: Setting, *, windows: bool = False, gradients: bool = False) -> Contenders:
+    """The attention of a layer of a ViT, of 64 x 64 positions or of 25 windows of an image.
+
+    The first is ours in float32, "xla", which has all logits and the positions added to them.
+    """
+    vit = VITS[setting.name]().image_encoder
+    size, batch = (vit.window_size, 25) if windows else (64, 1)
+    shape = setting.batch * batch, vit.num_heads, size**2, vit.head_dim
+    rng = np.random.default_rng(0)
+    q, k, v, cotangent = rng.normal(size=(4, *shape)).astype(np.float32)
+    tables = 0.2 * rng.normal(size=(2, 2 * size - 1, vit.head_dim)).astype(np.float32)
+
+    def ours(implementation, dtype):
+        def run(*arrays):
+            q, k, v, *tables = arrays
+            return rel_pos_attention(q, k, v, tuple(tables), (size, size), implementation)
+
+        def both(weights, *arrays):
+            return jax.vjp(run, *arrays)[1](weights)
+
+        weights, *arrays = (jnp.asarray(x, dtype) for x in (cotangent, q, k, v, *tables))
+        if gradients:
+            return functools.partial(jax.jit(both), weights, *arrays)
+        return functools.partial(jax.jit(run), *arrays)
+
+    found = {"ours, xla, float32": ours("xla", jnp.float32), "ours": ours(None, setting.dtype)}
+    for name in setting.attention:
+        found[f"ours, {name}"] = ours(name, setting.dtype)
+    if torch is None:
+        return found
+
+    weights, *tensors = (setting.tensor(x).to(setting.torch_dtype) for x in (cotangent, q, k, v))
+    tensors += [setting.tensor(x).to(setting.torch_dtype) for x in tables]
+
+    def sdpa(q, k, v, *tables):
+        offsets = torch.arange(size)[:, None] - torch.arange(size)[None, :] + size - 1
+        grid = q.reshape(*q.shape[:2], size, size, -1)
+        rel_h = torch.einsum("bnhwd,hkd->bnhwk", grid, tables[0][offsets])
+        rel_w = torch.einsum("bnhwd,wkd->bnhwk", grid, tables[1][offsets])
+        bias = (rel_h[..., :, None] + rel_w[..., None, :]).reshape(*q.shape[:3], -1)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    def theirs(function):
+        def run():
+            if not gradients:
+                return function(*tensors)
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            with torch.enable_grad():
+                return torch.autograd.grad(function(*leaves), leaves, weights)
+
+        return run
+
+    found["PyTorch, SDPA"] = theirs(sdpa)
+    if setting.compiled:
+        found["PyTorch, torch.compile"] = theirs(setting.compile(sdpa, graphs=False))
+    return found
+
+
 PARTS = {
     "encoder": encoder,
     "decoder": decoder,
     "predict": predict,
     "everything": everything,
     "training": training,
+}
+LAYERS = {
+    "global": layer,
+    "global_gradients": functools.partial(layer, gradients=True),
+    "windows": functools.partial(layer, windows=True),
+    "windows_gradients": functools.partial(layer, windows=True, gradients=True),
 }

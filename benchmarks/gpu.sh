@@ -4,7 +4,8 @@
 #     benchmarks/gpu.sh [python]
 #
 # Needs the extra `test` and JAX with CUDA; PyTorch's side of the tables is there where PyTorch has CUDA,
-# too, and segment-anything-fast's where it is installed from GitHub (pytorch-labs/segment-anything-fast). What fails does not keep the rest from running; the status at the end says so.
+# too, and segment-anything-fast's where it is installed from GitHub (pytorch-labs/segment-anything-fast).
+# What fails does not keep the rest from running; the status at the end says so.
 set -uo pipefail
 cd "$(git rev-parse --show-toplevel)"
 python=${1:-python}
@@ -24,6 +25,8 @@ date --iso-8601
 # Optimised as for users: tests/conftest.py has a CPU in mind.
 try env JAX_DISABLE_MOST_OPTIMIZATIONS=0 "$python" -m pytest -q -n 0 -W default \
     tests/ops/test_attention_gpu.py tests/models tests/ops
+benchmark --models vit_h vit_b --batch 8 --parts global global_gradients windows windows_gradients \
+    --attention xla folded "cudnn, bias" cudnn --repeat 20
 benchmark --models vit_h vit_b --batch 8 --parts encoder --attention xla folded cudnn --repeat 20
 try "$python" -m benchmarks.accuracy --models mobile_sam vit_h --attention xla folded cudnn
 benchmark --models vit_b --batch 8 --parts training --attention cudnn --repeat 10

@@ -2,6 +2,7 @@
 
     python -m benchmarks.run
     python -m benchmarks.run --models vit_b --parts encoder --compile
+    python -m benchmarks.run --models vit_b --parts global windows --attention folded chunked
     python -m benchmarks.run --device gpu --models vit_h --dtype bfloat16 --batch 8 --compile
 
 Each model and part has a process of its own, in which every contender (`benchmarks.contenders`) has
@@ -40,7 +41,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.common import match, matrix_rate, timed
-from benchmarks.contenders import PARTS, PROMPTS, Contenders, Setting, torch
+from benchmarks.contenders import LAYERS, PARTS, PROMPTS, Contenders, Setting, torch
 from benchmarks.convert_memory import read_status
 
 # 2 floating-point operations per multiplication and addition, of an image's encoder.
@@ -75,6 +76,8 @@ def seconds(contenders: Contenders, repeat: int, failures: Failures) -> dict[str
 
 
 def on_host(result) -> np.ndarray:
+    if isinstance(result, tuple):
+        return np.concatenate([on_host(array).ravel() for array in result])
     if hasattr(result, "detach"):
         result = result.detach().float().cpu().numpy()
     return np.asarray(result, np.float32)
@@ -136,16 +139,18 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
         torch.set_grad_enabled(False)
         torch.backends.cudnn.allow_tf32 = False
     device = "cuda" if args.device == "gpu" else "cpu"
-    batch = args.batch if part in ("encoder", "training") else 1
+    has_images = part in ("encoder", "training", *LAYERS)
+    batch = args.batch if has_images else 1
     setting = Setting(
         name=name,
         device=device,
         dtype=args.dtype,
         batch=batch,
         compiled=args.compile,
-        attention=tuple(args.attention) if part in ("encoder", "training") else (),
+        attention=tuple(args.attention) if has_images else (),
     )
-    ours = PARTS[part](setting)["ours"]
+    contenders_of = {**PARTS, **LAYERS}[part]
+    ours = contenders_of(setting)["ours"]
     with tempfile.TemporaryDirectory() as cache:
         for option, value in {**CACHE, "jax_compilation_cache_dir": cache}.items():
             jax.config.update(option, value)
@@ -155,7 +160,7 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()
     del ours  # and its memory
-    contenders = PARTS[part](setting)  # anew, since a step of training leaves its mark
+    contenders = contenders_of(setting)  # anew, since a step of training leaves its mark
     failures = Failures()
     found = differences(part, contenders, failures)
     tolerances = {"everything": MASKS_TOLERANCE, "training": TRAINING_TOLERANCE}
@@ -221,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--models", nargs="+", default=["vit_b", "mobile_sam"])
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=[*PARTS, *LAYERS])
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--batch", type=int, default=1, help="images, of encoder and training")
     parser.add_argument("--repeat", type=int, default=5)
