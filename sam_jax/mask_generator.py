@@ -314,16 +314,18 @@ class SamAutomaticMaskGenerator:
             mine = jax.tree.map(lambda *parts: np.concatenate(parts), *mine)
             chosen.append(self._choose(crop, mine))
 
-        start = 0
-        for points in self._batches(
-            crops, [(c.point, c.which) for c in chosen], self._kept_at_once
-        ):
-            low_res = np.asarray(_decode(*state, points, **static))
-            for crop, frame, masks, logits in zip(crops, frames, chosen, low_res, strict=False):
-                for k in range(start, min(start + self._kept_at_once, len(masks.point))):
+        size, wanted = self._kept_at_once, [(masks.point, masks.which) for masks in chosen]
+        decoded = (
+            _decode(*state, points, **static) for points in self._batches(crops, wanted, size)
+        )
+        # The next are computed while some are fetched.
+        ahead = itertools.pairwise(itertools.chain(decoded, [None]))
+        for start, (low_res, _) in zip(itertools.count(0, size), ahead, strict=False):
+            masks_of = zip(crops, frames, chosen, np.asarray(low_res), strict=False)
+            for crop, frame, masks, logits in masks_of:
+                for k in range(start, min(start + size, len(masks.point))):
                     rle = host.submit(self._rle, crop, frame, masks.box[k], logits[k - start])
                     crop.found.append(_Found.of(crop, masks, k, rle))
-            start += self._kept_at_once
 
     def _spread(self, items: list) -> Any:
         """Trees of arrays, one for each device, stacked; devices without one get zeros."""
