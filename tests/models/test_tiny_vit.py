@@ -1,5 +1,8 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from reference import (
     MOBILE,
     assert_close,
@@ -11,6 +14,8 @@ from reference import (
     tensor,
     to_torch,
 )
+
+from sam_jax.models.tiny_vit import _depthwise_conv
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +76,32 @@ def test_block_with_padded_window(pair):
         x = normal((1, side, side, block.dim), seed=stage)
         expected = block(tensor(x).reshape(1, side * side, -1))
         assert_close(run(encoder.layers[stage].blocks[0], x), grid_last(expected))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("hw", [(32, 20), (7, 9), (34, 3)], ids=str)
+def test_depthwise_conv(hw, stride):
+    """And its gradients, of which the kernel's is computed some rows at a time."""
+    x, kernel = normal((2, *hw, 5)), normal((3, 3, 1, 5), seed=1)
+    given = [
+        tensor(to_torch(x)).requires_grad_(),
+        tensor(kernel.transpose(3, 2, 0, 1)).requires_grad_(),
+    ]
+    expected = torch.conv2d(*given, stride=stride, padding=1, groups=5)
+    actual, pullback = jax.vjp(lambda x, kernel: _depthwise_conv(x, kernel, stride), x, kernel)
+    assert_close(actual, from_torch_image(expected))
+    weights = normal(actual.shape, seed=2)
+    expected.backward(to_torch(weights))
+    of_x, of_kernel = pullback(weights)
+    assert_close(of_x, from_torch_image(given[0].grad))
+    assert_close(of_kernel, given[1].grad.permute(2, 3, 1, 0))
+
+
+def test_depthwise_conv_forward_mode_and_vmap():
+    x, kernel = normal((2, 6, 6, 3)), normal((3, 3, 1, 3), seed=1)
+
+    def total(kernel, x):
+        return jnp.sum(jnp.sin(_depthwise_conv(x[None], kernel, 1)))
+
+    reverse = jax.vmap(jax.grad(total), (None, 0))(kernel, x)
+    assert_close(jax.vmap(jax.jacfwd(total), (None, 0))(kernel, x), reverse)
