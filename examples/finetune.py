@@ -8,6 +8,7 @@ its parts are functions of `sam_jax.training`, for loops of your own.
 """
 
 import dataclasses
+import functools
 import os
 import sys
 from dataclasses import dataclass
@@ -85,11 +86,13 @@ def main(config: Config) -> None:
     source, held_out = sources(model, config)
     graphdef, trained, frozen = split_model(model, table)
     tx, schedule = config.optimizer.make(table, config.steps)
-    state = init_state(trained, tx, ema=config.recipe.ema_decay is not None)
     mesh = sharding.make_mesh()
-    state, frozen = sharding.put((state, frozen), mesh, config.parallelism)
+    trained, frozen = sharding.put((trained, frozen), mesh, config.parallelism)
+    begin = functools.partial(init_state, tx=tx, ema=config.recipe.ema_decay is not None)
+    state = sharding.make(begin, trained, mesh=mesh, parallelism=config.parallelism)
     size = model.config.image_size if config.full_resolution else model.config.mask_size
     prepare = Prepare(model.config, config.max_objects, size, config.flip, config.scale_range)
+    del model, trained  # which the first device would hold beside its share of the state
 
     with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
         state = checkpointing.load_state(checkpoints, state) or state

@@ -3,7 +3,7 @@
 The compiler adds the communication; a step is the same function on one device and on many hosts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -52,6 +52,20 @@ def put(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(place, tree, shardings(tree, mesh, parallelism))
+
+
+def make(
+    function: Callable[..., PyTree], *args: PyTree, mesh: Mesh, parallelism: Parallelism
+) -> PyTree:
+    """`function(*args)` of arrays that are placed, made where it belongs: no device holds it whole.
+
+    For the state of an optimiser, which with FSDP may be more than fits one device:
+
+        trained = put(trained, mesh, "fsdp")
+        state = make(partial(init_state, tx=tx), trained, mesh=mesh, parallelism="fsdp")
+    """
+    places = shardings(jax.eval_shape(function, *args), mesh, parallelism)
+    return jax.jit(function, out_shardings=places)(*args)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -15,8 +15,8 @@ from sam_jax.training import sharding
 
 # Trains for 20 steps, once for each way and number of devices, and prints what came of it; run with
 # 8 simulated devices, or on 2 hosts. It imports no PyTorch: model and batch are in files.
-SCRIPT = """
-import json, sys
+SCRIPT = '''
+import functools, json, math, sys
 import jax, numpy as np
 
 folder, runs, hosts = json.loads(sys.argv[1])
@@ -32,11 +32,28 @@ tx = adamw(1e-3, EVERYTHING, clip_norm=1.0)
 model = from_pretrained(folder + "/model")
 whole_batch = dict(np.load(folder + "/batch.npz"))
 
+def on_first_device(arrays):
+    """Bytes of them."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in arrays
+        if jax.local_devices()[0] in x.sharding.device_set
+    )
+
 def train(how, devices):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     graphdef, trained, frozen = split_model(model, EVERYTHING)
-    state = sharding.put(init_state(trained, tx, ema=True), mesh, how)
-    frozen = sharding.put(frozen, mesh, how)
+    held = [on_first_device(jax.live_arrays())]
+
+    def init(params):
+        held.append(on_first_device(jax.live_arrays()))
+        return tx.init(params)
+
+    trained, frozen = sharding.put((trained, frozen), mesh, how)
+    begin = functools.partial(init_state, tx=tx._replace(init=init), ema=True)
+    state = sharding.make(begin, trained, mesh=mesh, parallelism=how)
+    held.append(on_first_device(jax.live_arrays()))
+    share = on_first_device(jax.tree.leaves((trained, frozen, state)))
     step = compile_step(state, tx, recipe)
     count = 8 // jax.process_count()
     mine = slice(jax.process_index() * count, (jax.process_index() + 1) * count)
@@ -45,14 +62,15 @@ def train(how, devices):
     for _ in range(20):
         state, metrics = step(graphdef, state, frozen, batch, jax.random.key(3))
         losses.append(float(metrics["loss"]))
-    kept = max(x.addressable_shards[0].data.nbytes / x.nbytes for x in jax.tree.leaves(state.params)
+    kept = max(x.addressable_shards[0].data.nbytes / x.nbytes for x in jax.tree.leaves(state)
                if x.size >= 2**13)
-    whole = sharding.gather(state.params, mesh)
-    total = float(sum(np.abs(x).astype(np.float64).sum() for x in jax.tree.leaves(whole)))
-    return {"losses": losses, "kept": kept, "total": total}
+    params = jax.tree.leaves(sharding.gather(state.params, mesh))
+    total = float(sum(np.abs(x).astype(np.float64).sum() for x in params))
+    held = (max(held) - held[0]) / share
+    return {"losses": losses, "kept": kept, "held": held, "total": total}
 
 print(json.dumps([train(*run) for run in runs]))
-"""
+'''
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +118,10 @@ def assert_same_training(actual, expected):
 @pytest.mark.parametrize("how", ["data", "fsdp"])
 def test_eight_devices_are_as_one(trained, how):
     assert_same_training(trained[how], trained["alone"])
-    # FSDP keeps an eighth of each large parameter on a device.
+    # FSDP keeps an eighth of each large array of the state on a device. Beside the model that was
+    # loaded, the first device never holds more than its share, also while the state is made.
     assert trained[how]["kept"] == (1 if how == "data" else 1 / 8)
+    assert trained[how]["held"] == pytest.approx(1, rel=0.01)
 
 
 def test_two_hosts_are_as_one(folder, trained):
