@@ -78,17 +78,18 @@ def batch_losses(
         recipe: see there.
 
     Raises:
-        ValueError: for a recipe whose numbers make no sense, or a `drop_path_rate` where the image
-            encoder does not train.
+        ValueError: for a recipe whose numbers make no sense, or that has `remat` or a
+            `drop_path_rate` where the batch has image embeddings.
     """
     prompt_keys, drop_keys = split_keys(keys, 2)
-    _check(recipe)
+    check_recipe(recipe)
     if "image_embedding" in batch:
-        if recipe.drop_path_rate:
-            raise ValueError(
-                f"drop_path_rate is {recipe.drop_path_rate}, but the batch has image embeddings: "
-                "the image encoder, whose depth it is for, does not train"
-            )
+        for name in ("remat", "drop_path_rate"):
+            if getattr(recipe, name):
+                raise ValueError(
+                    f"{name} is {getattr(recipe, name)}, but the batch has image embeddings: the "
+                    "image encoder, which it is for, does not train"
+                )
         embeddings = batch["image_embedding"]
     else:
         embeddings = model.encode_image(
@@ -207,9 +208,15 @@ def train_step(
         The new state, and float32 scalars: those of `mean_loss`, and `grad_norm`.
 
     Raises:
-        ValueError: if only one of state and recipe has a moving average.
+        ValueError: if only one of state and recipe has a moving average, and what `gradients`
+            raises.
     """
-    _check_average(state, recipe)
+    has, wanted = state.ema is not None, recipe.ema_decay is not None
+    if has != wanted:
+        raise ValueError(
+            f"the state has {'a' if has else 'no'} moving average, but ema_decay is "
+            f"{recipe.ema_decay}; give init_state ema={wanted}, or the recipe another ema_decay"
+        )
     keys = jax.random.split(jax.random.fold_in(key, state.step), len(batch["valid"]))
     grads, metrics = gradients(graphdef, state.params, frozen, batch, keys, recipe)
     metrics["grad_norm"] = optax.tree.norm(grads)
@@ -224,14 +231,9 @@ def train_step(
 def compile_step(state: TrainState, tx: optax.GradientTransformation, recipe: Recipe) -> Callable:
     """`train_step(graphdef, state, frozen, batch, key)` compiled, for states placed like this one.
 
-    The state that it is given is given up, so that memory holds one.
-
-    Raises:
-        ValueError: for a recipe whose numbers make no sense, or if only one of state and recipe
-            has a moving average.
+    The state that it is given is given up, so that memory holds one. It raises what `train_step`
+    raises, when it is first called.
     """
-    _check(recipe)
-    _check_average(state, recipe)
     # Arrays that were never put anywhere stay so: a step that places them is compiled again.
     places = jax.tree.map(lambda x: x.sharding if x.committed else None, state)
     return jax.jit(
@@ -241,7 +243,12 @@ def compile_step(state: TrainState, tx: optax.GradientTransformation, recipe: Re
     )
 
 
-def _check(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe) -> None:
+    """Before something that takes long: a step asks by itself.
+
+    Raises:
+        ValueError: for a recipe whose numbers make no sense.
+    """
     for name, ok, expected in (
         ("rounds", recipe.rounds >= 1, "at least 1"),
         ("box_probability", 0 <= recipe.box_probability <= 1, "0 to 1"),
@@ -252,12 +259,3 @@ def _check(recipe: Recipe) -> None:
     ):
         if not ok:
             raise ValueError(f"{name} is {getattr(recipe, name)}, expected {expected}")
-
-
-def _check_average(state: TrainState, recipe: Recipe) -> None:
-    has, wanted = state.ema is not None, recipe.ema_decay is not None
-    if has != wanted:
-        raise ValueError(
-            f"the state has {'a' if has else 'no'} moving average, but ema_decay is "
-            f"{recipe.ema_decay}; give init_state ema={wanted}, or the recipe another ema_decay"
-        )

@@ -14,8 +14,9 @@ from test_losses import masks, torch_loss
 from sam_jax.checkpoints.params import flat_params, param_shapes
 from sam_jax.checkpoints.torch_names import from_torch
 from sam_jax.models.layers import split_keys
+from sam_jax.training.losses import LossWeights
 from sam_jax.training.parameters import DECODER_ONLY, EVERYTHING, adamw, split_model
-from sam_jax.training.rounds import _first_prompt
+from sam_jax.training.rounds import _first_prompt, interactive_losses
 from sam_jax.training.step import (
     Recipe,
     batch_losses,
@@ -27,6 +28,7 @@ from sam_jax.training.step import (
 )
 
 SIZE, SIDE = SMALL.image_size, SMALL.mask_size
+EMBEDDING = (SHALLOW.image_embedding_size,) * 2 + (SHALLOW.prompt_embed_dim,)
 RECIPE = Recipe(rounds=1)
 DEEP = dataclasses.replace(SMALL, image_encoder=dataclasses.replace(SMALL.image_encoder, depth=4))
 
@@ -313,10 +315,8 @@ def test_a_loop_of_ones_own(model):
     ],
 )
 def test_recipes_that_make_no_sense(model, options, message):
-    tx = adamw(1e-3, DECODER_ONLY)
-    _, trained, _ = split_model(model, DECODER_ONLY)
     with pytest.raises(ValueError, match=message):
-        compile_step(init_state(trained, tx), tx, Recipe(**options))
+        batch_losses(model, batch_of(1), KEYS[:1], Recipe(**options))
 
 
 @pytest.mark.parametrize(
@@ -329,16 +329,33 @@ def test_recipes_that_make_no_sense(model, options, message):
 def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
     tx = adamw(1e-3, DECODER_ONLY)
     graphdef, trained, frozen = split_model(model, DECODER_ONLY)
-    state, recipe = init_state(trained, tx, ema=ema), Recipe(ema_decay=decay)
+    state = init_state(trained, tx, ema=ema)
+    step = compile_step(state, tx, Recipe(ema_decay=decay))
     with pytest.raises(ValueError, match=message):
-        compile_step(state, tx, recipe)
-    with pytest.raises(ValueError, match=message):
-        train_step(graphdef, state, frozen, batch_of(1), KEYS[0], tx=tx, recipe=recipe)
+        step(graphdef, state, frozen, batch_of(1), KEYS[0])
 
 
-def test_no_drop_path_without_an_encoder(model):
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [({"drop_path_rate": 0.1}, "drop_path_rate is 0.1"), ({"remat": True}, "remat is True")],
+)
+def test_what_needs_an_encoder_that_trains(model, options, given):
     batch = {**batch_of(1), "image_embedding": np.zeros((1, 1))}
-    with pytest.raises(
-        ValueError, match="the image encoder, whose depth it is for, does not train"
-    ):
-        batch_losses(model, batch, KEYS[:1], Recipe(drop_path_rate=0.1))
+    with pytest.raises(ValueError, match=f"{given}, .* image encoder, which it is for, does not"):
+        batch_losses(model, batch, KEYS[:1], Recipe(**options))
+
+
+def test_losses_are_of_the_recipe(model, monkeypatch):
+    """Also of what a step of one round hardly shows."""
+    given = {}
+
+    def spy(*args, **options):
+        given.update(options)
+        return interactive_losses(*args, **options)
+
+    monkeypatch.setattr("sam_jax.training.step.interactive_losses", spy)
+    batch = {**batch_of(1), "image_embedding": normal((1, *EMBEDDING))}
+    expected = {"rounds": 3, "box_probability": 0.25, "weights": LossWeights(2.0, 3.0, 4.0)}
+    losses = jax.eval_shape(lambda b: batch_losses(model, b, KEYS[:1], Recipe(**expected)), batch)
+    assert losses.total.shape == (1, 3, 3)
+    assert given == expected
