@@ -3,8 +3,9 @@ r"""Fine-tunes SAM on a COCO instance file or a folder of SA-1B.
     python examples/finetune.py --annotations coco.json --images photos --output run --steps 500
 
 Run again, the same command goes on where it was. `run/model` is the result, a folder for
-`sam_jax.from_pretrained`; `run/metrics.jsonl` has a line for each step. The loop is short because
-its parts are functions of `sam_jax.training`, for loops of your own.
+`sam_jax.from_pretrained`; `run/metrics.jsonl` has a line for each step, and with held-out pictures
+one for step 0: what the model could before. The loop is short because its parts are functions of
+`sam_jax.training`, for loops of your own.
 """
 
 import dataclasses
@@ -101,7 +102,10 @@ def main(config: Config) -> None:
         data = batches(
             source, prepare, config.batch_size, config.seed, start=start, workers=config.workers
         )
-        log = MetricsLog(output, start)
+        log = MetricsLog(output, start + 1 if start else 0)
+        if start == 0 and held_out is not None:  # what the model can before it is trained
+            found = look(sharding.merge(graphdef, state.result, frozen, mesh), held_out, log, 0)
+            log.write(0, found, show=True)
         steps = range(start + 1, config.steps + 1)
         bar = tqdm(steps, initial=start, total=config.steps, disable=not is_first)
         for step, batch in zip(bar, data, strict=False):
@@ -115,8 +119,7 @@ def main(config: Config) -> None:
             due = step % config.eval_every == 0 or step == config.steps
             if due and held_out is not None:
                 tuned = sharding.merge(graphdef, state.result, frozen, mesh)
-                metrics |= evaluate(tuned, held_out)
-                log.picture(step, draw_clicks(tuned, held_out))
+                metrics |= look(tuned, held_out, log, step)
             log.write(step, {**metrics, "learning_rate": float(schedule(step - 1))}, show=due)
             if due:
                 checkpointing.save_state(checkpoints, state, metrics.get("miou@1"))
@@ -180,6 +183,12 @@ def sources(model, config: Config):
         with tqdm(desc="encoding", total=total, disable=jax.process_index() > 0) as bar:
             found = [s and CachedEmbeddings(s, model, folder, bar.update) for s in found]
     return found
+
+
+def look(model, held_out, log: MetricsLog, step: int) -> dict[str, float]:
+    """What `evaluate` finds; what it looks like goes to the log."""
+    log.picture(step, draw_clicks(model, held_out))
+    return evaluate(model, held_out)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from reference import SHALLOW, meta_sam, ours
 from sam_jax import from_pretrained, save_pretrained
 from sam_jax.checkpoints.params import flat_params
 from sam_jax.training.checkpointing import open_checkpoints
+from sam_jax.training.data import open_source
+from sam_jax.training.evaluate import evaluate
 from sam_jax.training.lora import load_lora
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -176,11 +178,14 @@ def test_adapters_and_evaluation(cells, model, tmp_path):
     code, _, errors = finish(start(cells, model, output, "--train", "lora", *held_out))
     assert code == 0, errors
     assert from_pretrained(output / "best").config == from_pretrained(model).config
-    found = [line for line in lines(output) if "miou@1" in line]
+    before, *found = (line for line in lines(output) if "miou@1" in line)
     assert [line["step"] for line in found] == [4, 8, 12, 14]
     assert {p.name for p in (output / "pictures").iterdir()} == {
-        f"{step:06}.png" for step in (4, 8, 12, 14)
+        f"{step:06}.png" for step in (0, 4, 8, 12, 14)
     }
+    # Before the first step it is the model that was given.
+    expected = evaluate(from_pretrained(model), open_source(cells / "test.json", cells / "images"))
+    assert before == pytest.approx({"step": 0, **expected}, abs=1e-3)
     best = max(found, key=lambda line: line["miou@1"])["step"]
     parameters = flat_params(from_pretrained(output / "best"))
     decoder = {k: v for k, v in saved(output, best, "params").items() if "lora" not in k}

@@ -16,25 +16,25 @@ from sam_jax.files import replacing
 class MetricsLog:
     """`metrics.jsonl`, a line per step, and beside it `pictures/` and `tensorboard/`.
 
-    A run that goes on from an earlier step drops the lines of the steps that it does again. Of
-    several hosts only the first writes.
+    A run that goes on drops the lines of the steps that it does again. Of several hosts only the
+    first writes.
 
     Args:
         folder: of the run.
-        step: where it goes on; 0 for a new run.
+        first: the step whose line is to come first: 0, before training, for a new run.
     """
 
-    def __init__(self, folder: str | os.PathLike, step: int):
+    def __init__(self, folder: str | os.PathLike, first: int):
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
         path = Path(folder) / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        kept = [line for line in _lines(path) if json.loads(line)["step"] < first]
         with replacing(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._pictures = path.with_name("pictures")
-        self._board = SummaryWriter(str(path.with_name("tensorboard")), purge_step=step + 1)
+        self._board = SummaryWriter(str(path.with_name("tensorboard")), purge_step=first)
 
     def write(self, step: int, values: dict[str, float], *, show: bool = False) -> None:
         """One step's values, also printed if asked; they are on disk when this returns."""

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import pytest
@@ -12,36 +13,50 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def write(folder, start, steps):
-    log = MetricsLog(folder, start)
+def write(folder, steps):
+    log = MetricsLog(folder, steps[0])
     for step in steps:
         log.write(step, {"loss": step / 3})
     return log
 
 
+def events(folder):
+    """TensorBoard's, of a run that was begun once."""
+    (file,) = (folder / "tensorboard").iterdir()
+    data = file.read_bytes()
+    while data:  # length, its checksum, an event, its checksum
+        size = int.from_bytes(data[:8], "little")
+        yield event_pb2.Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
+
+
 def test_a_line_is_on_disk_at_once(tmp_path):
-    log = write(tmp_path, 0, [1, 2])
+    log = write(tmp_path, [1, 2])
     assert lines(tmp_path) == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}]
     log.close()
 
 
 def test_steps_done_again_have_one_line(tmp_path):
     """A run killed after step 5, and half a line, goes on from its checkpoint at step 3."""
-    write(tmp_path, 0, range(1, 6)).close()
+    write(tmp_path, range(6)).close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    write(tmp_path, 3, range(4, 8)).close()
-    assert lines(tmp_path) == [{"step": i, "loss": i / 3} for i in range(1, 8)]
+    shutil.rmtree(tmp_path / "tensorboard")
+    write(tmp_path, range(4, 8)).close()
+    assert lines(tmp_path) == [{"step": i, "loss": i / 3} for i in range(8)]
+    # TensorBoard, too, is told to drop them.
+    starts = [e.step for e in events(tmp_path) if e.session_log.status == e.session_log.START]
+    assert starts == [4]
 
 
 def test_a_new_run_begins_empty(tmp_path):
-    write(tmp_path, 0, [1, 2]).close()
-    write(tmp_path, 0, []).close()
+    write(tmp_path, range(3)).close()
+    MetricsLog(tmp_path, 0).close()
     assert lines(tmp_path) == []
 
 
 def test_pictures(tmp_path):
-    log = write(tmp_path, 0, [1])
+    log = write(tmp_path, [1])
     log.picture(12, Image.new("RGB", (5, 3), "red"))
     log.close()
     with Image.open(tmp_path / "pictures" / "000012.png") as picture:
@@ -51,20 +66,13 @@ def test_pictures(tmp_path):
 
 def test_only_the_first_host_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    log = write(tmp_path, 0, [1])
+    log = write(tmp_path, [1])
     log.picture(1, Image.new("RGB", (5, 3)))
     log.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_has_the_same_values(tmp_path):
-    write(tmp_path, 0, [1, 2, 3]).close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    data, found = file.read_bytes(), {}
-    while data:  # length, its checksum, an event, its checksum
-        size = int.from_bytes(data[:8], "little")
-        event = event_pb2.Event.FromString(data[12 : 12 + size])
-        for value in event.summary.value:
-            found[event.step] = value.simple_value
-        data = data[16 + size :]
-    assert found == {step: pytest.approx(step / 3) for step in (1, 2, 3)}
+    write(tmp_path, [1, 2, 3]).close()
+    values = {e.step: v.simple_value for e in events(tmp_path) for v in e.summary.value}
+    assert values == {step: pytest.approx(step / 3) for step in (1, 2, 3)}
