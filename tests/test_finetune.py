@@ -7,12 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tyro
 from cores import all_cores
 from reference import SHALLOW, meta_sam, ours
 
@@ -22,10 +22,35 @@ from sam_jax.training.checkpointing import open_checkpoints
 from sam_jax.training.data import open_source
 from sam_jax.training.evaluate import evaluate
 from sam_jax.training.lora import load_lora
+from sam_jax.training.parameters import EVERYTHING, Optimizer
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import finetune
+
+EXAMPLES = Path(finetune.__file__).parent
 STEPS = 14
-FLAG = "--xla_force_host_platform_device_count"
+
+# Runs a script that is killed when step 7 is in its log and the checkpoint of step 4 on the disk.
+KILLED = """
+import os, runpy, signal, sys, time
+from pathlib import Path
+
+from sam_jax.training.log import MetricsLog
+
+script, output = sys.argv[1:3]
+write = MetricsLog.write
+
+def write_then_die(log, step, *args, **options):
+    write(log, step, *args, **options)
+    if step == 7:
+        while not Path(output, "checkpoints", "4").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+MetricsLog.write = write_then_die
+sys.argv = [script, *sys.argv[3:]]
+runpy.run_path(script, run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +77,24 @@ def cells(tmp_path_factory):
     return path
 
 
-def start(cells, model, output, *options, devices=1):
-    command = [sys.executable, EXAMPLES / "finetune.py", "--annotations", cells / "train.json"]
-    command += ["--images", cells / "images", "--output", output, "--model", model]
-    command += ["--steps", STEPS, "--batch-size", 2, "--max-objects", 2, "--rounds", 2]
-    command += ["--eval-every", 4, "--learning-rate", 1e-3, *options]
+def arguments(cells, model, output, *options):
+    """The command line's; an option that comes twice counts the second time."""
+    found = ["--annotations", cells / "train.json", "--images", cells / "images"]
+    found += ["--output", output, "--model", model, "--steps", STEPS, "--batch-size", 2]
+    found += ["--max-objects", 2, "--rounds", 2, "--eval-every", 4, "--learning-rate", 1e-3]
+    return [str(argument) for argument in (*found, *options)]
+
+
+def config_of(*args):
+    return tyro.cli(finetune.Config, args=arguments(*args))
+
+
+def start(cells, model, output, *options, killed=False):
+    command = [sys.executable, EXAMPLES / "finetune.py"]
+    if killed:
+        command = [sys.executable, "-c", KILLED, EXAMPLES / "finetune.py", output]
     return subprocess.Popen(
-        [str(c) for c in command],
-        env={**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {FLAG}={devices}"},
+        [*map(str, command), *arguments(cells, model, output, *options)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -69,6 +104,11 @@ def start(cells, model, output, *options, devices=1):
 def finish(process):
     printed, errors = process.communicate(timeout=300)
     return process.returncode, printed, errors
+
+
+def evaluated(printed):
+    """The steps whose lines are printed."""
+    return [json.loads(line)["step"] for line in printed.splitlines()[:-1]]
 
 
 def lines(output):
@@ -103,9 +143,8 @@ def whole(cells, model, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "run"
     code, printed, errors = finish(start(cells, model, output, *RANDOM))
     assert code == 0, errors
-    *evaluated, last = printed.splitlines()
-    assert [json.loads(line)["step"] for line in evaluated] == [4, 8, 12, 14]
-    assert last == str(output / "model")
+    assert evaluated(printed) == [4, 8, 12, 14]
+    assert printed.splitlines()[-1] == str(output / "model")
     return output
 
 
@@ -114,6 +153,9 @@ def test_a_run_leaves_what_it_says(whole, model):
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     assert all(np.isfinite(line["loss"]) for line in found)
     assert np.mean([x["loss"] for x in found[-4:]]) < np.mean([x["loss"] for x in found[:4]])
+    _, rate = Optimizer(learning_rate=1e-3).make(EVERYTHING, STEPS)
+    expected = [rate(step) for step in range(STEPS)]
+    np.testing.assert_allclose([x["learning_rate"] for x in found], expected, rtol=1e-6)
     assert list((whole / "tensorboard").iterdir())
     tuned, before = (
         flat_params(from_pretrained(whole / "model")),
@@ -132,43 +174,32 @@ def test_a_run_leaves_what_it_says(whole, model):
 
 def test_a_run_that_is_killed_goes_on_bit_for_bit(whole, cells, model, tmp_path):
     output = tmp_path / "run"
-    process = start(cells, model, output, *RANDOM)
-    when = int(np.random.default_rng().integers(5, STEPS))
-    deadline = time.monotonic() + 200
-    while len(lines_so_far(output)) < when and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    code, _, errors = finish(start(cells, model, output, *RANDOM, killed=True))
+    assert code == -signal.SIGKILL, errors
+    assert lines(output) == lines(whole)[:7]
     assert not (output / "model").exists()
-    code, _, errors = finish(start(cells, model, output, *RANDOM))
+    code, printed, errors = finish(start(cells, model, output, *RANDOM))
     assert code == 0, errors
-    assert lines(output) == lines(whole), f"killed after step {when}"
+    assert evaluated(printed) == [8, 12, 14]
+    assert lines(output) == lines(whole)
     expected = flat_params(from_pretrained(whole / "model"))
     for name, value in flat_params(from_pretrained(output / "model")).items():
         np.testing.assert_array_equal(value, expected[name])
 
 
-def lines_so_far(output):
-    path = output / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def test_other_settings_are_refused_and_a_finished_run_stays(whole, cells, model):
     before = (whole / "metrics.jsonl").read_bytes()
-    code, _, errors = finish(start(cells, model, whole, *RANDOM, "--seed", "1"))
-    assert code == 1
-    assert "has results of other settings: seed was '0' and is '1'" in errors
+    with pytest.raises(ValueError, match=r"results of other settings: seed was '0' and is '1'$"):
+        finetune.main(config_of(cells, model, whole, *RANDOM, "--seed", "1"))
     annotations = cells / "train.json"
     content = annotations.read_text()
     annotations.write_text(content + "\n")
-    code, _, errors = finish(start(cells, model, whole, *RANDOM))
+    with pytest.raises(ValueError, match=r"other settings: data was '\w{64}' and is '\w{64}'$"):
+        finetune.main(config_of(cells, model, whole, *RANDOM))
     annotations.write_text(content)
-    assert code == 1
-    assert re.search(r"has results of other settings: data was '\w{64}' and is '\w{64}'$", errors)
     # Paths are the same from wherever they are said.
     near = [Path(os.path.relpath(path)) for path in (cells, model)]
-    code, _, errors = finish(start(*near, whole, *RANDOM))
-    assert code == 0, errors
+    finetune.main(config_of(*near, whole, *RANDOM))
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
@@ -209,8 +240,8 @@ def test_adapters_and_evaluation(cells, model, tmp_path):
         assert printed[name] == pytest.approx(found[-1][name], abs=1e-3)
 
 
-def test_two_hosts_then_one_with_other_devices(whole, cells, model, tmp_path):
-    """The script itself on two hosts, killed, and its run gone on with on one of two devices."""
+def test_two_hosts_then_one(whole, cells, model, tmp_path):
+    """The script itself on two hosts, both killed, and its run gone on with on one."""
     output, hosts = tmp_path / "run", []
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -218,16 +249,13 @@ def test_two_hosts_then_one_with_other_devices(whole, cells, model, tmp_path):
     for i in range(2):
         options = *RANDOM, "--parallelism", "fsdp", "--hosts", address, "2", str(i)
         with all_cores():
-            hosts.append(start(cells, model, output, *options))
-    deadline = time.monotonic() + 200
-    while len(lines_so_far(output)) < 6 and time.monotonic() < deadline:
-        time.sleep(0.05)
+            hosts.append(start(cells, model, output, *options, killed=True))
     for host in hosts:
-        host.send_signal(signal.SIGKILL)
-        host.communicate()
-    assert len(lines_so_far(output)) >= 6
-    code, _, errors = finish(start(cells, model, output, *RANDOM, devices=2))
+        host.communicate(timeout=300)
+    assert len(lines(output)) == 7
+    code, printed, errors = finish(start(cells, model, output, *RANDOM))
     assert code == 0, errors
+    assert evaluated(printed) == [8, 12, 14]
     for line, expected in zip(lines(output), lines(whole), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5), line["step"]
 
@@ -243,14 +271,11 @@ def test_a_loss_that_is_no_number_stops_the_run(cells, model, tmp_path):
 
 
 def test_bad_input(cells, model, tmp_path):
-    code, _, errors = finish(start(cells, tmp_path / "none", tmp_path / "run"))
-    assert code == 1
-    assert errors.splitlines()[-1].startswith("finetune: ")
-    assert "Traceback" not in errors
+    with pytest.raises(FileNotFoundError, match="none"):
+        finetune.main(config_of(cells, tmp_path / "none", tmp_path / "run"))
     content = json.loads((cells / "train.json").read_text())
     content["annotations"][0]["segmentation"] = []
     (tmp_path / "bad.json").write_text(json.dumps(content))
     options = "--annotations", tmp_path / "bad.json"
-    code, _, errors = finish(start(cells, model, tmp_path / "run", *options))
-    assert code == 1
-    assert "image 0: annotation 1: its segmentation is empty" in errors.splitlines()[-1]
+    with pytest.raises(ValueError, match="image 0: annotation 1: its segmentation is empty"):
+        finetune.main(config_of(cells, model, tmp_path / "run", *options))
