@@ -25,15 +25,24 @@ from tqdm import tqdm
 
 from sam_jax import from_pretrained, save_pretrained
 from sam_jax.checkpoints.params import digest, flat_params
+from sam_jax.config import SamConfig
 from sam_jax.folder import keep_settings
 from sam_jax.training import checkpointing, sharding
 from sam_jax.training.data import BadAnnotations, Prepare, batches, fingerprint, open_source
 from sam_jax.training.embeddings import CachedEmbeddings
 from sam_jax.training.evaluate import draw_clicks, evaluate
-from sam_jax.training.log import MetricsLog
 from sam_jax.training.lora import add_lora, merge_lora, save_lora
 from sam_jax.training.parameters import TABLES, Optimizer, layer_decay, split_model
-from sam_jax.training.step import Recipe, compile_step, init_state
+from sam_jax.training.step import Recipe, check_recipe, compile_step, init_state
+
+try:
+    import grain  # noqa: F401
+
+    from sam_jax.training.log import MetricsLog
+except ModuleNotFoundError as error:
+    if error.name not in ("grain", "tensorboardX"):
+        raise
+    sys.exit(f"finetune: {error.name} is not installed; install sam_jax with its extra `train`")
 
 
 @dataclass(frozen=True)
@@ -75,24 +84,22 @@ FREE |= {"recipe", "optimizer", "remat", "accumulate", "objects_at_once"}
 
 def main(config: Config) -> None:
     """Trains, evaluates, and writes the model."""
-    if min(config.steps, config.eval_every) < 1:
-        raise ValueError("--steps and --eval-every have to be at least 1")
     if config.hosts is not None:
         jax.distributed.initialize(*config.hosts)
+    check(config)
     is_first = jax.process_index() == 0
     output = config.output
     model = from_pretrained(config.model, dtype=jnp.dtype(config.dtype))
     keep_run_settings(model, config)
     model, table = what_trains(model, config)
-    source, held_out = sources(model, config)
     graphdef, trained, frozen = split_model(model, table)
     tx, schedule = config.optimizer.make(table, config.steps)
+    prepare = preparation(model.config, config)
+    source, held_out = sources(model, config)
     mesh = sharding.make_mesh()
     trained, frozen = sharding.put((trained, frozen), mesh, config.parallelism)
     begin = functools.partial(init_state, tx=tx, ema=config.recipe.ema_decay is not None)
     state = sharding.make(begin, trained, mesh=mesh, parallelism=config.parallelism)
-    size = model.config.image_size if config.full_resolution else model.config.mask_size
-    prepare = Prepare(model.config, config.max_objects, size, config.flip, config.scale_range)
     del model, trained  # which the first device would hold beside its share of the state
 
     with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
@@ -138,6 +145,34 @@ def main(config: Config) -> None:
         print(output / "model")
 
 
+def check(config: Config):
+    """What can be said of the options alone is said before pictures are encoded, which takes long.
+
+    Raises:
+        ValueError: for what cannot be, or would change nothing.
+    """
+    if min(config.steps, config.eval_every, config.batch_size) < 1:
+        raise ValueError("--steps, --eval-every and --batch-size have to be at least 1")
+    check_recipe(config.recipe)
+    parts = {"devices": jax.device_count(), "parts of --accumulate": config.recipe.accumulate}
+    for name, count in parts.items():
+        if config.batch_size % count:
+            raise ValueError(
+                f"--batch-size is {config.batch_size}, expected a multiple of the {count} {name}"
+            )
+    if config.layer_decay is not None and config.train != "everything":
+        raise ValueError("--layer-decay is for --train everything")
+    options = {"--drop-path-rate": config.recipe.drop_path_rate, "--remat": config.recipe.remat}
+    for name, given in options.items():
+        if given and keeps_encoder(config):
+            raise ValueError(f"{name} is for an image encoder that trains; add --train lora")
+
+
+def keeps_encoder(config: Config) -> bool:
+    """Whether the image encoder is frozen."""
+    return config.train in ("decoder", "hq")
+
+
 def keep_run_settings(model, config: Config):
     """Compares the options with those that the run began with, or writes them for a new one."""
     settings = dataclasses.asdict(config) | config.recipe._asdict() | config.optimizer._asdict()
@@ -158,16 +193,18 @@ def comparable(value) -> str:
 
 def what_trains(model, config: Config):
     """The model, with adapters if they are asked for, and the table of what trains."""
-    if config.layer_decay is not None and config.train != "everything":
-        raise ValueError("--layer-decay is for --train everything")
-    if config.recipe.drop_path_rate and config.train in ("decoder", "hq"):
-        raise ValueError("--drop-path-rate is for an image encoder that trains")
     if config.train == "lora":
         layers = r"image_encoder\..*\.(qkv|proj)"
         model = add_lora(model, layers, config.lora_rank, rngs=nnx.Rngs(config.seed))
     elif config.layer_decay is not None:
         return model, layer_decay(model.config, config.layer_decay)
     return model, TABLES[config.train]
+
+
+def preparation(model_config: SamConfig, config: Config) -> Prepare:
+    """What gives pictures and masks the shape that a step takes."""
+    size = model_config.image_size if config.full_resolution else model_config.mask_size
+    return Prepare(model_config, config.max_objects, size, config.flip, config.scale_range)
 
 
 def sources(model, config: Config):
@@ -194,7 +231,7 @@ def look(model, held_out, log: MetricsLog, step: int) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__.splitlines()[0]))
-    except (OSError, ValueError, TypeError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         print(f"finetune: {error}", file=sys.stderr, flush=True)
         # At once: on several hosts, leaving in order would wait for the others, which wait for us.
         os._exit(1)

@@ -1,5 +1,6 @@
 """`examples/finetune.py` and `sam-jax evaluate`, from end to end on a small model."""
 
+import importlib
 import json
 import os
 import re
@@ -19,10 +20,10 @@ from reference import SHALLOW, meta_sam, ours
 from sam_jax import from_pretrained, save_pretrained
 from sam_jax.checkpoints.params import flat_params
 from sam_jax.training.checkpointing import open_checkpoints
-from sam_jax.training.data import open_source
+from sam_jax.training.data import Prepare, open_source
 from sam_jax.training.evaluate import evaluate
 from sam_jax.training.lora import load_lora
-from sam_jax.training.parameters import EVERYTHING, Optimizer
+from sam_jax.training.parameters import EVERYTHING, Optimizer, layer_decay
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import finetune
@@ -279,3 +280,62 @@ def test_bad_input(cells, model, tmp_path):
     options = "--annotations", tmp_path / "bad.json"
     with pytest.raises(ValueError, match="image 0: annotation 1: its segmentation is empty"):
         finetune.main(config_of(cells, model, tmp_path / "run", *options))
+
+
+NOWHERE = Path("cells"), Path("model"), Path("run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", "0"), "--steps, --eval-every and --batch-size have to be at least 1"),
+        (("--rounds", "0"), "rounds is 0, expected at least 1"),
+        (("--batch-size", "3"), "--batch-size is 3, expected a multiple of the 2 devices"),
+        (("--accumulate", "4"), "--batch-size is 2, expected a multiple of the 4 parts of --acc"),
+        (("--layer-decay", "0.5"), "--layer-decay is for --train everything"),
+        (("--remat",), "--remat is for an image encoder that trains; add --train lora"),
+        (("--train", "hq", "--drop-path-rate", "0.1"), "--drop-path-rate is for an image encoder"),
+    ],
+)
+def test_options_that_cannot_be(options, message, monkeypatch):
+    """Said before anything is read: there is neither a model nor a picture."""
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=message):
+        finetune.main(config_of(*NOWHERE, *options))
+
+
+def test_options_of_the_model_and_the_pictures(monkeypatch):
+    def load(name, *, dtype):
+        raise InterruptedError(f"{name} in {dtype}")
+
+    monkeypatch.setattr(finetune, "from_pretrained", load)
+    with pytest.raises(InterruptedError, match="model in bfloat16"):
+        finetune.main(config_of(*NOWHERE, "--dtype", "bfloat16"))
+    prepare = finetune.preparation(SHALLOW, config_of(*NOWHERE))
+    assert prepare == Prepare(SHALLOW, 2, SHALLOW.mask_size)
+    options = "--full-resolution", "--flip", "0.5", "--scale-range", "0.5", "2"
+    prepare = finetune.preparation(SHALLOW, config_of(*NOWHERE, *options))
+    assert prepare == Prepare(SHALLOW, 2, SHALLOW.image_size, 0.5, (0.5, 2.0))
+
+
+def test_what_trains(model):
+    plain = from_pretrained(model)
+    options = "--train", "everything", "--layer-decay", "0.5"
+    found, table = finetune.what_trains(plain, config_of(*NOWHERE, *options))
+    assert found is plain
+    assert table == layer_decay(SHALLOW, 0.5)
+    options = "--train", "lora", "--lora-rank", "3"
+    found, table = finetune.what_trains(plain, config_of(*NOWHERE, *options))
+    assert table == finetune.TABLES["lora"]
+    assert found.image_encoder.blocks[0].attn.qkv.lora_a.shape[1] == 3
+    for name in ("decoder", "hq", "everything"):
+        found, table = finetune.what_trains(plain, config_of(*NOWHERE, "--train", name))
+        assert (found, table) == (plain, finetune.TABLES[name])
+
+
+def test_the_extra_is_named_that_is_missing(monkeypatch):
+    for name in ("finetune", "sam_jax.training.log"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(SystemExit, match=r"tensorboardX is not installed; .* its extra `train`"):
+        importlib.import_module("finetune")
