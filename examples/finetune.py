@@ -63,7 +63,9 @@ class Config:
     train: Literal["decoder", "hq", "lora", "everything"] = "decoder"
     lora_rank: int = 4  # rank of the adapters
     layer_decay: float | None = None  # layer-wise decay of a ViT's learning rate (everything)
-    cache: bool = True  # keep a frozen encoder's embeddings on disk (ViT and MobileSAM: 4 MB each)
+    # of pictures that it sees again keep a frozen encoder's embeddings on disk, 4 MB each, of a
+    # SAM-HQ 7 to 25
+    cache: bool = True
     batch_size: int = 4  # pictures per step, of all devices and hosts together
     max_objects: int = 8  # objects of a picture per step
     full_resolution: bool = False  # compare masks at the resolution of the model's input
@@ -209,17 +211,20 @@ def preparation(model_config: SamConfig, config: Config) -> Prepare:
 
 def sources(model, config: Config):
     """Pictures to train on, and held-out ones or None."""
-    found = [open_source(config.annotations, config.images, config.bad_annotations), None]
+    source, held_out = open_source(config.annotations, config.images, config.bad_annotations), None
     if config.eval_annotations is not None:
-        found[1] = open_source(config.eval_annotations, config.eval_images, config.bad_annotations)
+        held_out = open_source(config.eval_annotations, config.eval_images, config.bad_annotations)
+    if not (config.cache and keeps_encoder(config)):
+        return source, held_out
+    # The encoder does not change: a picture that comes again, and as it was, is encoded once.
     augments = config.flip > 0 or config.scale_range is not None
-    if config.cache and config.train in ("decoder", "hq") and not augments:
-        # The encoder does not change, nor do the pictures: each is encoded once.
-        total = sum(len(source) for source in found if source)
-        folder = config.output / "embeddings"
-        with tqdm(desc="encoding", total=total, disable=jax.process_index() > 0) as bar:
-            found = [s and CachedEmbeddings(s, model, folder, bar.update) for s in found]
-    return found
+    comes_again = not augments and config.steps * config.batch_size > len(source)
+    chosen = [source if comes_again else None, held_out]
+    total = sum(len(source) for source in chosen if source)
+    folder = config.output / "embeddings"
+    with tqdm(desc="encoding", total=total, disable=jax.process_index() > 0) as bar:
+        cached = [s and CachedEmbeddings(s, model, folder, bar.update) for s in chosen]
+    return cached[0] or source, cached[1]
 
 
 def look(model, held_out, log: MetricsLog, step: int) -> dict[str, float]:

@@ -333,6 +333,28 @@ def test_what_trains(model):
         assert (found, table) == (plain, finetune.TABLES[name])
 
 
+@pytest.mark.parametrize(
+    ("options", "cached"),
+    [
+        ("", [5, 2]),
+        ("--train hq", [5, 2]),
+        ("--no-cache", []),
+        ("--train lora", []),  # whose encoder changes
+        # Of the pictures to train on each is read once, or is another each time.
+        ("--steps 2", [2]),
+        ("--flip 0.5", [2]),
+        ("--scale-range 0.5 1", [2]),
+    ],
+)
+def test_pictures_that_come_again_are_encoded_once(cells, model, monkeypatch, options, cached):
+    made = []
+    monkeypatch.setattr(finetune, "CachedEmbeddings", lambda s, *_: made.append(len(s)) or s)
+    held_out = "--eval-annotations", cells / "test.json", "--eval-images", cells / "images"
+    config = config_of(cells, model, Path("run"), *held_out, *options.split())
+    assert [len(source) for source in finetune.sources(None, config)] == [5, 2]
+    assert made == cached
+
+
 def test_the_extra_is_named_that_is_missing(monkeypatch):
     for name in ("finetune", "sam_jax.training.log"):
         monkeypatch.delitem(sys.modules, name)
