@@ -187,6 +187,21 @@ def test_bad_entries_are_named_by_image_and_refused_or_left_out(coco, edit, mess
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("corner", "outwards"),
+    [((-1, 9), (-1, 0)), ((9, -1), (0, -1)), ((W - 4, 9), (1, 0)), ((9, H - 4), (0, 1))],
+    ids=["left", "top", "right", "bottom"],
+)
+def test_boxes_may_be_a_pixel_beyond_the_picture(coco, corner, outwards):
+    """By rounding; here one of 5 x 5."""
+    change(coco, lambda _, a: a[0].update(bbox=[*corner, 5, 5]))
+    assert len(CocoInstances(coco / "coco.json", coco)[0]["masks"]) == 3
+    further = (np.array(corner) + np.array(outwards) / 2).tolist()
+    change(coco, lambda _, a: a[0].update(bbox=[*further, 5, 5]))
+    with pytest.raises(ValueError, match="is not within the picture of 70 x 55"):
+        CocoInstances(coco / "coco.json", coco)
+
+
 def test_long_lists_are_cut(coco):
     change(coco, lambda _, a: a.extend({**a[0], "image_id": 99, "id": 50 + i} for i in range(30)))
     with pytest.raises(ValueError, match=r"image 99: annotation 59: .*\n  and 20 more$"):

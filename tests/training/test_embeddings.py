@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from reference import SMALL, meta_sam, ours
 
+from sam_jax.config import with_preprocessing
 from sam_jax.predictor import SamPredictor
 from sam_jax.training.data import Prepare
 from sam_jax.training.embeddings import CachedEmbeddings
@@ -47,7 +48,7 @@ def test_what_is_there_is_not_made_again(model, source, tmp_path):
 
 
 def test_nothing_stale_is_found(model, source, tmp_path):
-    """Another picture, other weights, another dtype: each has files of its own."""
+    """Another picture, other weights, dtype or preparation: each has files of its own."""
     cached = CachedEmbeddings(source, model, tmp_path)
     old = cached[0]["image_embedding"]
     source[0]["image"] = source[0]["image"].copy()
@@ -62,6 +63,8 @@ def test_nothing_stale_is_found(model, source, tmp_path):
     assert not np.array_equal(other[1]["image_embedding"], cached[1]["image_embedding"])
     CachedEmbeddings(source, ours(meta_sam(SMALL), SMALL, dtype=jnp.bfloat16), tmp_path)
     assert len(files(tmp_path)) == 10
+    medsam = ours(meta_sam(SMALL), with_preprocessing(SMALL, "medsam"))
+    assert CachedEmbeddings([], medsam, tmp_path).folder != cached.folder
 
 
 def test_a_damaged_file(model, source, tmp_path):

@@ -70,6 +70,9 @@ def test_a_layer_merged_is_the_layer_applied(adapted):
     x = normal((50, 48))
     applied, plain = (m.image_encoder.blocks[0].attn.qkv for m in (adapted, merged))
     assert_same([plain(x)], [applied(x)], 1e-6)
+    # alpha / rank is 2.
+    kernel, a, b = (v[...] for v in (applied.kernel, applied.lora_a, applied.lora_b))
+    assert_same([plain.kernel[...]], [kernel + 2 * a @ b], 1e-6)
 
 
 def test_unmerge_is_the_opposite(plain, adapted):

@@ -108,6 +108,14 @@ def test_scales_decay_and_clipping(model):
     np.testing.assert_allclose(clipped["prompt_encoder.no_mask_embed"], expected, rtol=1e-4)
 
 
+def test_kernels_and_adapters_decay():
+    names = "kernel", "lora_a", "lora_b", "bias", "scale", "pos_embed"
+    params = {name: np.ones(2, np.float32) for name in names}
+    tx = adamw(1.0, EVERYTHING, weight_decay=0.5)
+    updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+    assert [float(updates[name][0]) for name in names] == [-0.5, -0.5, -0.5, 0, 0, 0]
+
+
 @pytest.mark.parametrize(("steps", "warmup"), [(100, 20), (10, 5)])
 def test_the_rate_rises_then_falls(steps, warmup):
     """A warm-up of 20 steps is at most half of a short run."""
