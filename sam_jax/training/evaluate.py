@@ -16,6 +16,7 @@ from sam_jax.training.data import Source
 from sam_jax.visualize import overlay
 
 CLICKS = (1, 2, 3, 5)
+_DRAWN = 16  # objects of a picture: of SA-1B's hundred the eye would tell no more apart
 
 
 def evaluate(
@@ -74,14 +75,18 @@ def evaluate(
 
 
 def draw_clicks(model: Sam, source: Source, count: int = 4) -> Image.Image:
-    """The first pictures side by side, with the best mask of a click in each object's middle."""
+    """The first pictures side by side, with the best mask of a click in each object's middle.
+
+    Of more than 16 objects the first are drawn.
+    """
     predictor, pictures = SamPredictor(model), []
     for i in range(min(count, len(source))):
         example = source[i]
-        if not len(example["masks"]):
+        targets = example["masks"][:_DRAWN]
+        if not len(targets):
             pictures.append(Image.fromarray(example["image"]))
             continue
-        points = np.array([[middle(mask)] for mask in example["masks"]])
+        points = np.array([[middle(mask)] for mask in targets])
         set_image(predictor, example)
         masks, scores, _ = predictor.predict_batch(points, np.ones(points.shape[:2]))
         best = masks[np.arange(len(masks)), scores.argmax(1)]

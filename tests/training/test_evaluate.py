@@ -4,6 +4,8 @@ import scipy.ndimage
 from reference import SMALL, meta_sam, ours
 
 from sam_jax import SamPredictor
+from sam_jax.ops.masks import rle_decode
+from sam_jax.training.data import RunLengths
 from sam_jax.training.embeddings import CachedEmbeddings
 from sam_jax.training.evaluate import _by_clicks, draw_clicks, evaluate, iou, middle
 
@@ -146,3 +148,20 @@ def test_pictures_of_clicks(model, source):
     assert sheet.shape == (H, 2 * W, 3)
     assert not np.array_equal(sheet[:, :W], source[0]["image"])
     np.testing.assert_array_equal(sheet[:, W:], source[1]["image"])  # it has no object
+
+
+def test_of_many_objects_some_are_drawn(model, source, monkeypatch):
+    """The others are neither decoded nor predicted."""
+    decoded, asked = [], []
+
+    def predict(self, points, labels):
+        asked.append(len(points))
+        return np.zeros((len(points), 3, H, W), bool), np.zeros((len(points), 3)), None
+
+    spy = lambda rle: decoded.append(rle) or rle_decode(rle)  # noqa: E731
+    monkeypatch.setattr("sam_jax.training.data.rle_decode", spy)
+    monkeypatch.setattr(SamPredictor, "predict_batch", predict)
+    masks = RunLengths([{"size": [H, W], "counts": [0, H * W]}] * 20, (H, W))
+    draw_clicks(model, [{**source[0], "masks": masks}])
+    assert asked == [16]
+    assert len(decoded) == 16
