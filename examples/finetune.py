@@ -167,7 +167,9 @@ def check(config: Config):
     options = {"--drop-path-rate": config.recipe.drop_path_rate, "--remat": config.recipe.remat}
     for name, given in options.items():
         if given and keeps_encoder(config):
-            raise ValueError(f"{name} is for an image encoder that trains; add --train lora")
+            raise ValueError(
+                f"{name} is for an image encoder that trains, by --train lora or everything"
+            )
 
 
 def keeps_encoder(config: Config) -> bool:

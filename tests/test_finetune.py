@@ -293,7 +293,10 @@ NOWHERE = Path("cells"), Path("model"), Path("run")
         (("--batch-size", "3"), "--batch-size is 3, expected a multiple of the 2 devices"),
         (("--accumulate", "4"), "--batch-size is 2, expected a multiple of the 4 parts of --acc"),
         (("--layer-decay", "0.5"), "--layer-decay is for --train everything"),
-        (("--remat",), "--remat is for an image encoder that trains; add --train lora"),
+        (
+            ("--remat",),
+            "--remat is for an image encoder that trains, by --train lora or everything",
+        ),
         (("--train", "hq", "--drop-path-rate", "0.1"), "--drop-path-rate is for an image encoder"),
     ],
 )
