@@ -174,7 +174,14 @@ _GENERATOR = {f.name for f in dataclasses.fields(Generate)} & set(_ARGUMENTS) - 
 
 
 def generate(args: Generate) -> None:
-    """Writes the results of all pictures; see `sam_jax.folder`."""
+    """Writes the results of all pictures; see `sam_jax.folder`.
+
+    Raises:
+        OSError: for a path that does not exist, or a folder that cannot be written to.
+        ValueError: for options that cannot be or do not go together, for results that are there
+            and were made otherwise, for an unknown model, and, when all others are done, for
+            pictures that cannot be read; the message names them.
+    """
     pictures = find_pictures(args.input)
     if any(path.resolve() == args.output.resolve() for path in args.input):
         raise ValueError(f"--output {args.output} is an input, too; choose another folder")
@@ -256,7 +263,13 @@ def evaluate(args: Evaluate) -> None:
 
 
 def export(args: Export) -> None:
-    """Writes the folder; see `sam_jax.export`."""
+    """Writes the folder; see `sam_jax.export`.
+
+    Raises:
+        OSError: for an output that exists or cannot be written.
+        ValueError: for options that do not go together or that the model does not allow, an unknown
+            model, and without the extra `onnx` where it is needed.
+    """
     check_new(args.output)
     for_jax = args.platforms is not None or args.dtype != "float32"
     if args.format == "onnx" and for_jax:
@@ -274,7 +287,13 @@ def export(args: Export) -> None:
 
 
 def demo(args: Demo) -> None:
-    """Serves the page; see `sam_jax.demo`."""
+    """Serves the page until it is interrupted; see `sam_jax.demo`.
+
+    Raises:
+        KeyboardInterrupt: when it is stopped.
+        OSError: if the port is taken.
+        ValueError: for numbers that cannot be, an unknown model, and without the extra `demo`.
+    """
     # What the environment says of gradio is not meant for this page: files to serve, for one.
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
@@ -290,7 +309,13 @@ def demo(args: Demo) -> None:
 
 
 def segment(args: Segment) -> None:
-    """Writes overlay.png, a PNG for each mask and masks.json with their scores."""
+    """Writes overlay.png, a PNG for each mask and masks.json with their scores.
+
+    Raises:
+        OSError: for a picture that cannot be read, or a folder that cannot be written to.
+        ValueError: for prompts that cannot be, an output with files of others' that have the same
+            names, an unknown model.
+    """
     points, labels = _parse_points(args.point)
     boxes = _parse_boxes(args.box)
     if len(points) == 0 and len(boxes) == 0:

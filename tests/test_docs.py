@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,18 @@ def test_options(capsys):
     for page in (*PAGES, ROOT / "README.md", ROOT / "examples" / "README.md"):
         text = "".join(re.findall(r"`[^`\n]+`", page.read_text()))
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known, page
+
+
+def test_contributing():
+    """What CONTRIBUTING names is there. Its commands are a fresh clone's, and the whole suite."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = set(re.findall(r"(?<![\w/.-])(?:\.?\w[\w-]*/)+[\w.-]*\w", text))
+    modules = set(re.findall(r"`(\w+\.py|\w+/)`", text))
+    assert len(paths) > 5
+    assert len(modules) > 2
+    for name in (paths | modules) - {".venv/bin/activate"}:
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "sam_jax")), name
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = re.findall(r'pip install -e "\.\[(\w+)\]"', text)
+    assert extras
+    assert set(extras) <= set(options["optional-dependencies"])
