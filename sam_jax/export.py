@@ -58,7 +58,7 @@ def export_jax(
       for red, green and blue from 0 to 255; a mask is where logits exceed `mask_threshold`.
       (`resize` and `normalization` are other than said above for MedSAM; see `SamConfig`.)
 
-    CPUs and accelerators get different programs, unless the model names an attention: on a CPU
+    Each platform gets its own program, with its own attention if the model names none: on a CPU
     prompts one after the other, and never all logits of a ViT's global attention at once; elsewhere
     all together, in ViT-H a gigabyte for each picture (flash attention is not exported). Float32
     products have the precision that `jax_default_matmul_precision` asks for at the time of writing.
@@ -98,7 +98,7 @@ def export_jax(
     params = flat_params(model)
     with _appearing(path) as folder:
         for name, (function, arrays) in programs.items():
-            program = jax.jit(_by_platform(model, function))
+            program = jax.jit(_by_platform(model, function, platforms))
             exported = jax.export.export(program, platforms=platforms)(params, *arrays)
             (folder / f"{name}.jax").write_bytes(exported.serialize())
         write_safetensors(folder / "params.safetensors", jax.tree.map(np.asarray, params))
@@ -191,7 +191,7 @@ def _decode(model, platform, embeddings, points, labels, masks=None):
     return model.decode(embeddings, points, labels, masks, None, platform=platform)
 
 
-def _by_platform(model: Sam, function: Callable) -> Callable:
+def _by_platform(model: Sam, function: Callable, platforms: Sequence[Platform]) -> Callable:
     """`function(model, platform, *arrays)` of flat parameters and the arrays, as it is fastest."""
 
     def on(platform: Platform) -> Callable:
@@ -206,8 +206,8 @@ def _by_platform(model: Sam, function: Callable) -> Callable:
         return run
 
     def program(params, *arrays):
-        # Accelerators are all alike here.
-        return jax.lax.platform_dependent(params, *arrays, cpu=on("cpu"), default=on("cuda"))
+        programs = {platform: on(platform) for platform in platforms}
+        return jax.lax.platform_dependent(params, *arrays, **programs)
 
     return program
 

@@ -144,8 +144,9 @@ def test_each_platform_has_its_fastest_attention(model, monkeypatch):
     monkeypatch.setattr(export, "fastest", fastest)
     params = export.flat_params(model)
     pixels = jax.ShapeDtypeStruct((1, SMALL.image_size, SMALL.image_size, 3), jnp.float32)
-    jax.eval_shape(export._by_platform(model, export._encode), params, pixels)
-    assert asked == {(grid, p) for grid in ((5, 5), (12, 12)) for p in ("cpu", "cuda")}
+    platforms = ("cpu", "cuda", "tpu")
+    jax.eval_shape(export._by_platform(model, export._encode, platforms), params, pixels)
+    assert asked == {(grid, p) for grid in ((5, 5), (12, 12)) for p in platforms}
     assert {block.attn.implementation for block in model.image_encoder.blocks} == {None}
 
 

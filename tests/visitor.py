@@ -60,6 +60,11 @@ class Visitor:
                     return {**message["output"], "log": log}
         raise AssertionError("the event has no end")
 
+    def open(self, file: dict | None) -> dict:
+        """Opens an uploaded file, as the page does by two events."""
+        answer = self.send("open_", file)
+        return answer if "error" in answer else self.send("show_opened")
+
     def upload(self, content: bytes) -> dict:
         """The file as an event's value."""
         answer = self.http.post("upload", files={"files": ("photo.png", content)})

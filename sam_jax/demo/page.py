@@ -61,7 +61,7 @@ def build_page(model: Sam) -> gr.Blocks:
         title="Segment Anything in JAX", analytics_enabled=False, delete_cache=(600, FORGET)
     ) as page:
         off: dict[str, Any] = {"interactive": False, "min_width": 80, "size": "md"}
-        visit, saved, found = (gr.State(time_to_live=FORGET) for _ in range(3))
+        visit, opened, saved, found = (gr.State(time_to_live=FORGET) for _ in range(4))
         gr.Markdown("# Segment Anything in JAX")
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
@@ -106,18 +106,27 @@ def build_page(model: Sam) -> gr.Blocks:
         quiet = {"show_progress": "hidden"}
         on_stage = {"show_progress_on": stage}
 
+        # In turns of their own, since others' clicks would wait for a large picture. What they give
+        # is shown in the clicks' turn, and not if something else is shown by then.
         def open_(file: dict[str, Any] | None, request: gr.Request):
             if file is None:
                 raise _error("no file was sent")
             path = file["path"]
             try:
-                picture, shown = open_picture(model, path)
+                opened = open_picture(model, path)
             except (ValueError, TypeError) as error:
                 raise _error(str(error).replace(path, "the file")) from error
             finally:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
             finding.pop(request.session_hash, None)
+            return None, opened
+
+        def show_opened(opened: tuple | None):
+            if opened is None:
+                gr.Warning(_GONE)
+                return None, *_show(None)
+            picture, shown = opened
             height, width = picture.size
             visit, stage, *others = _show(Visit(picture))
             stage |= {"picture": _url(shown, "jpeg"), "width": width, "height": height}
@@ -157,8 +166,6 @@ def build_page(model: Sam) -> gr.Blocks:
         def follow(visit: Visit):
             return choose(visit, visit.chosen + 1)
 
-        # In turns of their own, since for a large picture others would wait for it. What they give
-        # is shown in the clicks' turn, and not if something else is shown by then.
         def save(visit: Visit | None, saved: tuple | None):
             if visit is None or visit.answer is None or (saved and saved[0] is visit):
                 return saved
@@ -209,7 +216,9 @@ def build_page(model: Sam) -> gr.Blocks:
         def leave(request: gr.Request):
             finding.pop(request.session_hash, None)
 
-        opening = opener.upload(open_, opener, [opener, *marks], **turn, **on_stage)
+        opening = opener.upload(open_, opener, [opener, opened], **raw, **on_stage).success(
+            show_opened, opened, [opened, *marks], **turn, **quiet
+        )
         for event in (
             opening,
             stage.press(changing(press), [visit, label], marks, **turn, **quiet),

@@ -106,7 +106,7 @@ def fastest(grid: tuple[int, int], platform: str) -> Implementation:
         return "chunked"
     # XLA's compilers for CPUs and GPUs make one kernel of a softmax, but of the sum that "xla" has
     # before it (benchmarks/compiled.py).
-    return "folded" if platform in ("cpu", "gpu", "cuda") else "xla"
+    return "folded" if platform in ("cpu", "gpu", "cuda", "rocm") else "xla"
 
 
 def check_implementation(name: str | None) -> None:

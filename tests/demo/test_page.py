@@ -77,7 +77,7 @@ def photo():
 def guest(site, photo, capsys):
     """A visitor who has opened a picture; what was done leaves no traceback."""
     guest = Visitor(site)
-    assert "error" not in guest.send("open_", guest.upload(photo))
+    assert "error" not in guest.open(guest.upload(photo))
     yield guest
     assert "Traceback" not in capsys.readouterr().err
 
@@ -102,16 +102,16 @@ def test_an_upload_is_deleted_once_it_is_opened(guest, photo):
     for content, error in ((photo, None), (b"no picture", "The file is not a picture of a known")):
         file = guest.upload(content)
         assert [str(path) for path in set(stored()) - before] == [file["path"]]
-        answer = guest.send("open_", file)
+        answer = guest.open(file)
         assert (error or "") in answer.get("error", "")
         assert bool(error) == ("error" in answer)
         assert set(stored()) == before
     # Another's of the same content is another file.
     files = [guest.upload(photo) for _ in range(2)]
     for file in files:
-        assert "error" not in guest.send("open_", file)
-    assert guest.send("open_", files[0])["error"].startswith("The picture cannot be read: ")
-    assert guest.send("open_", None)["error"] == "No file was sent"
+        assert "error" not in guest.open(file)
+    assert guest.open(files[0])["error"].startswith("The picture cannot be read: ")
+    assert guest.open(None)["error"] == "No file was sent"
 
 
 def test_who_breaks_an_upload_off_leaves_nothing(site, guest):
@@ -177,7 +177,7 @@ def test_who_was_dropped_is_told_and_can_open_again(small, site, photo, why):
         if why == "time":
             site = stack.enter_context(launched(small, FORGET=0.5))
         guest = Visitor(site)
-        guest.send("open_", guest.upload(photo))
+        guest.open(guest.upload(photo))
         assert shown(guest.send("press", 1, **CLICK))["points"] == [[50, 30, 1]]
         if why == "time":
             while "error" in guest.send("find", 0):  # of whose picture is there
@@ -195,7 +195,7 @@ def test_who_was_dropped_is_told_and_can_open_again(small, site, photo, why):
             assert "error" not in guest.send(name)
         guest.send("find", 4)
         assert guest.send("show_found")["log"] == demo._GONE
-        guest.send("open_", guest.upload(photo))
+        guest.open(guest.upload(photo))
         assert shown(guest.send("press", 1, **CLICK))["points"] == [[50, 30, 1]]
 
 
@@ -218,6 +218,25 @@ def endless(monkeypatch):
 
     monkeypatch.setattr(demo, "find_everything", endless := Endless())
     return endless
+
+
+def test_clicks_do_not_wait_for_others_pictures(site, guest, photo, monkeypatch):
+    begun, may_end, open_picture = threading.Event(), threading.Event(), visit.open_picture
+
+    def slow(*args):
+        begun.set()
+        assert may_end.wait(60)
+        return open_picture(*args)
+
+    monkeypatch.setattr(demo, "open_picture", slow)
+    other = Visitor(site)
+    other.join("open_", other.upload(photo))
+    assert begun.wait(20)
+    assert shown(guest.send("press", 1, **CLICK))["points"] == [[50, 30, 1]]
+    may_end.set()
+    with other.messages() as messages:
+        assert [m["success"] for m in messages if m["msg"] == "process_completed"] == [True]
+    assert shown(other.send("show_opened"))["picture"].startswith("data:image/jpeg;base64,")
 
 
 @pytest.mark.parametrize("how", ["leaves", "opens"])
@@ -244,7 +263,7 @@ def test_everything_ends_with_its_visitor(guest, photo, endless, how):
 def test_everything_ends_with_the_server(small, photo, endless):
     with launched(small) as address:
         guest = Visitor(address)
-        guest.send("open_", guest.upload(photo))
+        guest.open(guest.upload(photo))
         guest.join("find", 4)
         assert endless.running.wait(20)
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
@@ -257,10 +276,10 @@ def test_everything_of_others_goes_on(site, guest, photo, endless):
     assert endless.running.wait(20)
     other = Visitor(site)
     with other.http.stream("GET", f"heartbeat/{other.session}"):
-        other.send("open_", other.upload(photo))
+        other.open(other.upload(photo))
         other.send("press", 1, **CLICK)
     assert not endless.stopped.wait(0.5)
-    guest.send("open_", guest.upload(photo))
+    guest.open(guest.upload(photo))
     assert endless.stopped.wait(20)
 
 
@@ -289,7 +308,7 @@ def test_what_is_saved_is_what_is_shown(site, guest, small, photo, monkeypatch, 
     guest.send("press", 1, **CLICK)
     guest.join("save")  # waits
     other = Visitor(site)
-    other.send("open_", other.upload(photo))
+    other.open(other.upload(photo))
     assert shown(other.send("press", 1, **CLICK))["mask"]  # does not wait
     second = Visitor(site)
     second.session = guest.session  # a click while the mask is made

@@ -1,0 +1,76 @@
+"""How long visitors of the demo page wait, in headless Chromium.
+
+    python -m benchmarks.demo
+
+Serves MobileSAM's page by `sam-jax demo`, opens a photo and clicks on it here and there. A picture
+is opened from when its file is chosen until it is shown; a click takes from when the button goes
+down until the mask is there to be painted. Needs chromium and chromedriver.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from browser import Page, open_browser, running_demo
+
+PHOTOS = {"0.26": skimage.data.astronaut, "12": skimage.data.coffee}  # by megapixels
+CLICKS = 12
+_WATCH = """
+window.taken = [];
+let start;
+window.addEventListener("pointerdown", () => { start = performance.now(); }, true);
+document.addEventListener("load", (event) => {
+  if (!event.target.matches(".stage .mask")) return;
+  requestAnimationFrame(() => window.taken.push(performance.now() - start));
+}, true);
+"""
+COLUMNS = ("Photo", "Opened", "Click, median", "Fastest", "Slowest")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, begin = Path(name), time.perf_counter()
+        with running_demo(folder) as address, open_browser(folder) as browser:
+            print(f"The server took {time.perf_counter() - begin:.0f} s to start.\n")
+            print(f"| {' | '.join(COLUMNS)} |\n|---|{'---:|' * (len(COLUMNS) - 1)}", flush=True)
+            for megapixels, load in PHOTOS.items():
+                path = folder / f"{megapixels}.jpg"
+                Image.fromarray(load()).resize(size(load(), float(megapixels))).save(path)
+                opened, clicks = visit(Page(browser, address, folder), path)
+                cells = statistics.median(clicks), min(clicks), max(clicks)
+                cells = " | ".join(f"{seconds:.2f} s" for seconds in (opened, *cells))
+                print(f"| {megapixels} megapixels | {cells} |", flush=True)
+
+
+def size(image: np.ndarray, megapixels: float) -> tuple[int, int]:
+    """Width and height of a picture of the same shape with so many pixels."""
+    height, width, _ = image.shape
+    scale = (megapixels * 1e6 / (height * width)) ** 0.5
+    return round(width * scale), round(height * scale)
+
+
+def visit(page: Page, path: Path) -> tuple[float, list[float]]:
+    """Seconds to open the photo, and of each click."""
+    begin = time.perf_counter()
+    page.choose(path)
+    page.find(".stage.open")
+    page.wait(lambda: page.run("return document.querySelector('.stage .picture').complete"))
+    opened = time.perf_counter() - begin
+    page.run(_WATCH)
+    taken: list[float] = []
+    for x, y in np.random.default_rng(0).uniform(0.1, 0.9, (CLICKS, 2)):
+        with page.change():
+            page.mouse((x, y))
+        taken = page.run("return window.taken")
+    return opened, [milliseconds / 1e3 for milliseconds in taken]
+
+
+if __name__ == "__main__":
+    main()
