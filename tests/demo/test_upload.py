@@ -15,7 +15,7 @@ NAME = 'Content-Disposition: form-data; name="files"; filename="x.png"'
 FORM = {"Content-Type": "multipart/form-data; boundary=b"}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def nothing_is_left_open():
     """A file that is not closed warns when it is collected, here and not in a later test."""
     yield
@@ -93,12 +93,14 @@ def test_what_is_refused_leaves_nothing(post, kept, request_, status):
     assert not kept()
 
 
+@pytest.mark.usefixtures("nothing_is_left_open")
 def test_a_form_without_its_end_leaves_nothing(post, kept):
     content = f"--b\r\n{NAME}\r\n\r\n{'x' * 1_500_000}".encode()
     assert post(content=content, headers=FORM).status_code == 400
     assert not kept()
 
 
+@pytest.mark.usefixtures("nothing_is_left_open")
 def test_who_breaks_off_leaves_nothing(application, kept):
     messages = [
         {"type": "http.request", "body": f"--b\r\n{NAME}\r\n\r\n".encode(), "more_body": True},
