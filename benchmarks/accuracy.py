@@ -17,7 +17,7 @@ from importlib.metadata import version
 import jax
 import numpy as np
 
-from benchmarks.common import RANDOM_ENCODER, model_of, photos
+from benchmarks.common import RANDOM_ENCODER, VITS, model_of, photos
 from sam_jax import SamProcessor
 from sam_jax.ops.boxes import build_point_grid
 
@@ -46,8 +46,10 @@ def segment(model, photo: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["mobile_sam", "vit_h"])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
+    models = [*VITS, "mobile_sam"]
+    parser.add_argument("--models", nargs="+", default=["mobile_sam", "vit_h"], choices=models)
+    low = ["bfloat16", "float16"]
+    parser.add_argument("--dtypes", nargs="+", default=low, choices=low)
     parser.add_argument("--photos", nargs="*", default=[""], help="beginnings of their names")
     parser.add_argument("--attention", nargs="+", default=[None], help="of a ViT; default: its own")
     args = parser.parse_args()

@@ -33,4 +33,6 @@ benchmark --models vit_b --batch 8 --parts training --attention cudnn --repeat 1
 benchmark --models vit_h mobile_sam --parts decoder predict --repeat 20
 benchmark --models vit_h mobile_sam --parts everything --repeat 3
 try "$python" -m benchmarks.training_memory
+try env JAX_DISABLE_MOST_OPTIMIZATIONS=0 "$python" -m pytest -q -n 0 -W default tests/test_real_weights.py \
+    tests/test_sam_hq.py tests/test_predictor.py tests/test_mask_generator.py tests/training/test_step.py tests/test_export.py
 exit "$status"

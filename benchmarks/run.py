@@ -23,6 +23,7 @@ its result is there, and the median counts.
 
 import argparse
 import contextlib
+import datetime
 import gc
 import multiprocessing
 import os
@@ -35,14 +36,16 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks.common import match, matrix_rate, timed
+from benchmarks.common import VITS, match, matrix_rate, timed
 from benchmarks.contenders import LAYERS, PARTS, PROMPTS, Contenders, Setting, torch
 from benchmarks.convert_memory import read_status
+from sam_jax.ops import attention
 
 # 2 floating-point operations per multiplication and addition, of an image's encoder.
 ENCODER_FLOPS = {"vit_b": 0.96e12, "vit_l": 2.96e12, "vit_h": 5.93e12}
@@ -131,6 +134,48 @@ def peak(who: str, run) -> float:
     return torch.cuda.max_memory_allocated()
 
 
+class Raced(NamedTuple):
+    """What was found of each contender: who has no time was wrong, or could not run."""
+
+    differences: dict[str, float]
+    times: dict[str, float]
+    peaks: dict[str, float]
+    failures: Failures
+
+    def row(self, who: str) -> dict[str, str]:
+        """The cells of the table that these fill."""
+        if error := self.failures.get(who):
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            return {"Difference": reason[:200].replace("|", "/"), "Time": "none"}
+        row = {"Difference": f"{self.differences[who]:.0e}", "Time": "differs"}
+        if took := self.times.get(who):
+            row["Time"] = f"{took:.2f} s" if took > 1 else f"{1e3 * took:.0f} ms"
+            row["Peak"] = f"{self.peaks[who] / 1e9:.2f} GB"
+            if "ours" in self.times:
+                row["Ours is faster by"] = f"{took / self.times['ours']:.2f}"
+        return row
+
+
+def race(part: str, contenders: Contenders, dtype: str, repeat: int) -> Raced:
+    """Compares all, then times those who agree with the first."""
+    failures = Failures()
+    found = differences(part, contenders, failures)
+    tolerances = {"everything": MASKS_TOLERANCE, "training": TRAINING_TOLERANCE}
+    limit = tolerances.get(part, TOLERANCE)[dtype]
+    agreeing = {who: contenders[who] for who, difference in found.items() if difference <= limit}
+    times = seconds(agreeing, repeat, failures)
+    peaks: dict[str, float] = {}
+    for who in times:
+        with failures.of(who):
+            peaks[who] = peak(who, contenders[who])
+    return Raced(found, times, peaks, failures)
+
+
+def ours_fails(rows: list[dict]) -> bool:
+    """Rivals may be unable to run."""
+    return any(r["Who"].startswith("ours") and r["Time"] in ("none", "differs") for r in rows)
+
+
 def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
     """A row for each contender."""
     if args.dtype == "float32":
@@ -161,16 +206,7 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
         compilation_cache.reset_cache()
     del ours  # and its memory
     contenders = contenders_of(setting)  # anew, since a step of training leaves its mark
-    failures = Failures()
-    found = differences(part, contenders, failures)
-    tolerances = {"everything": MASKS_TOLERANCE, "training": TRAINING_TOLERANCE}
-    limit = tolerances.get(part, TOLERANCE)[args.dtype]
-    agreeing = {who: contenders[who] for who, difference in found.items() if difference <= limit}
-    times = seconds(agreeing, args.repeat, failures)
-    peaks: dict[str, float] = {}
-    for who in times:
-        with failures.of(who):
-            peaks[who] = peak(who, contenders[who])
+    raced = race(part, contenders, args.dtype, args.repeat)
     rate = matrix_rate(args.dtype)
     work = {
         "encoder": batch * ENCODER_FLOPS.get(name, 0),
@@ -179,25 +215,14 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
     }.get(part, 0)
     rows = []
     for who in contenders:
-        row = {"Model, part": f"{name}, {part}", "Who": who}
-        if error := failures.get(who):
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            rows.append({**row, "Difference": reason[:200].replace("|", "/"), "Time": "none"})
-            continue
-        row["Difference"] = f"{found[who]:.0e}"
-        if took := times.get(who):
-            row["Time"] = f"{took:.2f} s" if took > 1 else f"{1e3 * took:.0f} ms"
+        row = {"Model, part": f"{name}, {part}", "Who": who, **raced.row(who)}
+        if took := raced.times.get(who):
             row["Per s"] = f"{(PROMPTS if part == 'decoder' else batch) / took:.3g}"
             row["Rate"] = f"{work / took / 1e12:.3g} TFLOP/s" if work else ""
             row["Share"] = f"{work / took / rate:.0%}" if work else ""
-            row["Peak"] = f"{peaks[who] / 1e9:.2f} GB"
             if who == "ours":
                 compiling = [f"{max(x - took, 0):.1f} s" for x in (first, cached)]
                 row["Compiling, from cache"] = ", ".join(compiling)
-            if "ours" in times:
-                row["Ours is faster by"] = f"{took / times['ours']:.2f}"
-        else:
-            row["Time"] = "differs"
         rows.append(row)
     return rows
 
@@ -219,19 +244,24 @@ def describe(dtype: str) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in names)
     kind = f"{os.cpu_count()} cores, {platform.machine()}"
     rate = matrix_rate(dtype) / 1e12
-    return f"{device.device_kind}, {kind}; {packages}; {dtype}; {rate:.3g} TFLOP/s"
+    today = datetime.date.today()
+    return f"{today}, {device.device_kind}, {kind}; {packages}; {dtype}; {rate:.3g} TFLOP/s"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--models", nargs="+", default=["vit_b", "mobile_sam"])
+    models = [*VITS, "mobile_sam"]
+    parser.add_argument("--models", nargs="+", default=["vit_b", "mobile_sam"], choices=models)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=[*PARTS, *LAYERS])
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--batch", type=int, default=1, help="images, of encoder and training")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="PyTorch's under torch.compile, too")
-    parser.add_argument("--attention", nargs="*", default=[], help="ours with these, too")
+    known = [*attention._IMPLEMENTATIONS]
+    parser.add_argument(
+        "--attention", nargs="+", default=[], choices=known, help="ours of a ViT with these, too"
+    )
     args = parser.parse_args()
 
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[args.device]
@@ -250,6 +280,7 @@ def main() -> None:
                     traceback.print_exc()
                     failed = True
                     continue
+                failed |= ours_fails(rows)
                 for row in rows:
                     print(f"| {' | '.join(row.get(c, '') for c in COLUMNS)} |", flush=True)
     sys.exit(failed)

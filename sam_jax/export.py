@@ -79,7 +79,9 @@ def export_jax(
         raise ValueError(f"platforms are {list(platforms)}, expected some of {list(known)}")
     config = model.config
     if any(block.attn.implementation == "cudnn" for block in _blocks(model)):
-        raise ValueError("attention is 'cudnn', which JAX does not export; leave it out")
+        raise ValueError(
+            "attention is 'cudnn', which JAX does not export; load the model with attention=None"
+        )
     size, grid, side = config.image_size, config.image_embedding_size, config.mask_size
     channels = config.image_embedding_channels
     b, p, n = jax.export.symbolic_shape("b, p, n")

@@ -1,0 +1,115 @@
+"""`benchmarks/` without measuring: its commands, and who gets a time."""
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask
+import pytest
+
+from sam_jax.ops import attention
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands():
+    """Of README and of gpu.sh: modules and their arguments."""
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    found = re.findall(r"^python -m (benchmarks\.\w+)(.*)$", readme, re.MULTILINE)
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text().replace("\\\n", " ")
+    found += re.findall(r'^try "\$python" -m (benchmarks\.\w+)(.*)$', script, re.MULTILINE)
+    fixed = re.search(r'-m (benchmarks\.run .*) "\$@"', script)[1].removeprefix("benchmarks.run ")
+    ours = re.findall(r"^benchmark (.*)$", script, re.MULTILINE)
+    return found + [("benchmarks.run", f"{fixed} {arguments}") for arguments in ours]
+
+
+class Parsed(Exception):
+    """In the place of the benchmark."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """All modules, and what their import sets taken back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        patch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        patch.setattr(attention, "_IMPLEMENTATIONS", {**attention._IMPLEMENTATIONS})
+        for path in (ROOT / "benchmarks").glob("*.py"):
+            importlib.import_module(f"benchmarks.{path.stem}")
+        yield
+
+
+def test_commands_are_what_their_modules_take(monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+    assert len(commands()) > 20
+    for name, text in commands():
+        module, arguments = importlib.import_module(name), shlex.split(text)
+
+        def stop(self, arguments=arguments):
+            parse(self, arguments)
+            raise Parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        if arguments or "argparse" in vars(module):
+            with pytest.raises(Parsed):
+                module.main()
+
+
+@pytest.fixture
+def run():
+    return importlib.import_module("benchmarks.run")
+
+
+def test_who_is_wrong_or_fails_gets_no_time(run):
+    expected = np.arange(6.0)
+    left = iter([expected])
+
+    def ends():
+        return next(left)  # when it is timed there is nothing
+
+    contenders = {
+        "first": lambda: expected,
+        "fails": lambda: 1 / 0,
+        "wrong": lambda: 1.001 * expected,
+        "ends": ends,
+        "ours": lambda: expected.reshape(2, 3),
+    }
+    raced = run.race("decoder", contenders, "float32", 3)
+    rows = {who: raced.row(who) for who in contenders}
+    assert set(raced.times) == {"first", "ours"} == set(raced.peaks)
+    assert rows["first"]["Difference"] == rows["ours"]["Difference"] == "0e+00"
+    assert "Ours is faster by" in rows["first"]
+    assert rows["wrong"] == {"Difference": "1e-03", "Time": "differs"}
+    assert rows["fails"] == {"Difference": "ZeroDivisionError: division by zero", "Time": "none"}
+    assert rows["ends"]["Time"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("who", "time", "fails"),
+    [
+        ("ours", "1 s", False),
+        ("Meta", "none", False),
+        ("ours", "none", True),
+        ("ours, cudnn", "differs", True),
+    ],
+)
+def test_the_status_tells_of_ours(run, who, time, fails):
+    assert run.ours_fails([{"Who": "Meta", "Time": "1 s"}, {"Who": who, "Time": time}]) == fails
+
+
+def test_masks_that_are_missing(run):
+    def record(rows):
+        mask = np.zeros((20, 20), np.uint8, order="F")
+        mask[rows] = 1
+        return {"segmentation": pycocotools.mask.encode(mask)}
+
+    two = [record(slice(0, 10)), record(slice(10, 20))]
+    assert run.missing(two[::-1], two) == 0
+    assert run.missing(two[:1], two) == 0.5
+    assert run.missing([record(slice(0, 9)), two[1]], two) == 0.5
+    assert run.missing([], two) == 1
+    assert run.missing([], []) == 0
