@@ -113,24 +113,26 @@ def build_page(model: Sam) -> gr.Blocks:
                 raise _error("no file was sent")
             path = file["path"]
             try:
-                opened = open_picture(model, path)
+                picture, shown = open_picture(model, path)
             except (ValueError, TypeError) as error:
                 raise _error(str(error).replace(path, "the file")) from error
             finally:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
             finding.pop(request.session_hash, None)
-            return None, opened
+            return None, (picture, _url(shown, "jpeg"))
 
-        def show_opened(opened: tuple | None):
+        def show_opened(visit: Visit | None, opened: tuple | None):
             if opened is None:
                 gr.Warning(_GONE)
-                return None, *_show(None)
-            picture, shown = opened
+                return _show(None)
+            picture, url = opened
+            if visit is not None and visit.picture is picture:
+                return [gr.skip()] * len(marks)  # by the event of one that was opened before it
             height, width = picture.size
             visit, stage, *others = _show(Visit(picture))
-            stage |= {"picture": _url(shown, "jpeg"), "width": width, "height": height}
-            return None, visit, stage, *others
+            stage |= {"picture": url, "width": width, "height": height}
+            return visit, stage, *others
 
         def changing(change: Callable[..., Visit]) -> Callable[..., list]:
             """A handler of an event that changes the visit."""
@@ -217,7 +219,7 @@ def build_page(model: Sam) -> gr.Blocks:
             finding.pop(request.session_hash, None)
 
         opening = opener.upload(open_, opener, [opener, opened], **raw, **on_stage).success(
-            show_opened, opened, [opened, *marks], **turn, **quiet
+            show_opened, [visit, opened], marks, **turn, **quiet
         )
         for event in (
             opening,

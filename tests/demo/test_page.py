@@ -239,6 +239,18 @@ def test_clicks_do_not_wait_for_others_pictures(site, guest, photo, monkeypatch)
     assert shown(other.send("show_opened"))["picture"].startswith("data:image/jpeg;base64,")
 
 
+def test_the_last_of_two_pictures_stays(guest, photo):
+    """Both are embedded before the clicks' turn comes to showing the first."""
+    for _ in range(2):
+        assert "error" not in guest.send("open_", guest.upload(photo))
+    assert shown(guest.send("show_opened"))["picture"]
+    guest.send("press", 1, **CLICK)
+    answer = guest.send("show_opened")
+    assert answer["log"] is None
+    assert not any(u and "points" in u.get("props", {}) for u in answer["data"])
+    assert len(shown(guest.send("press", 1, **CLICK))["points"]) == 2
+
+
 @pytest.mark.parametrize("how", ["leaves", "opens"])
 def test_everything_ends_with_its_visitor(guest, photo, endless, how):
     # Every page holds a connection, by whose end it is known to be closed.
