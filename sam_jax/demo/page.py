@@ -56,7 +56,13 @@ _PIXELS = -(10**9), 10**9  # what lies outside the picture moves to its edge
 
 
 def build_page(model: Sam) -> gr.Blocks:
-    """The page for a model."""
+    """The page for a model; it is served by `launch_page`, which says where its files go.
+
+    What visitors do wrong raises nothing here: they are told, on the page.
+
+    Args:
+        model: shared by all visitors.
+    """
     with gr.Blocks(
         title="Segment Anything in JAX", analytics_enabled=False, delete_cache=(600, FORGET)
     ) as page:
