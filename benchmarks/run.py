@@ -11,7 +11,8 @@ numbers than the first is not timed. Then all take turns, warm, again and again,
 its result is there, and the median counts.
 
 * Difference: the root of the mean square of the difference from the first, over that of the first;
-  of everything-mode's masks, the share that has none among the first's of IoU 0.99 or better.
+  of everything-mode's masks, the share that has none among the first's of IoU 0.99 or better
+  (bfloat16 0.9, float16 0.97).
 * Rate and share: the work per second, also over that of a large matrix product of the same dtype
   on the same device in the same run.
 * Peak: memory during a run: on a CPU what the process took more than it had before, on a GPU the
@@ -53,7 +54,10 @@ DECODER_FLOPS = 3.5e9  # of a prompt, when nothing is shared
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
 # Without the first step's update the losses of two steps differ by 1.6e-2.
 TRAINING_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
-MASKS_TOLERANCE = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.1}
+# A mask of everything-mode is the same if its IoU is as good, as `benchmarks.accuracy` finds nearly
+# all to be with a random image encoder: masks of noise, whose rims rounding moves.
+SAME_MASK = {"float32": 0.99, "bfloat16": 0.9, "float16": 0.97}
+MASKS_TOLERANCE = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.1}
 
 
 class Failures(dict[str, Exception]):
@@ -93,7 +97,9 @@ def output(part: str, run) -> np.ndarray | list[dict]:
     return np.stack([on_host(run()) for _ in range(2 if part == "training" else 1)])
 
 
-def differences(part: str, contenders: Contenders, failures: Failures) -> dict[str, float]:
+def differences(
+    part: str, contenders: Contenders, dtype: str, failures: Failures
+) -> dict[str, float]:
     """How far each one's output is from the first's."""
     expected, found = None, {}
     for who, run in contenders.items():
@@ -101,7 +107,7 @@ def differences(part: str, contenders: Contenders, failures: Failures) -> dict[s
             actual = output(part, run)
             expected = actual if expected is None else expected
             if part == "everything":
-                found[who] = missing(actual, expected)
+                found[who] = missing(actual, expected, SAME_MASK[dtype])
             else:
                 error = actual.reshape(expected.shape) - expected
                 found[who] = float(np.sqrt(np.square(error).mean() / np.square(expected).mean()))
@@ -110,11 +116,11 @@ def differences(part: str, contenders: Contenders, failures: Failures) -> dict[s
     return found
 
 
-def missing(records: list[dict], expected: list[dict]) -> float:
+def missing(records: list[dict], expected: list[dict], iou: float) -> float:
     if not records or not expected:
         return float(len(records) != len(expected))
     ious, _ = match(records, expected)
-    return 1 - float((ious >= 0.99).sum()) / max(len(records), len(expected))
+    return 1 - float((ious >= iou).sum()) / max(len(records), len(expected))
 
 
 def peak(who: str, run) -> float:
@@ -159,7 +165,7 @@ class Raced(NamedTuple):
 def race(part: str, contenders: Contenders, dtype: str, repeat: int) -> Raced:
     """Compares all, then times those who agree with the first."""
     failures = Failures()
-    found = differences(part, contenders, failures)
+    found = differences(part, contenders, dtype, failures)
     tolerances = {"everything": MASKS_TOLERANCE, "training": TRAINING_TOLERANCE}
     limit = tolerances.get(part, TOLERANCE)[dtype]
     agreeing = {who: contenders[who] for who, difference in found.items() if difference <= limit}

@@ -108,8 +108,9 @@ def test_masks_that_are_missing(run):
         return {"segmentation": pycocotools.mask.encode(mask)}
 
     two = [record(slice(0, 10)), record(slice(10, 20))]
-    assert run.missing(two[::-1], two) == 0
-    assert run.missing(two[:1], two) == 0.5
-    assert run.missing([record(slice(0, 9)), two[1]], two) == 0.5
-    assert run.missing([], two) == 1
-    assert run.missing([], []) == 0
+    assert run.missing(two[::-1], two, 0.99) == 0
+    assert run.missing(two[:1], two, 0.99) == 0.5
+    smaller = [record(slice(0, 9)), two[1]]
+    assert [run.missing(smaller, two, iou) for iou in (0.91, 0.89)] == [0.5, 0]
+    assert run.missing([], two, 0.99) == 1
+    assert run.missing([], [], 0.99) == 0
