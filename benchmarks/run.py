@@ -245,7 +245,11 @@ COLUMNS = (
 
 
 def describe(dtype: str) -> str:
-    device = jax.local_devices()[0]
+    try:
+        device = jax.local_devices()[0]
+    except (AssertionError, RuntimeError):  # what JAX raises where it finds none
+        wanted = os.environ["JAX_PLATFORMS"]
+        sys.exit(f"JAX finds no device of JAX_PLATFORMS={wanted}: see docs/troubleshooting.md")
     names = ("jax", "torch", "transformers") if torch else ("jax",)
     packages = ", ".join(f"{name} {version(name)}" for name in names)
     kind = f"{os.cpu_count()} cores, {platform.machine()}"

@@ -20,6 +20,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+# JAX writes an entry in place. Who reads it half-written is warned and compiles the program itself.
+HALF_WRITTEN = "ignore:Error reading persistent compilation cache entry:UserWarning"
+os.environ["PYTHONWARNINGS"] = HALF_WRITTEN
+
 # Most programs here run once and on little: without LLVM's optimisations and XLA's new emitters
 # they compile in a quarter of the time. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests them as
 # users compile them. (XLA stops at a flag that it does not know, so it is for versions that do.)
@@ -43,6 +47,10 @@ install_import_hook(
 )
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", HALF_WRITTEN)
 
 
 # Minutes each: begun last, one would run alone at the end.
