@@ -10,6 +10,7 @@ import numpy as np
 import pycocotools.mask
 import pytest
 import skimage.data
+import torch
 import torch_reference
 from PIL import Image
 from reference import SMALL, mask_iou, meta_sam, mobile_sam_torch, ours
@@ -72,9 +73,25 @@ def assert_same_records(actual, expected, exact=False):
 # ---- against the reference, real weights ---------------------------------------------------------
 
 
+class Remembered(torch.nn.Module):
+    """An image encoder that encodes no picture twice: PyTorch takes seconds for each."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.img_size, self.found = encoder, encoder.img_size, {}
+
+    def forward(self, pixels):
+        key = pixels.numpy().tobytes()
+        if key not in self.found:
+            self.found[key] = self.encoder(pixels)
+        return self.found[key]
+
+
 @pytest.fixture(scope="module")
 def mobile(mobile_sam_file):
-    return mobile_sam_torch(mobile_sam_file), from_pretrained(mobile_sam_file)
+    torch_sam = mobile_sam_torch(mobile_sam_file)
+    torch_sam.image_encoder = Remembered(torch_sam.image_encoder)
+    return torch_sam, from_pretrained(mobile_sam_file)
 
 
 def photo(name):
@@ -94,12 +111,13 @@ GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
     ("name", "options"),
     [
         ("landscape", {}),
-        ("portrait", {}),
         ("large", {}),
         ("landscape", {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2}),
         ("portrait", {"points_per_side": None, "point_grids": [GRID]}),
-        ("landscape", {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.5}),
-        ("landscape", {"pred_iou_thresh": 0.5, "min_mask_region_area": 200}),
+        (
+            "landscape",
+            {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.5, "min_mask_region_area": 200},
+        ),
         ("small", {"points_per_side": 5, "output_mode": "uncompressed_rle"}),
         ("small", {"points_per_side": 5, "output_mode": "coco_rle"}),
     ],
@@ -232,7 +250,7 @@ from jax.sharding import Mesh
 import sam_jax.processing
 import test_mask_generator as tests
 
-images = [tests.picture(60 + 10 * i, 120 - 7 * i, i) for i in range(10)]
+images = [tests.picture(60 + 10 * i, 120 - 7 * i, i) for i in range(6)]
 one = tests.generator(crop_n_layers=1)
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
 eight = tests.generator(crop_n_layers=1, mesh=mesh)
@@ -405,7 +423,7 @@ def test_nothing_survives(layers, limits):
 
 def test_blank_and_tiny_pictures():
     for size in ((64, 64), (1, 1), (1, 40), (3, 2)):
-        records = generator(crop_n_layers=2).generate(np.zeros((*size, 3), np.uint8))
+        records = generator(crop_n_layers=1).generate(np.zeros((*size, 3), np.uint8))
         assert records
         for record in records:
             assert record["area"] == record["segmentation"].sum()

@@ -13,7 +13,14 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = {
     "predictor": (6, {}),
     "automatic_masks": (5, {"SIDE = 16": "SIDE = 4"}),
-    "research_loop": (3, {"in range(30)": "in range(2)", "0.9, 6)": "0.9, 2)"}),
+    "research_loop": (
+        3,
+        {
+            "in range(30)": "in range(2)",
+            "0.9, 6)": "0.9, 2)",
+            '"jax_num_cpu_devices", 4': '"jax_num_cpu_devices", 2',
+        },
+    ),
     "finetune": (3, {"STEPS, TRAIN, TEST = 30, 8, 3": "STEPS, TRAIN, TEST = 12, 3, 2"}),
 }
 

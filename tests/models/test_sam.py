@@ -166,7 +166,7 @@ def test_prompts_at_once_change_nothing(model, embeddings, masks):
     image_embeddings = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
     arguments = jax.tree.map(jnp.asarray, (image_embeddings, POINTS, LABELS, masks))
     expected = model.decode(*arguments)
-    for prompts_at_once in (1, 2, 3, 64):
+    for prompts_at_once in (1, 2, 64):
         found = model.decode(*arguments, prompts_at_once=prompts_at_once)
         jax.tree.map(assert_close, found, expected)
     with pytest.raises(ValueError, match="prompts_at_once is 0, expected at least 1, or None"):
@@ -430,8 +430,7 @@ def test_pixels_must_be_normalised_floats(model):
 def test_a_model_can_be_pickled(config):
     model = ours(meta_sam(config), config)
     again = pickle.loads(pickle.dumps(model))
-    for name, value in flat_params(again).items():
-        np.testing.assert_array_equal(value, flat_params(model)[name])
+    jax.tree.map(np.testing.assert_array_equal, flat_params(again), flat_params(model))
     assert again.config == config
 
 
