@@ -11,13 +11,12 @@ ViT-H has a random image encoder: see `benchmarks.common.model_of`.
 
 import argparse
 import os
-import platform
 from importlib.metadata import version
 
 import jax
 import numpy as np
 
-from benchmarks.common import RANDOM_ENCODER, VITS, model_of, photos
+from benchmarks.common import RANDOM_ENCODER, VITS, cpu_name, find_device, model_of, photos
 from sam_jax import SamProcessor
 from sam_jax.ops.boxes import build_point_grid
 
@@ -54,8 +53,8 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=[None], help="of a ViT; default: its own")
     args = parser.parse_args()
 
-    device = jax.local_devices()[0].device_kind
-    print(f"{device}, {os.cpu_count()} cores, {platform.machine()}; jax {version('jax')}\n")
+    device = find_device().device_kind
+    print(f"{device}, {os.cpu_count()} cores, {cpu_name()}; jax {version('jax')}\n")
     print(f"| {' | '.join(COLUMNS)} |\n|---|---|---|---|{'---:|' * (len(COLUMNS) - 4)}", flush=True)
     for name in args.models:
         is_vit = name != "mobile_sam"

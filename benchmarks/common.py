@@ -1,8 +1,11 @@
 """What several benchmarks share: photos, models, and how results are timed and compared."""
 
 import functools
+import platform
+import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -87,6 +90,22 @@ def in_pytorch(model: Sam, fmt: Format = "meta") -> Any:
     tensors = {k: torch.tensor(v) for k, v in tensors.items()}
     reference.load_state_dict(tensors, strict=fmt == "meta")
     return reference.eval()
+
+
+def find_device() -> jax.Device:
+    """JAX's first; ends the program if there is none of the kind that the environment asks for."""
+    try:
+        return jax.local_devices()[0]
+    except (AssertionError, RuntimeError):  # what JAX raises where it finds none
+        wanted = os.environ.get("JAX_PLATFORMS")
+        sys.exit(f"JAX finds no device (JAX_PLATFORMS={wanted}): see docs/troubleshooting.md")
+
+
+def cpu_name() -> str:
+    """The model, where the system tells it (Linux), or else the kind."""
+    info = Path("/proc/cpuinfo")
+    found = re.search("model name\\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.machine()
 
 
 def timed(function, *args) -> tuple[Any, float]:

@@ -10,13 +10,14 @@ that is the device's own count, on a CPU (Linux: it reads /proc) the process's, 
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
+
+from benchmarks.common import cpu_name, find_device
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -74,8 +75,9 @@ def measure(dtype: str, remat: bool) -> dict:
 
 
 def main() -> None:
-    device = jax.local_devices()[0].device_kind
-    print(f"{os.cpu_count()}-core {platform.machine()}, {device}, jax {version('jax')}\n")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # it is the other processes' memory
+    kind = find_device().device_kind
+    print(f"{os.cpu_count()} cores, {cpu_name()}, {kind}, jax {version('jax')}\n")
     print("| Computation | Remat | Kept for the backward pass | Peak of the step |")
     print("|---|---|---:|---:|")
     for dtype in ("float32", "bfloat16"):

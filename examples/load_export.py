@@ -48,7 +48,10 @@ def prepare(image: Image.Image, config) -> tuple[np.ndarray, tuple[int, int]]:
 def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") -> None:
     """Segments what is at pixel (x, y) of the picture."""
     config, encoder, decoder = load(Path(folder))
-    image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(picture))
+    if image.mode[0] in "IF":  # to RGB it would be clipped, not scaled
+        sys.exit(f"{picture} has pixels of mode {image.mode}, expected 8 bits for each channel")
+    image = image.convert("RGB")
     pixels, (height, width) = prepare(image, config)
     embedding = encoder(pixels)  # once per picture
 

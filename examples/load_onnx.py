@@ -22,7 +22,10 @@ def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") ->
         onnxruntime.InferenceSession(Path(folder, f"{name}.onnx"))
         for name in ("encoder", "decoder")
     )
-    image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(picture))
+    if image.mode[0] in "IF":  # to RGB it would be clipped, not scaled
+        sys.exit(f"{picture} has pixels of mode {image.mode}, expected 8 bits for each channel")
+    image = image.convert("RGB")
     scale = config["image_size"] / max(image.size)
     width, height = (max(1, int(n * scale + 0.5)) for n in image.size)
     resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32)

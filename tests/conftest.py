@@ -28,8 +28,7 @@ os.environ.setdefault(
 )
 
 # JAX writes an entry in place. Who reads it half-written is warned and compiles the program itself.
-HALF_WRITTEN = "ignore:Error reading persistent compilation cache entry:UserWarning"
-os.environ["PYTHONWARNINGS"] = HALF_WRITTEN
+os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry:UserWarning"
 
 # Most programs here run once and on little: without LLVM's optimisations and XLA's new emitters
 # they compile in a quarter of the time. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests them as
@@ -57,7 +56,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", HALF_WRITTEN)
+    config.addinivalue_line("filterwarnings", os.environ["PYTHONWARNINGS"])
 
 
 # Minutes each: begun last, one would run alone at the end.

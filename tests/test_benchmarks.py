@@ -2,8 +2,10 @@
 
 import argparse
 import importlib
+import os
 import re
 import shlex
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,9 @@ def commands():
     readme = (ROOT / "benchmarks" / "README.md").read_text()
     found = re.findall(r"^python -m (benchmarks\.\w+)(.*)$", readme, re.MULTILINE)
     script = (ROOT / "benchmarks" / "gpu.sh").read_text().replace("\\\n", " ")
-    found += re.findall(r'^try "\$python" -m (benchmarks\.\w+)(.*)$', script, re.MULTILINE)
+    found += re.findall(r'^ +try "\$python" -m (benchmarks\.(?!run)\w+)(.*)$', script, re.MULTILINE)
     fixed = re.search(r'-m (benchmarks\.run .*) "\$@"', script)[1].removeprefix("benchmarks.run ")
-    ours = re.findall(r"^benchmark (.*)$", script, re.MULTILINE)
+    ours = re.findall(r"^ +benchmark (.*)$", script, re.MULTILINE)
     return found + [("benchmarks.run", f"{fixed} {arguments}") for arguments in ours]
 
 
@@ -94,11 +96,18 @@ def test_who_is_wrong_or_fails_gets_no_time(run):
         ("ours", "1 s", False),
         ("Meta", "none", False),
         ("ours", "none", True),
+        ("ours, cudnn", "none", False),
         ("ours, cudnn", "differs", True),
     ],
 )
 def test_the_status_tells_of_ours(run, who, time, fails):
     assert run.ours_fails([{"Who": "Meta", "Time": "1 s"}, {"Who": who, "Time": time}]) == fails
+
+
+def test_a_process_that_dies_takes_no_other_with_it(run):
+    with pytest.raises(BrokenProcessPool):
+        run.alone(os._exit, 1)
+    assert run.alone(abs, -1) == 1
 
 
 def test_masks_that_are_missing(run):
