@@ -70,13 +70,15 @@ def export_jax(
 
     Raises:
         FileExistsError: if there is something at `path` already.
-        ValueError: for no or unknown platforms, and for a model whose attention is "cudnn", which
-            JAX does not export.
+        ValueError: for no, unknown or repeated platforms, and for a model whose attention is
+            "cudnn", which JAX does not export.
     """
     check_new(path)
     known = get_args(Platform)
-    if not platforms or not set(platforms) <= set(known):
-        raise ValueError(f"platforms are {list(platforms)}, expected some of {list(known)}")
+    if not platforms or not set(platforms) <= set(known) or len({*platforms}) < len(platforms):
+        raise ValueError(
+            f"platforms are {list(platforms)}, expected some of {list(known)}, each once"
+        )
     config = model.config
     if any(block.attn.implementation == "cudnn" for block in _blocks(model)):
         raise ValueError(

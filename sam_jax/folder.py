@@ -186,8 +186,10 @@ def find_pictures(inputs: Iterable[Path]) -> list[Path]:
                     f"{other} and {file} would both be written as {file.stem!r}; rename one, or "
                     "give them separately with another output"
                 )
+    if not inputs:
+        raise ValueError("there is no input, expected pictures or folders of pictures")
     if not pictures:
-        raise ValueError(f"there is no picture in {', '.join(map(str, inputs)) or 'no input'}")
+        raise ValueError(f"there is no picture in {', '.join(map(str, inputs))}")
     return list(pictures.values())
 
 

@@ -180,6 +180,9 @@ class SamAutomaticMaskGenerator:
 
             Without crops, the best predicted IoU comes first, otherwise the smallest crop; with
             `min_mask_region_area` those before both that it did not change.
+
+        Raises:
+            TypeError, ValueError, OSError: for a picture that `load_image` cannot take.
         """
         (records,) = self.generate_batch([image])
         return records

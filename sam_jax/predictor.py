@@ -32,6 +32,9 @@ class SamPredictor:
 
     Args:
         model: its parameters are taken as they are now; make a new predictor after changing them.
+
+    Raises:
+        TypeError: for what is no `Sam`, such as a model's name.
     """
 
     def __init__(self, model: Sam):
@@ -70,6 +73,9 @@ class SamPredictor:
         """The current picture's embedding, channels first as Meta's, float32.
 
         Save it (with `original_size`) by `np.save` and give it to `set_image_embedding` later.
+
+        Raises:
+            RuntimeError: before a picture is set.
         """
         self._check_image()
         return np.ascontiguousarray(np.moveaxis(np.asarray(self._features, np.float32), -1, 1))
@@ -80,6 +86,10 @@ class SamPredictor:
         Args:
             embedding: [1, c, g, g] of `get_image_embedding`, of the same model.
             original_size: (h, w) of the picture.
+
+        Raises:
+            TypeError: for what holds no numbers.
+            ValueError: for an embedding of another shape, and for what is no size.
         """
         embedding = check_embedding(embedding, self.config)
         (size,) = check_sizes([original_size], 1, "original_size")
@@ -102,7 +112,11 @@ class SamPredictor:
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(h, w) of the current picture as the model sees it."""
+        """(h, w) of the current picture as the model sees it.
+
+        Raises:
+            RuntimeError: before a picture is set.
+        """
         self._check_image()
         return self.processor.input_size(self.original_size)
 
@@ -180,6 +194,9 @@ class SamPredictor:
         Returns:
             masks [b, m, h, w] of the picture's size, predicted IoUs [b, m] and low-resolution
             logits [b, m, 256, 256], all numpy.
+
+        Raises:
+            RuntimeError, ValueError: see `predict`.
         """
         prompts = point_coords, point_labels, boxes, mask_input
         options = multimask_output, return_logits, hq_token_only

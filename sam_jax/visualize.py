@@ -24,7 +24,11 @@ ALPHA = 0.55
 
 
 def show_mask(mask: Any, ax: Any, color: tuple[int, int, int] = COLORS[0]):
-    """Draws a mask [h, w], booleans, over the picture that the matplotlib axes `ax` show."""
+    """Draws a mask [h, w], booleans, over the picture that the matplotlib axes `ax` show.
+
+    Raises:
+        ValueError: for a mask of another shape or dtype.
+    """
     mask = _check_mask(mask, "mask")
     rgba = np.zeros((*mask.shape, 4))
     rgba[mask] = (*np.array(color) / 255, ALPHA)
@@ -32,7 +36,11 @@ def show_mask(mask: Any, ax: Any, color: tuple[int, int, int] = COLORS[0]):
 
 
 def show_points(coords: Any, labels: Any, ax: Any, size: float = 200):
-    """Draws foreground points [n, 2] as green stars, background points as red ones."""
+    """Draws foreground points [n, 2] as green stars, background points as red ones.
+
+    Raises:
+        ValueError: for points or labels that cannot be used.
+    """
     coords, labels = check_points(coords, labels, "coords")
     for label, color in MARKS.items():
         x, y = coords[labels == label].T
@@ -42,7 +50,11 @@ def show_points(coords: Any, labels: Any, ax: Any, size: float = 200):
 
 
 def show_box(box: Any, ax: Any):
-    """Draws a box x0, y0, x1, y1."""
+    """Draws a box x0, y0, x1, y1.
+
+    Raises:
+        ValueError: for what is no such box.
+    """
     ((x0, y0, x1, y1),) = check_boxes([box], "box")
     rectangle = matplotlib.patches.Rectangle(
         (x0, y0), x1 - x0, y1 - y0, edgecolor=np.array(MARKS[1]) / 255, facecolor="none", lw=2

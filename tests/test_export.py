@@ -281,6 +281,17 @@ def test_example(example, folder, blocked, request, model, photo, tmp_path):
     assert result.stdout == f"mask.png  predicted IoU {scores.max():.3f}\n"
 
 
+@pytest.mark.parametrize("example", ["load_export", "load_onnx"])
+def test_an_example_refuses_what_it_would_clip(example, jax_folder, onnx_folder, tmp_path):
+    Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(tmp_path / "deep.png")
+    folder = {"load_export": jax_folder, "load_onnx": onnx_folder}[example]
+    command = [sys.executable, EXAMPLES / f"{example}.py", folder, tmp_path / "deep.png", "5", "5"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "has pixels of mode I;16, expected 8 bits for each channel" in result.stderr
+    assert not (tmp_path / "mask.png").exists()
+
+
 # The command and errors
 
 
@@ -320,6 +331,7 @@ def test_command(saved, tmp_path, capsys):
         (["--format", "onnx", "--dtype", "bfloat16"], "--platforms and --dtype are for --format"),
         (["--format", "onnx", "--platforms", "cpu"], "--platforms and --dtype are for --format"),
         (["--single-mask"], "--single-mask is for --format onnx"),
+        (["--platforms", "cpu", "cpu"], "platforms are ['cpu', 'cpu'], expected"),
         (["--platforms"], "platforms are [], expected some of ['cpu', 'cuda', 'rocm', 'tpu']"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -1,4 +1,6 @@
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from sam_jax.ops.prompts import count_bucket
 from sam_jax.ops.resize import size_bucket
 from sam_jax.predictor import SamPredictor
 
+MIGRATING = Path(__file__).parents[1] / "docs" / "migrating.md"
 TOLERANCE = 1e-4
 SIDE = SMALL.mask_size
 SIZE = (71, 113)  # scaled to (60, 96): the ratios of the axes differ by rounding
@@ -398,6 +401,17 @@ def test_an_embedding_of_a_bfloat16_model_can_be_saved(tmp_path, compilations):
 def test_an_embedding_of_the_reference_can_be_set(reference):
     predictor = SamPredictor(model())
     predictor.set_image_embedding(reference.get_image_embedding(), reference.original_size)
+    assert_same(predictor.predict(POINTS, LABELS), reference.predict(POINTS, LABELS))
+
+
+def test_set_torch_image_as_the_guide_migrates_it():
+    """The row of docs/migrating.md, run."""
+    reference, predictor, size = reference_predictor(), SamPredictor(model()), SIZE
+    pixels = reference.transform.apply_image(picture())
+    reference.set_torch_image(torch.tensor(pixels).permute(2, 0, 1)[None], size)
+    (row,) = re.findall(r"^\| `predictor\.set_torch_image.*", MIGRATING.read_text(), re.MULTILINE)
+    code = row.split("|")[2].split("`")[1]
+    exec(code, {"predictor": predictor, "model": model(), "pixels": pixels, "size": size})
     assert_same(predictor.predict(POINTS, LABELS), reference.predict(POINTS, LABELS))
 
 

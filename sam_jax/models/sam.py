@@ -311,7 +311,12 @@ class Sam(nnx.Module):
         return SamImageSegmentationOutput(iou_scores=scores, pred_masks=masks)
 
     def get_image_embeddings(self, pixel_values: ArrayLike) -> Float[Array, "b c g g"]:
-        """Image embeddings of [b, size, size, 3] pixels, channels first as in `transformers`."""
+        """Image embeddings of [b, size, size, 3] pixels, channels first as in `transformers`.
+
+        Raises:
+            TypeError: for what is no array of floats.
+            ValueError: for pixels of another shape.
+        """
         self._check_pixels(pixel_values)
         return jnp.moveaxis(encode_image(*nnx.split(self), pixel_values), -1, 1)
 
@@ -327,6 +332,9 @@ class Sam(nnx.Module):
         Takes prompts as `__call__` does, and compiles for each of their shapes. The sparse ones are
         None when there is neither point nor box. The dense ones are channels first: those of the
         masks [b * m, c, g, g], or without masks the same for every image.
+
+        Raises:
+            TypeError, ValueError: as `__call__` for prompts.
         """
         self._check_prompts(input_points, input_labels, input_boxes, input_masks)
         points = labels = None
