@@ -1,6 +1,7 @@
 """What several benchmarks share: photos, models, and how results are timed and compared."""
 
 import functools
+import os
 import platform
 import re
 import sys

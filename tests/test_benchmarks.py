@@ -8,6 +8,7 @@ import shlex
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import jax
 import numpy as np
 import pycocotools.mask
 import pytest
@@ -102,6 +103,17 @@ def test_who_is_wrong_or_fails_gets_no_time(run):
 )
 def test_the_status_tells_of_ours(run, who, time, fails):
     assert run.ours_fails([{"Who": "Meta", "Time": "1 s"}, {"Who": who, "Time": time}]) == fails
+
+
+def test_a_device_that_is_not_there(run, monkeypatch):
+    def none():
+        raise AssertionError
+
+    assert run.cpu_name()
+    assert run.find_device() == jax.local_devices()[0]
+    monkeypatch.setattr(jax, "local_devices", none)
+    with pytest.raises(SystemExit, match=r"JAX finds no device \(JAX_PLATFORMS=cpu\)"):
+        run.describe("float32")
 
 
 def test_a_process_that_dies_takes_no_other_with_it(run):
