@@ -122,6 +122,36 @@ def test_a_process_that_dies_takes_no_other_with_it(run):
     assert run.alone(abs, -1) == 1
 
 
+# Arrays of 1, 4, 1 and 1 GB; what is inside of a fusion is no traffic, and a bitcast is none.
+HLO = """HloModule jit_f
+
+%fused (x: bf16[500000000]) -> f32[1000000000] {
+  ROOT %y = f32[1000000000]{0} convert(%x)
+}
+
+ENTRY %main (p: bf16[500000000]) -> f32[250000000] {
+  %p = bf16[500000000]{0} parameter(0)
+  %logits = f32[1000000000]{0} fusion(%p), kind=kLoop, calls=%fused
+  %t = f32[1000,1000000]{1,0} bitcast(%logits)
+  %flash = (bf16[500000000], u8[0]) custom-call(%p, %t), custom_call_target="__cudnn$fmhaSoftmax"
+  %first = bf16[500000000]{0} get-tuple-element(%flash), index=0
+  ROOT %sum = f32[250000000]{0} fusion(%first), kind=kInput, calls=%summed
+}
+"""
+
+
+def test_what_is_seen_in_a_program():
+    compiled = importlib.import_module("benchmarks.compiled")
+    found = compiled.look(HLO, logits=10**9)
+    assert found == {
+        "Traffic": f"{(1 + 4) + (1 + 4 + 1) + (1 + 1):.1f} GB",
+        "Flash": "1, 0",
+        "N x N": "1",
+    }
+    backward = HLO.replace("fmhaSoftmax", "fmhaScaleBiasSoftmaxBackward")
+    assert compiled.look(backward, logits=10**10) == found | {"Flash": "0, 1", "N x N": "0"}
+
+
 def test_masks_that_are_missing(run):
     def record(rows):
         mask = np.zeros((20, 20), np.uint8, order="F")
