@@ -13,8 +13,12 @@ cd "$(git rev-parse --show-toplevel)"
 export JAX_PLATFORMS=cuda,cpu  # never the CPU in silence
 python=${1:-python}
 shift || true
-parts=" ${*:-tests layers encoder accuracy training decoder everything memory more_tests} "
+known="tests layers encoder accuracy training decoder everything memory more_tests"
+parts=" ${*:-$known} "
 status=0
+for part in $parts; do
+    [[ " $known " == *" $part "* ]] || { echo "gpu.sh: part is $part, expected some of: $known"; exit 2; }
+done
 
 wants() {
     [[ $parts == *" $1 "* ]]
