@@ -88,8 +88,8 @@ class SamPredictor:
             original_size: (h, w) of the picture.
 
         Raises:
-            ValueError: for an embedding of another shape or with numbers that are not finite, and for
-                what is no size.
+            ValueError: for an embedding of another shape or with numbers that are not finite, and
+                for what is no size.
         """
         embedding = check_embedding(embedding, self.config)
         (size,) = check_sizes([original_size], 1, "original_size")
