@@ -10,7 +10,7 @@ choose. Besides the project and scikit-image this needs, of JAX's version, `jax-
 
 * Temporaries: what the program holds at once besides its parameters, inputs and results.
 * Traffic: what its kernels read and write, without loops' bodies; everything-mode is a loop.
-* Flash: cuDNN's attentions, forward and backward.
+* Flash: flash attentions, forward and backward.
 * N x N: arrays as large as all logits of an image's global layer, however they are shaped.
 """
 
@@ -172,8 +172,8 @@ def look(text: str, logits: int) -> dict[str, str]:
                 traffic += written[name] + sum(written.get(other, 0) for other in names)
                 large += sum(count >= logits for count, _ in results)
     flash = [
-        len(re.findall(rf'target="__cudnn\$fmha(?:ScaleBias)?Softmax{kind}"', text))
-        for kind in ("", "Backward")
+        len(re.findall(rf'target="__cudnn\$fmha(?:ScaleBias)?Softmax{cudnn}"|/{ours}/pallas', text))
+        for cudnn, ours in (("", "flash_attention"), ("Backward", "flash_attention_backward_keys"))
     ]
     return {
         "Traffic": f"{traffic / 1e9:.1f} GB",
@@ -190,7 +190,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["vit_b", "vit_h"], choices=VITS)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--batch", type=int, default=8, help="images, of encoder and training")
-    parser.add_argument("--attention", nargs="+", default=["xla", "folded", "cudnn, bias", "cudnn"])
+    attentions = ["xla", "folded", "cudnn, bias", "pallas", "cudnn"]
+    parser.add_argument("--attention", nargs="+", default=attentions)
     args = parser.parse_args()
     mesh = h100()
     print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", flush=True)

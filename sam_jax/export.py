@@ -71,7 +71,7 @@ def export_jax(
     Raises:
         FileExistsError: if there is something at `path` already.
         ValueError: for no, unknown or repeated platforms, and for a model whose attention is
-            "cudnn", which JAX does not export.
+            "cudnn" or "pallas", which JAX does not export.
     """
     check_new(path)
     known = get_args(Platform)
@@ -80,10 +80,12 @@ def export_jax(
             f"platforms are {list(platforms)}, expected some of {list(known)}, each once"
         )
     config = model.config
-    if any(block.attn.implementation == "cudnn" for block in _blocks(model)):
-        raise ValueError(
-            "attention is 'cudnn', which JAX does not export; load the model with attention=None"
-        )
+    for block in _blocks(model):
+        if (named := block.attn.implementation) in ("cudnn", "pallas"):
+            raise ValueError(
+                f"attention is {named!r}, which JAX does not export; load the model with "
+                "attention=None"
+            )
     size, grid, side = config.image_size, config.image_embedding_size, config.mask_size
     channels = config.image_embedding_channels
     b, p, n = jax.export.symbolic_shape("b, p, n")

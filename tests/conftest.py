@@ -110,19 +110,22 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    """As if JAX ran on an NVIDIA H100, as far as lowering for it goes: nothing can be run."""
+@pytest.fixture(params=["9.0"])
+def nvidia(request, monkeypatch):
+    """As if JAX ran on an NVIDIA GPU (an H100), as far as lowering goes: nothing can be run."""
+    jax.clear_caches()  # of programs traced for another
+    of_gpu = float(request.param)
     from jax._src.cudnn import fused_attention_stablehlo
 
     from sam_jax.ops import attention
 
-    monkeypatch.setattr(attention, "_gpu", lambda: "9.0")
+    monkeypatch.setattr(attention, "_gpu", lambda: request.param)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     known = {
         "check_cudnn_version": lambda: 91500,
-        "check_compute_capability": lambda least: float(least) <= 9,
-        "is_cuda_compute_capability_equal": lambda capability: float(capability) == 9,
+        "check_compute_capability": lambda least: float(least) <= of_gpu,
+        "is_cuda_compute_capability_equal": lambda capability: float(capability) == of_gpu,
     }
     for name, function in known.items():
         monkeypatch.setattr(fused_attention_stablehlo, name, function)
+    return request.param

@@ -167,9 +167,14 @@ def lowered_for_cuda(function, *shapes, **static) -> str:
     return function.trace(*shapes, **static).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def flash_attentions(text: str) -> tuple[int, int]:
-    """How many of cuDNN's flash attentions there are, forward and backward."""
-    return tuple(
-        len(re.findall(rf"\b{re.escape(name)}\b", text))
-        for name in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
-    )
+def flash_attentions(text: str) -> dict[str, tuple[int, int]]:
+    """How many flash attentions of each kind there are, forward and backward."""
+    patterns = {
+        "cudnn": (r"__cudnn\$fmhaSoftmax\b", r"__cudnn\$fmhaSoftmaxBackward\b"),
+        "pallas": ('name = "flash_attention"', 'name = "flash_attention_backward_keys"'),
+    }
+    found = {
+        kind: tuple(len(re.findall(pattern, text)) for pattern in both)
+        for kind, both in patterns.items()
+    }
+    return {kind: counts for kind, counts in found.items() if any(counts)}

@@ -150,6 +150,12 @@ def test_what_is_seen_in_a_program():
     }
     backward = HLO.replace("fmhaSoftmax", "fmhaScaleBiasSoftmaxBackward")
     assert compiled.look(backward, logits=10**10) == found | {"Flash": "0, 1", "N x N": "0"}
+    ours = HLO.replace(
+        '"__cudnn$fmhaSoftmax"', '"triton", metadata={op_name="jit(f)/flash_attention/pallas_call"}'
+    )
+    assert compiled.look(ours, logits=10**9) == found
+    backward = ours.replace("attention/", "attention_backward_keys/")
+    assert compiled.look(backward, logits=10**9) == found | {"Flash": "0, 1"}
 
 
 def test_masks_that_are_missing(run):

@@ -377,9 +377,10 @@ class Serialized:
 
 
 def test_refusals(tmp_path, unchecked, monkeypatch):
-    model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16, attention="cudnn")
-    with pytest.raises(ValueError, match="attention is 'cudnn', which JAX does not export"):
-        export_jax(model, tmp_path / "out")
+    for named in ("pallas", "cudnn"):
+        model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16, attention=named)
+        with pytest.raises(ValueError, match=f"attention is '{named}', which JAX does not export"):
+            export_jax(model, tmp_path / "out")
     with pytest.raises(ValueError, match=r"platforms are \['gpu'\], expected some of \['cpu'"):
         export_jax(model, tmp_path / "out", ["gpu"])
     with pytest.raises(ValueError, match="computes in bfloat16, but ONNX is written in float32"):

@@ -146,8 +146,9 @@ class Sam(nnx.Module):
             target_embedding: added to the tokens before each block (PerSAM).
             hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
             prompts_at_once: how many prompts of each image are computed together, for less memory.
-                None: one of one image on a CPU, whose cache it fits, else up to 64 (on an NVIDIA
-                GPU 0.4 GB in bfloat16).
+                None: one of one image on a CPU, whose cache it fits; else up to 64 (on an NVIDIA
+                GPU 0.4 GB in bfloat16), fewer where those of all images would take more than a
+                quarter of the devices' memory.
             platform: where it will run ("cpu", "cuda", ...), if not on JAX's default backend.
 
         Raises:
@@ -189,8 +190,8 @@ class Sam(nnx.Module):
         if prompts_at_once is None:
             if (platform or jax.default_backend()) == "cpu":
                 prompts_at_once = images_at_once = 1  # what fits the cache
-            elif isinstance(points.shape[1], int):  # `jax.export` may leave it open
-                prompts_at_once = 64
+            elif all(isinstance(size, int) for size in points.shape[:2]):  # not in `jax.export`
+                prompts_at_once = 64 if platform else self._fitting_prompts(points.shape[0])
 
         def one_image(x):
             image_embedding, shared_mask, prompts = x
@@ -348,6 +349,17 @@ class Sam(nnx.Module):
     def get_image_wide_positional_embeddings(self) -> Float[Array, "1 c g g"]:
         """The positional encoding of the image embedding's grid, channels first."""
         return jnp.moveaxis(self.prompt_encoder.get_dense_pe(), -1, 0)[None]
+
+    def _fitting_prompts(self, images: int) -> int:
+        """How many prompts of each image are computed together on a GPU or TPU."""
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        if memory is None:
+            return 64
+        # XLA's program holds the image features of a prompt three times over, and then its masks.
+        features = self.config.image_embedding_size**2 * self.config.prompt_embed_dim
+        one = 4 * features * jnp.dtype(self.mask_decoder.dtype).itemsize
+        # Images may be sharded over all devices.
+        return int(np.clip(jax.device_count() * memory // 4 // (one * images), 1, 64))
 
     def _check_pixels(self, pixel_values):
         size = self.config.image_size

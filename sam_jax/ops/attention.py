@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sam_jax.ops.flash import flash_attention, flash_lacks
 from sam_jax.ops.resize import linear_resize_matrix
 
-Implementation = Literal["xla", "folded", "chunked", "cudnn"]
+Implementation = Literal["xla", "folded", "chunked", "cudnn", "pallas"]
 
 # Rows of logits that one step of the chunked backend holds: 512 x 4096 in float32 is 8 MB, which
 # stays in a CPU's cache.
@@ -77,13 +78,14 @@ def rel_pos_attention(
         grid: (h, w).
         implementation: "xla" materialises all logits and adds the positions to them, "folded" has
             the positions in wider queries and keys (`fold_positions`), "chunked" materialises the
-            logits of one head and a block of queries at a time, for less memory, "cudnn" none (an
-            NVIDIA GPU's flash attention, in bfloat16 or float16, folded). None takes the fastest:
-            on a CPU "folded" for windows and "chunked" for large grids, on a GPU "cudnn" where it
-            can run and else "folded", elsewhere "xla".
+            logits of one head and a block of queries at a time, for less memory. "cudnn" and
+            "pallas" materialise none, in bfloat16 or float16 on an NVIDIA GPU: its library's flash
+            attention, folded, and a kernel of our own (`sam_jax.ops.flash`). None takes: on a CPU
+            "folded" for windows and "chunked" for large grids, on a GPU "cudnn" where it can run,
+            for large grids "pallas", and else "folded", elsewhere "xla".
 
-    Logits and softmax are float32 whatever the inputs' dtype (but "folded" and "cudnn" round the
-    position terms to it); the result has the inputs' dtype.
+    Logits and softmax are float32 whatever the inputs' dtype (but "folded", "cudnn" and "pallas"
+    round the position terms to it); the result has the inputs' dtype.
 
     Raises:
         ValueError: for an implementation that is unknown or cannot run here.
@@ -91,9 +93,13 @@ def rel_pos_attention(
     h, w = grid
     check_implementation(implementation)
     if implementation is None:
-        implementation = fastest(grid, jax.default_backend())
-        if not _cudnn_lacks(q, rel_pos is not None, grid, _gpu()):
+        has_positions, gpu = rel_pos is not None, _gpu()
+        if not _cudnn_lacks(q, has_positions, grid, gpu):
             implementation = "cudnn"
+        elif h * w > _QUERY_BLOCK and not _pallas_lacks(q, has_positions, grid, gpu):
+            implementation = "pallas"
+        else:
+            implementation = fastest(grid, jax.default_backend())
     tables = None
     if rel_pos is not None:
         tables = relative_positions(rel_pos[0], h), relative_positions(rel_pos[1], w)
@@ -258,13 +264,11 @@ def _cudnn_lacks(
     """Why cuDNN's flash attention, forward and backward, does not exist for it; None if it does."""
     width = _cudnn_width(q.shape[-1], has_positions, grid)
     size = f"{grid[0]} x {grid[1]}"
-    if not re.fullmatch(r"\d+\.\d+", gpu):
-        return f"JAX runs on {gpu} here"
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"the model computes in {q.dtype}; give it dtype=jnp.bfloat16"
+    if lacks := _flash_lacks(q, gpu):
+        return lacks
     if width > 256:
         return f"a grid of {size} makes the heads {width} wide, with 256 the most"
-    if float(gpu) < 8 or (width > 128 and not 9 <= float(gpu) < 10):
+    if width > 128 and not 9 <= float(gpu) < 10:
         return (
             f"this one has compute capability {gpu}, and heads are {width} wide with the "
             f"positions of a grid of {size}"
@@ -274,9 +278,44 @@ def _cudnn_lacks(
     return None
 
 
+def _pallas(q, k, v, tables, grid):
+    if wrong := _pallas_lacks(q, tables is not None, grid, _gpu()):
+        raise ValueError(
+            "attention is 'pallas', which needs an NVIDIA GPU of compute capability 8.0 or more, "
+            f"bfloat16 or float16, and relative positions, but {wrong}; leave it out, or name "
+            "another"
+        )
+    rel_h, rel_w = (term.astype(q.dtype) for term in _position_terms(q, tables))
+    return flash_attention(q * q.shape[-1] ** -0.5, k, v, rel_h, rel_w)
+
+
+def _pallas_lacks(
+    q: Float[Array, "b heads n d"], has_positions: bool, grid: tuple[int, int], gpu: str
+) -> str | None:
+    """Why our kernel cannot be used for it; None if it can."""
+    if lacks := _flash_lacks(q, gpu):
+        return lacks
+    return flash_lacks(grid, q.shape[-1]) if has_positions else "there are none"
+
+
+def _flash_lacks(q: Float[Array, "b heads n d"], gpu: str) -> str | None:
+    """Why there is no flash attention at all on the GPU in the dtype; None if there is."""
+    if not re.fullmatch(r"\d+\.\d+", gpu):
+        return f"JAX runs on {gpu} here"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the model computes in {q.dtype}; give it dtype=jnp.bfloat16"
+    return f"this one has compute capability {gpu}" if float(gpu) < 8 else None
+
+
 def _rows_per_block(h: int, w: int) -> int:
     """The largest divisor of h whose rows hold at most `_QUERY_BLOCK` queries, at least 1."""
     return max(r for r in range(1, h + 1) if h % r == 0 and (r * w <= _QUERY_BLOCK or r == 1))
 
 
-_IMPLEMENTATIONS = {"xla": _xla, "folded": _folded, "chunked": _chunked, "cudnn": _cudnn}
+_IMPLEMENTATIONS = {
+    "xla": _xla,
+    "folded": _folded,
+    "chunked": _chunked,
+    "cudnn": _cudnn,
+    "pallas": _pallas,
+}

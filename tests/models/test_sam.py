@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import pickle
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from reference import (
 
 from sam_jax.checkpoints.params import build_model, flat_params
 from sam_jax.checkpoints.torch_names import torch_name
+from sam_jax.config import mobile_sam
 from sam_jax.models.layers import Buffer
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import join_prompts
@@ -184,6 +186,25 @@ def test_memory_of_many_prompts_off_a_cpu(model, monkeypatch):
     upscaled = f"{grid},{grid},2,2,2,2,{channels // 8}]"
     assert f"[64,{upscaled}" in jaxpr or f"[1,64,{upscaled}" in jaxpr
     assert f"256,{upscaled}" not in jaxpr
+
+
+def test_prompts_at_once_by_memory(monkeypatch):
+    """All images' together take a quarter of the devices' memory, in GB here."""
+    model = nnx.eval_shape(lambda: Sam(mobile_sam(), dtype=jnp.float16, rngs=nnx.Rngs(0)))
+    for images, devices, memory, prompts in (
+        (1, 1, None, 64),
+        (8, 1, 80, 64),
+        (8, 1, 10, 37),  # of 8.4 MB in float16
+        (8, 8, 10, 64),
+        (1, 1, 10, 64),
+        (8, 1, 0.01, 1),
+    ):
+        device = types.SimpleNamespace(
+            memory_stats=lambda memory=memory: memory and {"bytes_limit": int(memory * 1e9)}
+        )
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
+        assert model._fitting_prompts(images) == prompts
 
 
 def test_batch_equals_one_at_a_time(model, pixels):

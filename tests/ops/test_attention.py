@@ -109,19 +109,27 @@ def test_what_cudnn_is_given(grid):
     jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), gradients("cudnn"), gradients("xla"))
 
 
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(("grid", "d"), [((64, 64), 64), ((64, 64), 80), ((14, 14), 80)], ids=str)
-def test_cudnn_lowers_for_cuda(grid, d):
+@pytest.mark.usefixtures("nvidia")
+@pytest.mark.parametrize(
+    ("implementation", "grid", "d"),
+    [
+        *(("cudnn", *layer) for layer in (((64, 64), 64), ((64, 64), 80), ((14, 14), 80))),
+        *(("pallas", *layer) for layer in (((64, 64), 64), ((64, 64), 80), ((14, 14), 80))),
+    ],
+    ids=str,
+)
+def test_flash_attention_lowers_for_cuda(implementation, grid, d):
     """Forward and backward, and nothing there has the size of all logits."""
     n = grid[0] * grid[1]
     q = jax.ShapeDtypeStruct((2, 4, n, d), jnp.bfloat16)
     tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, d), jnp.bfloat16) for size in grid)
 
     def total(q, k, v, tables):
-        return rel_pos_attention(q, k, v, tables, grid, "cudnn").astype(jnp.float32).sum()
+        out = rel_pos_attention(q, k, v, tables, grid, implementation)
+        return out.astype(jnp.float32).sum()
 
     text = lowered_for_cuda(jax.jit(jax.grad(total, (0, 1, 2, 3))), q, q, q, tables)
-    assert flash_attentions(text) == (1, 1)
+    assert flash_attentions(text) == {implementation: (1, 1)}
     assert not re.search(rf"x{n}x{n}x|x{n}x{grid[0]}x{grid[1]}x", text)
 
 
@@ -132,17 +140,22 @@ def test_cudnn_lowers_for_cuda(grid, d):
         ("9.0", "float16", (64, 64), 80, "cudnn"),
         ("9.0", "float32", (64, 64), 64, "folded"),
         ("9.0", "bfloat16", (14, 14), 64, "cudnn"),
-        ("9.0", "bfloat16", (96, 96), 80, "folded"),
-        ("9.0", "bfloat16", (27, 27), 64, "folded"),
-        ("8.0", "bfloat16", (64, 64), 64, "folded"),
+        ("9.0", "bfloat16", (96, 96), 80, "pallas"),
+        ("9.0", "bfloat16", (27, 27), 64, "pallas"),
+        ("8.0", "bfloat16", (64, 64), 64, "pallas"),
+        ("8.9", "float16", (64, 64), 80, "pallas"),
+        ("8.0", "float32", (64, 64), 64, "folded"),
+        ("8.0", "bfloat16", (128, 130), 80, "folded"),
+        ("8.0", "bfloat16", (21, 21), 80, "folded"),
+        ("7.5", "float16", (64, 64), 64, "folded"),
         ("8.0", "bfloat16", (14, 14), 64, "cudnn"),
-        ("10.0", "bfloat16", (64, 64), 64, "folded"),
+        ("10.0", "bfloat16", (64, 64), 64, "pallas"),
         ("7.5", "bfloat16", (14, 14), 32, "folded"),
         ("gfx90a", "bfloat16", (64, 64), 64, "folded"),
     ],
 )
 def test_a_gpu_s_default(monkeypatch, gpu, dtype, grid, d, expected):
-    """What cuDNN's support matrix has for the GPU, forward and backward."""
+    """What cuDNN's support matrix has for the GPU, forward and backward, and then our kernel."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(sam_jax.ops.attention, "_gpu", lambda: gpu)
     chosen = []
@@ -194,6 +207,24 @@ def test_cudnn_says_what_it_needs(monkeypatch, gpu, dtype, grid, message):
     arrays = jax.tree.map(lambda x: x.astype(dtype), inputs(grid))
     with pytest.raises(ValueError, match=rf"'cudnn', which needs an NVIDIA GPU .*{message}"):
         rel_pos_attention(*arrays, grid, "cudnn")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "grid", "d", "message"),
+    [
+        ("cpu", "bfloat16", (16, 16), 16, "JAX runs on cpu here; leave it out, or name another"),
+        ("8.0", "float32", (16, 16), 16, "the model computes in float32; give it dtype="),
+        ("7.5", "bfloat16", (16, 16), 16, "this one has compute capability 7.5"),
+        ("8.0", "bfloat16", (2, 130), 16, "a grid of 2 x 130 has more than 128 columns"),
+        ("8.0", "bfloat16", (2, 2), 144, "heads are 144 wide, with 128 the most"),
+        ("8.0", "bfloat16", (16, 16), None, "there are none"),
+    ],
+)
+def test_pallas_says_what_it_needs(monkeypatch, gpu, dtype, grid, d, message):
+    monkeypatch.setattr(sam_jax.ops.attention, "_gpu", lambda: gpu)
+    q, k, v, tables = jax.tree.map(lambda x: x.astype(dtype), inputs(grid, d or 16))
+    with pytest.raises(ValueError, match=rf"'pallas', which needs an NVIDIA GPU .*{message}"):
+        rel_pos_attention(q, k, v, tables if d else None, grid, "pallas")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

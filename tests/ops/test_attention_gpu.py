@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.ops.attention import _cudnn_lacks, _gpu, rel_pos_attention
+from sam_jax.ops.attention import _cudnn_lacks, _gpu, _pallas_lacks, rel_pos_attention
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
@@ -30,12 +30,13 @@ def relative(actual, expected):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("implementation", ["xla", "folded", "chunked", "cudnn"])
+@pytest.mark.parametrize("implementation", ["xla", "folded", "chunked", "cudnn", "pallas"])
 def test_attention_and_its_gradients_in_bfloat16(implementation, shape):
     arrays, grid = inputs(*shape), shape[2]
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
-    if implementation == "cudnn" and (lacks := _cudnn_lacks(low[0], True, grid, _gpu())):
-        pytest.skip(lacks)
+    lacks = {"cudnn": _cudnn_lacks, "pallas": _pallas_lacks}.get(implementation)
+    if lacks and (lacking := lacks(low[0], True, grid, _gpu())):
+        pytest.skip(lacking)
 
     def run(arrays, implementation):
         q, k, v, tables = arrays
