@@ -81,9 +81,9 @@ def mobile_sam_file():
 
 @pytest.fixture(autouse=True)
 def _optimised_at_full_size(request, monkeypatch):
-    """Optimised code for the real model, which runs for longer than it compiles."""
+    """Optimised code for the real model, and others that run for longer than they compile."""
     before = jax.config.read("jax_disable_most_optimizations")
-    if "mobile_sam_file" in request.fixturenames:
+    if "mobile_sam_file" in request.fixturenames or request.node.get_closest_marker("full_size"):
         jax.config.update("jax_disable_most_optimizations", False)
         monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     yield

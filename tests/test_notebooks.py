@@ -9,7 +9,10 @@ import nbformat
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-# How many pictures each shows, and what makes it small.
+QUICKLY = 'jax.config.update("jax_disable_most_optimizations", True)\n'
+THOROUGHLY = QUICKLY.replace("True", "False")
+# How many pictures each shows, and what makes it small; and where compiling takes longer than
+# running.
 NOTEBOOKS = {
     "predictor": (6, {}),
     "automatic_masks": (5, {"SIDE = 16": "SIDE = 4"}),
@@ -19,6 +22,10 @@ NOTEBOOKS = {
             "in range(30)": "in range(2)",
             "0.9, 6)": "0.9, 2)",
             '"jax_num_cpu_devices", 4': '"jax_num_cpu_devices", 2',
+            "target = (logits": f"{QUICKLY}target = (logits",
+            "@jax.jit\ndef saliency": f"{THOROUGHLY}@jax.jit\ndef saliency",
+            "def best_score": f"{QUICKLY}def best_score",
+            "mesh = jax.make_mesh": f"{THOROUGHLY}mesh = jax.make_mesh",
         },
     ),
     "finetune": (3, {"STEPS, TRAIN, TEST = 30, 8, 3": "STEPS, TRAIN, TEST = 12, 3, 2"}),

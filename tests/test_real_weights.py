@@ -45,6 +45,7 @@ POINTS = {
 }
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     "kind", ["point", "points", "box", "points_and_box", "mask", "mask_and_point", "everything"]
 )
@@ -220,10 +221,14 @@ def compare_with_hf(size_config, seed):
     assert mask_iou(masks, reference_masks).min() >= 0.9999
 
 
+@pytest.mark.full_size
+@pytest.mark.optimised
 def test_vit_b_at_full_size():
     compare_with_hf(config.from_hf({}), seed=1)
 
 
+@pytest.mark.full_size
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("dim", "heads", "mlp_dim"),
     [(1024, 16, 4096), (1280, 16, 5120), (384, 12, 1536), (168, 12, 696)],
@@ -257,6 +262,7 @@ def lite_medsam_torch(tmp_path_factory):
     return model.eval()
 
 
+@pytest.mark.full_size
 @pytest.mark.parametrize("name", ["retina", "microaneurysms"])
 def test_lite_medsam(lite_medsam_torch, name):
     """From picture to mask by a box: as the authors' own inference, but for how PIL resizes."""

@@ -128,6 +128,7 @@ def torch_decode(original, embedding, early, points, labels, boxes, masks, multi
     )
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_masks_are_the_originals(original, model, kind):
     pixels = normal((1, 96, 96, 3), seed=2)

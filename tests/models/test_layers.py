@@ -17,6 +17,8 @@ from sam_jax.models.layers import (
     partition_windows,
 )
 
+pytestmark = pytest.mark.optimised
+
 image_encoder = torch_reference.import_reference("segment_anything").modeling.image_encoder
 
 

@@ -7,6 +7,8 @@ from reference import SMALL, assert_close, meta_sam, normal, ours, run, tensor, 
 
 from sam_jax.models.layers import gelu, join_pixels
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture(scope="module")
 def pair():

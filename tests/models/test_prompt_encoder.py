@@ -18,6 +18,8 @@ from reference import (
 
 from sam_jax.ops.prompts import join_prompts
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture(scope="module")
 def pair():

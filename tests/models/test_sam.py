@@ -78,6 +78,7 @@ PROMPTS = {
 }
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("inputs", PROMPTS.values(), ids=PROMPTS)
 def test_surface_is_hugging_faces(hf, model, embeddings, inputs):
     with torch.no_grad():
@@ -554,8 +555,12 @@ def our_objective(sam, pixels, points, labels, box, mask):
 
 @pytest.mark.parametrize(
     ("config", "attention"),
-    [(SMALL, "xla"), (SMALL, "folded"), (SMALL, "chunked"), (SMALL_TINY, None)],
-    ids=["vit_xla", "vit_folded", "vit_chunked", "tiny_vit"],
+    [
+        pytest.param(SMALL, "xla", id="vit_xla"),
+        pytest.param(SMALL, "folded", id="vit_folded"),
+        pytest.param(SMALL, "chunked", id="vit_chunked", marks=pytest.mark.optimised),
+        pytest.param(SMALL_TINY, None, id="tiny_vit", marks=pytest.mark.optimised),
+    ],
 )
 def test_gradients(config, attention):
     torch_sam = meta_sam(config)

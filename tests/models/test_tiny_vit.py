@@ -17,6 +17,8 @@ from reference import (
 
 from sam_jax.models.tiny_vit import _depthwise_conv
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture(scope="module")
 def pair():

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from reference import SMALL, assert_close, hf_sam, meta_sam, normal, ours, run, tensor
 
+pytestmark = pytest.mark.optimised
+
 TOKENS = 6
 POSITIONS = 144
 ALL = jnp.ones(TOKENS, bool)

@@ -18,6 +18,8 @@ from reference import (
 
 from sam_jax.config import SamConfig, ViTConfig
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture(scope="module")
 def pair():

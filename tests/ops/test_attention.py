@@ -16,6 +16,8 @@ from sam_jax.ops.attention import (
     softmax,
 )
 
+pytestmark = pytest.mark.optimised
+
 image_encoder = torch_reference.import_reference("segment_anything").modeling.image_encoder
 
 

@@ -11,6 +11,8 @@ from sam_jax.ops.boxes import (
     non_maximum_suppression,
 )
 
+pytestmark = pytest.mark.optimised
+
 amg = torch_reference.import_reference("segment_anything").utils.amg
 batched_nms = torch_reference.import_reference(
     "segment_anything"

@@ -11,6 +11,8 @@ from reference import assert_close, normal
 from sam_jax.ops.attention import _position_terms, rel_pos_attention, relative_positions
 from sam_jax.ops.flash import flash_attention
 
+pytestmark = pytest.mark.optimised
+
 # Heads of one power of two, of two, and of none; grids as large as the kernels' blocks, and not.
 LAYERS = [((16, 16), 16), ((8, 32), 80), ((14, 14), 12), ((3, 33), 48)]
 

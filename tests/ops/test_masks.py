@@ -21,6 +21,8 @@ from sam_jax.ops.masks import (
     rle_uncompress,
 )
 
+pytestmark = pytest.mark.optimised
+
 amg = torch_reference.import_reference("segment_anything").utils.amg
 
 

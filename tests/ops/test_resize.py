@@ -7,6 +7,8 @@ from reference import assert_close, normal, tensor
 
 from sam_jax.ops.resize import linear_resize_matrix, mask_resize_matrix, resize_masks, size_bucket
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.mark.parametrize(
     ("in_size", "out_size"), [(256, 1024), (1024, 333), (5, 5), (7, 1), (1, 4), (683, 1999), (3, 2)]
