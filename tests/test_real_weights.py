@@ -45,7 +45,6 @@ POINTS = {
 }
 
 
-@pytest.mark.optimised
 @pytest.mark.parametrize(
     "kind", ["point", "points", "box", "points_and_box", "mask", "mask_and_point", "everything"]
 )
@@ -228,7 +227,6 @@ def test_vit_b_at_full_size():
 
 
 @pytest.mark.full_size
-@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("dim", "heads", "mlp_dim"),
     [(1024, 16, 4096), (1280, 16, 5120), (384, 12, 1536), (168, 12, 696)],
