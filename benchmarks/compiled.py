@@ -171,10 +171,11 @@ def look(text: str, logits: int) -> dict[str, str]:
                 names = re.findall(r"%([\w.-]+)", operands.split("), ")[0])
                 traffic += written[name] + sum(written.get(other, 0) for other in names)
                 large += sum(count >= logits for count, _ in results)
-    flash = [
-        len(re.findall(rf'target="__cudnn\$fmha(?:ScaleBias)?Softmax{cudnn}"|/{ours}/pallas', text))
-        for cudnn, ours in (("", "flash_attention"), ("Backward", "flash_attention_backward_keys"))
-    ]
+    names = (
+        r'fmha(?:ScaleBias)?Softmax"|/flash_attention/pallas_call',
+        r'fmha(?:ScaleBias)?SoftmaxBackward"|/flash_attention_backward_keys/pallas_call',
+    )
+    flash = [len(re.findall(rf" custom-call\(.*(?:{name})", text)) for name in names]
     return {
         "Traffic": f"{traffic / 1e9:.1f} GB",
         "Flash": ", ".join(map(str, flash)),
