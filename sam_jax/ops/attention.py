@@ -84,6 +84,8 @@ def rel_pos_attention(
             "folded" for windows and "chunked" for large grids, on a GPU "cudnn" where it can run,
             for large grids "pallas", and else "folded", elsewhere "xla".
 
+    "cudnn" and "pallas" have reverse-mode derivatives alone (`jax.grad`; no `jax.jvp`).
+
     Logits and softmax are float32 whatever the inputs' dtype (but "folded", "cudnn" and "pallas"
     round the position terms to it); the result has the inputs' dtype.
 
