@@ -31,8 +31,8 @@ os.environ.setdefault(
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry:UserWarning"
 
 # Most programs here run once and on little: without LLVM's optimisations and XLA's new emitters
-# they compile in a quarter of the time. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests them as
-# users compile them. (XLA stops at a flag that it does not know, so it is for versions that do.)
+# they compile in a quarter of the time. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests nearly
+# all as users compile them. (XLA stops at a flag that it does not know: for versions that do.)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = (
@@ -128,4 +128,5 @@ def nvidia(request, monkeypatch):
     }
     for name, function in known.items():
         monkeypatch.setattr(fused_attention_stablehlo, name, function)
-    return request.param
+    yield request.param
+    jax.clear_caches()

@@ -148,7 +148,7 @@ class Sam(nnx.Module):
             prompts_at_once: how many prompts of each image are computed together, for less memory.
                 None: one of one image on a CPU, whose cache it fits; else up to 64 (on an NVIDIA
                 GPU 0.4 GB in bfloat16), fewer where those of all images would take more than a
-                quarter of the devices' memory.
+                quarter of a device's memory.
             platform: where it will run ("cpu", "cuda", ...), if not on JAX's default backend.
 
         Raises:
@@ -353,13 +353,12 @@ class Sam(nnx.Module):
     def _fitting_prompts(self, images: int) -> int:
         """How many prompts of each image are computed together on a GPU or TPU."""
         memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        if memory is None:
+        if not memory:
             return 64
         # XLA's program holds the image features of a prompt three times over, and then its masks.
         features = self.config.image_embedding_size**2 * self.config.prompt_embed_dim
         one = 4 * features * jnp.dtype(self.mask_decoder.dtype).itemsize
-        # Images may be sharded over all devices.
-        return int(np.clip(jax.device_count() * memory // 4 // (one * images), 1, 64))
+        return int(np.clip(memory // 4 // (one * max(images, 1)), 1, 64))
 
     def _check_pixels(self, pixel_values):
         size = self.config.image_size

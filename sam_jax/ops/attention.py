@@ -82,9 +82,9 @@ def rel_pos_attention(
             "pallas" materialise none, in bfloat16 or float16 on an NVIDIA GPU: its library's flash
             attention, folded, and a kernel of our own (`sam_jax.ops.flash`). None takes: on a CPU
             "folded" for windows and "chunked" for large grids, on a GPU "cudnn" where it can run,
-            for large grids "pallas", and else "folded", elsewhere "xla".
+            else "pallas" for large grids where it can, and else "folded"; elsewhere "xla".
 
-    "cudnn" and "pallas" have reverse-mode derivatives alone (`jax.grad`; no `jax.jvp`).
+    "cudnn" and "pallas" have first derivatives in reverse mode alone (`jax.grad`), others have all.
 
     Logits and softmax are float32 whatever the inputs' dtype (but "folded", "cudnn" and "pallas"
     round the position terms to it); the result has the inputs' dtype.
@@ -284,8 +284,8 @@ def _pallas(q, k, v, tables, grid):
     if wrong := _pallas_lacks(q, tables is not None, grid, _gpu()):
         raise ValueError(
             "attention is 'pallas', which needs an NVIDIA GPU of compute capability 8.0 or more, "
-            f"bfloat16 or float16, and relative positions, but {wrong}; leave it out, or name "
-            "another"
+            "bfloat16 or float16, relative positions, and rows of up to 64 positions (of heads up "
+            f"to 128 wide), but {wrong}; leave it out, or name another"
         )
     rel_h, rel_w = (term.astype(q.dtype) for term in _position_terms(q, tables))
     return flash_attention(q * q.shape[-1] ** -0.5, k, v, rel_h, rel_w)

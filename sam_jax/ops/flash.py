@@ -31,8 +31,9 @@ def flash_attention(
     """Softmax attention over the h x w = n positions of a grid.
 
     The logits of a query and the key at row i and column j are `q . k + rel_h[i] + rel_w[j]`. They
-    are float32, as the sums over keys are; the weights are rounded to the inputs' dtype. Where
-    images or heads are sharded over devices, each computes its own.
+    are float32, as the sums over keys are; the weights, and in the backward pass the derivatives of
+    the logits, are rounded to the inputs' dtype. Where images or heads are sharded over devices,
+    each computes its own.
 
     Args:
         q: queries, scaled, in row-major order of the grid.
@@ -46,9 +47,9 @@ def flash_attention(
     """
     n, d = q.shape[2:]
     h, w = rel_h.shape[-1], rel_w.shape[-1]
-    # Triton's blocks are powers of two; here, of columns. Those that are added have no weight.
-    columns = max(16, 1 << (w - 1).bit_length())
-    queries, channels = -n % _FORWARD[0], -d % 16
+    # Triton's blocks are powers of two, and so is a row of keys. Columns that are added have logits
+    # of -inf, and so no weight.
+    columns, queries, channels = _columns(w), -n % _FORWARD[0], -d % 16
     k, v = (_pad(x, 0, channels).reshape(*x.shape[:2], h, w, -1) for x in (k, v))
     k, v = (_pad(x, columns - w, 0).reshape(*x.shape[:2], h * columns, -1) for x in (k, v))
     q, rel_h = _pad(q, queries, channels), _pad(rel_h, queries, 0)
@@ -58,9 +59,14 @@ def flash_attention(
 
 def flash_lacks(grid: tuple[int, int], d: int) -> str | None:
     """Why there is no kernel for a grid of (h, w) and heads of d channels; None if there is one."""
-    if grid[1] > 128:
-        return f"a grid of {grid[0]} x {grid[1]} has more than 128 columns"
-    return f"heads are {d} wide, with 128 the most" if d > 128 else None
+    if _columns(grid[1]) * (d + -d % 16) > 64 * 128:  # or a row is too much for shared memory
+        return f"a row of a grid of {grid[0]} x {grid[1]} is too large with heads {d} wide"
+    return None
+
+
+def _columns(w: int) -> int:
+    """Of a row of keys, a power of two."""
+    return max(16, 1 << (w - 1).bit_length())
 
 
 def _pad(x, rows, columns, value=0):

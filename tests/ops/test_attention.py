@@ -132,7 +132,7 @@ def test_flash_attention_lowers_for_cuda(implementation, grid, d):
 
     text = lowered_for_cuda(jax.jit(jax.grad(total, (0, 1, 2, 3))), q, q, q, tables)
     assert flash_attentions(text) == {implementation: (1, 1)}
-    assert not re.search(rf"x{n}x{n}x|x{n}x{grid[0]}x{grid[1]}x", text)
+    assert not re.search(rf"x{n}x{n}x|x{n}x{grid[0]}x{grid[1]}x|x256x224x", text)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,8 @@ def test_flash_attention_lowers_for_cuda(implementation, grid, d):
         ("9.0", "float16", (64, 64), 80, "cudnn"),
         ("9.0", "float32", (64, 64), 64, "folded"),
         ("9.0", "bfloat16", (14, 14), 64, "cudnn"),
-        ("9.0", "bfloat16", (96, 96), 80, "pallas"),
+        ("9.0", "bfloat16", (96, 96), 80, "folded"),
+        ("8.0", "bfloat16", (96, 96), 64, "pallas"),
         ("9.0", "bfloat16", (27, 27), 64, "pallas"),
         ("8.0", "bfloat16", (64, 64), 64, "pallas"),
         ("8.9", "float16", (64, 64), 80, "pallas"),
@@ -217,8 +218,8 @@ def test_cudnn_says_what_it_needs(monkeypatch, gpu, dtype, grid, message):
         ("cpu", "bfloat16", (16, 16), 16, "JAX runs on cpu here; leave it out, or name another"),
         ("8.0", "float32", (16, 16), 16, "the model computes in float32; give it dtype="),
         ("7.5", "bfloat16", (16, 16), 16, "this one has compute capability 7.5"),
-        ("8.0", "bfloat16", (2, 130), 16, "a grid of 2 x 130 has more than 128 columns"),
-        ("8.0", "bfloat16", (2, 2), 144, "heads are 144 wide, with 128 the most"),
+        ("8.0", "bfloat16", (2, 130), 48, "a row of a grid of 2 x 130 is too large with heads 48"),
+        ("8.0", "bfloat16", (2, 64), 144, "a row of a grid of 2 x 64 is too large with heads 144"),
         ("8.0", "bfloat16", (16, 16), None, "there are none"),
     ],
 )

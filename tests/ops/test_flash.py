@@ -107,5 +107,5 @@ for spec in (P("images"), P("images", "heads"), P(None, "heads")):
 
 
 def test_devices_compute_their_own_images_and_heads():
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     subprocess.run([sys.executable, "-c", SHARDED], env=environment, check=True, timeout=300)
