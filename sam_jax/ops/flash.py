@@ -85,9 +85,9 @@ def _vjp_forward(q, k, v, rel_h, rel_w, interpret):
 
 def _vjp_backward(interpret, residuals, d_out):
     *inputs, out, lse = residuals
-    # What the softmax's normalisation takes from each logit's derivative.
-    mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1)
-    return _backward(interpret)(*inputs, d_out, lse, mean)
+    # What the softmax's normalisation takes from each logit's derivative: the paper's D.
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1)
+    return _backward(interpret)(*inputs, d_out, lse, delta)
 
 
 _flash_attention.defvjp(_vjp_forward, _vjp_backward)
@@ -139,14 +139,14 @@ def _forward(interpret):
     """Of (q, k, v, rel_h, rel_w): the result, and the logarithm of each query's total."""
 
     def kernels(*arrays):
-        q = arrays[0]
-        block, warps = _FORWARD
+        q, (block, warps) = arrays[0], _FORWARD
+        lse = jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
         return pl.pallas_call(
             functools.partial(_forward_kernel, parts=_parts(q.shape[-1])),
             grid=_grid(q, block),
             in_specs=_specs(arrays, block, whole=(1, 2)),
-            out_specs=_specs((q, q[..., 0]), block),
-            out_shape=[q, jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)],
+            out_specs=_specs((q, lse), block),
+            out_shape=[q, lse],
             compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
             interpret=interpret,
             name="flash_attention",
@@ -157,7 +157,7 @@ def _forward(interpret):
 
 @functools.cache
 def _backward(interpret):
-    """Of (q, k, v, rel_h, rel_w, d_out, lse, mean): the derivatives by the first five."""
+    """Of (q, k, v, rel_h, rel_w, d_out, lse, delta): the derivatives by the first five."""
 
     def kernels(*arrays):
         q, k, v, rel_h, rel_w, *_ = arrays
@@ -233,18 +233,18 @@ def _forward_kernel(q_ref, k_ref, v_ref, rel_h_ref, rel_w_ref, out_ref, lse_ref,
 
 
 def _backward_queries_kernel(
-    q_ref, k_ref, v_ref, rel_h_ref, rel_w_ref, d_out_ref, lse_ref, mean_ref, *outputs, parts
+    q_ref, k_ref, v_ref, rel_h_ref, rel_w_ref, d_out_ref, lse_ref, delta_ref, *outputs, parts
 ):
     d_q_ref, d_rel_h_ref, d_rel_w_ref = outputs
     q, d_out = _load(q_ref, parts), _load(d_out_ref, parts)
-    rel_w, lse, mean = plgpu.load(rel_w_ref), plgpu.load(lse_ref), plgpu.load(mean_ref)
+    rel_w, lse, delta = plgpu.load(rel_w_ref), plgpu.load(lse_ref), plgpu.load(delta_ref)
 
     def row(i, carry):
         d_q, d_rel_w = carry
         keys = pl.ds(i * rel_w.shape[1], rel_w.shape[1])
         k = _load(k_ref, parts, keys)
         logits = _logits(q, k, plgpu.load(rel_h_ref.at[:, i]), rel_w)
-        _, d_logits = _derivatives(logits, _load(v_ref, parts, keys), d_out, lse, mean)
+        _, d_logits = _derivatives(logits, _load(v_ref, parts, keys), d_out, lse, delta)
         plgpu.store(d_rel_h_ref.at[:, i], d_logits.sum(-1).astype(d_rel_h_ref.dtype))
         low = d_logits.astype(q_ref.dtype)
         d_q = tuple(old + plgpu.dot(low, x) for old, x in zip(d_q, k, strict=True))
@@ -258,7 +258,7 @@ def _backward_queries_kernel(
 
 
 def _backward_keys_kernel(
-    q_ref, k_ref, v_ref, rel_h_ref, rel_w_ref, d_out_ref, lse_ref, mean_ref, *outputs, parts, block
+    q_ref, k_ref, v_ref, rel_h_ref, rel_w_ref, d_out_ref, lse_ref, delta_ref, *outputs, parts, block
 ):
     d_k_ref, d_v_ref = outputs
     i = pl.program_id(0)  # the keys' row
@@ -269,8 +269,8 @@ def _backward_keys_kernel(
         queries = pl.ds(j * block, block)
         q, d_out = _load(q_ref, parts, queries), _load(d_out_ref, parts, queries)
         rel_h, rel_w = plgpu.load(rel_h_ref.at[queries, i]), plgpu.load(rel_w_ref.at[queries, :])
-        lse, mean = plgpu.load(lse_ref.at[queries]), plgpu.load(mean_ref.at[queries])
-        weights, d_logits = _derivatives(_logits(q, k, rel_h, rel_w), v, d_out, lse, mean)
+        lse, delta = plgpu.load(lse_ref.at[queries]), plgpu.load(delta_ref.at[queries])
+        weights, d_logits = _derivatives(_logits(q, k, rel_h, rel_w), v, d_out, lse, delta)
         weights, d_logits = (x.astype(q_ref.dtype).T for x in (weights, d_logits))
         d_v = tuple(old + plgpu.dot(weights, x) for old, x in zip(d_v, d_out, strict=True))
         d_k = tuple(old + plgpu.dot(d_logits, x) for old, x in zip(d_k, q, strict=True))
@@ -289,11 +289,11 @@ def _logits(q, k, rel_h, rel_w):
     return sum((plgpu.dot(a, b.T) for a, b in zip(q, k, strict=True)), positions)
 
 
-def _derivatives(logits, v, d_out, lse, mean):
+def _derivatives(logits, v, d_out, lse, delta):
     """The weights of a block and the derivatives of its logits."""
     weights = jnp.exp(logits - lse[:, None])
     d_weights = sum(plgpu.dot(a, b.T) for a, b in zip(d_out, v, strict=True))
-    return weights, weights * (d_weights - mean[:, None])
+    return weights, weights * (d_weights - delta[:, None])
 
 
 def _parts(d: int) -> list[pl.Slice]:

@@ -121,7 +121,7 @@ def test_what_cudnn_is_given(grid):
     ids=str,
 )
 def test_flash_attention_lowers_for_cuda(implementation, grid, d):
-    """Forward and backward, and nothing there has the size of all logits."""
+    """Forward and backward, and nothing there has the size of all logits, padded or not."""
     n = grid[0] * grid[1]
     q = jax.ShapeDtypeStruct((2, 4, n, d), jnp.bfloat16)
     tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, d), jnp.bfloat16) for size in grid)

@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -6,13 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import assert_close, normal
+import torch
+import torch_reference
+from reference import assert_close, normal, tensor
 
-from sam_jax.ops.attention import _position_terms, rel_pos_attention, relative_positions
+import sam_jax.ops.attention
+from sam_jax.ops.attention import rel_pos_attention
 from sam_jax.ops.flash import flash_attention
 
-# Heads of two powers of two, and of none; grids as large as the kernels' blocks, and not.
-LAYERS = [((8, 32), 80), ((3, 33), 12)]
+image_encoder = torch_reference.import_reference("segment_anything").modeling.image_encoder
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch):
+    """The kernels step by step, on any device and in any dtype."""
+    interpreted = functools.partial(flash_attention, interpret=True)
+    monkeypatch.setattr(sam_jax.ops.attention, "flash_attention", interpreted)
+    monkeypatch.setattr(sam_jax.ops.attention, "_pallas_lacks", lambda *_: None)
 
 
 def inputs(grid, d, b=2, heads=2):
@@ -22,26 +33,27 @@ def inputs(grid, d, b=2, heads=2):
 
 
 def flash(q, k, v, tables):
-    """The kernels, step by step, as `rel_pos_attention` calls them."""
-    tables = tuple(relative_positions(table, (len(table) + 1) // 2) for table in tables)
-    terms = (term.astype(q.dtype) for term in _position_terms(q, tables))
-    return flash_attention(q * q.shape[-1] ** -0.5, k, v, *terms, True)
+    grid = tuple((len(table) + 1) // 2 for table in tables)
+    return rel_pos_attention(q, k, v, tables, grid, "pallas")
 
 
-@pytest.mark.parametrize(("grid", "d"), LAYERS, ids=str)
-def test_it_is_the_plain_attention(grid, d):
+# Heads of two powers of two, and of none; grids as large as the kernels' blocks, and not.
+@pytest.mark.parametrize(("grid", "d"), [((8, 32), 80), ((3, 33), 12)], ids=str)
+def test_it_is_metas_attention(grid, d):
+    """And so are its gradients."""
     arrays = inputs(grid, d)
     weights = normal(arrays[0].shape, seed=7)
+    ours, gradients = jax.vjp(flash, *arrays)
 
-    def plain(*arrays):
-        return rel_pos_attention(*arrays, grid, "xla")
-
-    expected, gradients = jax.vjp(plain, *arrays)
-    actual, actual_gradients = jax.vjp(flash, *arrays)
-    assert_close(actual, expected)
-    jax.tree.map(
-        lambda a, e: assert_close(a, e, 1e-5), actual_gradients(weights), gradients(weights)
-    )
+    leaves = [tensor(x).requires_grad_() for x in jax.tree.leaves(arrays)]
+    q, k, v = (x.flatten(0, 1) for x in leaves[:3])
+    logits = (q * d**-0.5) @ k.transpose(-2, -1)
+    logits = image_encoder.add_decomposed_rel_pos(logits, q, *leaves[3:], grid, grid)
+    metas = (torch.softmax(logits, -1) @ v).reshape(weights.shape)
+    metas.backward(tensor(weights))
+    assert_close(ours, metas.detach())
+    for actual, leaf in zip(jax.tree.leaves(gradients(weights)), leaves, strict=True):
+        assert_close(actual, leaf.grad, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
