@@ -54,7 +54,7 @@ def main() -> None:
     coords = processor.scale_coords(grid, photo.shape[:2])
 
     def attend(params, embedding, coords):
-        return _attend(nnx.merge(graphdef, params), embedding, coords)
+        return _attend(nnx.merge(graphdef, params), embedding, coords, outputs)
 
     def upscale(params, tokens, keys):
         decoder = nnx.merge(graphdef, params).mask_decoder

@@ -703,7 +703,7 @@ def _measure(
         return _for_each_wanted(measure, wanted, (masks,), at_once.measured)
 
     def some_points(real, coords):
-        iou_token, mask_tokens, keys = _attend(model, embedding, coords)
+        iou_token, mask_tokens, keys = _attend(model, embedding, coords, outputs)
         iou = jax.vmap(decoder.predict_iou)(iou_token)[:, outputs]
         wanted = real[:, None] & ((iou > iou_limit) | (iou_limit <= 0))
         statistics = _for_each_wanted(
@@ -730,7 +730,7 @@ def _decode(
         return decoder.predict_masks(mask_tokens, keys, outputs, hq_features)[which]
 
     def some_points(real, coords, which):
-        _, mask_tokens, keys = _attend(model, embedding, coords)
+        _, mask_tokens, keys = _attend(model, embedding, coords, outputs)
         arrays = mask_tokens, keys, which
         return _for_each_wanted(mask_of_point, real, arrays, at_once.upscaled)
 
@@ -738,14 +738,27 @@ def _decode(
     return _for_some_at_a_time(some_points, arrays, points.count, at_once.points)
 
 
-def _attend(model: Sam, image_embedding: Float[Array, "g g c"], coords: Float[Array, "n 2"]):
+def _attend(
+    model: Sam,
+    image_embedding: Float[Array, "g g c"],
+    coords: Float[Array, "n 2"],
+    outputs: slice,
+):
     """What the two-way transformer makes of n prompts of one foreground point each."""
     image_pe = model.prompt_encoder.get_dense_pe()
     no_mask = model.prompt_encoder.embed_mask(None)
 
     def one_prompt(points, labels):
         sparse, sparse_mask = model.prompt_encoder(points, labels)
-        return model.mask_decoder.attend(image_embedding, image_pe, sparse, sparse_mask, no_mask)
+        return model.mask_decoder.attend(
+            image_embedding,
+            image_pe,
+            sparse,
+            sparse_mask,
+            no_mask,
+            outputs,
+            image_is_shared=True,
+        )
 
     return jax.vmap(one_prompt)(*join_prompts(coords[:, None], None, None))
 

@@ -5,7 +5,6 @@ Written for one prompt of one image, without batch axes: `jax.vmap` adds them.
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -53,6 +52,7 @@ class MaskDecoder(nnx.Module):
         target_embedding: Float[Array, "#t c"] | None = None,
         hq_features: Float[Array, "h w hq"] | None = None,
         hq_token_only: bool = False,
+        image_is_shared: bool = False,
     ) -> tuple[Float[Array, "m 4*g 4*g"], Float[Array, " m"]]:
         """Mask logits and predicted IoUs, both float32.
 
@@ -68,17 +68,20 @@ class MaskDecoder(nnx.Module):
             target_embedding: see `TwoWayTransformer`.
             hq_features: SAM-HQ's, else None.
             hq_token_only: see `predict_masks`.
+            image_is_shared: see `TwoWayTransformer`.
         """
+        outputs = self.outputs(multimask_output)
         iou_token, mask_tokens, image_embedding = self.attend(
             image_embedding,
             image_pe,
             sparse,
             sparse_mask,
             dense,
+            outputs,
             attention_similarity,
             target_embedding,
+            image_is_shared,
         )
-        outputs = self.outputs(multimask_output)
         masks = self.predict_masks(
             mask_tokens, image_embedding, outputs, hq_features, hq_token_only
         )
@@ -110,12 +113,14 @@ class MaskDecoder(nnx.Module):
         sparse: Float[Array, "n c"],
         sparse_mask: Bool[Array, " n"],
         dense: Float[Array, "*grid c"],
+        outputs: slice,
         attention_similarity: Float[Array, "*heads_and_t g*g"] | None = None,
         target_embedding: Float[Array, "#t c"] | None = None,
+        image_is_shared: bool = False,
     ) -> tuple[Float[Array, " c"], Float[Array, "m c"], Float[Array, "g g c"]]:
         """The IoU token, the mask tokens and the image embedding after the two-way transformer.
 
-        SAM-HQ's token is the last of the mask tokens.
+        The mask tokens are those of `outputs`, and SAM-HQ's the last.
         """
         # Token order: IoU, masks, SAM-HQ's, points, box corners.
         own_tokens = [self.iou_token[...], self.mask_tokens[...]]
@@ -125,6 +130,8 @@ class MaskDecoder(nnx.Module):
         tokens = jnp.concatenate([output_tokens.astype(self.dtype), sparse.astype(self.dtype)])
         token_mask = jnp.concatenate([jnp.ones(len(output_tokens), bool), sparse_mask])
 
+        masks = range(1, 1 + len(self.mask_tokens))[outputs]
+        hq = range(1 + len(self.mask_tokens), len(output_tokens))
         # Without a mask prompt nothing here depends on the prompt, and no vmap batches it.
         grid = image_embedding.shape
         keys = image_embedding.astype(self.dtype) + dense.astype(self.dtype)
@@ -135,10 +142,10 @@ class MaskDecoder(nnx.Module):
             token_mask,
             attention_similarity,
             target_embedding,
+            [0, *masks, *hq],
+            image_is_shared,
         )
-        # A slice also where `jax.export` leaves the number of tokens open: indexing would gather.
-        outputs = jax.lax.slice_in_dim(tokens, 0, len(output_tokens))
-        return outputs[0], outputs[1:], keys.reshape(grid)
+        return tokens[0], tokens[1:], keys.reshape(grid)
 
     def predict_iou(self, iou_token: Float[Array, " c"]) -> Float[Array, " all"]:
         """The IoU that the model expects of each mask, the single mask's first; needs no mask."""
@@ -146,20 +153,20 @@ class MaskDecoder(nnx.Module):
 
     def predict_masks(
         self,
-        mask_tokens: Float[Array, "all c"],
+        mask_tokens: Float[Array, "chosen c"],
         image_embedding: Float[Array, "g g c"],
         outputs: slice,
         hq_features: Float[Array, "h w hq"] | None = None,
         hq_token_only: bool = False,
     ) -> Float[Array, "m 4*g 4*g"]:
-        """Mask logits of the chosen mask tokens, to which SAM-HQ adds those of its own.
+        """Mask logits of the mask tokens of `attend`, to which SAM-HQ adds those of its own.
 
         With `hq_token_only` SAM-HQ's mask alone is in the place of each.
         """
         upscaled = gelu(self.output_upscaling(image_embedding))
-        heads = list(self.output_hypernetworks_mlps)
-        tokens = mask_tokens[: len(heads)][outputs]
-        hyper_in = jnp.stack([h(t) for h, t in zip(heads[outputs], tokens, strict=True)])
+        heads = list(self.output_hypernetworks_mlps)[outputs]
+        tokens = mask_tokens if self.hq is None else mask_tokens[:-1]
+        hyper_in = jnp.stack([h(t) for h, t in zip(heads, tokens, strict=True)])
         masks = jnp.matmul(upscaled, hyper_in.T, preferred_element_type=jnp.float32)
         masks = jnp.moveaxis(join_pixels(masks), -1, 0)
         if self.hq is None:

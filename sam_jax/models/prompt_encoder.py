@@ -73,8 +73,7 @@ class PromptEncoder(nnx.Module):
     def get_dense_pe(self) -> Float[Array, "g g c"]:
         """The positional encoding of the image embedding's grid."""
         centres = (jnp.arange(self.grid, dtype=jnp.float32) + 0.5) / self.grid
-        x, y = jnp.meshgrid(centres, centres)
-        return self.pe_layer(jnp.stack([x, y], axis=-1))
+        return self.pe_layer.of_grid(centres, centres)
 
 
 class PositionEmbeddingRandom(nnx.Module):
@@ -85,12 +84,28 @@ class PositionEmbeddingRandom(nnx.Module):
         self.positional_encoding_gaussian_matrix = Buffer(init(rngs.params(), (2, num_pos_feats)))
 
     def __call__(self, coords: Float[Array, "*batch 2"]) -> Float[Array, "*batch c"]:
-        gaussian = self.positional_encoding_gaussian_matrix[...].astype(jnp.float32)
-        coords = 2 * coords - 1
-        # Two multiplications and a sum rather than a matmul: float32 on every device.
-        angles = coords[..., :1] * gaussian[0] + coords[..., 1:] * gaussian[1]
-        angles = 2 * jnp.pi * angles
+        # A multiplication each and a sum rather than a matmul: float32 on every device.
+        angles = self._angles(coords[..., :1], 0) + self._angles(coords[..., 1:], 1)
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+    def of_grid(self, x: Float[Array, " w"], y: Float[Array, " h"]) -> Float[Array, "h w c"]:
+        """Of all positions (x, y), by the sines and cosines of x and of y alone.
+
+        sin(a + b) = sin a cos b + cos a sin b, and so for the cosine: as exact, and on a CPU the
+        sines of all positions would be a tenth of a click's time.
+        """
+        a, b = self._angles(x[:, None], 0), self._angles(y[:, None, None], 1)
+        sin_a, cos_a, sin_b, cos_b = jnp.sin(a), jnp.cos(a), jnp.sin(b), jnp.cos(b)
+
+        def join(sines, cosines):
+            # Before they are multiplied, or XLA computes them anew for every position.
+            return jnp.concatenate([sines, cosines], axis=-1)
+
+        return join(sin_a, cos_a) * join(cos_b, cos_b) + join(cos_a, -sin_a) * join(sin_b, sin_b)
+
+    def _angles(self, coords: Float[Array, "*batch 1"], axis: int) -> Float[Array, "*batch half"]:
+        gaussian = self.positional_encoding_gaussian_matrix[...].astype(jnp.float32)
+        return 2 * jnp.pi * ((2 * coords - 1) * gaussian[axis])
 
 
 class MaskDownscaling(nnx.Module):

@@ -172,6 +172,7 @@ class Sam(nnx.Module):
                 target,
                 hq_features,
                 hq_token_only,
+                image_is_shared,
             )
 
         if hq_token_only and not self.config.hq:
@@ -186,6 +187,9 @@ class Sam(nnx.Module):
         mask_per_prompt = masks is not None and masks.shape[1] == points.shape[1]
         if masks is not None and not mask_per_prompt:
             masks = masks[:, 0]
+        # From three prompts on it is less work to share; in `jax.export` their number may be open.
+        prompts = points.shape[1]
+        image_is_shared = not mask_per_prompt and (not isinstance(prompts, int) or prompts > 2)
         images_at_once = None
         if prompts_at_once is None:
             if (platform or jax.default_backend()) == "cpu":

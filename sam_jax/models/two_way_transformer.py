@@ -4,6 +4,10 @@ Written for one prompt of one image, without batch axes: `jax.vmap` adds them. P
 ("queries") attend to each other and to the image's positions ("keys"), and those to the tokens.
 """
 
+import functools
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -36,7 +40,9 @@ class TwoWayTransformer(nnx.Module):
         token_mask: Bool[Array, " t"],
         attention_similarity: Float[Array, "*heads_and_t n"] | None = None,
         target_embedding: Float[Array, "#t c"] | None = None,
-    ) -> tuple[Float[Array, "t c"], Float[Array, "n c"]]:
+        outputs: Sequence[int] | None = None,
+        image_is_shared: bool = False,
+    ) -> tuple[Float[Array, "outputs c"], Float[Array, "n c"]]:
         """Returns the updated tokens and image embedding.
 
         Args:
@@ -49,6 +55,9 @@ class TwoWayTransformer(nnx.Module):
             target_embedding: added to the tokens before each block (PerSAM's target-semantic
                 prompting). What is added before the first block also becomes part of their
                 positional encoding, as in the reference, which adds in place.
+            outputs: which tokens are returned, None for all. The last attention is of them alone.
+            image_is_shared: that several prompts are computed for this image embedding (by a vmap
+                or a loop), so that what the first block makes of it alone is computed once.
         """
         if target_embedding is not None:
             tokens = tokens + target_embedding
@@ -56,7 +65,21 @@ class TwoWayTransformer(nnx.Module):
         for i, layer in enumerate(self.layers):
             if target_embedding is not None and i > 0:
                 queries = queries + target_embedding
-            queries, keys = layer(queries, keys, tokens, image_pe, token_mask, attention_similarity)
+            queries, keys = layer(
+                queries,
+                keys,
+                tokens,
+                image_pe,
+                token_mask,
+                attention_similarity,
+                keys_are_shared=image_is_shared and i == 0,
+            )
+        if outputs is not None:
+            queries, tokens = (
+                # Slices also where `jax.export` leaves the number open: indexing would gather.
+                jnp.concatenate([jax.lax.slice_in_dim(x, i, i + 1) for i in outputs])
+                for x in (queries, tokens)
+            )
         attended = self.final_attn_token_to_image(queries + tokens, keys + image_pe, keys)
         return self.norm_final_attn(queries + attended), keys
 
@@ -70,11 +93,7 @@ class TwoWayAttentionBlock(nnx.Module):
         eps = decoder.layer_norm_eps
         self.self_attn = Attention(dim, heads, 1, dtype=dtype, rngs=rngs)
         self.norm1 = LayerNorm(dim, eps=eps, dtype=dtype)
-        # In the first layer the image is the same for all prompts (if they have no masks), and its
-        # projections are computed once: nothing to save by regrouping.
-        self.cross_attn_token_to_image = Attention(
-            dim, heads, rate, regroup=not skip_first_layer_pe, dtype=dtype, rngs=rngs
-        )
+        self.cross_attn_token_to_image = Attention(dim, heads, rate, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(dim, eps=eps, dtype=dtype)
         self.mlp = MLP(dim, decoder.mlp_dim, relu, dtype=dtype, rngs=rngs)
         self.norm3 = LayerNorm(dim, eps=eps, dtype=dtype)
@@ -90,6 +109,7 @@ class TwoWayAttentionBlock(nnx.Module):
         key_pe: Float[Array, "n c"],
         token_mask: Bool[Array, " t"],
         attention_similarity: Float[Array, "*heads_and_t n"] | None = None,
+        keys_are_shared: bool = False,
     ) -> tuple[Float[Array, "t c"], Float[Array, "n c"]]:
         # Padded tokens may attend, but are never attended to.
         padding_bias = jnp.where(token_mask, 0.0, -jnp.inf)
@@ -101,22 +121,23 @@ class TwoWayAttentionBlock(nnx.Module):
         queries = self.norm1(queries)
 
         k = keys + key_pe
-        attended = self.cross_attn_token_to_image(queries + query_pe, k, keys, attention_similarity)
+        regroup = not keys_are_shared
+        attended = self.cross_attn_token_to_image(
+            queries + query_pe, k, keys, attention_similarity, regroup=regroup
+        )
         queries = self.norm2(queries + attended)
 
         queries = self.norm3(queries + self.mlp(queries))
 
         q = queries + query_pe
-        keys = keys + self.cross_attn_image_to_token(k, q, queries, padding_bias)
+        keys = keys + self.cross_attn_image_to_token(k, q, queries, padding_bias, regroup=regroup)
         return queries, self.norm4(keys)
 
 
 class Attention(nnx.Module):
     """Multi-head attention whose inner width is that of its inputs over `downsample_rate`."""
 
-    def __init__(
-        self, dim: int, num_heads: int, downsample_rate: int, *, regroup: bool = True, dtype, rngs
-    ):
+    def __init__(self, dim: int, num_heads: int, downsample_rate: int, *, dtype, rngs):
         inner = dim // downsample_rate
         if inner % num_heads:
             raise ValueError(f"the inner width {inner} is not a multiple of num_heads {num_heads}")
@@ -125,7 +146,6 @@ class Attention(nnx.Module):
         self.v_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
         self.out_proj = nnx.Linear(inner, dim, dtype=dtype, rngs=rngs)
         self.num_heads = num_heads
-        self.regroup = regroup
 
     def __call__(
         self,
@@ -133,28 +153,33 @@ class Attention(nnx.Module):
         k: Float[Array, "k c"],
         v: Float[Array, "k c"],
         bias: Float[Array, "*heads_and_q k"] | None = None,
+        *,
+        regroup: bool = True,
     ) -> Float[Array, "q c"]:
         """`bias` is added to the logits [heads, q, k] by the rules of broadcasting.
 
         Between a few tokens and thousands of positions, the positions' projections are most of the
         work. As matrix products are associative, they can be regrouped: the tokens' side is
         multiplied with those weights instead, for the same numbers with a fraction of the work.
+        Without `regroup` the projections of what is given as positions are computed themselves,
+        which is less work if they serve several prompts.
         """
         inner = self.q_proj.out_features
-        if self._regroups(q.shape[0], k.shape[0]):
+        if regroup and self._regroups(q.shape[0], k.shape[0]):
             return self._few_queries(q, k, v, bias)
         if self._regroups(k.shape[0], q.shape[0]):
-            return self._few_keys(q, k, v, bias)
-        q, k, v = (
-            x.reshape(x.shape[0], self.num_heads, inner // self.num_heads)
-            for x in (self.q_proj(q), self.k_proj(k), self.v_proj(v))
+            return self._few_keys(q, k, v, bias, regroup)
+        q = self._scaled(self.q_proj(q)).reshape(q.shape[0], self.num_heads, -1)
+        # Keys and values with positions last, as they are multiplied: nothing to transpose.
+        k, v = (
+            self._transposed(linear, x).reshape(self.num_heads, -1, x.shape[0])
+            for linear, x in ((self.k_proj, k), (self.v_proj, v))
         )
-        scale = q.shape[-1] ** -0.5
-        logits = jnp.einsum("qhd,khd->hqk", q * scale, k, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("qhd,hdk->hqk", q, k, preferred_element_type=jnp.float32)
         if bias is not None:
             logits = logits + bias
         weights = softmax(logits).astype(v.dtype)
-        out = jnp.einsum("hqk,khd->qhd", weights, v)
+        out = jnp.einsum("hqk,hdk->qhd", weights, v)
         return self.out_proj(out.reshape(out.shape[0], inner))
 
     def _regroups(self, few, many):
@@ -162,7 +187,7 @@ class Attention(nnx.Module):
         inner = self.q_proj.out_features
         # `jax.export` may leave the number of tokens open. A prompt's are few.
         few_enough = not isinstance(few, int) or few * self.num_heads <= inner
-        return self.regroup and few_enough and isinstance(many, int) and inner < many
+        return few_enough and isinstance(many, int) and inner < many
 
     def _few_queries(self, q, k, v, bias):
         q = self._rows_per_head(self._scaled(self.q_proj(q)))
@@ -177,11 +202,14 @@ class Attention(nnx.Module):
         out = self.v_proj(weights @ v.astype(q.dtype)).reshape(-1, self.num_heads, q.shape[-1])
         return self.out_proj((out * self._own_channels()).sum(1))
 
-    def _few_keys(self, q, k, v, bias):
+    def _few_keys(self, q, k, v, bias, regroup):
         k = self._rows_per_head(self._scaled(self.k_proj(k)))
-        back = self._project_back(self.q_proj, k)
-        logits = jnp.dot(q.astype(k.dtype), back.T, preferred_element_type=jnp.float32)
-        logits = logits + jnp.dot(k, self._bias(self.q_proj), preferred_element_type=jnp.float32)
+        dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        if regroup:
+            logits = dot(q.astype(k.dtype), self._project_back(self.q_proj, k).T)
+            logits = logits + dot(k, self._bias(self.q_proj))
+        else:
+            logits = dot(self.q_proj(q), k.T)
         logits = logits.reshape(q.shape[0], -1, self.num_heads)
         if bias is not None:
             bias = jnp.broadcast_to(bias, (self.num_heads, q.shape[0], logits.shape[1]))
@@ -189,6 +217,11 @@ class Attention(nnx.Module):
         weights = softmax(logits, 1).astype(k.dtype).reshape(q.shape[0], k.shape[0])
         v = self._rows_per_head(self.v_proj(v))
         return weights @ (v @ kernel_of(self.out_proj).astype(k.dtype)) + self._bias(self.out_proj)
+
+    def _transposed(self, linear, x):
+        """`linear(x).T`."""
+        kernel, x = kernel_of(linear).astype(linear.dtype), x.astype(linear.dtype)
+        return jnp.einsum("ci,nc->in", kernel, x) + self._bias(linear)[:, None]
 
     def _scaled(self, x):
         return x * (x.shape[-1] // self.num_heads) ** -0.5

@@ -112,8 +112,9 @@ def _decode(model, image, image_pe, points, labels, previous, step):
     image_embedding, hq_features = image
     sparse, sparse_mask = encoder(points, labels)
     dense = jnp.where(step > 0, encoder.embed_mask(previous), encoder.embed_mask(None))
+    outputs = decoder.outputs(None)
     iou_token, mask_tokens, keys = decoder.attend(
-        image_embedding, image_pe, sparse, sparse_mask, dense
+        image_embedding, image_pe, sparse, sparse_mask, dense, outputs
     )
-    masks = decoder.predict_masks(mask_tokens, keys, slice(None), hq_features)
+    masks = decoder.predict_masks(mask_tokens, keys, outputs, hq_features)
     return masks, decoder.predict_iou(iou_token)

@@ -61,6 +61,7 @@ def test_heads(pair):
 def test_scores_need_no_mask(pair):
     """The IoU head reads one token only: everything-mode filters before it upscales."""
     _, decoder = pair
-    iou_token, _, _ = run(decoder, EMBEDDING, PE, SPARSE, REAL, DENSE, method="attend")
+    outputs = decoder.outputs(multimask_output=True)
+    iou_token, _, _ = decoder.attend(EMBEDDING, PE, SPARSE, REAL, DENSE, outputs)
     _, scores = decoder(EMBEDDING, PE, SPARSE, REAL, DENSE, True)
-    assert_close(decoder.predict_iou(iou_token)[1:], scores)
+    assert_close(decoder.predict_iou(iou_token)[outputs], scores)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from reference import (
     SMALL,
     assert_close,
@@ -16,6 +17,7 @@ from reference import (
     tensor,
 )
 
+from sam_jax.models.prompt_encoder import PositionEmbeddingRandom
 from sam_jax.ops.prompts import join_prompts
 
 pytestmark = pytest.mark.optimised
@@ -94,6 +96,17 @@ def test_dense_pe(pair):
     reference, encoder = pair
     expected = from_torch_image(reference.get_dense_pe())[0]
     assert_close(run(encoder, method="get_dense_pe"), expected)
+
+
+def test_dense_pe_at_full_size(pair):
+    """Not of rows and columns that are the same in number, and of angles as large as a model's."""
+    gaussian = normal((2, 128), scale=1.5)
+    reference = type(pair[0].pe_layer)(128)
+    reference.positional_encoding_gaussian_matrix = tensor(gaussian)
+    layer = PositionEmbeddingRandom(128, rngs=nnx.Rngs(0))
+    layer.positional_encoding_gaussian_matrix[...] = gaussian
+    x, y = ((jnp.arange(n) + 0.5) / n for n in (64, 48))
+    assert_close(run(layer, x, y, method="of_grid"), from_torch_image(reference((48, 64))[None])[0])
 
 
 def test_positions_stay_float32_in_bfloat16():

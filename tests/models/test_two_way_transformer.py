@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,11 +34,13 @@ def inputs(tokens=TOKENS):
 
 @pytest.mark.parametrize("index", [0, 1], ids=["first", "second"])
 @pytest.mark.parametrize("tokens", [3, 6, 40], ids=lambda n: f"{n}_tokens")
-def test_block(pair, index, tokens):
+@pytest.mark.parametrize("shared", [False, True], ids=["own_keys", "shared_keys"])
+def test_block(pair, index, tokens, shared):
     reference, transformer = pair
     arrays = inputs(tokens)
     expected = reference.layers[index](*(tensor(x)[None] for x in arrays))
-    actual = run(transformer.layers[index], *arrays, jnp.ones(tokens, bool))
+    block = functools.partial(transformer.layers[index], keys_are_shared=shared)
+    actual = jax.jit(block)(*arrays, jnp.ones(tokens, bool))
     for a, e in zip(actual, expected, strict=True):
         assert_close(a, e[0])
 
@@ -73,16 +77,19 @@ def test_attention_bias(pair, queries, keys):
     assert_close(run(attention, q, k, v, bias), attention.out_proj(jnp.asarray(out)))
 
 
-def test_transformer(pair):
+@pytest.mark.parametrize("shared", [False, True], ids=["own_image", "shared_image"])
+@pytest.mark.parametrize("outputs", [None, [0, 2, 3], list(range(TOKENS))], ids=str)
+def test_transformer(pair, outputs, shared):
     reference, transformer = pair
     tokens, image, _, image_pe = inputs()
     grid = (1, 32, 12, 12)
     expected = reference(
         tensor(image.T).reshape(grid), tensor(image_pe.T).reshape(grid), tensor(tokens)[None]
     )
-    actual = run(transformer, image, image_pe, tokens, ALL)
-    for a, e in zip(actual, expected, strict=True):
-        assert_close(a, e[0])
+    call = functools.partial(transformer, outputs=outputs, image_is_shared=shared)
+    queries, keys = jax.jit(call)(image, image_pe, tokens, ALL)
+    assert_close(queries, expected[0][0][slice(None) if outputs is None else outputs])
+    assert_close(keys, expected[1][0])
 
 
 def test_padding_tokens_change_nothing(pair):
