@@ -128,17 +128,19 @@ def decoder(mesh: Mesh, model: Sam, batch: int):
 
 def everything(mesh: Mesh, model: Sam, batch: int):
     """A batch of points of everything-mode, measured at the size of a photo of 12 megapixels."""
+    at_once = _points_at_once(PROMPTS, "gpu")
     size, input_size = (3000, 4000), (768, 1024)
     frame = _Frame(
-        full_size(256, 1024, input_size, size, _padded_size(max(size))), np.zeros(3, np.float32)
+        full_size(256, 1024, input_size, size, _padded_size(max(size)), at_once.tile),
+        np.zeros(3, np.float32),
     )
     points = _Points(
         np.zeros((PROMPTS, 2), np.float32), np.zeros(PROMPTS, np.int32), np.array(PROMPTS, np.int32)
     )
     embedding = shape(1, 64, 64, 256, dtype=jnp.bfloat16)
     frame, points = jax.tree.map(lambda x: shape(1, *x.shape, dtype=x.dtype), (frame, points))
-    static = {"mesh": mesh, "at_once": _points_at_once(PROMPTS, "gpu")}
-    return compiled(mesh, _measure, *nnx.split(model), embedding, frame, points, **static)
+    arguments = *nnx.split(model), embedding, frame, points
+    return compiled(mesh, _measure, *arguments, mesh=mesh, at_once=at_once)
 
 
 PARTS = {"encoder": encoder, "training": training, "decoder": decoder, "everything": everything}

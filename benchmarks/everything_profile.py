@@ -49,7 +49,7 @@ def main() -> None:
     graphdef, params = nnx.split(model)
     pixels = processor.preprocess(photo)[None]
     embedding = encode_image(graphdef, params, pixels)[0]
-    at_once = _points_at_once(64, "cpu").points
+    at_once, _, _, tile = _points_at_once(64, "cpu")
     grid = build_point_grid(int(POINTS**0.5)) * np.array(photo.shape[1::-1])
     coords = processor.scale_coords(grid, photo.shape[:2])
 
@@ -75,7 +75,7 @@ def main() -> None:
     scores = jax.vmap(decoder.predict_iou)(iou_tokens)[:, outputs].reshape(-1)
     masks = masks[np.asarray(scores) > 0.88]
     sizes = processor.input_size(photo.shape[:2]), photo.shape[:2]
-    full = full_size(config.mask_size, config.image_size, *sizes, 4096)
+    full = full_size(config.mask_size, config.image_size, *sizes, 4096, tile)
     full = jax.tree.map(jnp.asarray, full)
     statistics = over_all(lambda _, mask: mask_statistics(mask, full, 0.0, 1.0))
     per_mask = seconds(statistics, params, masks) / len(masks)

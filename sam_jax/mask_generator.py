@@ -342,7 +342,8 @@ class SamAutomaticMaskGenerator:
     def _frame(self, size: tuple[int, int], padded_size: int) -> "_Frame":
         """How the low-resolution masks of a crop of (h, w) are measured."""
         config, input_size = self.config, self.processor.input_size(size)
-        full = full_size(config.mask_size, config.image_size, input_size, size, padded_size)
+        tile = self._at_once.tile
+        full = full_size(config.mask_size, config.image_size, input_size, size, padded_size, tile)
         limits = [self.pred_iou_thresh, self.mask_threshold, self.stability_score_offset]
         return _Frame(full, np.array(limits, np.float32))
 
@@ -617,6 +618,7 @@ class _AtOnce(NamedTuple):
     points: int  # through the transformer
     upscaled: int  # through the upscaling
     measured: int  # masks at full size
+    tile: int  # of which a square of this side
 
 
 class _Frame(NamedTuple):
@@ -644,8 +646,8 @@ class _Measured(NamedTuple):
 def _points_at_once(points_per_batch: int, platform: str) -> _AtOnce:
     if platform == "cpu":
         # What two points need stays in a CPU's cache; measured in benchmarks/README.md.
-        return _AtOnce(2, 1, 1)
-    return _AtOnce(points_per_batch, -(-points_per_batch // 4), 3)
+        return _AtOnce(2, 1, 1, 64)
+    return _AtOnce(points_per_batch, -(-points_per_batch // 4), 3, 256)
 
 
 def _padded_size(size: int) -> int:

@@ -47,13 +47,14 @@ LOGITS = {
 @pytest.mark.parametrize("logits", LOGITS.values(), ids=LOGITS)
 @pytest.mark.parametrize("size", [(500, 333), (64, 256), (700, 1024), (7, 90), (1200, 900)])
 @pytest.mark.parametrize("limits", [(0.0, 1.0), (0.5, 0.25), (0.0, 0.0)], ids=str)
-def test_statistics(logits, size, limits):
+@pytest.mark.parametrize("tile", [64, 256])
+def test_statistics(logits, size, limits, tile):
     threshold, offset = limits
     scale = 1024 / max(size)
     input_size = [int(n * scale + 0.5) for n in size]
     found = jax.jit(mask_statistics)(
         jnp.asarray(logits),
-        jax.device_put(full_size(256, 1024, tuple(input_size), size, 2048)),
+        jax.device_put(full_size(256, 1024, tuple(input_size), size, 2048, tile)),
         jnp.float32(threshold),
         jnp.float32(offset),
     )
