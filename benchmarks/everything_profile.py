@@ -5,9 +5,10 @@
 MobileSAM, default arguments, one photo. Each part is run alone on 8 x 8 points of a grid, one after
 the other within one compiled loop, and taken times 16. The floor is what its floating-point
 operations take at the rate of a matrix product of the decoder's shape (4096 x 256 by 256 x 4096,
-float32).
+float32). Then the transformer's time for a point, with so many of them at a time.
 """
 
+import functools
 import os
 import platform
 from collections.abc import Callable
@@ -63,26 +64,42 @@ def main() -> None:
     def over_all(function):
         return jax.jit(lambda params, *xs: jax.lax.map(lambda x: function(params, *x), xs))
 
+    def one_by_one(function):
+        """Only the last result is kept, as everything-mode keeps none."""
+
+        def call(params, *xs):
+            one = functools.partial(function, params)
+            shapes = jax.eval_shape(one, *(x[0] for x in xs))
+            nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return jax.lax.scan(lambda _, x: (one(*x), None), nothing, xs)[0]
+
+        return jax.jit(call)
+
+    def of_points(params, coords):
+        return attend(params, embedding, coords)
+
+    def per_point_of(at_once):
+        return seconds(one_by_one(of_points), params, coords.reshape(-1, at_once, 2)) / POINTS
+
     groups = coords.reshape(-1, at_once, 2)
-    embeddings = jnp.broadcast_to(embedding, (len(groups), *embedding.shape))
-    of_points = over_all(lambda p, coords: attend(p, embedding, coords))
-    per_point = seconds(of_points, params, groups) / POINTS
+    per_point = per_point_of(at_once)
     iou_tokens, tokens, keys = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:]), of_points(params, groups)
+        lambda x: x.reshape(-1, *x.shape[2:]), over_all(of_points)(params, groups)
     )
-    per_upscaled = seconds(over_all(upscale), params, tokens, keys) / POINTS
+    per_upscaled = seconds(one_by_one(upscale), params, tokens, keys) / POINTS
     masks = over_all(upscale)(params, tokens, keys).reshape(-1, config.mask_size, config.mask_size)
     scores = jax.vmap(decoder.predict_iou)(iou_tokens)[:, outputs].reshape(-1)
     masks = masks[np.asarray(scores) > 0.88]
     sizes = processor.input_size(photo.shape[:2]), photo.shape[:2]
     full = full_size(config.mask_size, config.image_size, *sizes, 4096, tile)
     full = jax.tree.map(jnp.asarray, full)
-    statistics = over_all(lambda _, mask: mask_statistics(mask, full, 0.0, 1.0))
+    statistics = one_by_one(lambda _, mask: mask_statistics(mask, full, 0.0, 1.0))
     per_mask = seconds(statistics, params, masks) / len(masks)
 
     a, b = np.ones((4096, 256), np.float32), np.ones((256, 4096), np.float32)
     rate = 2 * 4096 * 4096 * 256 / seconds(jax.jit(jnp.matmul), a, b)
-    work_point = flops(attend, params, embeddings[0], groups[0]) / at_once
+    # Of one point more: what all points of an image share is computed once.
+    work_point = flops(of_points, params, coords[:3]) - flops(of_points, params, coords[:2])
     work_upscale = flops(upscale, params, tokens[0], keys[0])
 
     generator = SamAutomaticMaskGenerator(model, output_mode="coco_rle")
@@ -107,7 +124,11 @@ def main() -> None:
     for name, (time, least) in {**parts, "everything else": (rest, None)}.items():
         limit = "| | |" if least is None else f"| {least:.1f} s | {time / least:.1f} |"
         print(f"| {name} | {time:.1f} s {limit}")
-    print(f"| the whole of `generate` | {whole:.1f} s | {floor:.1f} s | {whole / floor:.1f} |")
+    print(f"| the whole of `generate` | {whole:.1f} s | {floor:.1f} s | {whole / floor:.1f} |\n")
+
+    print("| Points at a time | Transformer, a point |\n|---:|---:|")
+    for n in (1, 2, 4, 8, 16, POINTS):
+        print(f"| {n} | {1000 * per_point_of(n):.1f} ms |")
 
 
 if __name__ == "__main__":

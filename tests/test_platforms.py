@@ -97,21 +97,35 @@ def test_training_step(model):
     )
 
 
-@pytest.mark.parametrize("nvidia", ["9.0", "8.0"], indirect=True)
-def test_flash_attention_is_the_default_of_nvidia(nvidia):
-    """In bfloat16, for all layers; in everything-mode's encoder, and in a step of training."""
-    kinds = {"9.0": {"cudnn": 2}, "8.0": {"cudnn": 1, "pallas": 1}}[nvidia]
-    vit = dataclasses.replace(SMALL.image_encoder, window_size=14)
-    config = dataclasses.replace(SMALL, image_encoder=vit, image_size=512)  # a grid of 64 x 64
-    model = nnx.eval_shape(lambda: Sam(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(model)
+FLASH = {"9.0": {"cudnn": 2}, "8.0": {"cudnn": 1, "pallas": 1}}  # layers of which kernel
+ON_NVIDIA = pytest.mark.parametrize("nvidia", FLASH, indirect=True)
+
+
+@pytest.fixture
+def vit(nvidia):
+    """With a layer of windows and one of a grid of 64 x 64; in bfloat16."""
+    encoder = dataclasses.replace(SMALL.image_encoder, window_size=14)
+    config = dataclasses.replace(SMALL, image_encoder=encoder, image_size=512)
+    return nnx.eval_shape(lambda: Sam(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+
+
+@ON_NVIDIA
+@pytest.mark.parametrize("bits", [32, 64])
+def test_flash_attention_is_the_default_of_nvidia(nvidia, vit, bits):
+    """For all layers, in everything-mode's encoder."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("images",))
-    text = lowered_for_cuda(_encode, graphdef, params, shape(1, 512, 512, 3), mesh=mesh)
-    assert flash_attentions(text) == {kind: (count, 0) for kind, count in kinds.items()}
+    with jax.enable_x64(bits == 64):
+        pixels = shape(1, 512, 512, 3)
+        text = lowered_for_cuda(_encode, *nnx.split(vit), pixels, mesh=mesh)
+    assert flash_attentions(text) == {kind: (count, 0) for kind, count in FLASH[nvidia].items()}
     assert "x4096x4096x" not in text
 
+
+@ON_NVIDIA
+@pytest.mark.parametrize("remat", [False, True])
+def test_flash_attention_in_training(nvidia, vit, remat):
     tx = adamw(1e-4, EVERYTHING)
-    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    graphdef, trained, frozen = split_model(vit, EVERYTHING)
     state = jax.eval_shape(lambda trained: init_state(trained, tx), trained)
     batch = {
         "pixel_values": shape(2, 512, 512, 3),
@@ -120,7 +134,11 @@ def test_flash_attention_is_the_default_of_nvidia(nvidia):
         "valid": shape(2, 1),
     }
     step = jax.jit(train_step, static_argnames=("graphdef", "tx", "recipe"))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    text = lowered_for_cuda(step, graphdef, state, frozen, batch, key, tx=tx, recipe=Recipe())
-    assert flash_attentions(text) == {kind: (count, count) for kind, count in kinds.items()}
+    key, recipe = jax.eval_shape(lambda: jax.random.key(0)), Recipe(remat=remat)
+    text = lowered_for_cuda(step, graphdef, state, frozen, batch, key, tx=tx, recipe=recipe)
+    # With remat once more on the way back.
+    forward = 2 if remat else 1
+    assert flash_attentions(text) == {
+        kind: (forward * count, count) for kind, count in FLASH[nvidia].items()
+    }
     assert "x4096x4096x" not in text
