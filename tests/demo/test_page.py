@@ -584,6 +584,9 @@ def test_everything(second, model, plain):
     generator = SamAutomaticMaskGenerator(model, 4, output_mode="coco_rle")
     embedding = predictor.get_image_embedding()
     records = generator.generate_from_embedding(embedding, (512, 512))
+    # A sum is split among cores, and the page's server may have more of them than a worker's tests.
+    scores, expected = ([r.pop("predicted_iou") for r in of] for of in (saved["masks"], records))
+    assert scores == pytest.approx(expected, abs=1e-6)
     assert saved == {"width": 512, "height": 512, "masks": records}
     assert len(saved["masks"]) >= 3
     masks = [pycocotools.mask.decode(r["segmentation"]) for r in saved["masks"]]
