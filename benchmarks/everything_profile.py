@@ -54,7 +54,7 @@ def main() -> None:
     grid = build_point_grid(int(POINTS**0.5)) * np.array(photo.shape[1::-1])
     coords = processor.scale_coords(grid, photo.shape[:2])
 
-    def attend(params, embedding, coords):
+    def of_points(params, coords):
         return _attend(nnx.merge(graphdef, params), embedding, coords, outputs)
 
     def upscale(params, tokens, keys):
@@ -74,9 +74,6 @@ def main() -> None:
             return jax.lax.scan(lambda _, x: (one(*x), None), nothing, xs)[0]
 
         return jax.jit(call)
-
-    def of_points(params, coords):
-        return attend(params, embedding, coords)
 
     def per_point_of(at_once):
         return seconds(one_by_one(of_points), params, coords.reshape(-1, at_once, 2)) / POINTS
