@@ -41,6 +41,17 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def process_environment(**others: str) -> dict[str, str]:
+    """As in the tests, so that what one process has compiled another need not; but optimised."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        **others,
+    }
+
+
 @contextlib.contextmanager
 def running_demo(folder: Path, *arguments: str, stop: int = signal.SIGINT) -> Iterator[str]:
     """The address of a page that `sam-jax demo` serves, until it gets the signal `stop`.
@@ -48,18 +59,15 @@ def running_demo(folder: Path, *arguments: str, stop: int = signal.SIGINT) -> It
     Its temporary files are in the folder.
     """
     port = free_port()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "TMPDIR": str(folder),
-        # As in the tests, so that what one process has compiled another need not.
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-    }
     command = [sys.executable, "-m", "sam_jax.cli", "demo", "--port", str(port), *arguments]
     log = folder / "log"
     with all_cores(), open(log, "w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            env=process_environment(TMPDIR=str(folder)),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
     try:
         for _ in range(1200):
             if "Ctrl+C stops it" in log.read_text():
