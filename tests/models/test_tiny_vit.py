@@ -80,10 +80,12 @@ def test_block_with_padded_window(pair):
         assert_close(run(encoder.layers[stage].blocks[0], x), grid_last(expected))
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("hw", [(32, 20), (7, 9), (34, 3)], ids=str)
-def test_depthwise_conv(hw, stride):
-    """And its gradients, of which the kernel's is computed some rows at a time."""
+def test_depthwise_conv(hw, stride, platform, monkeypatch):
+    """And its gradients, of which the kernel's goes by rows on a CPU, at once elsewhere."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x, kernel = normal((2, *hw, 5)), normal((3, 3, 1, 5), seed=1)
     given = [
         tensor(to_torch(x)).requires_grad_(),
