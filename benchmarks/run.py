@@ -7,8 +7,8 @@
 
 Each model and part has a process of its own, in which every contender (`benchmarks.contenders`) has
 the same weights and the same inputs. Outputs are compared before anything is timed: who gives other
-numbers than the first is not timed. Then all take turns, warm, again and again, each blocked until
-its result is there, and the median counts.
+numbers than the first is not timed. Then all take turns, again and again, in each a run to get warm
+and one that is timed, blocked until its result is there, and the median counts.
 
 * Difference: the root of the mean square of the difference from the first, over that of the first;
   of everything-mode's masks, the share that has none among the first's of IoU 0.99 or better
@@ -72,11 +72,16 @@ class Failures(dict[str, Exception]):
 
 
 def seconds(contenders: Contenders, repeat: int, failures: Failures) -> dict[str, float]:
-    """The median time of each; all take turns, so that what else the machine does hits them all."""
+    """The median time of each; all take turns, so that what else the machine does hits them all.
+
+    Each starts its turn with a run that does not count: after another's, whose memory the process
+    has given back and whose data fill the caches, it would pay for what no user alternates.
+    """
     times: dict[str, list[float]] = {who: [] for who in contenders}
     for _ in range(repeat):
         for who, run in contenders.items():
             with failures.of(who):
+                timed(run)
                 times[who].append(timed(run)[1])
     return {who: statistics.median(found) for who, found in times.items() if who not in failures}
 

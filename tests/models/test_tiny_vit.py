@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from reference import (
     to_torch,
 )
 
-from sam_jax.models.tiny_vit import _depthwise_conv
+from sam_jax.models.tiny_vit import _depthwise_conv, _halving_conv
 
 pytestmark = pytest.mark.optimised
 
@@ -68,6 +70,13 @@ def test_stage(pair, intermediates, name):
     assert_close(actual, grid_last(expected))
 
 
+def test_stem_off_a_cpu(pair, intermediates, monkeypatch):
+    """Where its convolutions are XLA's own."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    given, expected = intermediates["patch_embed"]
+    assert_close(pair[1].patch_embed(jnp.asarray(from_torch_image(given))), grid_last(expected))
+
+
 def test_block_with_padded_window(pair):
     """A 64 x 64 grid in windows of 7 and 14 is padded; padded positions are attended."""
     reference, encoder = pair
@@ -80,19 +89,14 @@ def test_block_with_padded_window(pair):
         assert_close(run(encoder.layers[stage].blocks[0], x), grid_last(expected))
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("hw", [(32, 20), (7, 9), (34, 3)], ids=str)
-def test_depthwise_conv(hw, stride, platform, monkeypatch):
-    """And its gradients, of which the kernel's goes by rows on a CPU, at once elsewhere."""
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    x, kernel = normal((2, *hw, 5)), normal((3, 3, 1, 5), seed=1)
+def assert_like_torch(conv, x, kernel, **options):
+    """The result and both gradients."""
     given = [
         tensor(to_torch(x)).requires_grad_(),
         tensor(kernel.transpose(3, 2, 0, 1)).requires_grad_(),
     ]
-    expected = torch.conv2d(*given, stride=stride, padding=1, groups=5)
-    actual, pullback = jax.vjp(lambda x, kernel: _depthwise_conv(x, kernel, stride), x, kernel)
+    expected = torch.conv2d(*given, padding=1, **options)
+    actual, pullback = jax.vjp(conv, x, kernel)
     assert_close(actual, from_torch_image(expected))
     weights = normal(actual.shape, seed=2)
     expected.backward(to_torch(weights))
@@ -101,11 +105,30 @@ def test_depthwise_conv(hw, stride, platform, monkeypatch):
     assert_close(of_kernel, given[1].grad.permute(2, 3, 1, 0))
 
 
-def test_depthwise_conv_forward_mode_and_vmap():
-    x, kernel = normal((2, 6, 6, 3)), normal((3, 3, 1, 3), seed=1)
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("hw", [(32, 20), (7, 9), (34, 3)], ids=str)
+def test_depthwise_conv(hw, stride, platform, monkeypatch):
+    """The kernel's gradient goes by rows on a CPU, at once elsewhere."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    conv = functools.partial(_depthwise_conv, stride=stride)
+    x, kernel = normal((2, *hw, 5)), normal((3, 3, 1, 5), seed=1)
+    assert_like_torch(conv, x, kernel, stride=stride, groups=5)
+
+
+@pytest.mark.parametrize("hw", [(32, 20), (6, 8), (2, 2)], ids=str)
+def test_halving_conv(hw):
+    x, kernel = normal((2, *hw, 5)), normal((3, 3, 5, 7), seed=1)
+    assert_like_torch(_halving_conv, x, kernel, stride=2)
+
+
+@pytest.mark.parametrize("channels", [1, 3], ids=["depthwise", "halving"])
+def test_forward_mode_and_vmap(channels):
+    conv = _halving_conv if channels == 3 else functools.partial(_depthwise_conv, stride=1)
+    x, kernel = normal((2, 6, 6, 3)), normal((3, 3, channels, 3), seed=1)
 
     def total(kernel, x):
-        return jnp.sum(jnp.sin(_depthwise_conv(x[None], kernel, 1)))
+        return jnp.sum(jnp.sin(conv(x[None], kernel)))
 
     reverse = jax.vmap(jax.grad(total), (None, 0))(kernel, x)
     assert_close(jax.vmap(jax.jacfwd(total), (None, 0))(kernel, x), reverse)
