@@ -364,15 +364,18 @@ def _gelu(graph, equation, x):
     return graph.node("Mul", graph.node("Mul", x, twice_cdf), half)
 
 
-def _depthwise_conv(graph, equation, x, kernel):
-    size, out = kernel.shape[0], equation.outvars[0].aval.shape
+def _conv(graph, equation, x, kernel):
+    size, (given, out) = (
+        len(kernel),
+        (v.aval.shape for v in (equation.invars[0], *equation.outvars)),
+    )
     result = graph.node(
         "Conv",
         _permuted(graph, x, (0, 3, 1, 2)),
         kernel.transpose(3, 2, 0, 1),
-        strides=[-(-equation.invars[0].aval.shape[1] // out[1])] * 2,
+        strides=[-(-given[1] // out[1])] * 2,
         pads=[size // 2] * 4,
-        group=out[3],
+        group=given[3] // kernel.shape[2],
     )
     return _permuted(graph, result, (0, 2, 3, 1))
 
@@ -383,5 +386,6 @@ _FUNCTIONS: dict[str, Callable] = {
     "softmax": _softmax,
     "_average": _average,
     "_gelu": _gelu,
-    "_depthwise_conv": _depthwise_conv,
+    "_depthwise_conv": _conv,
+    "_halving_conv": _conv,
 }

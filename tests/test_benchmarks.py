@@ -91,6 +91,13 @@ def test_who_is_wrong_or_fails_gets_no_time(run):
     assert rows["ends"]["Time"] == "none"
 
 
+def test_each_gets_warm_in_its_turn(run):
+    calls = []
+    contenders = {who: lambda who=who: calls.append(who) for who in "ab"}
+    assert set(run.seconds(contenders, 2, run.Failures())) == {"a", "b"}
+    assert calls == list("aabbaabb")
+
+
 @pytest.mark.parametrize(
     ("who", "time", "fails"),
     [

@@ -10,7 +10,7 @@ from reference import assert_close, normal
 
 from sam_jax import onnx_graph
 from sam_jax.models.layers import gelu
-from sam_jax.models.tiny_vit import _depthwise_conv
+from sam_jax.models.tiny_vit import _depthwise_conv, _halving_conv
 from sam_jax.onnx_graph import Graph
 from sam_jax.ops.attention import softmax
 
@@ -58,6 +58,7 @@ IMAGES = {
     "groups": lambda x: conv(x, normal((3, 3, 2, 6)), (1, 1), "SAME", 2),
     "depthwise": lambda x: _depthwise_conv(x, normal((3, 3, 1, 4)), 1),
     "depthwise_strided": lambda x: _depthwise_conv(x, normal((3, 3, 1, 4)), 2),
+    "halving": lambda x: _halving_conv(x[:, 1:], normal((3, 3, 4, 5))),
 }
 
 
@@ -89,10 +90,11 @@ def test_functions_that_onnx_has_an_operator_for():
     for function, operators in (
         (lambda x: (softmax(x, 1),), {"Softmax"}),
         (lambda x: (_depthwise_conv(x, kernel, 2),), {"Transpose", "Conv"}),
+        (lambda x: (_halving_conv(x, normal((3, 3, 4, 5))),), {"Transpose", "Conv"}),
     ):
-        graph = Graph()
-        graph.input("x", IMAGE.shape)
-        graph.call(function, ("x", jax.ShapeDtypeStruct(IMAGE.shape, IMAGE.dtype)))
+        graph, shape = Graph(), (2, 6, 8, 4)
+        graph.input("x", shape)
+        graph.call(function, ("x", jax.ShapeDtypeStruct(shape, IMAGE.dtype)))
         assert {node.op_type for node in graph._nodes} == {*operators, "Identity"}
 
 
