@@ -170,7 +170,7 @@ def torch_encoders(setting: Setting, pixels: np.ndarray) -> Contenders:
 
 
 def decoder(setting: Setting) -> Contenders:
-    """Low-resolution masks of a click each, three masks each, of one image."""
+    """Low-resolution masks and scores of a click each, three masks each, of one image."""
     embedding = setting.random(1, 64, 64, 256)
     clicks = np.random.default_rng(0).uniform(0, 1023, (PROMPTS, 1, 2)).astype(np.float32)
     ones = np.ones((PROMPTS, 1), np.int32)
@@ -179,7 +179,7 @@ def decoder(setting: Setting) -> Contenders:
 
     def ours(model):
         state = nnx.split(model)
-        return lambda: decode(*state, *arguments, None, multimask_output=True)[0]
+        return lambda: decode(*state, *arguments, None, multimask_output=True)[:2]
 
     theirs = torch_decoders(setting, embedding, clicks, ones) if torch else {}
     return setting.with_ours(theirs, ours)
@@ -200,7 +200,7 @@ def torch_decoders(setting: Setting, embedding, clicks, labels) -> Contenders:
                 sparse_prompt_embeddings=sparse.to(dtype),
                 dense_prompt_embeddings=dense.to(dtype),
                 multimask_output=True,
-            )[0]
+            )[:2]
 
         return call
 
@@ -216,7 +216,7 @@ def torch_decoders(setting: Setting, embedding, clicks, labels) -> Contenders:
                 sparse_prompt_embeddings=sparse.to(dtype),
                 dense_prompt_embeddings=dense.to(dtype),
                 multimask_output=True,
-            )[0]
+            )[:2]
 
         return call
 
@@ -237,13 +237,13 @@ def torch_decoders(setting: Setting, embedding, clicks, labels) -> Contenders:
 
 
 def predict(setting: Setting) -> Contenders:
-    """A photo and a click to full-size masks, by `SamPredictor`; their low-resolution logits."""
+    """A photo and a click to full-size masks, by `SamPredictor`; scores and logits."""
     photo, point, label = photos()["landscape 600x400"], np.array([[300, 180]]), np.array([1])
 
     def by(predictor):
         def run():
             predictor.set_image(photo)
-            return predictor.predict(point, label)[2]
+            return predictor.predict(point, label)[1:]
 
         return run
 
@@ -269,9 +269,10 @@ def hugging_face_predict(
         inputs = processor(photo, input_points=[[point.tolist()]], return_tensors="pt")
         sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
         inputs = inputs.to(setting.device, torch.float32)
-        logits = model(**inputs).pred_masks.cpu()
+        outputs = model(**inputs)
+        logits = outputs.pred_masks.cpu()
         processor.image_processor.post_process_masks(logits, *sizes)
-        return logits[0, 0]
+        return outputs.iou_scores[0, 0], logits[0, 0]
 
     return run
 

@@ -5,6 +5,7 @@
 Needs Linux (it samples /proc), 12 GB of disk in the temporary folder and a few minutes.
 """
 
+import argparse
 import os
 import platform
 import subprocess
@@ -101,6 +102,7 @@ def print_table(size: int, peaks: dict[str, Peak]) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         pth, ours, half, back = (
             Path(folder, n) for n in ("sam_vit_h.pth", "ours", "half", "back.pth")

@@ -7,6 +7,7 @@ is opened from when its file is chosen until it is shown; a click takes from whe
 down until the mask is there to be painted. Needs chromium and chromedriver.
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -35,6 +36,7 @@ COLUMNS = ("Photo", "Opened", "Click, median", "Fastest", "Slowest")
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, begin = Path(name), time.perf_counter()
         with running_demo(folder) as address, open_browser(folder) as browser:

@@ -6,6 +6,7 @@ Needs Linux (it reads /proc) and takes some minutes. MobileSAM, a photo of 4000 
 32 x 32 points, run lengths as output.
 """
 
+import argparse
 import os
 import platform
 import subprocess
@@ -37,6 +38,7 @@ RUNS += [{"points_per_batch": 64, **CROPS}]
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     print(f"{os.cpu_count()}-core {platform.machine()} CPU, jax {version('jax')}\n")
     print(
         "| Points per batch | Crop layers | Masks | Peak above the model |\n|---:|---:|---:|---:|"

@@ -8,6 +8,7 @@ operations take at the rate of a matrix product of the decoder's shape (4096 x 2
 float32). Then the transformer's time for a point, with so many of them at a time.
 """
 
+import argparse
 import functools
 import os
 import platform
@@ -42,6 +43,7 @@ def flops(function: Callable, *args) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     photo = skimage.data.coffee()
     model = from_pretrained("mobile_sam")
     config, decoder = model.config, model.mask_decoder

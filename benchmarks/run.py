@@ -10,7 +10,8 @@ the same weights and the same inputs. Outputs are compared before anything is ti
 numbers than the first is not timed. Then all take turns, again and again, in each a run to get warm
 and one that is timed, blocked until its result is there, and the median counts.
 
-* Difference: the root of the mean square of the difference from the first, over that of the first;
+* Difference: the root of the mean square of the difference from the first, over that of the first
+  (of masks and of scores, and the larger counts);
   of everything-mode's masks, the share that has none among the first's of IoU 0.99 or better
   (bfloat16 0.9, float16 0.97).
 * Rate and share: the work per second, also over that of a large matrix product of the same dtype
@@ -86,35 +87,44 @@ def seconds(contenders: Contenders, repeat: int, failures: Failures) -> dict[str
     return {who: statistics.median(found) for who, found in times.items() if who not in failures}
 
 
-def on_host(result) -> np.ndarray:
+def on_host(result) -> list[np.ndarray]:
     if isinstance(result, tuple):
-        return np.concatenate([on_host(array).ravel() for array in result])
+        return [array for part in result for array in on_host(part)]
     if hasattr(result, "detach"):
         result = result.detach().float().cpu().numpy()
-    return np.asarray(result, np.float32)
+    return [np.asarray(result, np.float32)]
 
 
-def output(part: str, run) -> np.ndarray | list[dict]:
+def output(part: str, run) -> list[np.ndarray] | list[dict]:
     if part == "everything":
         return run()
-    # Two steps of training: the second shows what the first did.
-    return np.stack([on_host(run()) for _ in range(2 if part == "training" else 1)])
+    if part == "training":  # two steps: the second shows what the first did
+        return [np.stack([on_host(run()) for _ in range(2)])]
+    return on_host(run())
+
+
+def error(actual: np.ndarray, expected: np.ndarray) -> float:
+    difference = actual.reshape(expected.shape) - expected
+    return float(np.sqrt(np.square(difference).mean() / np.square(expected).mean()))
 
 
 def differences(
     part: str, contenders: Contenders, dtype: str, failures: Failures
 ) -> dict[str, float]:
-    """How far each one's output is from the first's."""
-    expected, found = None, {}
+    """How far each one's output is from the first's, without which none is known to be right."""
+    first = next(iter(contenders))
+    found: dict[str, float] = {}
     for who, run in contenders.items():
         with failures.of(who):
+            if first in failures:
+                raise RuntimeError(f"not compared, since {first} failed")
             actual = output(part, run)
-            expected = actual if expected is None else expected
+            expected = actual if who == first else expected
             if part == "everything":
                 found[who] = missing(actual, expected, SAME_MASK[dtype])
             else:
-                error = actual.reshape(expected.shape) - expected
-                found[who] = float(np.sqrt(np.square(error).mean() / np.square(expected).mean()))
+                pairs = zip(actual, expected, strict=True)
+                found[who] = max(error(*pair) for pair in pairs)
         if torch:
             torch.cuda.empty_cache()  # JAX gets none of what PyTorch keeps
     return found
@@ -261,7 +271,8 @@ def describe(dtype: str) -> str:
     names = ("jax", "torch", "transformers") if torch else ("jax",)
     packages = ", ".join(f"{name} {version(name)}" for name in names)
     kind = f"{os.cpu_count()} cores, {cpu_name()}"
-    rate = matrix_rate(dtype) / 1e12
+    with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+        rate = matrix_rate(dtype) / 1e12
     today = datetime.date.today()
     return f"{today}, {device.device_kind}, {kind}; {packages}; {dtype}; {rate:.3g} TFLOP/s"
 
@@ -287,6 +298,11 @@ def main() -> None:
         "--attention", nargs="+", default=[], choices=known, help="ours of a ViT with these, too"
     )
     args = parser.parse_args()
+    for name in ("batch", "repeat"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
+    if layers := [part for part in args.parts if part in LAYERS and "mobile_sam" in args.models]:
+        parser.error(f"{', '.join(layers)}: of ViTs alone; name them with --models")
 
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[args.device]
     # Memory is shared with PyTorch.

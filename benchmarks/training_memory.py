@@ -8,6 +8,7 @@ which is a property of the program, whatever runs it; and the most that the step
 that is the device's own count, on a CPU (Linux: it reads /proc) the process's, above what it held.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -75,6 +76,7 @@ def measure(dtype: str, remat: bool) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # it is the other processes' memory
     kind = find_device().device_kind
     print(f"{os.cpu_count()} cores, {cpu_name()}, {kind}, jax {version('jax')}\n")

@@ -50,16 +50,15 @@ def test_commands_are_what_their_modules_take(monkeypatch):
     parse = argparse.ArgumentParser.parse_args
     assert len(commands()) > 20
     for name, text in commands():
-        module, arguments = importlib.import_module(name), shlex.split(text)
+        module = importlib.import_module(name)
 
-        def stop(self, arguments=arguments):
+        def stop(self, arguments=shlex.split(text)):  # noqa: B008
             parse(self, arguments)
             raise Parsed
 
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        if arguments or "argparse" in vars(module):
-            with pytest.raises(Parsed):
-                module.main()
+        with pytest.raises(Parsed):
+            module.main()
 
 
 @pytest.fixture
@@ -89,6 +88,35 @@ def test_who_is_wrong_or_fails_gets_no_time(run):
     assert rows["wrong"] == {"Difference": "1e-03", "Time": "differs"}
     assert rows["fails"] == {"Difference": "ZeroDivisionError: division by zero", "Time": "none"}
     assert rows["ends"]["Time"] == "none"
+
+
+def test_without_the_first_there_is_no_time(run):
+    contenders = {"first": lambda: 1 / 0, "ours": lambda: np.ones(2)}
+    raced = run.race("decoder", contenders, "float32", 1)
+    assert not raced.times
+    assert raced.row("ours")["Difference"] == "RuntimeError: not compared, since first failed"
+
+
+def test_scores_are_compared_as_masks_are(run):
+    masks, scores = np.ones(1000), np.ones(2)
+    contenders = {"first": lambda: (masks, scores), "ours": lambda: (masks, 1.01 * scores)}
+    raced = run.race("decoder", contenders, "float32", 1)
+    assert raced.row("ours") == {"Difference": "1e-02", "Time": "differs"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeat", "0"], "--repeat is 0, expected at least 1"),
+        (["--batch", "-1"], "--batch is -1, expected at least 1"),
+        (["--parts", "windows"], "windows: of ViTs alone; name them with --models"),
+    ],
+)
+def test_arguments_that_make_no_sense(run, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run", *arguments])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert message in capsys.readouterr().err
 
 
 def test_each_gets_warm_in_its_turn(run):

@@ -97,6 +97,13 @@ def test_training_step(model):
     )
 
 
+@pytest.mark.parametrize("model", ["tiny_vit"], indirect=True)
+def test_training_step_of_a_process_with_a_gpu(model, monkeypatch):
+    """Its gradients of convolutions are others than those of a process that has none."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    test_training_step(model)
+
+
 FLASH = {"9.0": {"cudnn": 2}, "8.0": {"cudnn": 1, "pallas": 1}}  # layers of which kernel
 ON_NVIDIA = pytest.mark.parametrize("nvidia", FLASH, indirect=True)
 

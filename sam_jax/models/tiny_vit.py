@@ -95,6 +95,8 @@ class Stage(nnx.Module):
 class ConvBN(nnx.Module):
     """A convolution and a batch norm with fixed statistics (`Conv2d_BN` in evaluation mode).
 
+    The convolution is of one pixel, depthwise, or of 3 x 3 pixels with stride 2.
+
     The norm is folded into the kernel, which costs a pass over the kernel instead of one over the
     picture.
     """
@@ -125,15 +127,7 @@ class ConvBN(nnx.Module):
             return _depthwise_conv(x, kernel, self.stride) + bias
         if kernel.shape[0] == 1:
             return x @ kernel[0, 0] + bias
-        if jax.default_backend() == "cpu":
-            return _halving_conv(x, kernel) + bias
-        return _conv(x, kernel, self.stride, (1, 1)) + bias
-
-
-def _conv(x, kernel, stride, padding):
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    strides, paddings = (stride, stride), (padding, padding)
-    return jax.lax.conv_general_dilated(x, kernel, strides, paddings, dimension_numbers=dimensions)
+        return _halving_conv(x, kernel) + bias
 
 
 @jax.custom_jvp
@@ -143,7 +137,7 @@ def _halving_conv(
 ) -> Float[Array, "b h//2 w//2 o"]:
     """The stem's convolution, of stride 2, as one of stride 1 whose pixels are blocks of 2 x 2.
 
-    XLA on a CPU is faster at it, and at the gradient of the picture three times.
+    XLA on a CPU is faster at the gradient of the picture, three times.
     """
     (b, h, w, c), out = x.shape, kernel.shape[-1]
     blocks = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
@@ -151,19 +145,22 @@ def _halving_conv(
     kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0)))
     kernel = kernel.reshape(2, 2, 2, 2, c, out).transpose(0, 2, 1, 3, 4, 5)
     blocks, kernel = blocks.reshape(b, h // 2, w // 2, -1), kernel.reshape(2, 2, -1, out)
-    return _conv(blocks, kernel, 1, (1, 0))
+    return jax.lax.conv_general_dilated(
+        blocks, kernel, (1, 1), ((1, 0), (1, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 @_halving_conv.defjvp
 def _halving_conv_jvp(primals, tangents):
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
-    by_kernel = _product_by_rows(x, kernel_dot)
+    conv = _product_by_rows if jax.default_backend() == "cpu" else _halving_conv
+    by_kernel = conv(x, kernel_dot)
     return _halving_conv(x, kernel), _halving_conv(x_dot, kernel) + by_kernel
 
 
 def _product_by_rows(x, kernel):
     """The same as products of matrices; in the gradient of the kernel XLA on a CPU is faster."""
-    b, h, w = len(x), x.shape[1] // 2, x.shape[2] // 2
+    b, h, w = x.shape[0], x.shape[1] // 2, x.shape[2] // 2
     kernel = kernel.astype(jnp.float32)  # in which its gradients are added up
     padded, rows = _pad(x, kernel), math.gcd(h, 4)  # at a time
 

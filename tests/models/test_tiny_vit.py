@@ -70,13 +70,6 @@ def test_stage(pair, intermediates, name):
     assert_close(actual, grid_last(expected))
 
 
-def test_stem_off_a_cpu(pair, intermediates, monkeypatch):
-    """Where its convolutions are XLA's own."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    given, expected = intermediates["patch_embed"]
-    assert_close(pair[1].patch_embed(jnp.asarray(from_torch_image(given))), grid_last(expected))
-
-
 def test_block_with_padded_window(pair):
     """A 64 x 64 grid in windows of 7 and 14 is padded; padded positions are attended."""
     reference, encoder = pair
@@ -116,15 +109,39 @@ def test_depthwise_conv(hw, stride, platform, monkeypatch):
     assert_like_torch(conv, x, kernel, stride=stride, groups=5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("hw", [(32, 20), (6, 8), (2, 2)], ids=str)
-def test_halving_conv(hw):
+def test_halving_conv(hw, platform, monkeypatch):
+    """The kernel's gradient is of products on a CPU, XLA's own elsewhere."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x, kernel = normal((2, *hw, 5)), normal((3, 3, 5, 7), seed=1)
     assert_like_torch(_halving_conv, x, kernel, stride=2)
 
 
-@pytest.mark.parametrize("channels", [1, 3], ids=["depthwise", "halving"])
-def test_forward_mode_and_vmap(channels):
-    conv = _halving_conv if channels == 3 else functools.partial(_depthwise_conv, stride=1)
+CONVS = {
+    "depthwise": (functools.partial(_depthwise_conv, stride=1), 1),
+    "halving": (_halving_conv, 3),
+}
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_gradients_with_an_open_batch(name):
+    conv, channels = CONVS[name]
+
+    def total(x, kernel):
+        return jnp.sum(jnp.sin(conv(x, kernel)))
+
+    gradients = jax.jit(jax.grad(total, (0, 1)))
+    x, kernel = normal((2, 6, 6, 3)), normal((3, 3, channels, 3), seed=1)
+    shape = jax.export.symbolic_shape("batch, 6, 6, 3")
+    exported = jax.export.export(gradients)(jax.ShapeDtypeStruct(shape, x.dtype), kernel)
+    for actual, expected in zip(exported.call(x, kernel), gradients(x, kernel), strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_forward_mode_and_vmap(name):
+    conv, channels = CONVS[name]
     x, kernel = normal((2, 6, 6, 3)), normal((3, 3, channels, 3), seed=1)
 
     def total(kernel, x):
