@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--batch", type=int, default=8, help="images, of encoder and training")
     attentions = ["xla", "folded", "cudnn, bias", "pallas", "cudnn"]
-    parser.add_argument("--attention", nargs="+", default=attentions)
+    parser.add_argument("--attention", nargs="+", default=attentions, choices=attentions)
     args = parser.parse_args()
     mesh = h100()
     print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", flush=True)
