@@ -7,7 +7,7 @@
 # taken from SAM_JAX_CACHE, or downloaded. Needs the extra `test` and JAX with CUDA; PyTorch's side of the tables is
 # there where PyTorch has CUDA, too, and segment-anything-fast's where it is installed from GitHub
 # (pytorch-labs/segment-anything-fast). What fails does not keep the rest from running; the status at the end says
-# so. (On another GPU than a Hopper accuracy ends at "cudnn", which has no heads of such a width there.)
+# so. (On another GPU than a Hopper "cudnn" has no accuracy: it has no heads of such a width there.)
 set -uo pipefail
 cd "$(git rev-parse --show-toplevel)"
 export JAX_PLATFORMS=cuda,cpu  # never the CPU in silence

@@ -365,10 +365,7 @@ def _gelu(graph, equation, x):
 
 
 def _conv(graph, equation, x, kernel):
-    size, (given, out) = (
-        len(kernel),
-        (v.aval.shape for v in (equation.invars[0], *equation.outvars)),
-    )
+    size, given, out = len(kernel), equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     result = graph.node(
         "Conv",
         _permuted(graph, x, (0, 3, 1, 2)),
