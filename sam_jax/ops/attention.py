@@ -147,22 +147,23 @@ def _chunked(q, k, v, tables, grid):
     b, heads, n, d = q.shape
     rows = _rows_per_block(h, w)
 
-    # Recomputed in the backward pass: without this a scan keeps every block's logits.
+    # Recomputed in the backward pass: without this a scan keeps every block's logits. Keys and
+    # values are transposed for their gradients, on a CPU a third of the backward pass: those of
+    # [n, d] would be products with the logits transposed, and copied for it.
     @jax.checkpoint
-    def block(q, k, v, table_h):  # q: [rows * w, d]; table_h: [rows, h, d]
-        logits = jnp.dot(q * d**-0.5, k.T, preferred_element_type=jnp.float32)
+    def block(q, k_t, v_t, table_h):  # q: [rows * w, d]; k_t, v_t: [d, n]; table_h: [rows, h, d]
+        logits = jnp.dot(q * d**-0.5, k_t, preferred_element_type=jnp.float32)
         if tables is not None:
             rel_h, rel_w = _position_terms(q, (table_h, tables[1]))
             logits = logits.reshape(-1, h, w) + rel_h[..., :, None] + rel_w[..., None, :]
-        return _average(logits.reshape(-1, n), v)
+        return _average(logits.reshape(-1, n), v_t.T)
 
     def one_head(qkv):
-        q, k, v = qkv
+        q, k_t, v_t = qkv[0], qkv[1].T, qkv[2].T
         blocks = q.reshape(h // rows, rows * w, d)
-        if tables is None:
-            return jax.lax.map(lambda q: block(q, k, v, None), blocks).reshape(n, d)
-        table_h = tables[0].reshape(h // rows, rows, h, d)
-        return jax.lax.map(lambda x: block(x[0], k, v, x[1]), (blocks, table_h)).reshape(n, d)
+        table_h = None if tables is None else tables[0].reshape(h // rows, rows, h, d)
+        out = jax.lax.map(lambda x: block(x[0], k_t, v_t, x[1]), (blocks, table_h))
+        return out.reshape(n, d)
 
     flat = jax.tree.map(lambda x: x.reshape(b * heads, n, d), (q, k, v))
     return jax.lax.map(one_head, flat).reshape(b, heads, n, d)
