@@ -229,7 +229,7 @@ def _with_attention(
     """The model with another attention, chosen by the one that it names and the grid."""
     model = nnx.merge(*nnx.split(model))
     for block in _blocks(model):
-        side = block.window or model.config.image_embedding_size
+        side = block.attn.window or model.config.image_embedding_size
         block.attn.implementation = choose(block.attn.implementation, (side, side))
     return model
 

@@ -294,31 +294,31 @@ class TinyViTBlock(nnx.Module):
         self.attn = Attention(dim, num_heads, window, dtype=dtype, rngs=rngs)
         self.local_conv = ConvBN(dim, dim, 3, depthwise=True, dtype=dtype, rngs=rngs)
         self.mlp = NormMLP(dim, int(dim * mlp_ratio), dtype=dtype, rngs=rngs)
-        self.window = window
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        # The padding comes before the attention's norm: padded positions are its bias, not zero.
-        windows = self.attn(partition_windows(x, self.window))
-        x = x + join_windows(windows, x.shape[1:3])
-        x = self.local_conv(x)
+        x = self.local_conv(x + self.attn(x))
         return x + self.mlp(x)
 
 
 class Attention(nnx.Module):
-    """Self-attention within a window with a learnt bias for each distance in rows and columns."""
+    """Self-attention within windows with a learnt bias for each distance in rows and columns."""
 
     def __init__(self, dim, num_heads, window, *, dtype, rngs):
         self.norm = LayerNorm(dim, eps=_EPS, dtype=dtype)
         self.qkv = nnx.Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
         self.proj = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
         self.attention_biases = nnx.Param(jnp.zeros((num_heads, window * window)))
+        self.window = window
 
-    def __call__(self, x: Float[Array, "b win win c"]) -> Float[Array, "b win win c"]:
-        b, window, _, c = x.shape
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        grid, window, c = x.shape[1:3], self.window, x.shape[-1]
         n, heads = window * window, self.attention_biases.shape[0]
+        # The reference pads with zeros before the norm, which makes its bias of them.
+        padding = self.qkv(self.norm(jnp.zeros(c, x.dtype)))
+        qkv = partition_windows(self.qkv(self.norm(x)), window, padding)
+        b = qkv.shape[0]
         # Per head: its queries, keys and values, one after the other.
-        qkv = self.qkv(self.norm(x)).reshape(b, n, heads, 3, c // heads)
-        q, k, v = qkv.transpose(3, 0, 2, 1, 4)
+        q, k, v = qkv.reshape(b, n, heads, 3, c // heads).transpose(3, 0, 2, 1, 4)
 
         # The bias of |row distance| r and |column distance| c is entry r * window + c.
         row, column = jnp.divmod(jnp.arange(n), window)
@@ -332,7 +332,8 @@ class Attention(nnx.Module):
         bias = jnp.einsum("b,nqk->bnqk", jnp.ones(b), bias)
         weights = softmax(logits + bias).astype(v.dtype)
         out = jnp.einsum("bnqk,bnkd->bnqd", weights, v)
-        return self.proj(out.transpose(0, 2, 1, 3).reshape(b, window, window, c))
+        out = out.transpose(0, 2, 1, 3).reshape(b, window, window, c)
+        return self.proj(join_windows(out, grid))
 
 
 class NormMLP(nnx.Module):

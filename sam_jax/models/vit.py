@@ -89,46 +89,49 @@ class Block(nnx.Module):
     def __init__(self, vit: ViTConfig, *, grid: int, window: int, dtype, attention, rngs):
         self.norm1 = LayerNorm(vit.embed_dim, eps=vit.layer_norm_eps, dtype=dtype)
         self.attn = Attention(
-            vit, size=window or grid, dtype=dtype, implementation=attention, rngs=rngs
+            vit, grid=grid, window=window, dtype=dtype, implementation=attention, rngs=rngs
         )
         self.norm2 = LayerNorm(vit.embed_dim, eps=vit.layer_norm_eps, dtype=dtype)
         self.mlp = MLP(vit.embed_dim, vit.mlp_dim, gelu, dtype=dtype, rngs=rngs)
-        self.window = window
 
     def __call__(
         self, x: Float[Array, "b h w c"], drop_path_rate: float = 0.0, keys: Array | None = None
     ) -> Float[Array, "b h w c"]:
         attn_keys, mlp_keys = (None, None) if keys is None else split_keys(keys, 2)
-        y = self.norm1(x)
-        if self.window:  # the padding comes after the norm: padded positions are zeros
-            windows = self.attn(partition_windows(y, self.window))
-            y = join_windows(windows, x.shape[1:3])
-        else:
-            y = self.attn(y)
-        x = x + drop_path(y, drop_path_rate, attn_keys)
+        x = x + drop_path(self.attn(self.norm1(x)), drop_path_rate, attn_keys)
         return x + drop_path(self.mlp(self.norm2(x)), drop_path_rate, mlp_keys)
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention over a grid with decomposed relative positions."""
+    """Multi-head self-attention with decomposed relative positions.
 
-    def __init__(self, vit: ViTConfig, *, size: int, dtype, implementation, rngs):
+    Over a grid, or within its windows unless `window` is 0.
+    """
+
+    def __init__(self, vit: ViTConfig, *, grid: int, window: int, dtype, implementation, rngs):
         self.qkv = nnx.Linear(
             vit.embed_dim, 3 * vit.embed_dim, use_bias=vit.qkv_bias, dtype=dtype, rngs=rngs
         )
         self.proj = nnx.Linear(vit.embed_dim, vit.embed_dim, dtype=dtype, rngs=rngs)
-        zeros = jnp.zeros((2 * size - 1, vit.head_dim))
+        zeros = jnp.zeros((2 * (window or grid) - 1, vit.head_dim))
         self.rel_pos_h = nnx.Param(zeros) if vit.use_rel_pos else None
         self.rel_pos_w = nnx.Param(zeros) if vit.use_rel_pos else None
         self.num_heads = vit.num_heads
+        self.window = window
         self.implementation = implementation
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, h, w, c = x.shape
-        qkv = self.qkv(x).reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
+        grid, c = x.shape[1:3], x.shape[-1]
+        qkv = self.qkv(x)
+        if self.window:  # the reference pads its input with zeros
+            bias = jnp.zeros(3 * c) if self.qkv.bias is None else self.qkv.bias[...]
+            qkv = partition_windows(qkv, self.window, bias.astype(qkv.dtype))
+        b, h, w, _ = qkv.shape
+        qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)
         rel_pos = None
         if self.rel_pos_h is not None:
             rel_pos = self.rel_pos_h[...].astype(q.dtype), self.rel_pos_w[...].astype(q.dtype)
         out = rel_pos_attention(q, k, v, rel_pos, (h, w), self.implementation)
-        return self.proj(out.transpose(0, 2, 1, 3).reshape(b, h, w, c))
+        out = out.transpose(0, 2, 1, 3).reshape(b, h, w, c)
+        return self.proj(join_windows(out, grid) if self.window else out)

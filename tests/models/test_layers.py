@@ -25,9 +25,13 @@ image_encoder = torch_reference.import_reference("segment_anything").modeling.im
 @pytest.mark.parametrize("grid", [(12, 12), (10, 7), (5, 14), (4, 3)])
 def test_windows(grid):
     x = normal((2, *grid, 3))
-    windows = partition_windows(x, 5)
+    windows = partition_windows(x, 5, jnp.zeros(3))
     expected, padded = image_encoder.window_partition(tensor(x), 5)
     np.testing.assert_array_equal(windows, expected.numpy())
+    padding = normal((3,), seed=1)
+    from_padding, _ = image_encoder.window_partition(tensor(x - padding), 5)
+    windows = partition_windows(x, 5, padding)
+    np.testing.assert_allclose(windows, from_padding.numpy() + padding, atol=1e-6)
     joined = image_encoder.window_unpartition(expected, 5, padded, grid)
     np.testing.assert_array_equal(join_windows(windows, grid), joined.numpy())
     np.testing.assert_array_equal(join_windows(windows, grid), x)
@@ -41,6 +45,25 @@ def test_layer_norm():
         tensor(x), (6,), tensor(norm.scale[...]), tensor(norm.bias[...]), 1e-6
     )
     assert_close(norm(x), expected)
+
+
+def test_gradients_of_layer_norm():
+    norm = LayerNorm(6, eps=1e-6, dtype=jnp.float32)
+    norm.scale[...], norm.bias[...] = normal((6,), seed=1), normal((6,), seed=2)
+    x, towards = 3 + normal((2, 4, 6)), normal((2, 4, 6), seed=3)
+    wanted = [tensor(a).requires_grad_() for a in (x, norm.scale[...], norm.bias[...])]
+    out = torch.nn.functional.layer_norm(wanted[0], (6,), *wanted[1:], 1e-6)
+    (out * tensor(towards)).sum().backward()
+
+    def loss(norm, x):
+        return (norm(x) * towards).sum()
+
+    of_norm, of_x = nnx.grad(loss, argnums=(0, 1))(norm, x)
+    for actual, expected in zip((of_x, of_norm.scale[...], of_norm.bias[...]), wanted, strict=True):
+        assert_close(actual, expected.grad)
+    direction = normal(x.shape, seed=4)
+    _, forwards = jax.jvp(lambda x: loss(norm, x), (x,), (direction,))
+    np.testing.assert_allclose(forwards, (of_x * direction).sum(), rtol=1e-5)
 
 
 def test_patch_conv():
