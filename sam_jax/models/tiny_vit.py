@@ -189,8 +189,12 @@ def _depthwise_conv_jvp(stride, primals, tangents):
     """Written for its transpose, which is what training needs, to be fast on a CPU."""
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
     by_x = _padded_sum(x_dot, kernel) if stride == 1 else _depthwise_conv(x_dot, kernel, stride)
-    by_kernel = _sum_by_rows(_pad(x, kernel), kernel_dot, stride)
-    return _depthwise_conv(x, kernel, stride), by_x + by_kernel
+    padded = _pad(x, kernel)
+    if jax.default_backend() == "cpu":
+        # Or else XLA takes the middle tap from what was padded, and keeps what that is made of.
+        padded = jax.lax.optimization_barrier(padded)
+    by_kernel = _sum_by_rows(padded, kernel_dot, stride)
+    return _shifted_sum(padded, _taps(kernel), stride), by_x + by_kernel
 
 
 def _padded_sum(x, kernel):
