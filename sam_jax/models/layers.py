@@ -62,25 +62,42 @@ def _normalize_jvp(eps, primals, tangents):
     return centered * rate, slope * rate
 
 
+class Linear(nnx.Linear):
+    """`nnx.Linear`, by `rowwise`."""
+
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        return rowwise(super().__call__, x)
+
+
+def rowwise(function, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+    """`function` of [rows, i], on `x` with all axes but the last joined.
+
+    A kernel's gradient adds up over rows. If these are several axes, XLA on a CPU makes a
+    transposed array of what it adds up, beside one that it has already.
+    """
+    y = function(x.reshape(-1, x.shape[-1]))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
 class MLP(nnx.Module):
     """Linear, activation, linear (the reference's `MLPBlock`)."""
 
     def __init__(self, channels: int, mlp_dim: int, activation, *, dtype, rngs: nnx.Rngs):
-        self.lin1 = nnx.Linear(channels, mlp_dim, dtype=dtype, rngs=rngs)
-        self.lin2 = nnx.Linear(mlp_dim, channels, dtype=dtype, rngs=rngs)
+        self.lin1 = Linear(channels, mlp_dim, dtype=dtype, rngs=rngs)
+        self.lin2 = Linear(mlp_dim, channels, dtype=dtype, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         return self.lin2(self.activation(self.lin1(x)))
 
 
-class LoRALinear(nnx.Linear):
+class LoRALinear(Linear):
     """A linear layer whose kernel W counts as W + scale A B (Hu et al. 2022).
 
     `sam_jax.training.lora` puts it in the place of others.
     """
 
-    def __init__(self, linear: nnx.Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
+    def __init__(self, linear: Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
         i, o = linear.kernel.shape
         super().__init__(i, o, use_bias=linear.use_bias, dtype=linear.dtype, rngs=rngs)
         self.kernel, self.bias = linear.kernel, linear.bias
@@ -92,7 +109,7 @@ class LoRALinear(nnx.Linear):
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         y = super().__call__(x)
         a, b = (v[...].astype(y.dtype) for v in (self.lora_a, self.lora_b))
-        return y + (x.astype(y.dtype) @ a) @ b * self.scale
+        return y + rowwise(lambda rows: (rows.astype(y.dtype) @ a) @ b * self.scale, x)
 
     def added(self) -> Float[Array, "i o"]:
         """scale A B."""
@@ -100,7 +117,7 @@ class LoRALinear(nnx.Linear):
         return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST) * self.scale
 
 
-def kernel_of(linear: nnx.Linear) -> Float[Array, "i o"]:
+def kernel_of(linear: Linear) -> Float[Array, "i o"]:
     """What the layer multiplies with, adapters included."""
     kernel = linear.kernel[...]
     return kernel + linear.added() if isinstance(linear, LoRALinear) else kernel
@@ -124,7 +141,8 @@ class PatchConv(nnx.Module):
         x = x.astype(self.dtype).reshape(*batch, h // p, p, w // p, p, i)
         x = jnp.swapaxes(x, -4, -3).reshape(*batch, h // p, w // p, p * p * i)
         kernel = self.kernel[...].astype(self.dtype).reshape(p * p * i, o)
-        return x @ kernel + self.bias[...].astype(self.dtype)
+        bias = self.bias[...].astype(self.dtype)
+        return rowwise(lambda patches: patches @ kernel + bias, x)
 
 
 class UpscaleConv(nnx.Module):
@@ -145,8 +163,8 @@ class UpscaleConv(nnx.Module):
     def __call__(self, x: Float[Array, "*pixels i"]) -> Float[Array, "*pixels 2 2 o"]:
         i, _, _, o = self.kernel.shape
         kernel = self.kernel[...].astype(self.dtype).reshape(i, 4 * o)
-        x = (x.astype(self.dtype) @ kernel).reshape(*x.shape[:-1], 2, 2, o)
-        return x + self.bias[...].astype(self.dtype)
+        x = rowwise(lambda pixels: pixels.astype(self.dtype) @ kernel, x)
+        return x.reshape(*x.shape[:-1], 2, 2, o) + self.bias[...].astype(self.dtype)
 
 
 def join_pixels(x: Float[Array, "h w *pixels_of_pixels c"]) -> Float[Array, "rows columns c"]:

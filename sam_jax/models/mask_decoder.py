@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
-from sam_jax.models.layers import LayerNorm, UpscaleConv, gelu, join_pixels, relu
+from sam_jax.models.layers import LayerNorm, Linear, UpscaleConv, gelu, join_pixels, relu
 from sam_jax.models.two_way_transformer import TwoWayTransformer
 
 
@@ -233,7 +233,7 @@ class Head(nnx.Module):
     def __init__(self, in_dim, hidden_dim, out_dim, num_layers, *, dtype, rngs):
         widths = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
         self.layers = nnx.List(
-            nnx.Linear(i, o, dtype=dtype, rngs=rngs) for i, o in itertools.pairwise(widths)
+            Linear(i, o, dtype=dtype, rngs=rngs) for i, o in itertools.pairwise(widths)
         )
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:

@@ -18,11 +18,13 @@ from sam_jax.config import SamConfig
 from sam_jax.models.layers import (
     Buffer,
     LayerNorm,
+    Linear,
     Neck,
     call_block,
     gelu,
     join_windows,
     partition_windows,
+    rowwise,
 )
 from sam_jax.ops.attention import softmax
 
@@ -126,7 +128,7 @@ class ConvBN(nnx.Module):
         if self.depthwise:
             return _depthwise_conv(x, kernel, self.stride) + bias
         if kernel.shape[0] == 1:
-            return x @ kernel[0, 0] + bias
+            return rowwise(lambda rows: rows @ kernel[0, 0] + bias, x)
         return _halving_conv(x, kernel) + bias
 
 
@@ -309,8 +311,8 @@ class Attention(nnx.Module):
 
     def __init__(self, dim, num_heads, window, *, dtype, rngs):
         self.norm = LayerNorm(dim, eps=_EPS, dtype=dtype)
-        self.qkv = nnx.Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
         self.attention_biases = nnx.Param(jnp.zeros((num_heads, window * window)))
         self.window = window
 
@@ -322,7 +324,8 @@ class Attention(nnx.Module):
         qkv = partition_windows(self.qkv(self.norm(x)), window, padding)
         b = qkv.shape[0]
         # Per head: its queries, keys and values, one after the other.
-        q, k, v = qkv.reshape(b, n, heads, 3, c // heads).transpose(3, 0, 2, 1, 4)
+        qkv = jnp.split(qkv.reshape(b, n, heads, 3 * c // heads), 3, -1)
+        q, k, v = (t.transpose(0, 2, 1, 3) for t in qkv)
 
         # The bias of |row distance| r and |column distance| c is entry r * window + c.
         row, column = jnp.divmod(jnp.arange(n), window)
@@ -345,8 +348,8 @@ class NormMLP(nnx.Module):
 
     def __init__(self, dim, hidden, *, dtype, rngs):
         self.norm = LayerNorm(dim, eps=_EPS, dtype=dtype)
-        self.fc1 = nnx.Linear(dim, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, dim, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(dim, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         return self.fc2(gelu(self.fc1(self.norm(x))))

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
-from sam_jax.models.layers import MLP, LayerNorm, kernel_of, relu
+from sam_jax.models.layers import MLP, LayerNorm, Linear, kernel_of, relu
 from sam_jax.ops.attention import softmax
 
 
@@ -141,10 +141,10 @@ class Attention(nnx.Module):
         inner = dim // downsample_rate
         if inner % num_heads:
             raise ValueError(f"the inner width {inner} is not a multiple of num_heads {num_heads}")
-        self.q_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
-        self.out_proj = nnx.Linear(inner, dim, dtype=dtype, rngs=rngs)
+        self.q_proj = Linear(dim, inner, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(dim, inner, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(dim, inner, dtype=dtype, rngs=rngs)
+        self.out_proj = Linear(inner, dim, dtype=dtype, rngs=rngs)
         self.num_heads = num_heads
 
     def __call__(

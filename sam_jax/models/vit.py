@@ -14,6 +14,7 @@ from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.models.layers import (
     MLP,
     LayerNorm,
+    Linear,
     Neck,
     PatchConv,
     call_block,
@@ -109,10 +110,10 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, vit: ViTConfig, *, grid: int, window: int, dtype, implementation, rngs):
-        self.qkv = nnx.Linear(
+        self.qkv = Linear(
             vit.embed_dim, 3 * vit.embed_dim, use_bias=vit.qkv_bias, dtype=dtype, rngs=rngs
         )
-        self.proj = nnx.Linear(vit.embed_dim, vit.embed_dim, dtype=dtype, rngs=rngs)
+        self.proj = Linear(vit.embed_dim, vit.embed_dim, dtype=dtype, rngs=rngs)
         zeros = jnp.zeros((2 * (window or grid) - 1, vit.head_dim))
         self.rel_pos_h = nnx.Param(zeros) if vit.use_rel_pos else None
         self.rel_pos_w = nnx.Param(zeros) if vit.use_rel_pos else None
@@ -127,8 +128,8 @@ class Attention(nnx.Module):
             bias = jnp.zeros(3 * c) if self.qkv.bias is None else self.qkv.bias[...]
             qkv = partition_windows(qkv, self.window, bias.astype(qkv.dtype))
         b, h, w, _ = qkv.shape
-        qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+        heads = b, h * w, self.num_heads, c // self.num_heads
+        q, k, v = (t.reshape(heads).transpose(0, 2, 1, 3) for t in jnp.split(qkv, 3, -1))
         rel_pos = None
         if self.rel_pos_h is not None:
             rel_pos = self.rel_pos_h[...].astype(q.dtype), self.rel_pos_w[...].astype(q.dtype)

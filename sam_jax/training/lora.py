@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sam_jax.files import replacing
-from sam_jax.models.layers import LoRALinear, kernel_of
+from sam_jax.models.layers import Linear, LoRALinear, kernel_of
 from sam_jax.models.sam import Sam
 
 
@@ -132,11 +132,11 @@ def load_lora(model: Sam, path: str | os.PathLike) -> Sam:
     return model
 
 
-def _linear_layers(model: Sam) -> dict[str, nnx.Linear]:
+def _linear_layers(model: Sam) -> dict[str, Linear]:
     return {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, nnx.Linear)
+        if isinstance(module, Linear)
     }
 
 
@@ -148,7 +148,7 @@ def _matching(adapters: dict, model: Sam) -> dict:
     """For each adapter's path the adapter and the plain layer of the model."""
     layers = _linear_layers(model)
     for path in adapters:
-        if type(layers.get(path)) is not nnx.Linear:
+        if type(layers.get(path)) is not Linear:
             raise ValueError(f"there are adapters for {path}, which is no plain linear layer here")
     return {path: (adapter, layers[path]) for path, adapter in adapters.items()}
 
@@ -157,19 +157,19 @@ def _factors(linear: LoRALinear) -> tuple[Array, Array]:
     return linear.lora_a[...], linear.lora_b[...]
 
 
-def _adapter(linear: nnx.Linear, a: Array, b: Array, scale: float) -> LoRALinear:
+def _adapter(linear: Linear, a: Array, b: Array, scale: float) -> LoRALinear:
     new = LoRALinear(linear, a.shape[1], scale, rngs=nnx.Rngs(0))
     new.lora_a[...], new.lora_b[...] = a, b
     return new
 
 
-def _plain(linear: nnx.Linear, kernel: Array) -> nnx.Linear:
-    new = nnx.Linear(*kernel.shape, use_bias=linear.use_bias, dtype=linear.dtype, rngs=nnx.Rngs(0))
+def _plain(linear: Linear, kernel: Array) -> Linear:
+    new = Linear(*kernel.shape, use_bias=linear.use_bias, dtype=linear.dtype, rngs=nnx.Rngs(0))
     new.kernel, new.bias = nnx.Param(kernel.astype(linear.kernel.dtype)), linear.bias
     return new
 
 
-def _replace(model: Sam, path: str, linear: nnx.Linear) -> None:
+def _replace(model: Sam, path: str, linear: Linear) -> None:
     *parents, name = path.split(".")
     parent = model
     for part in parents:
