@@ -182,8 +182,12 @@ class Graph:
         if translate is None:
             raise ValueError(f"JAX's operation {name!r} has no translation to ONNX here")
         tensors = [self._full(v, shape) for v, shape in zip(values, shapes, strict=True)]
-        tensor = translate(self, equation, *tensors)
-        return [self._value(tensor, equation.outvars[0].aval.shape)]
+        results = translate(self, equation, *tensors)
+        results = results if isinstance(results, list) else [results]
+        return [
+            self._value(tensor, var.aval.shape)
+            for tensor, var in zip(results, equation.outvars, strict=True)
+        ]
 
 
 def _known_value(array) -> _Value:
@@ -311,6 +315,13 @@ def _slice(graph, equation, x):
     return graph.node("Slice", x, *bounds, np.array(axes), np.array([steps[axis] for axis in axes]))
 
 
+def _split(graph, equation, x):
+    ends = np.cumsum(equation.params["sizes"])
+    bounds = zip(ends - equation.params["sizes"], ends, strict=True)
+    axis = np.array([equation.params["axis"]])
+    return [graph.node("Slice", x, np.array([a]), np.array([b]), axis) for a, b in bounds]
+
+
 def _gather(graph, equation, x, start):
     """Only what JAX makes of `x[..., 1:2]` where another size of x is left open."""
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
@@ -337,6 +348,7 @@ _OPERATIONS: dict[str, Callable] = {
     "concatenate": lambda graph, eqn, *xs: graph.node("Concat", *xs, axis=eqn.params["dimension"]),
     "stack": _stack,
     "slice": _slice,
+    "split": _split,
     "gather": _gather,
     "pad": _pad,
     "reduce_sum": lambda graph, eqn, x: graph.node(
