@@ -322,25 +322,33 @@ class Attention(nnx.Module):
         # The reference pads with zeros before the norm, which makes its bias of them.
         padding = self.qkv(self.norm(jnp.zeros(c, x.dtype)))
         qkv = partition_windows(self.qkv(self.norm(x)), window, padding)
-        b = qkv.shape[0]
-        # Per head: its queries, keys and values, one after the other.
-        qkv = jnp.split(qkv.reshape(b, n, heads, 3 * c // heads), 3, -1)
-        q, k, v = (t.transpose(0, 2, 1, 3) for t in qkv)
+        qkv = qkv.reshape(-1, n, heads, 3 * c // heads)
 
         # The bias of |row distance| r and |column distance| c is entry r * window + c.
         row, column = jnp.divmod(jnp.arange(n), window)
         index = abs(row[:, None] - row) * window + abs(column[:, None] - column)
         bias = self.attention_biases[...].astype(jnp.float32)[:, index]
 
-        scale = (c // heads) ** -0.5
-        logits = jnp.einsum("bnqd,bnkd->bnqk", q * scale, k, preferred_element_type=jnp.float32)
-        # A product with ones, whose gradient is one, too: XLA on a CPU is slow at the sum of a
-        # broadcast's.
-        bias = jnp.einsum("b,nqk->bnqk", jnp.ones(b), bias)
-        weights = softmax(logits + bias).astype(v.dtype)
-        out = jnp.einsum("bnqk,bnkd->bnqd", weights, v)
-        out = out.transpose(0, 2, 1, 3).reshape(b, window, window, c)
+        # XLA computes a batch of products on one core of a CPU, and two batches at once.
+        groups = 2 if jax.default_backend() == "cpu" else 1
+        parts = zip(jnp.array_split(qkv, groups, 2), jnp.array_split(bias, groups), strict=True)
+        out = jnp.concatenate([_attend(*some_heads) for some_heads in parts], 1)
+        out = out.transpose(0, 2, 1, 3).reshape(-1, window, window, c)
         return self.proj(join_windows(out, grid))
+
+
+def _attend(
+    qkv: Float[Array, "b n heads c3"], bias: Float[Array, "heads n n"]
+) -> Float[Array, "b heads n c3//3"]:
+    """Of each head the queries, keys and values, which lie one after the other, attended."""
+    q, k, v = (t.transpose(0, 2, 1, 3) for t in jnp.split(qkv, 3, -1))
+    q = q * q.shape[-1] ** -0.5
+    logits = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=jnp.float32)
+    # A product with ones, whose gradient is one, too: XLA on a CPU is slow at the sum of a
+    # broadcast's.
+    bias = jnp.einsum("b,nqk->bnqk", jnp.ones(len(q)), bias)
+    weights = softmax(logits + bias).astype(v.dtype)
+    return jnp.einsum("bnqk,bnkd->bnqd", weights, v)
 
 
 class NormMLP(nnx.Module):
