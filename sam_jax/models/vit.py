@@ -128,8 +128,8 @@ class Attention(nnx.Module):
             bias = jnp.zeros(3 * c) if self.qkv.bias is None else self.qkv.bias[...]
             qkv = partition_windows(qkv, self.window, bias.astype(qkv.dtype))
         b, h, w, _ = qkv.shape
-        heads = b, h * w, self.num_heads, c // self.num_heads
-        q, k, v = (t.reshape(heads).transpose(0, 2, 1, 3) for t in jnp.split(qkv, 3, -1))
+        qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
         rel_pos = None
         if self.rel_pos_h is not None:
             rel_pos = self.rel_pos_h[...].astype(q.dtype), self.rel_pos_w[...].astype(q.dtype)
