@@ -340,7 +340,7 @@ class Attention(nnx.Module):
 def _attend(
     qkv: Float[Array, "b n heads c3"], bias: Float[Array, "heads n n"]
 ) -> Float[Array, "b heads n c3//3"]:
-    """Of each head the queries, keys and values, which lie one after the other, attended."""
+    """Self-attention of heads whose queries, keys and values lie one after the other."""
     q, k, v = (t.transpose(0, 2, 1, 3) for t in jnp.split(qkv, 3, -1))
     q = q * q.shape[-1] ** -0.5
     logits = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=jnp.float32)

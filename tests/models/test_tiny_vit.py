@@ -70,8 +70,13 @@ def test_stage(pair, intermediates, name):
     assert_close(actual, grid_last(expected))
 
 
-def test_block_with_padded_window(pair):
-    """A 64 x 64 grid in windows of 7 and 14 is padded; padded positions are attended."""
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_block_with_padded_window(pair, platform, monkeypatch):
+    """A 64 x 64 grid in windows of 7 and 14 is padded; padded positions are attended.
+
+    Heads are in two groups on a CPU, in one elsewhere.
+    """
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     reference, encoder = pair
     for stage in (1, 2):
         block = reference.layers[stage].blocks[0]
