@@ -346,7 +346,7 @@ def _attend(
     logits = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=jnp.float32)
     # A product with ones, whose gradient is one, too: XLA on a CPU is slow at the sum of a
     # broadcast's.
-    bias = jnp.einsum("b,nqk->bnqk", jnp.ones(len(q)), bias)
+    bias = jnp.einsum("b,nqk->bnqk", jnp.ones(q.shape[0]), bias)
     weights = softmax(logits + bias).astype(v.dtype)
     return jnp.einsum("bnqk,bnkd->bnqd", weights, v)
 
