@@ -3,7 +3,7 @@
     sam-jax export mobile_sam --output exported
     python examples/load_export.py exported photo.jpg 450 600
 
-writes `mask.png`. What it needs: jax, numpy, pillow, safetensors.
+writes `mask.png`. What it needs: jax, flatbuffers, numpy, pillow, safetensors.
 """
 
 import json
