@@ -308,11 +308,11 @@ def _stack(graph, equation, *tensors):
 
 def _slice(graph, equation, x):
     old, new = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    axes = [axis for axis in range(len(old)) if old[axis] != new[axis]]
+    axes = np.array([axis for axis in range(len(old)) if old[axis] != new[axis]], np.int64)
     start, limit = equation.params["start_indices"], equation.params["limit_indices"]
     steps = equation.params["strides"] or [1] * len(old)
-    bounds = (np.array([values[axis] for axis in axes]) for values in (start, limit))
-    return graph.node("Slice", x, *bounds, np.array(axes), np.array([steps[axis] for axis in axes]))
+    start, limit, steps = (np.array(values)[axes] for values in (start, limit, steps))
+    return graph.node("Slice", x, start, limit, axes, steps)
 
 
 def _split(graph, equation, x):

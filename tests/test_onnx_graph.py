@@ -41,6 +41,10 @@ FUNCTIONS = {
     "axes": lambda x: (x.transpose(2, 0, 1).reshape(15, 4), x[:, None], x[1], x[:, 1::2, 1:4]),
     "joined": lambda x: (jnp.concatenate([x, 2 * x], 1), jnp.stack([x, x + 1], 2)),
     "split": lambda x: jnp.split(x, [1, 3], 2),
+    "sliced": lambda x: (
+        jax.lax.slice(x, (0, 1, 0), (3, 2, 5)),
+        jax.lax.slice(x, (0,) * 3, x.shape),
+    ),
     "padded": lambda x: jnp.pad(x, ((0, 1), (2, 0), (0, 0)), constant_values=7),
     # A sum of what was broadcast is not the sum of what it was broadcast from.
     "broadcast": lambda x: (

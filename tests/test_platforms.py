@@ -1,6 +1,7 @@
 """What is compiled lowers for every platform: no GPU's or TPU's user is the first to try."""
 
 import dataclasses
+import re
 
 import jax
 import jax.export
@@ -53,6 +54,14 @@ def test_encoder(model):
     assert exported.out_avals[0].shape == (2, grid, grid, model.config.prompt_embed_dim)
 
 
+def test_encoder_of_no_images(model):
+    graphdef, params = nnx.split(model)
+    size, grid = model.config.image_size, model.config.image_embedding_size
+    encode = lambda params, pixels: nnx.merge(graphdef, params).encode_image(pixels)  # noqa: E731
+    out = jax.eval_shape(encode, params, shape(0, size, size, 3))
+    assert out.shape == (0, grid, grid, model.config.prompt_embed_dim)
+
+
 # The attention is the encoder's alone, and lowered above; a step of training lowers slowly.
 OF_EACH_KIND = pytest.mark.parametrize("model", ["xla", "tiny_vit"], indirect=True)
 
@@ -73,8 +82,8 @@ def test_decoder(model, with_masks):
     assert exported.out_avals[0].shape == (1, 4, 3, side, side)
 
 
-@OF_EACH_KIND
-def test_training_step(model):
+def training_step(model):
+    """Of (state, frozen, batch, key data); and the shapes of these."""
     tx = adamw(1e-4, EVERYTHING, clip_norm=1.0)
     graphdef, trained, frozen = split_model(model, EVERYTHING)
     state = jax.eval_shape(lambda trained: init_state(trained, tx, ema=True), trained)
@@ -86,15 +95,43 @@ def test_training_step(model):
         "valid": shape(2, 3),
     }
     recipe = Recipe(rounds=2, remat=True, accumulate=2, ema_decay=0.9, objects_at_once=3)
-    lowered(
-        lambda state, frozen, batch, key: train_step(
-            graphdef, state, frozen, batch, jax.random.wrap_key_data(key), tx=tx, recipe=recipe
-        ),
-        state,
-        frozen,
-        batch,
-        shape(2, dtype=jnp.uint32),
-    )
+
+    def step(state, frozen, batch, key):
+        key = jax.random.wrap_key_data(key)
+        return train_step(graphdef, state, frozen, batch, key, tx=tx, recipe=recipe)
+
+    return step, (state, frozen, batch, shape(2, dtype=jnp.uint32))
+
+
+@OF_EACH_KIND
+def test_training_step(model):
+    step, arguments = training_step(model)
+    lowered(step, *arguments)
+
+
+@OF_EACH_KIND
+def test_training_step_with_64_bits(model):
+    """`jax_enable_x64` is for what else a program computes: parameters keep their dtypes."""
+    step, arguments = training_step(model)
+    with jax.enable_x64(True):
+        state, _ = jax.eval_shape(step, *arguments)
+    assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, arguments[0])
+
+
+@pytest.mark.parametrize(("config", "attention"), MODELS.values(), ids=MODELS)
+def test_gradients_with_64_bits(config, attention):
+    """Nothing in them is of float64, which costs a CPU twice the time."""
+    model = nnx.eval_shape(lambda: Sam(config, attention=attention, rngs=nnx.Rngs(0)))
+    graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
+    pixels = shape(1, config.image_size, config.image_size, 3)
+
+    def embedding(params, buffers, pixels):
+        return nnx.merge(graphdef, params, buffers).encode_image(pixels).sum()
+
+    with jax.enable_x64(True):
+        text = str(jax.make_jaxpr(jax.grad(embedding))(params, buffers, pixels))
+    assert "f32[" in text
+    assert "f64[" not in re.sub(r"f64\[\]", "", text)
 
 
 @pytest.mark.parametrize("model", ["tiny_vit"], indirect=True)

@@ -51,7 +51,7 @@ def _normalize_jvp(eps, primals, tangents):
     """Written for its transpose: training's backward pass has less to keep."""
     (x,), (tangent,) = primals, tangents
     centered, rate = _center(x, eps)
-    ones = jnp.ones((x.shape[-1], 1))
+    ones = jnp.ones((x.shape[-1], 1), x.dtype)
 
     # Products, whose transposes are, too: XLA on a CPU makes arrays of what is broadcast for a sum.
     def mean(t):

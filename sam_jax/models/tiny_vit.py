@@ -146,7 +146,8 @@ def _halving_conv(
     # Around pixel 2 * i are one of the block before and both of its own.
     kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0)))
     kernel = kernel.reshape(2, 2, 2, 2, c, out).transpose(0, 2, 1, 3, 4, 5)
-    blocks, kernel = blocks.reshape(b, h // 2, w // 2, -1), kernel.reshape(2, 2, -1, out)
+    blocks = blocks.reshape(b, h // 2, w // 2, 4 * c)
+    kernel = kernel.reshape(2, 2, 4 * c, out)
     return jax.lax.conv_general_dilated(
         blocks, kernel, (1, 1), ((1, 0), (1, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -346,7 +347,7 @@ def _attend(
     logits = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=jnp.float32)
     # A product with ones, whose gradient is one, too: XLA on a CPU is slow at the sum of a
     # broadcast's.
-    bias = jnp.einsum("b,nqk->bnqk", jnp.ones(q.shape[0]), bias)
+    bias = jnp.einsum("b,nqk->bnqk", jnp.ones(q.shape[0], bias.dtype), bias)
     weights = softmax(logits + bias).astype(v.dtype)
     return jnp.einsum("bnqk,bnkd->bnqd", weights, v)
 

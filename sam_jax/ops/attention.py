@@ -8,6 +8,7 @@ with the *unscaled* query in both position terms (Meta's `add_decomposed_rel_pos
 """
 
 import functools
+import math
 import re
 from typing import Literal
 
@@ -192,15 +193,15 @@ def _position_terms(
     q: Float[Array, "*batch hw d"], tables: tuple[Float[Array, "h kh d"], Float[Array, "w kw d"]]
 ) -> tuple[Float[Array, "*batch hw kh"], Float[Array, "*batch hw kw"]]:
     """What the positions of each query's grid add to its logits by the keys' rows and columns."""
-    (h, w), batch = (len(table) for table in tables), q.shape[:-2]
+    (h, w), (*batch, n, d) = (len(table) for table in tables), q.shape
     # The axes that the tables share come first: a CPU is slow at them elsewhere.
-    grid = q.reshape(-1, h, w, q.shape[-1]).transpose(1, 2, 0, 3)
+    grid = q.reshape(math.prod(batch), h, w, d).transpose(1, 2, 0, 3)
     rel_h = jnp.einsum("hwnd,hkd->hwnk", grid, tables[0], preferred_element_type=jnp.float32)
     grid = grid.swapaxes(0, 1)
     rel_w = jnp.einsum("whnd,wkd->whnk", grid, tables[1], preferred_element_type=jnp.float32)
     return (
-        rel_h.transpose(2, 0, 1, 3).reshape(*batch, h * w, -1),
-        rel_w.transpose(2, 1, 0, 3).reshape(*batch, h * w, -1),
+        rel_h.transpose(2, 0, 1, 3).reshape(*batch, n, tables[0].shape[1]),
+        rel_w.transpose(2, 1, 0, 3).reshape(*batch, n, tables[1].shape[1]),
     )
 
 

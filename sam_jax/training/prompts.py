@@ -31,7 +31,7 @@ def sample_point(
     total = counts[-1]
     chosen = jax.random.randint(key, (), 0, jnp.maximum(total, 1))
     y, x = jnp.divmod(jnp.searchsorted(counts, chosen + 1), width)
-    scale = jnp.array([image_size / width, image_size / height])
+    scale = jnp.array([image_size / width, image_size / height], jnp.float32)
     return (jnp.stack([x, y]) + 0.5) * scale - 0.5, total > 0
 
 
@@ -41,7 +41,7 @@ def noisy_box(key: Key, box: Float[Array, "4"], image_size: int) -> Float[Array,
     It stays within the model's input, and the right way round.
     """
     sides = jnp.tile(box[2:] - box[:2], 2)
-    noise = jax.random.normal(key, (4,)) * _BOX_NOISE * sides
+    noise = jax.random.normal(key, (4,), jnp.float32) * _BOX_NOISE * sides
     box = jnp.clip(box + jnp.clip(noise, -_BOX_NOISE_MAX, _BOX_NOISE_MAX), 0, image_size - 1)
     return jnp.concatenate([jnp.minimum(box[:2], box[2:]), jnp.maximum(box[:2], box[2:])])
 
@@ -59,6 +59,7 @@ def next_click(
     """
     point, found = sample_point(key, predicted != target, image_size)
     height, width = target.shape
-    x, y = ((point + 0.5) * jnp.array([width / image_size, height / image_size])).astype(int)
+    scale = jnp.array([width / image_size, height / image_size], jnp.float32)
+    x, y = ((point + 0.5) * scale).astype(int)
     label = jnp.where(target[y, x], FOREGROUND, BACKGROUND)
     return point, jnp.where(found, label, PADDING)

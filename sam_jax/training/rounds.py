@@ -77,7 +77,7 @@ def interactive_losses(
         slot = 2 + step  # beyond the end after the last round: dropped
         return (points.at[slot].set(point), labels.at[slot].set(label), previous), losses
 
-    start = points, labels, jnp.zeros((side, side))
+    start = points, labels, jnp.zeros((side, side), jnp.float32)
     _, losses = jax.lax.scan(one_round, start, jnp.arange(rounds))
     return losses
 
@@ -88,7 +88,7 @@ def _first_prompt(key, inside, box, image_size, box_probability):
     is_box = jax.random.bernoulli(choice, box_probability)
     point, _ = sample_point(point_key, inside, image_size)
     corners = noisy_box(box_key, box, image_size).reshape(2, 2)
-    points = jnp.where(is_box, corners, jnp.stack([point, jnp.zeros(2)]))
+    points = jnp.where(is_box, corners, jnp.stack([point, jnp.zeros_like(point)]))
     labels = jnp.where(
         is_box,
         jnp.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]),
