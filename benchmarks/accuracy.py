@@ -11,12 +11,21 @@ ViT-H has a random image encoder: see `benchmarks.common.model_of`.
 
 import argparse
 import os
+import sys
 from importlib.metadata import version
 
 import jax
 import numpy as np
 
-from benchmarks.common import RANDOM_ENCODER, VITS, cpu_name, find_device, model_of, photos
+from benchmarks.common import (
+    RANDOM_ENCODER,
+    VITS,
+    chosen_photos,
+    cpu_name,
+    find_device,
+    model_of,
+    reason,
+)
 from sam_jax import SamProcessor
 from sam_jax.ops import attention
 from sam_jax.ops.boxes import build_point_grid
@@ -29,19 +38,35 @@ COLUMNS = (
 
 
 def segment(model, photo: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embedding, masks [192, h, w] at the photo's size, scores [192]."""
+    """Embedding, masks [192, h, w] at the photo's size, scores [192]; all finite."""
     processor = SamProcessor(model.config)
     clicks = build_point_grid(CLICKS) * np.array(photo.shape[1::-1])
     inputs = processor(photo, input_points=[[[click.tolist()] for click in clicks]])
     embedding = model.get_image_embeddings(inputs.pop("pixel_values"))
     outputs = model(**inputs, image_embeddings=embedding)
-    for array in (embedding, *outputs):
-        assert np.isfinite(np.asarray(array, np.float32)).all()
+    if not all(np.isfinite(np.asarray(array, np.float32)).all() for array in (embedding, *outputs)):
+        raise FloatingPointError("not finite")
     (masks,) = processor.post_process_masks(
         outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
     )
     masks = np.asarray(masks).reshape(-1, *photo.shape[:2])
     return np.asarray(embedding, np.float32), masks, np.asarray(outputs.iou_scores).ravel()
+
+
+def row(actual, expected, threshold: float) -> list[str]:
+    """The cells of two `segment`s that tell how far one is from the other."""
+    good = expected[2] > threshold
+    both = (actual[1] & expected[1]).sum((1, 2))[good]
+    either = (actual[1] | expected[1]).sum((1, 2))[good]
+    ious = np.sort(both / np.maximum(either, 1))
+    drift = abs(actual[2] - expected[2])
+    error = np.square(actual[0] - expected[0]).mean() ** 0.5
+    return [
+        f"{error / np.square(expected[0]).mean() ** 0.5:.1e}",
+        *(f"{good.sum()}", f"{ious.mean():.4f}", f"{ious[0]:.4f}"),
+        f"{ious[len(ious) // 20]:.4f}",
+        *(f"{drift.mean():.4f}", f"{drift.max():.4f}"),
+    ]
 
 
 def main() -> None:
@@ -50,48 +75,36 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mobile_sam", "vit_h"], choices=models)
     low = ["bfloat16", "float16"]
     parser.add_argument("--dtypes", nargs="+", default=low, choices=low)
-    parser.add_argument("--photos", nargs="*", default=[""], help="beginnings of their names")
+    parser.add_argument("--photos", nargs="*", default=[], help="beginnings of their names")
     known = [*attention._IMPLEMENTATIONS]
     parser.add_argument(
         "--attention", nargs="+", default=[None], choices=known, help="of a ViT; default: its own"
     )
     args = parser.parse_args()
+    chosen = chosen_photos(parser, args.photos)
 
     device = find_device().device_kind
     print(f"{device}, {os.cpu_count()} cores, {cpu_name()}; jax {version('jax')}\n")
     print(f"| {' | '.join(COLUMNS)} |\n|---|---|---|---|{'---:|' * (len(COLUMNS) - 4)}", flush=True)
+    failed = False
     for name in args.models:
         is_vit = name != "mobile_sam"
         threshold = RANDOM_ENCODER["pred_iou_thresh"] if is_vit else 0.88
-        for title, photo in photos().items():
-            if not title.startswith(tuple(args.photos)):
-                continue
+        for title, photo in chosen.items():
             with jax.default_matmul_precision("highest"):
                 expected = segment(model_of(name), photo)
-            good = expected[2] > threshold
             for dtype in args.dtypes:
                 for implementation in args.attention if is_vit else [None]:
+                    cells = [name, title, dtype, implementation or "default"]
                     try:
                         actual = segment(model_of(name, dtype, implementation), photo)
-                    except ValueError as error:  # a named attention that cannot run here
-                        if implementation is None:
-                            raise
-                        row = name, title, dtype, implementation, str(error)
-                        print(f"| {' | '.join(row)} |", flush=True)
-                        continue
-                    both = (actual[1] & expected[1]).sum((1, 2))[good]
-                    either = (actual[1] | expected[1]).sum((1, 2))[good]
-                    ious = np.sort(both / np.maximum(either, 1))
-                    drift = abs(actual[2] - expected[2])
-                    error = np.square(actual[0] - expected[0]).mean() ** 0.5
-                    row = (
-                        *(name, title, dtype, implementation or "default"),
-                        f"{error / np.square(expected[0]).mean() ** 0.5:.1e}",
-                        *(f"{good.sum()}", f"{ious.mean():.4f}", f"{ious[0]:.4f}"),
-                        f"{ious[len(ious) // 20]:.4f}",
-                        *(f"{drift.mean():.4f}", f"{drift.max():.4f}"),
-                    )
-                    print(f"| {' | '.join(row)} |", flush=True)
+                        cells += row(actual, expected, threshold)
+                    except Exception as error:  # no reason to leave out the others
+                        # An attention that is asked for may be unable to run here.
+                        failed |= implementation is None or isinstance(error, FloatingPointError)
+                        cells += [reason(error)] + [""] * (len(COLUMNS) - len(cells) - 1)
+                    print(f"| {' | '.join(cells)} |", flush=True)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What several benchmarks share: photos, models, and how results are timed and compared."""
 
+import argparse
 import functools
 import os
 import platform
@@ -41,6 +42,27 @@ def photos() -> dict[str, np.ndarray]:
         "small 226x150": resized(skimage.data.chelsea(), 226, 150),
         "large 1601x1068": resized(skimage.data.rocket(), 1601, 1068),
     }
+
+
+def chosen_photos(parser: argparse.ArgumentParser, beginnings: list[str]) -> dict[str, np.ndarray]:
+    """The photos whose names begin so; all if nothing is asked for."""
+    known = photos()
+    chosen = {k: v for k, v in known.items() if k.startswith(tuple(beginnings or [""]))}
+    if not chosen:
+        parser.error(f"--photos is {' '.join(beginnings)}, but photos are: {', '.join(known)}")
+    return chosen
+
+
+def check_at_least_one(parser: argparse.ArgumentParser, **values: int) -> None:
+    """Ends the program for an argument that is less."""
+    for name, value in values.items():
+        if value < 1:
+            parser.error(f"--{name} is {value}, expected at least 1")
+
+
+def reason(error: Exception) -> str:
+    """For a cell of a table."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200].replace("|", "/")
 
 
 def attention_with_bias(q, k, v, tables, grid):

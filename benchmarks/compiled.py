@@ -4,9 +4,7 @@
     python -m benchmarks.compiled --models vit_h --parts encoder
 
 Nothing runs, so there are no times, and what is chosen by trying on a GPU is not what a GPU would
-choose. Besides the project and scikit-image this needs, of JAX's version, `jax-cuda12-plugin` and
-`jax-cuda12-pjrt`, and `nvidia-cuda-nvcc-cu12`, `nvidia-cuda-runtime-cu12` and
-`nvidia-cuda-cupti-cu12`.
+choose. Besides the project and scikit-image this needs `PACKAGES`, JAX's own of JAX's version.
 
 * Temporaries: what the program holds at once besides its parameters, inputs and results.
 * Traffic: what its kernels read and write, without loops' bodies; everything-mode is a loop.
@@ -18,6 +16,7 @@ import argparse
 import math
 import os
 import re
+import sys
 
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -31,7 +30,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.common import VITS
+from benchmarks.common import VITS, check_at_least_one
 from sam_jax.mask_generator import _Frame, _measure, _padded_size, _Points, _points_at_once
 from sam_jax.models.sam import Sam, decode, encode_image
 from sam_jax.ops import attention
@@ -39,6 +38,10 @@ from sam_jax.ops.masks import full_size
 from sam_jax.training.parameters import EVERYTHING, adamw, split_model
 from sam_jax.training.step import Recipe, init_state, train_step
 
+PACKAGES = (
+    *("jax-cuda12-plugin", "jax-cuda12-pjrt"),
+    *("nvidia-cuda-nvcc-cu12", "nvidia-cuda-runtime-cu12", "nvidia-cuda-cupti-cu12"),
+)
 PROMPTS = 64
 # As XLA describes an H100 to itself.
 H100 = """
@@ -70,7 +73,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def h100() -> Mesh:
-    """A mesh of one, to compile for; JAX takes it for what is here."""
+    """A mesh of one, to compile for, or the program's end; JAX takes it for what is here."""
     canonicalize = xla_bridge.canonicalize_platform
     xla_bridge.canonicalize_platform = lambda name: "cuda" if name == "gpu" else canonicalize(name)
     jax.default_backend = lambda: "gpu"
@@ -78,7 +81,10 @@ def h100() -> Mesh:
     fused_attention_stablehlo.check_cudnn_version = lambda: 91500
     fused_attention_stablehlo.check_compute_capability = lambda least: float(least) <= 9
     fused_attention_stablehlo.is_cuda_compute_capability_equal = lambda c: float(c) == 9
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    try:
+        topology = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
+    except NotImplementedError:
+        sys.exit(f"JAX cannot compile for a GPU here, which takes {', '.join(PACKAGES)}")
     return Mesh(np.array(topology.devices), ("images",))
 
 
@@ -196,6 +202,7 @@ def main() -> None:
     attentions = ["xla", "folded", "cudnn, bias", "pallas", "cudnn"]
     parser.add_argument("--attention", nargs="+", default=attentions, choices=attentions)
     args = parser.parse_args()
+    check_at_least_one(parser, batch=args.batch)
     mesh = h100()
     print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", flush=True)
     for name in args.models:

@@ -2,8 +2,9 @@
 
 Meta's code, `transformers` with its fused attention ("SDPA"), and of segment-anything-fast its two
 parts, the encoder and everything-mode, which are compiled; on request the others under
-torch.compile, too. Where PyTorch is not installed ours is alone, and who else is not installed is
-left out. (segment-anything-fast is pytorch-labs' on GitHub; PyPI has something else by that name.)
+torch.compile, too. Without one of the packages that they need ours is alone; the extra `test` has
+all but segment-anything-fast, which is left out alone where it is not installed. (It is
+pytorch-labs' on GitHub; PyPI has something else by that name.)
 
 Everyone has the same weights and the same inputs, random ones for encoder and decoder. Below
 float32 there is someone in float32 besides, first, whom the outputs of all are compared with.
@@ -42,14 +43,18 @@ from sam_jax.training.step import Recipe, compile_step, init_state
 sys.path.extend(
     str(Path(__file__).parents[1] / folder) for folder in ("convert", "tests", "tests/training")
 )
+ALONE = ""  # or why ours is
 try:
     import torch
     from test_losses import torch_loss
     from torch_reference import hf_mask_generation, import_reference
-except ImportError:
-    torch = None
+
+    for package in ("segment_anything", "mobile_sam"):
+        import_reference(package)
+except ImportError as error:
+    torch, ALONE = None, str(error)
 if torch and os.environ.get("JAX_PLATFORMS") == "cuda" and not torch.cuda.is_available():
-    torch = None  # it has a build for CPUs
+    torch, ALONE = None, "PyTorch has no CUDA here"
 
 PROMPTS = 64
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.1

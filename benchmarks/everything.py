@@ -25,6 +25,8 @@ import numpy as np
 
 from benchmarks.common import (
     RANDOM_ENCODER,
+    check_at_least_one,
+    chosen_photos,
     compare,
     in_pytorch,
     matrix_rate,
@@ -47,6 +49,8 @@ def main() -> None:
     parser.add_argument("--photos", nargs="*", help="beginnings of their names")
     parser.add_argument("--repeat", type=int, default=3, help="runs of ours; the median counts")
     args = parser.parse_args()
+    check_at_least_one(parser, repeat=args.repeat)
+    wanted = chosen_photos(parser, args.photos or ["landscape"] * (args.model == "vit_b"))
 
     model = model_of(args.model)
     torch_sam = in_pytorch(model)
@@ -60,7 +64,6 @@ def main() -> None:
     )
     warm.generate(photos()["small 226x150"])
     generator = SamAutomaticMaskGenerator(model, **options)
-    wanted = tuple(args.photos or (["landscape"] if args.model == "vit_b" else [""]))
 
     packages = ", ".join(f"{p} {version(p)}" for p in ("jax", "torch"))
     print(
@@ -71,9 +74,7 @@ def main() -> None:
         "| Photo | Masks, Meta | Ours | Worst IoU | IoU >= 0.999 | Scores | Meta | First | Ours "
         "| Ratio |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
-    for name, photo in photos().items():
-        if not name.startswith(wanted):
-            continue
+    for name, photo in wanted.items():
         actual, first = timed(generator.generate, photo)
         ours = float(np.median([timed(generator.generate, photo)[1] for _ in range(args.repeat)]))
         expected, theirs = timed(reference.generate, photo)

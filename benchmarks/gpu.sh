@@ -13,6 +13,7 @@ cd "$(git rev-parse --show-toplevel)"
 export JAX_PLATFORMS=cuda,cpu  # never the CPU in silence
 python=${1:-python}
 shift || true
+command -v -- "$python" >/dev/null || { echo "gpu.sh: python is $python, which is no command"; exit 2; }
 known="tests layers encoder accuracy training decoder everything memory more_tests"
 parts=" ${*:-$known} "
 status=0

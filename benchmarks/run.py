@@ -43,13 +43,23 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks.common import VITS, cpu_name, find_device, match, matrix_rate, timed
-from benchmarks.contenders import LAYERS, PARTS, PROMPTS, Contenders, Setting, torch
+from benchmarks.common import (
+    VITS,
+    check_at_least_one,
+    cpu_name,
+    find_device,
+    match,
+    matrix_rate,
+    reason,
+    timed,
+)
+from benchmarks.contenders import ALONE, LAYERS, PARTS, PROMPTS, Contenders, Setting, torch
 from benchmarks.convert_memory import read_status
 from sam_jax.ops import attention
 
-# 2 floating-point operations per multiplication and addition, of an image's encoder.
-ENCODER_FLOPS = {"vit_b": 0.96e12, "vit_l": 2.96e12, "vit_h": 5.93e12}
+# 2 floating-point operations per multiplication and addition, of an image's encoder. (MobileSAM's
+# is what PyTorch's FlopCounterMode counts.)
+ENCODER_FLOPS = {"vit_b": 0.96e12, "vit_l": 2.96e12, "vit_h": 5.93e12, "mobile_sam": 0.0775e12}
 DECODER_FLOPS = 3.5e9  # of a prompt, when nothing is shared
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
 # Without the first step's update the losses of two steps differ by 1.6e-2.
@@ -165,8 +175,7 @@ class Raced(NamedTuple):
     def row(self, who: str) -> dict[str, str]:
         """The cells of the table that these fill."""
         if error := self.failures.get(who):
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            return {"Difference": reason[:200].replace("|", "/"), "Time": "none"}
+            return {"Difference": reason(error), "Time": "none"}
         row = {"Difference": f"{self.differences[who]:.0e}", "Time": "differs"}
         if took := self.times.get(who):
             row["Time"] = f"{took:.2f} s" if took > 1 else f"{1e3 * took:.0f} ms"
@@ -237,8 +246,8 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
     raced = race(part, contenders, args.dtype, args.repeat)
     rate = matrix_rate(args.dtype)
     work = {
-        "encoder": batch * ENCODER_FLOPS.get(name, 0),
-        "training": 3 * batch * ENCODER_FLOPS.get(name, 0),
+        "encoder": batch * ENCODER_FLOPS[name],
+        "training": 3 * batch * ENCODER_FLOPS[name],
         "decoder": PROMPTS * DECODER_FLOPS,
     }.get(part, 0)
     rows = []
@@ -273,8 +282,9 @@ def describe(dtype: str) -> str:
     kind = f"{os.cpu_count()} cores, {cpu_name()}"
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
         rate = matrix_rate(dtype) / 1e12
-    today = datetime.date.today()
-    return f"{today}, {device.device_kind}, {kind}; {packages}; {dtype}; {rate:.3g} TFLOP/s"
+    found = f"{datetime.date.today()}, {device.device_kind}, {kind}; {packages}; {dtype}"
+    alone = f"; ours alone ({ALONE})" if ALONE else ""
+    return f"{found}; {rate:.3g} TFLOP/s{alone}"
 
 
 def alone(function, *arguments):
@@ -298,9 +308,7 @@ def main() -> None:
         "--attention", nargs="+", default=[], choices=known, help="ours of a ViT with these, too"
     )
     args = parser.parse_args()
-    for name in ("batch", "repeat"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
+    check_at_least_one(parser, batch=args.batch, repeat=args.repeat)
     if layers := [part for part in args.parts if part in LAYERS and "mobile_sam" in args.models]:
         parser.error(f"{', '.join(layers)}: of ViTs alone; name them with --models")
 

@@ -2,9 +2,11 @@
 
 import argparse
 import importlib
+import importlib.util
 import os
 import re
 import shlex
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -105,18 +107,84 @@ def test_scores_are_compared_as_masks_are(run):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "arguments", "message"),
     [
-        (["--repeat", "0"], "--repeat is 0, expected at least 1"),
-        (["--batch", "-1"], "--batch is -1, expected at least 1"),
-        (["--parts", "windows"], "windows: of ViTs alone; name them with --models"),
+        ("run", ["--repeat", "0"], "--repeat is 0, expected at least 1"),
+        ("run", ["--batch", "-1"], "--batch is -1, expected at least 1"),
+        ("run", ["--parts", "windows"], "windows: of ViTs alone; name them with --models"),
+        ("compiled", ["--batch", "0"], "--batch is 0, expected at least 1"),
+        ("everything", ["--repeat", "0"], "--repeat is 0, expected at least 1"),
+        ("everything", ["--photos", "lanscape"], "--photos is lanscape, but photos are: landscape"),
+        ("accuracy", ["--photos", "a", "b"], "--photos is a b, but photos are: landscape 600x400,"),
     ],
 )
-def test_arguments_that_make_no_sense(run, arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["run", *arguments])
+def test_arguments_that_make_no_sense(name, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [name, *arguments])
     with pytest.raises(SystemExit):
-        run.main()
+        importlib.import_module(f"benchmarks.{name}").main()
     assert message in capsys.readouterr().err
+
+
+def test_ours_is_alone_without_what_others_need(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mobile_sam", None)
+    spec = importlib.util.find_spec("benchmarks.contenders")
+    contenders = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(contenders)
+    assert contenders.torch is None
+    assert "mobile_sam" in contenders.ALONE
+
+
+def test_accuracy_of_what_fails(monkeypatch, capsys):
+    accuracy = importlib.import_module("benchmarks.accuracy")
+
+    def segment(model, photo):
+        _, dtype, attention = (*model, None)[:3]
+        if attention == "pallas":
+            raise RuntimeError("no room | at all\nin memory")
+        if dtype == "float16":
+            raise FloatingPointError("not finite")
+        return np.ones(4), np.ones((3, 2, 2), bool), np.ones(3)
+
+    monkeypatch.setattr(accuracy, "segment", segment)
+    monkeypatch.setattr(
+        accuracy, "model_of", lambda name, dtype="float32", *rest: (name, dtype, *rest)
+    )
+    arguments = "--models vit_b --photos small --attention pallas xla --dtypes bfloat16"
+    statuses, tables = [], []
+    for more in ([], ["float16"]):
+        monkeypatch.setattr("sys.argv", ["accuracy", *arguments.split(), *more])
+        with pytest.raises(SystemExit) as ended:
+            accuracy.main()
+        statuses.append(bool(ended.value.code))
+        tables.append(
+            [r.split(" | ") for r in capsys.readouterr().out.splitlines() if "vit_b" in r]
+        )
+    assert statuses == [False, True]  # nobody has to have an attention that was asked for
+    assert tables[1][0][3:5] == ["pallas", "RuntimeError: no room / at all"]
+    assert tables[1][1][3:6] == ["xla", "0.0e+00", "3"]
+    assert tables[1][3][2:5] == ["float16", "xla", "FloatingPointError: not finite"]
+    assert len(tables[0]) == 2
+    assert {len(cells) for cells in tables[1]} == {len(accuracy.COLUMNS)}
+
+
+def test_compiling_for_a_gpu_without_its_packages(monkeypatch):
+    compiled = importlib.import_module("benchmarks.compiled")
+
+    def none(*arguments, **options):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(compiled.topologies, "get_topology_desc", none)
+    for owner, name in (
+        (compiled.xla_bridge, "canonicalize_platform"),
+        (jax, "default_backend"),
+        (attention, "_gpu"),
+        (compiled.fused_attention_stablehlo, "check_cudnn_version"),
+        (compiled.fused_attention_stablehlo, "check_compute_capability"),
+        (compiled.fused_attention_stablehlo, "is_cuda_compute_capability_equal"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
+    with pytest.raises(SystemExit, match="takes jax-cuda12-plugin, jax-cuda12-pjrt, nvidia-cuda"):
+        compiled.h100()
 
 
 def test_each_gets_warm_in_its_turn(run):
