@@ -10,6 +10,7 @@ ViT-H has a random image encoder: see `benchmarks.common.model_of`.
 """
 
 import argparse
+import itertools
 import os
 import sys
 from importlib.metadata import version
@@ -90,20 +91,19 @@ def main() -> None:
     for name in args.models:
         is_vit = name != "mobile_sam"
         threshold = RANDOM_ENCODER["pred_iou_thresh"] if is_vit else 0.88
+        attentions = args.attention if is_vit else [None]
         for title, photo in chosen.items():
             with jax.default_matmul_precision("highest"):
                 expected = segment(model_of(name), photo)
-            for dtype in args.dtypes:
-                for implementation in args.attention if is_vit else [None]:
-                    cells = [name, title, dtype, implementation or "default"]
-                    try:
-                        actual = segment(model_of(name, dtype, implementation), photo)
-                        cells += row(actual, expected, threshold)
-                    except Exception as error:  # no reason to leave out the others
-                        # An attention that is asked for may be unable to run here.
-                        failed |= implementation is None or isinstance(error, FloatingPointError)
-                        cells += [reason(error)] + [""] * (len(COLUMNS) - len(cells) - 1)
-                    print(f"| {' | '.join(cells)} |", flush=True)
+            for dtype, named in itertools.product(args.dtypes, attentions):
+                cells = [name, title, dtype, named or "default"]
+                try:
+                    cells += row(segment(model_of(name, dtype, named), photo), expected, threshold)
+                except Exception as error:  # no reason to leave out the others
+                    # An attention that is asked for may be unable to run here.
+                    failed |= named is None or isinstance(error, FloatingPointError)
+                    cells += [reason(error)] + [""] * (len(COLUMNS) - len(cells) - 1)
+                print(f"| {' | '.join(cells)} |", flush=True)
     sys.exit(failed)
 
 

@@ -47,10 +47,9 @@ def photos() -> dict[str, np.ndarray]:
 def chosen_photos(parser: argparse.ArgumentParser, beginnings: list[str]) -> dict[str, np.ndarray]:
     """The photos whose names begin so; all if nothing is asked for."""
     known = photos()
-    chosen = {k: v for k, v in known.items() if k.startswith(tuple(beginnings or [""]))}
-    if not chosen:
-        parser.error(f"--photos is {' '.join(beginnings)}, but photos are: {', '.join(known)}")
-    return chosen
+    if unknown := [b for b in beginnings if not any(name.startswith(b) for name in known)]:
+        parser.error(f"--photos is {' '.join(unknown)}, but photos are: {', '.join(known)}")
+    return {k: v for k, v in known.items() if k.startswith(tuple(beginnings or [""]))}
 
 
 def check_at_least_one(parser: argparse.ArgumentParser, **values: int) -> None:

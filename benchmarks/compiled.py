@@ -74,6 +74,10 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 def h100() -> Mesh:
     """A mesh of one, to compile for, or the program's end; JAX takes it for what is here."""
+    try:
+        topology = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
+    except NotImplementedError:  # JAX's, where it has no plugin for CUDA
+        sys.exit(f"JAX cannot compile for a GPU here, which takes {', '.join(PACKAGES)}")
     canonicalize = xla_bridge.canonicalize_platform
     xla_bridge.canonicalize_platform = lambda name: "cuda" if name == "gpu" else canonicalize(name)
     jax.default_backend = lambda: "gpu"
@@ -81,10 +85,6 @@ def h100() -> Mesh:
     fused_attention_stablehlo.check_cudnn_version = lambda: 91500
     fused_attention_stablehlo.check_compute_capability = lambda least: float(least) <= 9
     fused_attention_stablehlo.is_cuda_compute_capability_equal = lambda c: float(c) == 9
-    try:
-        topology = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
-    except NotImplementedError:
-        sys.exit(f"JAX cannot compile for a GPU here, which takes {', '.join(PACKAGES)}")
     return Mesh(np.array(topology.devices), ("images",))
 
 

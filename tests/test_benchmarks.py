@@ -115,7 +115,7 @@ def test_scores_are_compared_as_masks_are(run):
         ("compiled", ["--batch", "0"], "--batch is 0, expected at least 1"),
         ("everything", ["--repeat", "0"], "--repeat is 0, expected at least 1"),
         ("everything", ["--photos", "lanscape"], "--photos is lanscape, but photos are: landscape"),
-        ("accuracy", ["--photos", "a", "b"], "--photos is a b, but photos are: landscape 600x400,"),
+        ("accuracy", ["--photos", "small", "b"], "--photos is b, but photos are: landscape"),
     ],
 )
 def test_arguments_that_make_no_sense(name, arguments, message, monkeypatch, capsys):
@@ -174,17 +174,9 @@ def test_compiling_for_a_gpu_without_its_packages(monkeypatch):
         raise NotImplementedError("topology not implemented for cuda")
 
     monkeypatch.setattr(compiled.topologies, "get_topology_desc", none)
-    for owner, name in (
-        (compiled.xla_bridge, "canonicalize_platform"),
-        (jax, "default_backend"),
-        (attention, "_gpu"),
-        (compiled.fused_attention_stablehlo, "check_cudnn_version"),
-        (compiled.fused_attention_stablehlo, "check_compute_capability"),
-        (compiled.fused_attention_stablehlo, "is_cuda_compute_capability_equal"),
-    ):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
     with pytest.raises(SystemExit, match="takes jax-cuda12-plugin, jax-cuda12-pjrt, nvidia-cuda"):
         compiled.h100()
+    assert jax.default_backend() == "cpu"
 
 
 def test_each_gets_warm_in_its_turn(run):

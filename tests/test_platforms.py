@@ -120,7 +120,7 @@ def test_training_step_with_64_bits(model):
 
 @pytest.mark.parametrize(("config", "attention"), MODELS.values(), ids=MODELS)
 def test_gradients_with_64_bits(config, attention):
-    """Nothing in them is of float64, which costs a CPU twice the time."""
+    """They are computed in float32 all the same, but for single numbers."""
     model = nnx.eval_shape(lambda: Sam(config, attention=attention, rngs=nnx.Rngs(0)))
     graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
     pixels = shape(1, config.image_size, config.image_size, 3)
@@ -131,7 +131,7 @@ def test_gradients_with_64_bits(config, attention):
     with jax.enable_x64(True):
         text = str(jax.make_jaxpr(jax.grad(embedding))(params, buffers, pixels))
     assert "f32[" in text
-    assert "f64[" not in re.sub(r"f64\[\]", "", text)
+    assert not re.search(r"f64\[\d", text)
 
 
 @pytest.mark.parametrize("model", ["tiny_vit"], indirect=True)
