@@ -12,6 +12,7 @@ Where to read on: `models/sam.py` for the model (and its functional way in, for 
 
 from sam_jax.checkpoints import CheckpointError, from_pretrained, save_pretrained
 from sam_jax.config import SamConfig
+from sam_jax.image import load_image
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.models.sam import Sam
 from sam_jax.pipeline import pipeline
@@ -27,6 +28,7 @@ __all__ = [
     "SamProcessor",
     "__version__",
     "from_pretrained",
+    "load_image",
     "pipeline",
     "save_pretrained",
 ]

@@ -21,9 +21,10 @@ from sam_jax.checkpoints import from_pretrained
 from sam_jax.checkpoints.sources import MODELS
 from sam_jax.export import Platform, check_new, export_jax, export_onnx
 from sam_jax.folder import Format, Results, find_pictures, generate_folder, generate_with_ray
+from sam_jax.image import load_image
 from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
 from sam_jax.predictor import SamPredictor
-from sam_jax.processing import check_boxes, check_points, load_image
+from sam_jax.processing import check_boxes, check_points
 from sam_jax.training.data import BadAnnotations, open_source
 from sam_jax.training.evaluate import evaluate as evaluate_model
 from sam_jax.visualize import overlay

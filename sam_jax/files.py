@@ -1,29 +1,175 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that appear whole or not at all, folders of one run at a time, and JSON."""
 
+import contextlib
+import fcntl
+import functools
+import json
 import os
+import re
 import shutil
-import uuid
+import socket
+import stat
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_TEMPORARY, _LOCK = ".sam_jax-", ".sam_jax.lock"
+_MAX_JSON_BYTES, _MAX_JSON_DEPTH = 4 * 2**30, 100
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write a file or a folder to, which then takes its place.
+    """Gives a path to write a file or a folder to, which then takes the place of `path`.
 
-    If anything is raised, nothing of it is left. A folder takes no other's place.
+    On an exception nothing is left behind; what a killed process leaves is removed by the next one
+    that writes to the same folder. An existing folder is never replaced, unless it is empty.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}")  # as short as the longest name needs
-    try:
+    _remove_leftovers(path.parent)
+    with temporary_folder(path.parent) as folder:
+        temporary = folder / path.name
         yield temporary
         # On the disk before it has its name, so that a power failure leaves nothing half either.
-        for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+        for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
         os.replace(temporary, path)
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A hidden folder in `parent`, locked while it is used, so that others can tell it is alive."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=_TEMPORARY))
+        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: nobody can lock it
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.exists():  # else removed as a leftover, in between
+            break
+        os.close(descriptor)
+    try:
+        yield folder
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+@functools.cache  # once for each folder in a process
+def _remove_leftovers(folder: Path) -> None:
+    """Removes temporary folders whose process is gone."""
+    for leftover in folder.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):  # alive, or another process removes it too
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keeps `folder`, which is made if need be, for this run alone.
+
+    The lock is the operating system's, on a hidden file that says who holds it: it ends with its
+    process, so a killed run leaves none that holds.
+
+    Raises:
+        FolderInUseError: if another run works in the folder; the message says which.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(descriptor, 1000, 0).decode(errors="replace") or "unknown"
+            os.close(descriptor)
+            raise FolderInUseError(
+                f"another run is working in {folder} ({owner}); wait until it ends, or choose "
+                "another folder"
+            ) from error
+        with contextlib.suppress(FileNotFoundError):  # the one before has just removed it
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                break
+        os.close(descriptor)
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, owner.encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before it is free: nobody else's is removed
+        os.close(descriptor)
+
+
+class FolderInUseError(ValueError):
+    """Another run works in this folder."""
+
+
+def read_json(source: Path | bytes, *, max_bytes: int = _MAX_JSON_BYTES) -> Any:
+    """What a JSON file, or JSON text in UTF-8, holds.
+
+    Raises:
+        ValueError: if it is not a regular file, larger than `max_bytes`, not JSON, or nested more
+            than 100 deep.
+        OSError: if the file cannot be read.
+    """
+    what, data = "the JSON text", source
+    if not isinstance(source, bytes):
+        what = str(source)
+        data = read_regular(source, max_bytes)
+    if len(data) > max_bytes:
+        raise ValueError(f"{what} has {len(data)} bytes, expected at most {max_bytes}")
+    # Outside of strings brackets are the nesting. Measured before parsing, which recurses.
+    brackets = _STRING.sub(b"", data).translate(_STEP, _NOT_BRACKETS)
+    depth = np.cumsum(np.frombuffer(brackets, np.int8), dtype=np.int64).max(initial=0)
+    if depth > _MAX_JSON_DEPTH:
+        raise ValueError(f"{what} is nested {depth} deep, expected at most {_MAX_JSON_DEPTH}")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON: {error}") from error
+
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_STEP = bytes.maketrans(b"{[}]", b"\x01\x01\xff\xff")
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"{[}]"))
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a regular file: a pipe would wait forever, a device never end.
+
+    Raises:
+        ValueError: if it is not a regular file, or larger than `max_bytes`.
+        OSError: if it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(f"{path} is a folder, expected a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        if status.st_size > max_bytes:
+            raise ValueError(f"{path} has {status.st_size} bytes, expected at most {max_bytes}")
+        return file.read(max_bytes + 1)
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
+    """Writes strict JSON, whole or not at all.
+
+    Raises:
+        ValueError: for NaN and infinity, which JSON cannot hold.
+    """
+    text = json.dumps(value, indent=indent, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n")

@@ -20,9 +20,9 @@ from PIL import Image
 
 from sam_jax.checkpoints import from_pretrained
 from sam_jax.files import replacing
+from sam_jax.image import load_image
 from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
 from sam_jax.ops.masks import rle_compress, rle_decode
-from sam_jax.processing import load_image
 from sam_jax.visualize import overlay
 
 Format = Literal["png", "coco"]

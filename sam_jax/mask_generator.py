@@ -30,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from PIL import Image
 
+from sam_jax.image import ImageInput, load_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops.boxes import (
     box_area,
@@ -51,14 +52,7 @@ from sam_jax.ops.masks import (
     rle_encode,
 )
 from sam_jax.ops.prompts import join_prompts, pad_axis
-from sam_jax.processing import (
-    ImageInput,
-    SamProcessor,
-    check_embedding,
-    check_model,
-    check_sizes,
-    load_image,
-)
+from sam_jax.processing import SamProcessor, check_embedding, check_model, check_sizes
 
 OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
 
@@ -165,7 +159,7 @@ class SamAutomaticMaskGenerator:
         """The masks of one picture.
 
         Args:
-            image: whatever `sam_jax.processing.load_image` takes.
+            image: whatever `sam_jax.load_image` takes.
 
         Returns:
             A record for each mask, a dictionary of

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sam_jax.checkpoints import from_pretrained
+from sam_jax.image import ImageInput
 from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
 from sam_jax.models.sam import Sam
 from sam_jax.ops.masks import rle_decode
-from sam_jax.processing import ImageInput
 
 # Hugging Face's names of the generator's arguments.
 _ARGUMENTS = {
@@ -87,7 +87,7 @@ class MaskGenerationPipeline:
         """The masks of a picture, or of each picture of a list.
 
         Args:
-            image: what `sam_jax.processing.load_image` takes, or a list of such. A PIL image is
+            image: what `sam_jax.load_image` takes, or a list of such. A PIL image is
                 turned as its EXIF orientation says.
             options: in the place of those of the construction.
 

@@ -8,17 +8,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from sam_jax.image import ImageInput, load_image
 from sam_jax.models.sam import Sam, decode, encode_image, pad_prompts
 from sam_jax.ops.prompts import PADDING, join_prompts
 from sam_jax.processing import (
-    ImageInput,
     SamProcessor,
     check_boxes,
     check_embedding,
     check_model,
     check_points,
     check_sizes,
-    load_image,
     to_numbers,
 )
 

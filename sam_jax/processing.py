@@ -12,15 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
+from sam_jax.image import ImageInput, load_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import FOREGROUND, PADDING, check_values, count_bucket, pad_axis
 from sam_jax.ops.resize import mask_resize_matrix, resize_masks, size_bucket
-
-ImageInput = Image.Image | np.ndarray | jax.Array | str | os.PathLike
 
 
 class SamProcessor:
@@ -276,83 +275,6 @@ def _resized_masks(masks, rows, columns, threshold):
 @jax.jit
 def _resized_logits(masks, rows, columns):
     return resize_masks(masks, rows, columns)
-
-
-def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture as a contiguous RGB array.
-
-    Args:
-        image: a PIL image of 8 bits per channel; a uint8 array [h, w, 3] (RGB), [h, w], [h, w, 1]
-            or [h, w, 4], whose alpha is dropped; or a path, whose EXIF orientation is applied.
-
-    Raises:
-        TypeError: for other things and other dtypes.
-        ValueError: for other shapes, empty pictures and files that hold no picture.
-        FileNotFoundError: for a path that does not exist.
-    """
-    if isinstance(image, (str, os.PathLike)):
-        image = _read_image(image)
-    if isinstance(image, Image.Image):
-        if image.mode in ("F", "I") or image.mode.startswith("I;"):
-            raise TypeError(
-                f"the picture has mode {image.mode}, more than 8 bits per channel; scale it to "
-                "0-255 and convert it to 'L' or 'RGB'"
-            )
-        try:
-            image.load()
-        except Exception as error:  # whatever Pillow's decoders meet in a damaged file
-            raise ValueError(f"the picture cannot be read: {error}") from error
-        # By way of another mode where PIL would warn (palette colours that are transparent) or has
-        # no way to RGB (premultiplied alpha).
-        between = {"P": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
-        array = np.asarray(image.convert(between).convert("RGB"))
-    elif isinstance(image, (np.ndarray, jax.Array)):
-        array = _rgb_array(np.asarray(image))
-    else:
-        raise TypeError(
-            f"an image is a {type(image).__name__}, expected a PIL image, a numpy or "
-            "JAX array, or a path"
-        )
-    if array.size == 0:
-        raise ValueError(f"the picture is empty: its shape is {array.shape}")
-    return np.ascontiguousarray(array)
-
-
-def _read_image(path: str | os.PathLike) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file)
-    except (FileNotFoundError, PermissionError):
-        raise
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture of a known format") from error
-    except Exception as error:  # whatever Pillow's decoders meet in a damaged file
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-
-
-def _rgb_array(array: np.ndarray) -> np.ndarray:
-    if array.dtype != np.uint8:
-        hint = "scale it to that"
-        if array.dtype.kind in "fb":
-            hint = "convert it, for instance (255 * image).astype(np.uint8) for values 0 to 1"
-        raise TypeError(
-            f"the picture's dtype is {array.dtype}, expected uint8 with values 0 to 255; {hint}"
-        )
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
-        hint = ""
-        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
-            hint = "; it seems to be channels first: use image.transpose(1, 2, 0)"
-        if array.ndim == 4:
-            hint = "; give several pictures as a list"
-        raise ValueError(
-            f"the picture's shape is {array.shape}, expected (h, w), (h, w, 1), (h, w, 3) or "
-            f"(h, w, 4){hint}"
-        )
-    if array.shape[-1] == 1:
-        return np.repeat(array, 3, axis=-1)
-    return array[..., :3]
 
 
 def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,8 @@ from reference import SMALL, assert_close, mask_iou
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from sam_jax.config import lite_medsam, vit_b, with_preprocessing
-from sam_jax.processing import SamProcessor, load_image
+from sam_jax.image import load_image
+from sam_jax.processing import SamProcessor
 
 SIZES = [(300, 451), (451, 300), (96, 96), (1024, 1024), (700, 1500), (5, 9), (60, 1), (1, 60)]
 

@@ -17,7 +17,7 @@ from reference import assert_close, hf_sam, mask_iou, mobile_sam_torch, ours
 from sam_jax import SamPredictor, SamProcessor, config, from_pretrained
 from sam_jax.checkpoints.sources import MODELS, PackageMember, download_package, locate
 from sam_jax.config import SamConfig, ViTConfig
-from sam_jax.processing import load_image
+from sam_jax.image import load_image
 
 # MobileSAM, whose prompt encoder and mask decoder are the official ViT-H model's own.
 

@@ -16,12 +16,13 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sam_jax.image import load_image
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.models.sam import Sam
 from sam_jax.ops.masks import rle_area, rle_compress, rle_decode, rle_encode, rle_uncompress
 from sam_jax.ops.prompts import FOREGROUND
 from sam_jax.predictor import SamPredictor
-from sam_jax.processing import SamProcessor, load_image
+from sam_jax.processing import SamProcessor
 from sam_jax.visualize import ALPHA, COLORS, outline
 
 # Of these Pillow's own decoders read nothing but pixels, as many as the head of the file tells.

@@ -21,9 +21,10 @@ from jaxtyping import Bool
 from PIL import ExifTags, Image
 
 from sam_jax.config import SamConfig
+from sam_jax.image import load_image
 from sam_jax.ops.masks import check_rle, mask_to_box, rle_area, rle_decode, rle_uncompress
 from sam_jax.ops.prompts import pad_axis
-from sam_jax.processing import SamProcessor, load_image
+from sam_jax.processing import SamProcessor
 
 Example = dict[str, Any]
 BadAnnotations = Literal["refuse", "skip"]
