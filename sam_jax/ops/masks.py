@@ -243,24 +243,21 @@ def rle_uncompress(rle: dict) -> dict:
         ValueError: if the string is none of COCO's, or ends within a number.
     """
     text = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
-    counts: list[int] = []
-    value = shift = 0
-    for byte in text:
-        digit = byte - 48
-        if not 0 <= digit < 64 or shift > 60:
-            raise ValueError(f"{text[:20]!r} is no string of COCO's run lengths")
-        value |= (digit & 31) << shift
-        shift += 5
-        if digit & 32:  # more of this number follows
-            continue
-        if digit & 16:
-            value -= 1 << shift
-        # From the fourth on, what is written is the difference from the number before the last.
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value = shift = 0
-    if shift:
+    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    (ends,) = np.nonzero(digits & 32 == 0)  # where it is set, more of the number follows
+    starts = np.append(0, ends + 1)
+    lengths, left = np.diff(starts), len(digits) - starts[-1]
+    if ((digits < 0) | (digits >= 64)).any() or lengths.max(initial=left) > 12:
+        raise ValueError(f"{text[:20]!r} is no string of COCO's run lengths")
+    if left:
         raise ValueError(f"{text[-20:]!r} ends within a number of COCO's run lengths")
-    return {"size": rle["size"], "counts": counts}
+    place = np.arange(len(digits)) - np.repeat(starts[:-1], lengths)
+    total = np.append(0, np.cumsum((digits & 31) << (5 * place)))
+    counts = np.diff(total[starts]) - np.where(digits[ends] & 16, 1 << (5 * lengths), 0)
+    # From the fourth on, what is written is the difference from the number before the last.
+    counts[1::2] = np.cumsum(counts[1::2])
+    counts[2::2] = np.cumsum(counts[2::2])
+    return {"size": rle["size"], "counts": counts.tolist()}
 
 
 def mask_to_polygons(mask: Bool[np.ndarray, "h w"]) -> list[list[int]]:
