@@ -80,7 +80,7 @@ class Generate:
     """
 
     input: tyro.conf.Positional[tuple[Path, ...]]
-    """Pictures and folders of pictures."""
+    """Images and folders of images, whose subfolders are not searched."""
     output: Path
     """Folder for the results."""
     model: str = "mobile_sam"
@@ -89,10 +89,10 @@ class Generate:
     """What to compute in; bfloat16 is faster on a GPU or TPU."""
     format: Format = "png"
     """A folder of PNG masks with metadata.csv for each picture, or one annotations.json of COCO's
-    format for all."""
+    format for all that the output folder has results of."""
     segmentation: Segmentation = "rle"
     """How annotations.json holds masks: run lengths, or polygons for programs that read nothing
-    else (three to ten times the size). Earlier results in the folder change, too."""
+    else (about five times the size). It applies to all results in the folder."""
     overlays: bool = False
     """Also draw each picture with its masks."""
     devices: int | None = None
