@@ -78,9 +78,13 @@ def _lock_new(folder: Path) -> int | None:
     return descriptor
 
 
-@functools.cache  # once for each folder in a process
 def remove_leftovers(folder: Path) -> None:
-    """Removes temporary folders in `folder` whose process is gone."""
+    """Removes temporary folders in `folder` whose process is gone, once in this process."""
+    _remove_leftovers(folder.absolute())
+
+
+@functools.cache
+def _remove_leftovers(folder: Path) -> None:
     for leftover in folder.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):  # alive, or another process removes it too
             descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

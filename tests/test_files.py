@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -112,10 +113,17 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path, other_process):
 
 def test_a_temporary_folder_is_its_own(tmp_path):
     with temporary_folder(tmp_path) as first, temporary_folder(tmp_path) as second:
-        files.remove_leftovers.__wrapped__(tmp_path)
         assert sorted(tmp_path.iterdir()) == sorted([first, second])
         (second / "file").touch()
     assert os.listdir(tmp_path) == []
+
+
+def test_leftovers_of_a_relative_folder_are_those_of_this_one(tmp_path, monkeypatch):
+    for place in ("first", "second"):
+        (tmp_path / place / "out" / ".sam_jax-killed").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / place)
+        files.remove_leftovers(Path("out"))
+        assert os.listdir("out") == []
 
 
 def test_one_run_works_in_a_folder(tmp_path, other_process):
