@@ -116,10 +116,9 @@ def test_a_damaged_description_takes_no_state_along(tmp_path, name, content):
         for step in (4, 8):
             save_state(checkpoints, state_of(step, step / 7), miou=step / 10)
     (tmp_path / "8" / name).write_bytes(content)
-    with (
-        pytest.warns(UserWarning, match=f"{tmp_path / '8' / name} was damaged"),
-        open_checkpoints(tmp_path) as checkpoints,
-    ):
+    with pytest.warns(UserWarning, match=f"{tmp_path / '8' / name} was damaged"):
+        opened = open_checkpoints(tmp_path)
+    with opened as checkpoints:
         assert_same(load_state(checkpoints, state_of(0)), state_of(8, 8 / 7))
         save_state(checkpoints, state_of(9, 1.0), miou=0.1)
 
