@@ -268,8 +268,8 @@ class SamConfig:
         return {"model_type": "sam_jax", "image_encoder_type": kind, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "SamConfig":
-        """From `to_dict`'s values, also after a trip through JSON.
+    def from_dict(cls, values: Any) -> "SamConfig":
+        """From `to_dict`'s values, also after a trip through JSON; anything else is refused.
 
         Raises:
             ValueError: for a key that this version does not know, or a value that no model has.
@@ -370,7 +370,7 @@ def with_preprocessing(config: SamConfig, name: Preprocessing | None) -> SamConf
     return dataclasses.replace(config, resize="square", normalization="min_max")
 
 
-def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> SamConfig:
+def from_hf(values: Any, preprocessor: Any = None) -> SamConfig:
     """The configuration that a Hugging Face `SamConfig` (its `config.json`) describes.
 
     Args:
@@ -413,7 +413,9 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
         ("global_attn_indexes", indexes, tuple[int, ...], "a list of indices"),
     ):
         if not _fits(value, hint):
-            raise ValueError(f"vision_config.{name} is {short(value)}, expected {kind}")
+            raise ValueError(
+                f"vision_config.{name} is {short(value)}, expected {kind}, up to {_MOST}"
+            )
     expected = {
         "vision_config.hidden_act": (vision.get("hidden_act", "gelu"), "gelu"),
         "vision_config.num_channels": (vision.get("num_channels", 3), 3),
@@ -475,7 +477,7 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
     )
 
 
-def _pixel_statistics(preprocessor: Mapping[str, Any], image_size: int) -> tuple[tuple, tuple]:
+def _pixel_statistics(preprocessor: Any, image_size: int) -> tuple[tuple, tuple]:
     """Mean and deviation of pixels from 0 to 255 that a `preprocessor_config.json` stands for."""
     _check_mapping(preprocessor, "the image processor's configuration")
     expected = {

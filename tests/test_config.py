@@ -83,12 +83,14 @@ def test_parts_that_are_left_out_take_their_defaults():
         ({"image_encoder_type": None}, "is None, expected one of"),
         ({"image_encoder_type": []}, "is [], expected one of"),
         ({"image_encoder": None}, "image_encoder is None, expected names and values"),
+        ([1], "config is [1], expected names and values"),
     ],
     ids=str,
 )
 def test_from_dict_refuses_what_it_does_not_know(change, message):
+    values = vit_b().to_dict() | change if isinstance(change, dict) else change
     with pytest.raises(ValueError, match=re.escape(message)):
-        SamConfig.from_dict(vit_b().to_dict() | change)
+        SamConfig.from_dict(values)
 
 
 def test_sizes_that_do_not_divide():
@@ -357,6 +359,7 @@ def test_preprocessors_that_cannot_be(preprocessor, message):
         ({"vision_config": {"num_hidden_layers": 0}}, "num_hidden_layers is 0, expected one"),
         ({"vision_config": {"mlp_ratio": "4"}}, "mlp_ratio is '4', expected one number"),
         ({"vision_config": {"global_attn_indexes": 2}}, "indexes is 2, expected a list of indices"),
+        ([{}], "config.json is [{}], expected names and values"),
         ({"vision_config": [1]}, "vision_config of config.json is [1], expected names and values"),
         ({"mask_decoder_config": "x"}, "mask_decoder_config of config.json is 'x', expected names"),
     ],

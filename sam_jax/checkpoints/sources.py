@@ -7,7 +7,6 @@ its name in the cache once it is whole and its sha256 is right; until then the n
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -30,6 +29,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
 
 from sam_jax.checkpoints.torch_file import CheckpointError
+from sam_jax.files import read_json
 
 # Seconds for the hub to answer a first, small question before it counts as unreachable.
 # (huggingface_hub itself tries six times, for half a minute.)
@@ -38,6 +38,7 @@ _HUB_DEADLINE = 5.0
 # What holds the weights of a Hugging Face folder; one may be in shards, with an index.
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ".index.json"
+_MAX_INDEX_BYTES = 16 << 20
 # What is downloaded of a hub repository besides.
 _CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 
@@ -380,7 +381,8 @@ def read_index(index: Path) -> list[str]:
         CheckpointError: if it is no index.
     """
     try:
-        return sorted({Path(f).name for f in json.loads(index.read_text())["weight_map"].values()})
+        files = read_json(index, max_bytes=_MAX_INDEX_BYTES)["weight_map"].values()
+        return sorted({Path(f).name for f in files})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no index of weights: {error!r}") from error
 
