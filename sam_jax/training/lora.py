@@ -21,7 +21,7 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sam_jax.files import replacing
+from sam_jax.files import read_json, replacing
 from sam_jax.models.layers import Linear, LoRALinear, kernel_of
 from sam_jax.models.sam import Sam
 
@@ -115,7 +115,7 @@ def load_lora(model: Sam, path: str | os.PathLike) -> Sam:
     """
     try:
         with safe_open(path, "numpy") as file:
-            scales = json.loads((file.metadata() or {})["lora_scales"])
+            scales = read_json((file.metadata() or {})["lora_scales"].encode())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise

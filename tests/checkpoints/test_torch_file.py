@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import random
+import resource
 import stat
 import struct
 import time
@@ -308,6 +309,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, write, monkeypatch):
         write(path, {"w": np.zeros(2, np.float32)})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("write", [write_torch, write_safetensors])
+def test_a_full_disk_is_told_with_the_file(tmp_path, write):
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # stands for the disk
+    try:
+        with pytest.raises(OSError, match=r"(?i)file too large") as caught:
+            write(tmp_path / "x", {"w": np.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path / "x") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("write", [write_torch, write_safetensors])
