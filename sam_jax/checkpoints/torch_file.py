@@ -565,14 +565,22 @@ def _read_safetensors(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a .safetensors file, marked as torch's, which is what `transformers` asks for.
+def write_safetensors(
+    path: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] = {"format": "pt"},
+) -> None:
+    """Writes a .safetensors file.
 
     Names, shapes, dtypes and bits are kept. `path` appears whole or, after an error, not at all.
 
     Args:
         path: the file to write; one that exists is replaced.
         tensors: name -> array of any shape and layout, of a dtype that `read_tensors` reads.
+        metadata: of the file; the default says that it is torch's, as `transformers` asks for.
+
+    Raises:
+        OSError: if it cannot be written, such as on a full disk.
     """
     # The library reads memory from the array's start on: whatever is strided must be copied first.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
@@ -580,7 +588,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})
+            safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))
         except safetensors.SafetensorError as error:  # such as a full disk
             raise OSError(f"cannot write {path}: {error}") from error
         temporary.chmod(mode)  # the library's file is for its owner alone, whatever the umask
