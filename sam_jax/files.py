@@ -26,19 +26,25 @@ _MAX_JSON_BYTES, _MAX_JSON_DEPTH = 4 * 2**30, 100
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a path to write a file or a folder to, which then takes the place of `path`.
 
-    On an exception nothing is left behind; what a killed process leaves is removed by the next one
+    On an exception nothing is left behind, and an OSError, such as of a full disk, names `path` if
+    it names no file. What a killed process leaves is removed by the next one
     that writes to the same folder. An existing folder is never replaced, unless it is empty.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path.parent) as folder:
         temporary = folder / path.name
-        yield temporary
-        # On the disk before it has its name, so that a power failure leaves nothing half either.
-        for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        os.replace(temporary, path)
+        try:
+            yield temporary
+            # On the disk before it has its name: a power failure leaves nothing half either.
+            for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+                if file.is_file():
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno is not None and error.filename is None:
+                error.filename = str(path)
+            raise
 
 
 @contextmanager
