@@ -148,7 +148,7 @@ class Evaluate:
 
 @dataclasses.dataclass
 class Export:
-    """Write the model for programs without sam_jax: with JAX alone, or in ONNX.
+    """Write the model for programs without sam_jax: for JAX, or in ONNX.
 
     See `sam_jax.export`, and `examples/load_export.py` and `load_onnx.py` for how to use it.
     """
@@ -163,6 +163,9 @@ class Export:
     """Of jax: to run on; cpu, cuda and tpu if left out."""
     dtype: DType = "float32"
     """Of jax: what to compute in."""
+    gradient: bool = False
+    """Of jax: programs that jax.grad can differentiate, once. Writing them takes several times as
+    long."""
     single_mask: bool = False
     """Of onnx: one mask instead of four, chosen by the number of points and the scores."""
 
@@ -336,18 +339,20 @@ def export(args: Export) -> None:
             model, and without the extra `onnx` where it is needed.
     """
     check_new(args.output)
-    for_jax = args.platforms is not None or args.dtype != "float32"
+    for_jax = args.platforms is not None or args.dtype != "float32" or args.gradient
     if args.format == "onnx" and for_jax:
-        raise ValueError("--platforms and --dtype are for --format jax; ONNX is float32")
+        raise ValueError(
+            "--platforms, --dtype and --gradient are for --format jax; ONNX is float32, without "
+            "a gradient"
+        )
     if args.format == "jax" and args.single_mask:
         raise ValueError("--single-mask is for --format onnx")
     model = from_pretrained(args.model, dtype=args.dtype)
     if args.format == "onnx":
         export_onnx(model, args.output, single_mask=args.single_mask)
-    elif args.platforms is None:
-        export_jax(model, args.output)
     else:
-        export_jax(model, args.output, args.platforms)
+        platforms = {} if args.platforms is None else {"platforms": args.platforms}
+        export_jax(model, args.output, **platforms, vjp_order=int(args.gradient))
     print(args.output)
 
 

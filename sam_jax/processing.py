@@ -66,11 +66,11 @@ class SamProcessor:
             images: one picture or a list of them, of any sizes: PIL images, uint8 arrays
                 [h, w, 3] (RGB), [h, w], [h, w, 1] or [h, w, 4] (alpha is dropped), or paths.
             segmentation_maps: an integer map [h, w] per picture, to train with.
-            input_points: (x, y) in pixels of the pictures, nested [image][prompt][point][xy], or
-                [image][point][xy] for one prompt per image. Lists may be of different lengths.
-            input_labels: 1 foreground, 0 background, nested as the points ([image][point] will do
+            input_points: (x, y) in pixels of the pictures, nested `[image][prompt][point][xy]`, or
+                `[image][point][xy]` for one prompt per image. Lists may be of different lengths.
+            input_labels: 1 foreground, 0 background, nested as the points (`[image][point]` will do
                 for one prompt per image); foreground if left out.
-            input_boxes: (x0, y0, x1, y1) in pixels of the pictures, nested [image][box][4]. Given
+            input_boxes: (x0, y0, x1, y1) in pixels of the pictures, nested `[image][box][4]`. Given
                 with points, one for each prompt.
 
         Returns:

@@ -134,6 +134,54 @@ def test_jax_programs_in_bfloat16(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["platforms"] == ["tpu"]
 
 
+def test_jax_programs_with_a_gradient(tmp_path):
+    """By every input, parameters included: the model's."""
+    model = ours(meta_sam(SHALLOW), SHALLOW)
+    export_jax(model, tmp_path / "out", ["cpu"], vjp_order=1)
+    encoder, decoder = (
+        jax.export.deserialize(bytearray((tmp_path / "out" / f"{name}.jax").read_bytes())).call
+        for name in ("encoder", "decoder")
+    )
+    params = load_file(tmp_path / "out" / "params.safetensors")
+    size = SHALLOW.image_size
+    (pixels,) = random_arrays((2, size, size, 3))
+    points = np.array([[[[0.3 * size, 0.6 * size], [0, 0]]]] * 2, np.float32)
+    labels = jnp.array([[[1, -1]]] * 2)
+    graphdef, state = nnx.split(model)
+
+    def by_program(params, pixels, points):
+        logits, scores = decoder(params, encoder(params, pixels), points, labels)
+        return (logits[:, :, 1:] ** 2).mean() + (scores[:, :, 1:] ** 2).sum()
+
+    def by_model(state, pixels, points):
+        sam = nnx.merge(graphdef, state)
+        logits, scores = sam.decode(sam.encode_image(pixels), points, labels, None, None)
+        return (logits[:, :, 1:] ** 2).mean() + (scores[:, :, 1:] ** 2).sum()
+
+    of_params, *found = jax.jit(jax.grad(by_program, (0, 1, 2)))(params, pixels, points)
+    of_state, *expected = jax.jit(jax.grad(by_model, (0, 1, 2)))(state, pixels, points)
+    for a, e in zip(found, expected, strict=True):
+        assert abs(e).max() > 0
+        assert_close(a, e)
+    for name in ("mask_decoder.iou_token", "image_encoder.patch_embed.kernel"):
+        leaf = of_state
+        for part in name.split("."):
+            leaf = leaf[part]
+        assert_close(of_params[name], leaf[...])
+
+
+def test_jax_programs_without_a_gradient(jax_folder):
+    """What the documentation says that they do not do, unless asked for and ever."""
+    encoder, (pixels,) = (
+        program(jax_folder, "encoder"),
+        random_arrays((1, *[SMALL.image_size] * 2, 3)),
+    )
+    with pytest.raises(ValueError, match="No VJP is available"):
+        jax.grad(lambda pixels: encoder(pixels).sum())(pixels)
+    with pytest.raises(NotImplementedError, match="Batching rule"):
+        jax.vmap(encoder)(pixels[None])
+
+
 def test_each_platform_has_its_fastest_attention(model, monkeypatch):
     asked = set()
 
@@ -218,6 +266,8 @@ def test_onnx_of_real_weights(mobile_sam_file, tmp_path):
     image = skimage.data.coffee()
     Image.fromarray(image).save(tmp_path / "photo.png")
     run_command("export", mobile_sam_file, "--format", "onnx", "--output", tmp_path / "out")
+    # The model's, not a copy of each attention bias for each window.
+    assert (tmp_path / "out" / "encoder.onnx").stat().st_size < 30e6
     session = onnx_session(tmp_path / "out", "decoder")
     (embedding,) = onnx_session(tmp_path / "out", "encoder").run(
         None, {"input_image": resized(image, 1024)}
@@ -322,14 +372,19 @@ def test_command(saved, tmp_path, capsys):
     assert config["dtype"] == "bfloat16"
     assert config["image_size"] == SMALL.image_size
     assert config["mask_size"] == SMALL.mask_size
+    assert config["vjp_order"] == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["/no/such/model"], "/no/such/model"),
-        (["--format", "onnx", "--dtype", "bfloat16"], "--platforms and --dtype are for --format"),
-        (["--format", "onnx", "--platforms", "cpu"], "--platforms and --dtype are for --format"),
+        (
+            ["--format", "onnx", "--dtype", "bfloat16"],
+            "--dtype and --gradient are for --format jax",
+        ),
+        (["--format", "onnx", "--platforms", "cpu"], "--platforms, --dtype and --gradient are"),
+        (["--format", "onnx", "--gradient"], "--platforms, --dtype and --gradient are for"),
         (["--single-mask"], "--single-mask is for --format onnx"),
         (["--platforms", "cpu", "cpu"], "platforms are ['cpu', 'cpu'], expected"),
         (["--platforms"], "platforms are [], expected some of ['cpu', 'cuda', 'rocm', 'tpu']"),
