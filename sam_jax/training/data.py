@@ -7,6 +7,7 @@ together, by grain.
 """
 
 import hashlib
+import operator
 import os
 import reprlib
 import warnings
@@ -95,9 +96,9 @@ class _AnnotatedImages:
         self._has_warned = False
 
     def _example(
-        self, image_id: Any, path: Path, size: tuple[int, int], objects: list[tuple[str, Any]]
+        self, image_id: Any, path: Path, size: tuple[int, int], objects: list[tuple]
     ) -> Example:
-        """The image and its objects, which are pairs of a name for messages and a segmentation."""
+        """The image and its objects: (id, number, segmentation), two of them for messages."""
         try:
             image = self._pixels(image_id, path, size)
         except (OSError, TypeError, ValueError) as error:
@@ -105,10 +106,11 @@ class _AnnotatedImages:
             _report([problem], "a bad image", self.bad_annotations)
             return _blank()
         rles, problems = [], []
-        for name, segmentation in objects:
+        for annotation_id, number, segmentation in objects:
             try:
                 rles.append(_run_lengths(segmentation, size))
             except ValueError as error:
+                name = f"image {_shown(image_id)}: {_annotation_name(annotation_id, number)}"
                 problems.append(f"{name}: its segmentation cannot be read: {error}")
         _report(problems, f"{path} has bad annotations", self.bad_annotations)
         return {"image": image, "masks": RunLengths([rle for rle in rles if rle_area(rle)], size)}
@@ -244,16 +246,16 @@ class SegmentAnything1B(_AnnotatedImages):
             path, size = _image_entry(_field(content, "image", dict), file.parent)
             annotations = _field(content, "annotations", list)
         except ValueError as error:
-            problem = f"image {file.stem}: {file} is not a file of SA-1B: {error}"
+            problem = f"image {_shown(file.stem)}: {file} is not a file of SA-1B: {error}"
             _report([problem], "a bad image", self.bad_annotations)
             return _blank()
         objects, problems = [], []
         for i, annotation in enumerate(annotations):
-            name = f"image {file.stem}: {_annotation_name(annotation, i)}"
             try:
-                segmentation = _field(annotation, "segmentation")
-                objects.append((name, _checked_segmentation(segmentation, size)))
+                segmentation = _checked_segmentation(_field(annotation, "segmentation"), size)
+                objects.append((annotation.get("id"), i, segmentation))
             except ValueError as error:
+                name = f"image {_shown(file.stem)}: {_annotation_name(_id_of(annotation), i)}"
                 problems.append(f"{name}: {error}")
         _report(problems, f"{file} has bad annotations", self.bad_annotations)
         return self._example(file.stem, path, size, objects)
@@ -494,9 +496,6 @@ def _coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[t
     objects: dict[int | str, list] = {}
     seen: set[int | str] = set()
     for i, annotation in enumerate(annotations):
-        name = _annotation_name(annotation, i)
-        if isinstance(annotation, dict):
-            name = f"image {_shown(annotation.get('image_id'))}: {name}"
         try:
             if _is_crowd(annotation):
                 continue
@@ -513,9 +512,12 @@ def _coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[t
             _, size = infos[image_id]
             segmentation = _checked_segmentation(_field(annotation, "segmentation"), size)
         except ValueError as error:
+            name = _annotation_name(_id_of(annotation), i)
+            if isinstance(annotation, dict):
+                name = f"image {_shown(annotation.get('image_id'))}: {name}"
             problems.append(f"{name}: {error}")
         else:
-            objects.setdefault(image_id, []).append((name, segmentation))
+            objects.setdefault(image_id, []).append((annotation.get("id"), i, segmentation))
 
     entries = []
     for image_id, of_image in objects.items():
@@ -571,14 +573,16 @@ def _checked_segmentation(value: Any, size: tuple[int, int]) -> dict | list:
             raise ValueError(
                 f"a polygon of it has {len(polygon)} numbers, expected x and y of each point"
             )
-        if not all(-far <= n <= far for n in polygon):
+        # NaN alone is not equal to itself. (No generator: a file has millions of numbers.)
+        is_finite = not any(map(operator.ne, polygon, polygon))
+        if polygon and not (is_finite and -far <= min(polygon) and max(polygon) <= far):
             raise ValueError(f"its polygons are not finite or reach beyond {_FAR} times the image")
     polygons = [polygon for polygon in value if len(polygon) >= 6]
     if not polygons:
         raise ValueError("its segmentation is empty")
     for start, side in ((0, size[1]), (1, size[0])):
-        values = [n for polygon in polygons for n in polygon[start::2]]
-        if max(values) < 0 or min(values) > side:
+        values = [polygon[start::2] for polygon in polygons]
+        if max(map(max, values)) < 0 or min(map(min, values)) > side:
             raise ValueError(f"its polygons are outside the image of {size[1]} x {size[0]}")
     return polygons
 
@@ -590,9 +594,14 @@ def _is_crowd(annotation: Any) -> bool:
     return bool(value)
 
 
-def _annotation_name(annotation: Any, number: int) -> str:
-    given = annotation.get("id") if isinstance(annotation, dict) else None
-    return f"annotations[{number}]" if given is None else f"annotation {_shown(given)}"
+def _annotation_name(annotation_id: Any, number: int) -> str:
+    if annotation_id is None:
+        return f"annotations[{number}]"
+    return f"annotation {_shown(annotation_id)}"
+
+
+def _id_of(annotation: Any) -> Any:
+    return annotation.get("id") if isinstance(annotation, dict) else None
 
 
 def _object(value: Any) -> dict:

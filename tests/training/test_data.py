@@ -97,24 +97,72 @@ def test_coco_is_read_as_pycocotools_does(coco):
     assert source[2]["masks"].shape == (2, H, W)
 
 
-def test_sa_1b(tmp_path):
+@pytest.fixture
+def sa_1b(tmp_path):
+    """Two images of three objects."""
     for i in range(2):
         Image.fromarray(np.full((H, W, 3), i, np.uint8)).save(tmp_path / f"sa_{i}.jpg")
-        annotations = [{"segmentation": compressed(rectangle(*box))} for box in RECTANGLES]
+        annotations = [
+            {"id": k, "segmentation": compressed(rectangle(*box))}
+            for k, box in enumerate(RECTANGLES)
+        ]
         image = {"image_id": i, "file_name": f"sa_{i}.jpg", "height": H, "width": W}
         content = {"image": image, "annotations": annotations}
         (tmp_path / f"sa_{i}.json").write_text(json.dumps(content))
-    source = open_source(tmp_path)
+    return tmp_path
+
+
+def test_sa_1b(sa_1b):
+    source = open_source(sa_1b)
     assert isinstance(source, SegmentAnything1B)
     assert len(source) == 2
     np.testing.assert_array_equal(source[1]["masks"], [rectangle(*box) for box in RECTANGLES])
     assert source[1]["image"].mean() == pytest.approx(1, abs=0.5)
     assert source.image_id(1) == "sa_1"
-    (tmp_path / "sa_0.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"image sa_0: .* is not a file of SA-1B: it has no image"):
-        source[0]
-    with pytest.warns(UserWarning, match="image sa_0"):
-        assert len(open_source(tmp_path, bad_annotations="skip")[0]["masks"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("edit", "message", "left"),
+    [
+        (lambda i, a: i.update(height=55.0), None, 3),
+        (lambda i, a: a[0]["segmentation"].update(size=[55.0, 70.0]), None, 3),
+        (lambda i, a: i.clear(), "image 'sa_0': .* is not a file of SA-1B: it has no file_name", 0),
+        (lambda i, a: i.update(width="70"), "its width is '70', expected a whole number", 0),
+        (lambda i, a: i.update(file_name="../sa_1.jpg"), "leads out of the folder", 0),
+        (lambda i, a: i.update(file_name="gone.jpg"), "image 'sa_0': .*No such file", 0),
+        (lambda i, a: a[1].update(segmentation=5), "'sa_0': annotation 1: its segmentation is", 2),
+        (lambda i, a: a[1].pop("segmentation"), "annotation 1: it has no segmentation", 2),
+        (
+            lambda i, a: a[1]["segmentation"].update(counts="\0"),
+            "annotation 1: its segmentation",
+            2,
+        ),
+        (lambda i, a: a.append(None), r"image 'sa_0': annotations\[3\]: it is None", 3),
+    ],
+)
+def test_bad_files_of_sa_1b(sa_1b, edit, message, left):
+    content = json.loads((sa_1b / "sa_0.json").read_text())
+    edit(content["image"], content["annotations"])
+    (sa_1b / "sa_0.json").write_text(json.dumps(content))
+    if message is None:
+        assert len(open_source(sa_1b)[0]["masks"]) == left
+        return
+    with pytest.raises(ValueError, match=message):
+        open_source(sa_1b)[0]
+    with pytest.warns(UserWarning, match=message):
+        assert len(open_source(sa_1b, bad_annotations="skip")[0]["masks"]) == left
+
+
+def test_sa_1b_is_of_the_stored_pixels(sa_1b):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    for i in range(2):
+        with Image.open(sa_1b / f"sa_{i}.jpg") as image:
+            image.save(sa_1b / f"sa_{i}.jpg", exif=exif)
+    source = open_source(sa_1b)
+    with pytest.warns(UserWarning, match="has EXIF orientation 3.*store the image upright"):
+        assert source[0]["image"].shape == (H, W, 3)
+    source[1]  # a second warning would be an error
 
 
 IMAGE = '{"id": 1, "file_name": "i.png", "height": 3, "width": 4}'
