@@ -142,8 +142,12 @@ def _pixels(image: Image.Image, name: str) -> np.ndarray:
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
-def _check_readable(image: Image.Image) -> None:
-    """Refuses formats that run programs, and more bits than Pillow would keep."""
+def check_decoder(image: Image.Image) -> None:
+    """Refuses a PIL image whose pixels a program would have to decode.
+
+    Raises:
+        ValueError: for a file that was opened, but not read, of another format than `FORMATS`.
+    """
     is_file = isinstance(image, ImageFile.ImageFile)
     is_decoded = is_file and not image.tile and not isinstance(image, ImageFile.StubImageFile)
     if is_file and not is_decoded and image.format not in (*FORMATS, "MPO"):
@@ -151,6 +155,11 @@ def _check_readable(image: Image.Image) -> None:
             f"the image's format is {image.format}, expected one of {', '.join(FORMATS)}; if you "
             "trust it, give image.convert('RGB')"
         )
+
+
+def _check_readable(image: Image.Image) -> None:
+    """Refuses formats that run programs, and more bits than Pillow would keep."""
+    check_decoder(image)
     if image.mode in ("F", "I") or image.mode.startswith("I;") or _narrows(image):
         raise TypeError(
             f"the image (mode {image.mode}) has more than 8 bits per channel, or signed values, "

@@ -102,7 +102,7 @@ class _AnnotatedImages:
         try:
             image = self._pixels(image_id, path, size)
         except (OSError, TypeError, ValueError) as error:
-            problem = f"image {_shown(image_id)}: {path}: {error}"
+            problem = f"image {_label(image_id)}: {path}: {error}"
             _report([problem], "a bad image", self.bad_annotations)
             return _blank()
         rles, problems = [], []
@@ -110,7 +110,7 @@ class _AnnotatedImages:
             try:
                 rles.append(_run_lengths(segmentation, size))
             except ValueError as error:
-                name = f"image {_shown(image_id)}: {_annotation_name(annotation_id, number)}"
+                name = f"image {_label(image_id)}: {_annotation_name(annotation_id, number)}"
                 problems.append(f"{name}: its segmentation cannot be read: {error}")
         _report(problems, f"{path} has bad annotations", self.bad_annotations)
         return {"image": image, "masks": RunLengths([rle for rle in rles if rle_area(rle)], size)}
@@ -132,7 +132,7 @@ class _AnnotatedImages:
         if is_open and turned.shape[:2] == size and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"{self.name}: image {_shown(image_id)} ({path}) has EXIF orientation "
+                f"{self.name}: image {_label(image_id)} ({path}) has EXIF orientation "
                 f"{orientation}, and others may have one. Annotations are taken to be of the "
                 "pixels as stored, as in pycocotools. If they are of the image turned upright, "
                 f"{self._way_out}",
@@ -246,7 +246,7 @@ class SegmentAnything1B(_AnnotatedImages):
             path, size = _image_entry(_field(content, "image", dict), file.parent)
             annotations = _field(content, "annotations", list)
         except ValueError as error:
-            problem = f"image {_shown(file.stem)}: {file} is not a file of SA-1B: {error}"
+            problem = f"image {_label(file.stem)}: {file} is not a file of SA-1B: {error}"
             _report([problem], "a bad image", self.bad_annotations)
             return _blank()
         objects, problems = [], []
@@ -255,7 +255,7 @@ class SegmentAnything1B(_AnnotatedImages):
                 segmentation = _checked_segmentation(_field(annotation, "segmentation"), size)
                 objects.append((annotation.get("id"), i, segmentation))
             except ValueError as error:
-                name = f"image {_shown(file.stem)}: {_annotation_name(_id_of(annotation), i)}"
+                name = f"image {_label(file.stem)}: {_annotation_name(_id_of(annotation), i)}"
                 problems.append(f"{name}: {error}")
         _report(problems, f"{file} has bad annotations", self.bad_annotations)
         return self._example(file.stem, path, size, objects)
@@ -490,7 +490,7 @@ def _coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[t
                 raise ValueError("there are two images of this id")
             infos[image_id] = _image_entry(info, folder)
         except ValueError as error:
-            problems.append(f"image {_shown(image_id)}: {error}")
+            problems.append(f"image {_label(image_id)}: {error}")
             infos[image_id] = None
 
     objects: dict[int | str, list] = {}
@@ -501,7 +501,7 @@ def _coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[t
                 continue
             image_id = _id(annotation, "image_id")
             if image_id not in infos:
-                raise ValueError("there is no image of this id")
+                raise ValueError(f"there is no image of the id {_shown(image_id)}")
             if annotation.get("id") is not None:
                 annotation_id = _id(annotation, "id")
                 if annotation_id in seen:
@@ -514,7 +514,7 @@ def _coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[t
         except ValueError as error:
             name = _annotation_name(_id_of(annotation), i)
             if isinstance(annotation, dict):
-                name = f"image {_shown(annotation.get('image_id'))}: {name}"
+                name = f"image {_label(annotation.get('image_id'))}: {name}"
             problems.append(f"{name}: {error}")
         else:
             objects.setdefault(image_id, []).append((annotation.get("id"), i, segmentation))
@@ -525,7 +525,7 @@ def _coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[t
         if os.path.isfile(path):  # Path's raises for some names
             entries.append((image_id, path, size, of_image))
         else:
-            problems.append(f"image {_shown(image_id)}: {path} is missing")
+            problems.append(f"image {_label(image_id)}: {path} is missing")
     return entries, problems
 
 
@@ -597,7 +597,7 @@ def _is_crowd(annotation: Any) -> bool:
 def _annotation_name(annotation_id: Any, number: int) -> str:
     if annotation_id is None:
         return f"annotations[{number}]"
-    return f"annotation {_shown(annotation_id)}"
+    return f"annotation {_label(annotation_id)}"
 
 
 def _id_of(annotation: Any) -> Any:
@@ -634,6 +634,10 @@ def _whole(value: Any, name: str) -> int:
 
 
 _shown = reprlib.repr  # not longer than fits a message
+
+
+def _label(value: Any) -> str:
+    return str(value) if isinstance(value, (int, str)) else _shown(value)
 
 
 def _check_choice(bad_annotations: str) -> None:

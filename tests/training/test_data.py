@@ -126,18 +126,18 @@ def test_sa_1b(sa_1b):
     [
         (lambda i, a: i.update(height=55.0), None, 3),
         (lambda i, a: a[0]["segmentation"].update(size=[55.0, 70.0]), None, 3),
-        (lambda i, a: i.clear(), "image 'sa_0': .* is not a file of SA-1B: it has no file_name", 0),
+        (lambda i, a: i.clear(), "image sa_0: .* is not a file of SA-1B: it has no file_name", 0),
         (lambda i, a: i.update(width="70"), "its width is '70', expected a whole number", 0),
         (lambda i, a: i.update(file_name="../sa_1.jpg"), "leads out of the folder", 0),
-        (lambda i, a: i.update(file_name="gone.jpg"), "image 'sa_0': .*No such file", 0),
-        (lambda i, a: a[1].update(segmentation=5), "'sa_0': annotation 1: its segmentation is", 2),
+        (lambda i, a: i.update(file_name="gone.jpg"), "image sa_0: .*No such file", 0),
+        (lambda i, a: a[1].update(segmentation=5), "sa_0: annotation 1: its segmentation is", 2),
         (lambda i, a: a[1].pop("segmentation"), "annotation 1: it has no segmentation", 2),
         (
             lambda i, a: a[1]["segmentation"].update(counts="\0"),
             "annotation 1: its segmentation",
             2,
         ),
-        (lambda i, a: a.append(None), r"image 'sa_0': annotations\[3\]: it is None", 3),
+        (lambda i, a: a.append(None), r"image sa_0: annotations\[3\]: it is None", 3),
     ],
 )
 def test_bad_files_of_sa_1b(sa_1b, edit, message, left):
@@ -222,7 +222,10 @@ FIRST = "image 10: annotation 1: "
             FIRST + "a polygon of it has 7 numbers, expected x and y of each point",
         ),
         (lambda i, a: a[0].pop("image_id"), "image None: annotation 1: it has no image_id"),
-        (lambda i, a: a[0].update(image_id=5), "image 5: annotation 1: there is no image of"),
+        (
+            lambda i, a: a[0].update(image_id=5),
+            "annotation 1: there is no image of the id 5",
+        ),
         (lambda i, a: a[0].update(id=2), "image 10: annotation 2: there are two annotations of"),
         (lambda i, a: i.append({**i[1], "file_name": "x"}), "image 11: there are two images of"),
         (lambda i, a: i[2].update(file_name="gone.png"), "gone.png is missing"),
@@ -370,7 +373,7 @@ NOT_WHOLE = [None, "x", [], {}, 1.5, float("nan"), float("inf"), True]
             for value in NOT_WHOLE
             if value != "x"
         ],
-        (lambda i, a: a[0].update(image_id="10"), "image '10': annotation 1: there is no image of"),
+        (lambda i, a: a[0].update(image_id="10"), "annotation 1: there is no image of the id '10'"),
         *[
             (lambda i, a, value=value: a[0].update(id=value), f"image 10: annotation {value}: its ")
             for value in NOT_WHOLE
