@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import re
 
 import jax
 import numpy as np
@@ -161,9 +162,10 @@ def test_no_image_runs_a_program(route, name, tmp_path, canary):
     with contextlib.ExitStack() as stack:
         # Pillow reads only the header until it is asked for pixels.
         image = stack.enter_context(Image.open(path)) if name == "opened" else path
-        with pytest.raises(ValueError, match=r"format is EPS|not an image of a known format"):
+        with pytest.raises((ValueError, OSError)) as error:
             ROUTES[route](image)
     assert not canary.exists()
+    assert re.search("format is EPS|not an image of a known format", str(error.value))
     with contextlib.suppress(Exception), Image.open(path) as opened:
         opened.load()
     assert canary.exists()  # as it would have been
