@@ -16,7 +16,7 @@ from PIL import Image
 
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
-from sam_jax.image import ImageInput, load_image
+from sam_jax.image import ImageInput, check_decoder, load_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import FOREGROUND, PADDING, check_values, count_bucket, pad_axis
 from sam_jax.ops.resize import mask_resize_matrix, resize_masks, size_bucket
@@ -244,6 +244,9 @@ class SamProcessor:
             maps = [maps]
         if len(maps) != len(sizes):
             raise ValueError(f"there are {len(sizes)} images, but {len(maps)} segmentation_maps")
+        for given in maps:
+            if isinstance(given, Image.Image):
+                check_decoder(given)
         side = self.config.mask_size
         labels = np.zeros((len(maps), side, side), np.int64)
         for i, (given, size) in enumerate(zip(maps, sizes, strict=True)):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from image_files import write_deep
 from PIL import Image
 from reference import SMALL, mask_iou, meta_sam, ours
 from safetensors import SafetensorError
@@ -311,9 +312,9 @@ def test_bad_pictures(fails, tmp_path):
     assert "No such file or directory: " in fails("--point", "3,4", image="missing.png")
     (tmp_path / "notes.txt").write_text("no picture")
     message = fails("--point", "3,4", image="notes.txt")
-    assert message == "sam-jax: notes.txt is not a picture of a known format"
-    assert "cannot be read as a picture" in fails("--point", "3,4", image=".")
-    Image.fromarray(np.zeros((4, 5), np.uint16)).save(tmp_path / "deep.png")
+    assert message.startswith("sam-jax: notes.txt is not an image of a known format, expected")
+    assert ". is a folder, expected an image" in fails("--point", "3,4", image=".")
+    write_deep(tmp_path / "deep.png", "png_color")
     assert "more than 8 bits per channel" in fails("--point", "3,4", image="deep.png")
 
 

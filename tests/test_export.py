@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import skimage.data
 import torch
 import torch_reference
 from flax import nnx
+from image_files import eps
 from PIL import Image
 from reference import (
     SHALLOW,
@@ -332,13 +334,20 @@ def test_example(example, folder, blocked, request, model, photo, tmp_path):
 
 
 @pytest.mark.parametrize("example", ["load_export", "load_onnx"])
-def test_an_example_refuses_what_it_would_clip(example, jax_folder, onnx_folder, tmp_path):
-    Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(tmp_path / "deep.png")
+@pytest.mark.parametrize("name", ["gray.png", "color.png", "eps.jpg"])
+def test_an_example_refuses_what_it_would_clip_or_execute(
+    example, name, jax_folder, onnx_folder, tmp_path
+):
+    deep = np.full((9, 9, 3), 4000, np.uint16)
+    cv2.imwrite(str(tmp_path / "gray.png"), deep[..., 0])
+    cv2.imwrite(str(tmp_path / "color.png"), deep)
+    (tmp_path / "eps.jpg").write_bytes(eps())
     folder = {"load_export": jax_folder, "load_onnx": onnx_folder}[example]
-    command = [sys.executable, EXAMPLES / f"{example}.py", folder, tmp_path / "deep.png", "5", "5"]
+    command = [sys.executable, EXAMPLES / f"{example}.py", folder, tmp_path / name, "5", "5"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1
-    assert "has pixels of mode I;16, expected 8 bits for each channel" in result.stderr
+    expected = "cannot identify image" if name == "eps.jpg" else "has 16 bits per channel, expected"
+    assert expected in result.stderr
     assert not (tmp_path / "mask.png").exists()
 
 
