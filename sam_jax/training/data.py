@@ -8,8 +8,9 @@ together, by grain.
 
 import hashlib
 import json
+import signal
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -31,6 +32,7 @@ BadAnnotations = Literal["refuse", "skip"]
 
 _SHOWN = 10  # bad entries that a message lists
 _FAR = 16
+_LOOKED_AT = 1000  # images in which `check_objects` looks for an object
 _EPOCHS = 2**31  # without end, but for what grain's arithmetic can count
 
 
@@ -190,6 +192,9 @@ class Prepare:
     * `masks` bool [n, target_size, target_size], of the whole model input;
     * `boxes` float32 [n, 4], x0, y0, x1, y1 in pixels of the model's input;
     * `valid` float32 [n], 0 where there is no object;
+    * `dropped` int32 [], how many of the chosen objects are left out because they are too small:
+      none of their pixels is left at the model's input size, or they fill half of no cell of the
+      target grid. Objects outside a crop do not count;
     * `index` int32 [], the example's number in its source, if it has one.
 
     Args:
@@ -268,15 +273,17 @@ class Prepare:
             result["image_embedding"] = example["image_embedding"]
         else:
             result["pixel_values"] = processor.normalize(_resize(image, (height, width))[window])
-        full = [_resize(mask, (height, width))[window] for mask in masks]
+        full = [_resize(mask, (height, width)) for mask in masks]
+        # One that the window has no part of is not too small, but cropped away.
+        full = [mask[window] for mask in full if mask[window].any() or not mask.any()]
         targets = [_to_grid(mask, size, self.target_size) for mask in full]
         boxes = [mask_to_box(mask) for mask in full]
-        # What has been cropped away, or is too small for the grid, is no object.
         found = [k for k, target in enumerate(targets) if target.any()]
         n, side = self.max_objects, self.target_size
         result["masks"] = _stacked([targets[k] for k in found], n, (side, side), bool)
         result["boxes"] = _stacked([boxes[k] for k in found], n, (4,), np.float32)
         result["valid"] = _stacked([np.float32(1)] * len(found), n, (), np.float32)
+        result["dropped"] = np.int32(len(full) - len(found))
         if "index" in example:
             result["index"] = np.int32(example["index"])
         return result
@@ -314,7 +321,8 @@ def batches(
         process_count: of hosts; JAX's if left out.
 
     Raises:
-        ValueError: if the batch cannot be shared by the hosts, or the source is empty.
+        ValueError: if the batch cannot be shared by the hosts, or the source is empty; from the
+            iterator, if an example cannot be read or prepared, with the image's id.
         ImportError: if grain is not installed; it comes with the extra `train`.
     """
     import grain
@@ -330,10 +338,10 @@ def batches(
     if seed < 0:
         raise ValueError(f"seed is {seed}, expected 0 or above")
     dataset = (
-        grain.MapDataset.source(_Numbered(source))
+        grain.MapDataset.range(len(source))
         .seed(seed)
         .shuffle()
-        .random_map(prepare)
+        .random_map(_Reader(source, prepare))
         .repeat(_EPOCHS)
         .batch(batch_size // process_count)
         .slice(slice(process_index, None, process_count))
@@ -347,8 +355,52 @@ def batches(
 
         if not absl.flags.FLAGS.is_parsed():
             absl.flags.FLAGS.mark_as_parsed()  # grain's workers look at flags, parsed or not
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_parent)
     return dataset
+
+
+def check_objects(source: Source, prepare: Prepare | None, seed: int = 0) -> None:
+    """Makes sure that there is an object to train or to evaluate on, by reading until the first.
+
+    At most 1,000 images are read, evenly spaced, so that it takes a minute or two at the worst.
+
+    Args:
+        source: examples.
+        prepare: as for `batches`; None for evaluation, which takes objects of any size.
+        seed: of what is random in `prepare`.
+
+    Raises:
+        ValueError: if there is none, or an example cannot be read; if all objects are too small
+            for the target grid, the message says what to do.
+    """
+    rng, dropped = np.random.default_rng(seed), False
+    read = min(len(source), _LOOKED_AT)
+    # Where crops are random, an object that one misses another may show.
+    tries = read if prepare is None or not prepare.augments else max(read, _LOOKED_AT // 10)
+    reader = _Reader(source, prepare or _any_object)
+    for i in range(tries):
+        example = reader(i % read * len(source) // read, rng)
+        if example["valid"].any():
+            return
+        dropped |= example["dropped"] > 0
+    if prepare is None or not dropped:
+        raise ValueError(f"none of the {read} images that were read has an object")
+    raise ValueError(
+        f"no object of the {read} images that were read can be trained on: {too_small(prepare)}"
+    )
+
+
+def too_small(prepare: Prepare) -> str:
+    """Why objects are dropped, and the remedy."""
+    cell = prepare.config.image_size // prepare.target_size
+    remedy = "cut the images into crops, or enlarge them at random (--scale-range 1 4)"
+    if cell > 1:
+        remedy = f"compare masks at --full-resolution; if that is not enough, {remedy}"
+    return (
+        f"they fill less than half of every cell of the target grid, {cell} x {cell} pixels of the "
+        f"model's input, to which an image is resized; {remedy}"
+    )
 
 
 def fingerprint(annotations: str | Path) -> str:
@@ -361,17 +413,31 @@ def fingerprint(annotations: str | Path) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
-class _Numbered:
-    """A source whose examples have their number, `index`."""
+@dataclass(frozen=True)
+class _Reader:
+    """Reads an example by its number and prepares it; errors name the image."""
 
-    def __init__(self, source: Source):
-        self.source = source
+    source: Source
+    prepare: Callable[[Example, np.random.Generator], Example]
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def __call__(self, index: int, rng: np.random.Generator) -> Example:
+        try:
+            return self.prepare({**self.source[index], "index": index}, rng)
+        except Exception as error:  # whatever a source of one's own raises
+            image_id = getattr(self.source, "image_id", int)(index)
+            if f"image {image_id}:" in str(error):
+                raise
+            raise ValueError(f"image {image_id}: {str(error) or repr(error)}") from error
 
-    def __getitem__(self, index: int) -> Example:
-        return {**self.source[index], "index": index}
+
+def _any_object(example: Example, _: np.random.Generator) -> Example:
+    found = any(mask.any() for mask in example["masks"])
+    return {"valid": np.array([found]), "dropped": 0}
+
+
+def _leave_interrupts_to_the_parent(*_: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, but only the parent can end a run in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _coco_entries(content: Any, folder: Path) -> tuple[list[tuple], list[str]]:

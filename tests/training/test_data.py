@@ -15,6 +15,7 @@ from sam_jax.training.data import (
     Prepare,
     SegmentAnything1B,
     batches,
+    check_objects,
     fingerprint,
     open_source,
 )
@@ -278,6 +279,7 @@ def test_a_prepared_example(coco):
         "masks": (4, SIDE, SIDE),
         "boxes": (4, 4),
         "valid": (4,),
+        "dropped": (),
     }
     expected = SamProcessor(SMALL).preprocess(example["image"])
     np.testing.assert_array_equal(result["pixel_values"], expected)
@@ -487,3 +489,84 @@ def test_worker_processes_change_nothing(coco):
             assert_same_batch(next(iterator), batch)
     finally:
         iterator.close()
+
+
+def squares(*sides):
+    """An image four times the model's input, with squares of these sides from its middle."""
+    size = 4 * SIZE
+    masks = np.zeros((len(sides), size, size), bool)
+    for k, side in enumerate(sides):
+        left = size // 2 + 40 * k
+        masks[k, size // 2 : size // 2 + side, left : left + side] = True
+    return {"image": np.zeros((size, size, 3), np.uint8), "masks": masks}
+
+
+# A cell of the grid: 8 of these pixels, 2 of the model's input.
+CELL = 4 * SIZE // SIDE
+
+
+def test_objects_that_are_too_small_are_counted():
+    example = squares(3 * CELL, CELL, CELL // 2, 1)
+    for options, used, dropped in (({}, 2, 2), ({"target_size": SIZE}, 3, 1)):
+        result = prepared(example, **options)
+        assert (result["valid"].sum(), result["dropped"]) == (used, dropped)
+    # What a crop leaves out is not too small.
+    found = [prepared(squares(3 * CELL), seed, scale_range=(3, 3)) for seed in range(20)]
+    assert {float(result["valid"].sum()) for result in found} == {0, 1}
+    assert all(result["dropped"] == 0 for result in found)
+    assert prepared(squares())["dropped"] == 0
+    batch = take(batches([example], Prepare(SMALL, 4, SIDE), batch_size=2, seed=0), 1)[0]
+    assert batch["dropped"].tolist() == [2, 2]
+
+
+class Read(list):
+    """Examples, which counts how many are read."""
+
+    count = 0
+
+    def __getitem__(self, index):
+        self.count += 1
+        return super().__getitem__(index)
+
+
+def test_a_source_without_objects_is_refused():
+    plain, empty, tiny = Prepare(SMALL, 4, SIDE), squares(), squares(CELL // 2)
+    source = Read([empty, empty, squares(2, CELL), tiny])
+    check_objects(source, plain)
+    assert source.count == 3
+    for prepare in (plain, None):
+        with pytest.raises(ValueError, match=r"^none of the 2 images that were read has an obj"):
+            check_objects([empty, empty], prepare)
+    with pytest.raises(ValueError, match=r"cell of the target grid, 2 x 2 pi.*--full-resolution"):
+        check_objects([empty, tiny], plain)
+    check_objects([empty, tiny], Prepare(SMALL, 4, SIZE))
+    check_objects([empty, tiny], None)
+    # A random crop often misses it.
+    check_objects([tiny], Prepare(SMALL, 4, SIDE, scale_range=(4, 4)))
+    source = Read([empty] * 5000)
+    with pytest.raises(ValueError, match="none of the 1000 images"):
+        check_objects(source, None)
+    assert source.count == 1000
+
+
+class Bad(list):
+    """Its second example cannot be read."""
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise MemoryError
+        return super().__getitem__(index)
+
+    def image_id(self, index):
+        return f"photo_{index}"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_names_the_image(many, workers):
+    wrong = [{**example, "masks": example["masks"][:, 1:]} for example in many]
+    for source, message in (
+        (Bad(many), r"^image photo_1: MemoryError\(\)"),
+        (wrong, r"^image \d: the masks have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            take(batches(source, PREPARE, batch_size=7, seed=0, workers=workers), 1)
