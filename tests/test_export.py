@@ -436,7 +436,7 @@ def test_nothing_is_left_half_written(write, model, tmp_path, monkeypatch):
 
 
 class Serialized:
-    def serialize(self):
+    def serialize(self, vjp_order):
         return b""
 
 
