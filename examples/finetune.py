@@ -11,6 +11,7 @@ are functions of `sam_jax.training`, for loops of your own.
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import shutil
 import signal
@@ -403,6 +404,10 @@ def terminate(number, _):
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminate)
     warnings.formatwarning = lambda message, *_: f"finetune: warning: {message}\n"
+    # Orbax's threads each print a traceback of what is raised, and said, below.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
     try:
         sys.exit(main(tyro.cli(Config, description=__doc__.splitlines()[0])))
     except KeyboardInterrupt as error:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -18,13 +18,17 @@ from sam_jax.training.step import TrainState
 _METRIC = "miou"
 
 
-def open_checkpoints(folder: str | os.PathLike) -> ocp.training.Checkpointer:
+@contextlib.contextmanager
+def open_checkpoints(folder: str | os.PathLike) -> Iterator[ocp.training.Checkpointer]:
     """A run's checkpoints: the best, and the last two, since the last may turn out to be no good.
 
-    To be closed, which waits for what is being written.
+    The end of the context waits for what is being written.
 
     What an interrupted run left half-written is removed, and so are damaged files that only
     describe a checkpoint, whose arrays may still be good; a warning names them.
+
+    Raises:
+        OSError: at the end, if a checkpoint could not be written, for instance on a full disk.
     """
     folder = Path(folder).absolute()
     _remove_damaged_descriptions(folder)
@@ -32,11 +36,16 @@ def open_checkpoints(folder: str | os.PathLike) -> ocp.training.Checkpointer:
     best = keep.BestN(
         get_metric_fn=lambda metrics: metrics[_METRIC], n=1, keep_checkpoints_without_metrics=False
     )
-    return ocp.training.Checkpointer(
+    checkpoints = ocp.training.Checkpointer(
         folder,
         preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(2), best]),
         cleanup_tmp_directories=True,
     )
+    try:
+        yield checkpoints
+    finally:
+        with _writing(folder):
+            checkpoints.close()
 
 
 def save_state(
@@ -49,12 +58,15 @@ def save_state(
         state: all of it: parameters, optimiser, moving average, step. The batches and all that is
             by chance depend on the step alone.
         miou: how good it is, if that is known.
+
+    Raises:
+        OSError: if this or the one before cannot be written, for instance on a full disk.
     """
     metrics = None if miou is None else {_METRIC: miou}
     # What is there already is damaged, and was passed over by `load_state`.
-    checkpoints.save_async(
-        int(state.step), _flat(state), force=True, overwrite=True, metrics=metrics
-    )
+    options = {"force": True, "overwrite": True, "metrics": metrics}
+    with _writing(Path(checkpoints.directory)):
+        checkpoints.save_async(int(state.step), _flat(state), **options)
 
 
 def load_state(
@@ -83,7 +95,7 @@ def load_state(
                 f"{error}"
             ) from error
         except Exception as error:  # whatever Orbax meets in a damaged folder
-            problem = f"{folder} is damaged: {_first_line(error)}"
+            problem = f"{folder} is damaged: {_first_line(error)[:200]}"
         if any_host(state is None):
             damaged.append(problem or f"{folder} is damaged: another host cannot read it")
             continue
@@ -100,6 +112,19 @@ def load_state(
             + "\n".join(f"  {problem}" for problem in damaged)
         )
     return None
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever Orbax and its threads raise
+        # The cause comes last, after every path on the way to it.
+        cause = _first_line(error).rpartition('": ')[2]
+        raise OSError(
+            f"cannot write a checkpoint in {folder}: {cause}; the run can be resumed from the one "
+            "before it"
+        ) from error
 
 
 class _DoesNotFit(Exception):
@@ -127,7 +152,7 @@ def _load(checkpoints: ocp.training.Checkpointer, step: int, like: TrainState) -
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _remove_damaged_descriptions(folder: Path) -> None:

@@ -1,4 +1,8 @@
+import contextlib
+import resource
 import shutil
+import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -116,11 +120,38 @@ def test_a_damaged_description_takes_no_state_along(tmp_path, name, content):
         for step in (4, 8):
             save_state(checkpoints, state_of(step, step / 7), miou=step / 10)
     (tmp_path / "8" / name).write_bytes(content)
+    opened = open_checkpoints(tmp_path)
     with pytest.warns(UserWarning, match=f"{tmp_path / '8' / name} was damaged"):
-        opened = open_checkpoints(tmp_path)
-    with opened as checkpoints:
+        checkpoints = opened.__enter__()
+    with contextlib.closing(checkpoints):
         assert_same(load_state(checkpoints, state_of(0)), state_of(8, 8 / 7))
         save_state(checkpoints, state_of(9, 1.0), miou=0.1)
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """A limit of file sizes stands for it; what was written before is still there."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # of Orbax's threads
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    noise = jax.random.normal(jax.random.key(0), (400, 400))  # cannot be compressed
+    large = {"layer": {"kernel": noise, "bias": noise[0]}}
+
+    def write_two():
+        with open_checkpoints(tmp_path) as checkpoints:
+            save_state(checkpoints, state_of(4))
+            checkpoints.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+            save_state(checkpoints, state_of(8)._replace(params=large))
+
+    try:
+        with pytest.raises(OSError, match=rf"^cannot write a checkpoint in {tmp_path}: \w.*; the"):
+            write_two()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert_same(load_state(checkpoints, state_of(0)), state_of(4))
+    assert not list(tmp_path.glob("*tmp*"))
 
 
 def test_what_stops_a_run(tmp_path):
