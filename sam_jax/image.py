@@ -1,5 +1,6 @@
 """Whatever a person calls an image, as a uint8 array [h, w, 3]."""
 
+import io
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-ImageInput = Image.Image | np.ndarray | jax.Array | str | os.PathLike
+ImageInput = Image.Image | np.ndarray | jax.Array | str | os.PathLike | io.BytesIO
 
 # Formats that Pillow decodes by libraries in this process. It reads others by running programs: EPS
 # by Ghostscript, whatever the file is called.
@@ -24,16 +25,17 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
 
     Args:
         image: a PIL image of 8 bits per channel; a uint8 array [h, w, 3] (RGB), [h, w], [h, w, 1]
-            or [h, w, 4], whose alpha is dropped; or a path, whose EXIF orientation is applied.
+            or [h, w, 4], whose alpha is dropped; or a path or a file's content in an `io.BytesIO`,
+            whose EXIF orientation is applied.
 
     Raises:
         TypeError: for other things and other dtypes, and for more than 8 bits per channel.
         ValueError: for other shapes, empty images and files that hold no image.
         FileNotFoundError: for a path that does not exist.
     """
-    if isinstance(image, (str, os.PathLike)):
+    if isinstance(image, (str, os.PathLike, io.BytesIO)):
         with open_image(image) as file:
-            array = _pixels(file, str(image), turn=True)
+            array = _pixels(file, _name(image), turn=True)
     elif isinstance(image, Image.Image):
         array = _pixels(image, "the image", turn=False)
     elif isinstance(image, (np.ndarray, jax.Array)):
@@ -48,34 +50,41 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
     return np.ascontiguousarray(array)
 
 
-def open_image(path: str | os.PathLike) -> ImageFile.ImageFile:
+def open_image(path: str | os.PathLike | io.BytesIO) -> ImageFile.ImageFile:
     """Opens an image file of one of `FORMATS`, which its content decides, not its name.
 
-    Only its header is read. The file is to be closed: use `with`.
+    Only its header is read. The file is to be closed: use `with`. Instead of a path, `path` may be
+    the file's content.
 
     Raises:
         TypeError: for more than 8 bits per channel.
         ValueError: for files that hold no image.
         FileNotFoundError, PermissionError: as `open`.
     """
-    if not Path(path).is_file() and Path(path).exists():  # Pillow would wait for a pipe
-        raise ValueError(f"{path} is not a regular file, expected an image")
+    name = _name(path)
+    # Pillow would wait for a pipe.
+    if not isinstance(path, io.BytesIO) and not Path(path).is_file() and Path(path).exists():
+        raise ValueError(f"{name} is not a regular file, expected an image")
     try:
         file = Image.open(path, formats=FORMATS)
     except (FileNotFoundError, PermissionError):
         raise
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"{path} is not an image of a known format, expected one of {', '.join(FORMATS)}"
+            f"{name} is not an image of a known format, expected one of {', '.join(FORMATS)}"
         ) from error
     except Exception as error:  # whatever Pillow's parsers meet in a damaged file
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
     try:
         _check_readable(file)
     except BaseException:
         file.close()
         raise
     return file
+
+
+def _name(image: str | os.PathLike | io.BytesIO) -> str:
+    return "the file" if isinstance(image, io.BytesIO) else str(image)
 
 
 def _pixels(image: Image.Image, name: str, *, turn: bool) -> np.ndarray:
