@@ -7,8 +7,8 @@ import ipaddress
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -58,7 +58,7 @@ def serve(
         app = Demo(sam, hosts, Limits(max_bytes=max_megabytes * 10**6))
         with running(app, listener) as server:
             print(f"http://{host}:{port}/ is the page; Ctrl+C stops it.", flush=True)
-            server.join()
+            server.result()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -82,8 +82,8 @@ def host_names(host: str, port: int, others: Collection[str] = ()) -> set[str]:
 
 
 @contextlib.contextmanager
-def running(app: Demo, listener: socket.socket, **timing: float) -> Iterator[threading.Thread]:
-    """Serves the application in the background; the listening socket is the caller's to close.
+def running(app: Demo, listener: socket.socket, **timing: float) -> Iterator[Future]:
+    """Serves the application in the background, until the context ends.
 
     Args:
         app: the application.
@@ -104,14 +104,14 @@ def running(app: Demo, listener: socket.socket, **timing: float) -> Iterator[thr
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield thread
-    finally:
-        server.should_exit = True
-        thread.join()
-        app.close()
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(server.run, [listener])
+        try:
+            yield ended
+        finally:
+            server.should_exit = True
+            ended.result()
+            app.close()
 
 
 class Connection(H11Protocol):
