@@ -44,7 +44,7 @@ class Visitor:
         if "content" in kind:
             headers = {"Content-Type": "application/octet-stream", **headers}
         transport = httpx.HTTPTransport(local_address=self.source)
-        with httpx.Client(base_url=self.address, timeout=60, transport=transport) as client:
+        with httpx.Client(base_url=self.address, timeout=600, transport=transport) as client:
             return client.post(path, headers=headers, **kind)
 
     def open(self, content: Any) -> dict:
