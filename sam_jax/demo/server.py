@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import ipaddress
 import signal
 import socket
@@ -54,6 +55,9 @@ def serve(
         print("Compiling the model ...", flush=True)
         sam = from_pretrained(model, dtype=dtype)
         warm_up(sam)
+        # What is there now stays. Looking through it for garbage would stop a click for half a second.
+        gc.collect()
+        gc.freeze()
         hosts = host_names(host, port, allow_host)
         app = Demo(sam, hosts, Limits(max_bytes=max_megabytes * 10**6))
         with running(app, listener) as server:

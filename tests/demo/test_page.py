@@ -265,7 +265,7 @@ def by_keyboard(page):
         page.keys(Keys.SHIFT, *[Keys.ARROW_UP] * 3, Keys.NULL, "x")
     prompt = page.saved()[1]["prompt"]
     assert prompt["point_coords"] == [[250, 139]]
-    assert prompt["box"] == [229, 49, 256, 139]
+    assert prompt["box"] == [232, 49, 259, 139]
 
 
 def test_phone(chromium, address, downloads, plain):
