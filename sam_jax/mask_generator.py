@@ -177,17 +177,26 @@ class SamAutomaticMaskGenerator:
 
         Raises:
             TypeError, ValueError, OSError: for a picture that `load_image` cannot take.
+            NonFiniteError: if the model predicts NaN or infinity.
         """
         (records,) = self.generate_batch([image])
         return records
 
-    def generate_batch(self, images: Iterable[ImageInput]) -> Iterator[list[dict[str, Any]]]:
+    def generate_batch(
+        self, images: Iterable[ImageInput], on_image: Callable[[], None] | None = None
+    ) -> Iterator[list[dict[str, Any]]]:
         """The masks of several pictures, of any sizes: one after the other what `generate` returns.
 
         Pictures are taken from `images`, and their masks given, as the work goes on, so that there
         may be more of them than fit the memory.
 
+        Args:
+            images: whatever `sam_jax.load_image` takes, each.
+            on_image: called when the masks of an image are found, to show progress. They are
+                yielded later, when those of the next are found, too.
+
         Raises:
+            NonFiniteError: if the model predicts NaN or infinity.
             FileNotFoundError, TypeError, ValueError: for one picture instead of several at once,
                 and as `load_image` when it is a picture's turn.
         """
@@ -198,7 +207,8 @@ class SamAutomaticMaskGenerator:
             )
         arrays, devices = map(load_image, images), self.mesh.devices.size
         groups = iter(lambda: list(itertools.islice(arrays, devices)), [])
-        return self._generate([self._crops(a.shape[:2], a) for a in group] for group in groups)
+        crops = ([self._crops(a.shape[:2], a) for a in group] for group in groups)
+        return self._generate(crops, on_image=on_image)
 
     def generate_from_embedding(
         self,
@@ -246,6 +256,7 @@ class SamAutomaticMaskGenerator:
         self,
         groups: "Iterable[list[list[_Crop]]]",
         on_batch: Callable[[int, int], None] | None = None,
+        on_image: Callable[[], None] | None = None,
     ) -> Iterator[list[dict[str, Any]]]:
         """The records of groups of at most as many pictures as there are devices.
 
@@ -256,6 +267,8 @@ class SamAutomaticMaskGenerator:
             before: list[Future] = []
             for crops, pixels, done in _one_ahead(self._turns(groups), host):
                 self._add_masks(crops, pixels, host, on_batch)
+                for _ in done if on_image is not None else ():
+                    on_image()
                 records = [host.submit(self._records, picture[0].found) for picture in done]
                 yield from (future.result() for future in before)
                 before = records
@@ -371,6 +384,7 @@ class SamAutomaticMaskGenerator:
             array[:count].reshape(-1, *array.shape[2:])
             for array in (measured.iou, *measured.statistics)
         )
+        check_scores(iou)
         with np.errstate(invalid="ignore"):
             stability = intersection.astype(np.float32) / union.astype(np.float32)
         x0, y0, _, _ = crop.box
@@ -443,6 +457,19 @@ class SamAutomaticMaskGenerator:
         if self.output_mode == "binary_mask":
             return rle_decode(rle)
         return rle_compress(rle) if self.output_mode == "coco_rle" else rle
+
+
+class NonFiniteError(ValueError):
+    """A model predicts NaN or infinity."""
+
+
+def check_scores(iou: Float[np.ndarray, "..."]) -> None:
+    """Raises NonFiniteError for predicted IoUs that are NaN or infinite, of which no mask comes."""
+    if not np.isfinite(iou).all():
+        raise NonFiniteError(
+            "the model predicts IoUs that are NaN or infinite: its weights are damaged, or too "
+            "large for the dtype; check the checkpoint, or try float32"
+        )
 
 
 def check_arguments(

@@ -55,7 +55,7 @@ def serve(
         print("Compiling the model ...", flush=True)
         sam = from_pretrained(model, dtype=dtype)
         warm_up(sam)
-        # What is there now stays. Looking through it for garbage would stop a click for half a second.
+        # What is there now stays; looking through it for garbage stops a click for half a second.
         gc.collect()
         gc.freeze()
         hosts = host_names(host, port, allow_host)
