@@ -172,7 +172,7 @@ class Export:
 
 @dataclasses.dataclass
 class Demo:
-    """Serve a web page on which one drops a picture, clicks, and sees the mask."""
+    """Serve a web page on which you drop an image, click, and see the mask."""
 
     model: str = "mobile_sam"
     """Short name, hub repository, file or folder."""
@@ -184,6 +184,10 @@ class Demo:
     """Port to listen at."""
     max_megabytes: int = 20
     """Size of the largest file that is taken."""
+    allow_host: Annotated[
+        tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="NAME[:PORT]")
+    ] = dataclasses.field(default_factory=list)
+    """Another name under which browsers reach the page, such as a proxy's. May be repeated."""
 
 
 # The fields that say which masks there are: what is in one folder must have them in common.
@@ -362,20 +366,17 @@ def demo(args: Demo) -> None:
     Raises:
         KeyboardInterrupt: when it is stopped.
         OSError: if the port is taken.
-        ValueError: for numbers that cannot be, an unknown model, and without the extra `demo`.
+        ValueError: for invalid numbers, an unknown model, and without the extra `demo`.
     """
-    # What the environment says of gradio is not meant for this page: files to serve, for one.
-    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
-        del os.environ[name]
     try:
         from sam_jax.demo.server import serve
     except ModuleNotFoundError as error:
-        if error.name != "gradio":
+        if error.name not in ("starlette", "uvicorn"):
             raise
         raise ValueError(
-            "gradio is not installed; install sam_jax with its extra `demo`"
+            f"{error.name} is not installed; install sam_jax with its extra `demo`"
         ) from error
-    serve(args.model, args.dtype, args.host, args.port, args.max_megabytes)
+    serve(args.model, args.dtype, args.host, args.port, args.max_megabytes, args.allow_host)
 
 
 def segment(args: Segment) -> None:

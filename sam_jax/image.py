@@ -1,5 +1,6 @@
 """Whatever a person calls an image, as a uint8 array [h, w, 3]."""
 
+import io
 import os
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import (
     UnidentifiedImageError,
 )
 
-ImageInput = Image.Image | np.ndarray | jax.Array | str | os.PathLike
+ImageInput = Image.Image | np.ndarray | jax.Array | str | os.PathLike | io.BytesIO
 
 # Formats that Pillow decodes by libraries in this process. It reads others by running programs: EPS
 # by Ghostscript, whatever the file is called.
@@ -39,15 +40,15 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
 
     Args:
         image: a PIL image of 8 bits per channel; a uint8 array [h, w, 3] (RGB), [h, w], [h, w, 1]
-            or [h, w, 4], whose alpha is dropped; or a path to a file of one of `FORMATS`, whose
-            EXIF orientation is applied.
+            or [h, w, 4], whose alpha is dropped; or a path to a file of one of `FORMATS`, or its
+            content in an `io.BytesIO`; its EXIF orientation is applied.
 
     Raises:
         TypeError: for other things and other dtypes, and for more than 8 bits per channel.
         ValueError: for other shapes, empty images and files that hold no image.
         FileNotFoundError: for a path that does not exist.
     """
-    if isinstance(image, (str, os.PathLike)):
+    if isinstance(image, (str, os.PathLike, io.BytesIO)):
         array = turn(*read_stored(image))
     elif isinstance(image, Image.Image):
         array = _pixels(image, "the image")
@@ -63,7 +64,7 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
     return np.ascontiguousarray(array)
 
 
-def read_stored(path: str | os.PathLike) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
+def read_stored(path: str | os.PathLike | io.BytesIO) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
     """The RGB pixels as an image file stores them, and the EXIF orientation to `turn` them by.
 
     Raises:
@@ -72,7 +73,7 @@ def read_stored(path: str | os.PathLike) -> tuple[UInt8[np.ndarray, "h w 3"], in
     with open_image(path) as file:
         # Pillow turns a TIFF when it decodes it, and then forgets how.
         turned = exif_orientation(file) if file.format == "TIFF" else 1
-        pixels = turn(_pixels(file, str(path)), {6: 8, 8: 6}.get(turned, turned))
+        pixels = turn(_pixels(file, _name(path)), {6: 8, 8: 6}.get(turned, turned))
         return pixels, max(turned, exif_orientation(file))
 
 
@@ -98,36 +99,42 @@ def turn(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarr
     return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
-def open_image(path: str | os.PathLike) -> ImageFile.ImageFile:
+def open_image(path: str | os.PathLike | io.BytesIO) -> ImageFile.ImageFile:
     """Opens an image file of one of `FORMATS`; its content says which, not its name.
 
-    Only its header is read. The file is to be closed: use `with`.
+    Only its header is read. The file is to be closed: use `with`. Instead of a path, `path` may be
+    the file's content.
 
     Raises:
         TypeError: for more than 8 bits per channel.
         ValueError: for files that hold no image.
         FileNotFoundError, PermissionError: as `open`.
     """
-    if not Path(path).is_file() and Path(path).exists():  # Pillow would wait for a pipe
+    name, is_path = _name(path), not isinstance(path, io.BytesIO)
+    if is_path and not Path(path).is_file() and Path(path).exists():  # Pillow would wait for a pipe
         what = "a folder" if Path(path).is_dir() else "not a regular file"
-        raise ValueError(f"{path} is {what}, expected an image")
+        raise ValueError(f"{name} is {what}, expected an image")
     try:
         file = Image.open(path, formats=FORMATS)
     except (FileNotFoundError, PermissionError):
         raise
     except (UnidentifiedImageError, KeyError) as error:  # KeyError: a PSD of 16 bits
         raise ValueError(
-            f"{path} is not an image of a known format, expected one of {', '.join(FORMATS)}, "
+            f"{name} is not an image of a known format, expected one of {', '.join(FORMATS)}, "
             f"with at most 8 bits per channel; or {_OTHERWISE}"
         ) from error
     except Exception as error:  # whatever Pillow's parsers meet in a damaged file
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
     try:
         _check_readable(file)
     except BaseException:
         file.close()
         raise
     return file
+
+
+def _name(image: str | os.PathLike | io.BytesIO) -> str:
+    return "the file" if isinstance(image, io.BytesIO) else str(image)
 
 
 def _pixels(image: Image.Image, name: str) -> np.ndarray:

@@ -222,7 +222,8 @@ class SamAutomaticMaskGenerator:
             embedding: [1, c, g, g] of `SamPredictor.get_image_embedding`, of the same model.
             original_size: (h, w) of the picture.
             on_batch: called with how many batches of `points_per_batch` points are done, and how
-                many there are, to show progress. What it raises ends the work.
+                many there are, to show progress; at the end, with all done, for each group of masks
+                that are decoded. What it raises ends the work, and while it waits the device rests.
 
         Raises:
             ValueError: for another shape, and with crops, of which there are no embeddings.
@@ -336,6 +337,8 @@ class SamAutomaticMaskGenerator:
                 for k in range(start, min(start + size, len(masks.point))):
                     rle = host.submit(self._rle, crop, frame, masks.box[k], logits[k - start])
                     crop.found.append(_Found.of(crop, masks, k, rle))
+            if on_batch is not None:
+                on_batch(total, total)
 
     def _spread(self, items: list) -> Any:
         """Trees of arrays, one for each device, stacked; devices without one get zeros."""
