@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from PIL import Image
 
 from sam_jax.image import ImageInput, load_image
+from sam_jax.models.mask_decoder import output_slice
 from sam_jax.models.sam import Sam
 from sam_jax.ops.boxes import (
     box_area,
@@ -687,7 +688,7 @@ def _measure(
     at_once: _AtOnce,
 ) -> _Measured:
     decoder = model.mask_decoder
-    outputs = decoder.outputs(multimask_output=True)
+    outputs = output_slice(multimask_output=True)
     embedding, hq_features = decoder.image_features(image_embedding)
     iou_limit, threshold, offset = frame.limits
 
@@ -719,7 +720,7 @@ def _decode(
     at_once: _AtOnce,
 ) -> Float[Array, "n side side"]:
     decoder = model.mask_decoder
-    outputs = decoder.outputs(multimask_output=True)
+    outputs = output_slice(multimask_output=True)
     embedding, hq_features = decoder.image_features(image_embedding)
 
     def mask_of_point(mask_tokens, keys, which):

@@ -70,7 +70,7 @@ class MaskDecoder(nnx.Module):
             hq_token_only: see `predict_masks`.
             image_is_shared: see `TwoWayTransformer`.
         """
-        outputs = self.outputs(multimask_output)
+        outputs = output_slice(multimask_output)
         iou_token, mask_tokens, image_embedding = self.attend(
             image_embedding,
             image_pe,
@@ -86,12 +86,6 @@ class MaskDecoder(nnx.Module):
             mask_tokens, image_embedding, outputs, hq_features, hq_token_only
         )
         return masks, self.predict_iou(iou_token)[outputs]
-
-    def outputs(self, multimask_output: bool | None) -> slice:
-        """Which mask tokens count: the first for unambiguous prompts, the others for the rest."""
-        if multimask_output is None:
-            return slice(None)
-        return slice(1, None) if multimask_output else slice(0, 1)
 
     def image_features(
         self, image_embedding: Float[Array, "g g all"]
@@ -173,6 +167,16 @@ class MaskDecoder(nnx.Module):
             return masks
         hq_mask = self.hq.mask(mask_tokens[-1], join_pixels(upscaled), hq_features)
         return hq_mask + (jnp.zeros_like(masks) if hq_token_only else masks)
+
+
+def output_slice(multimask_output: bool | None) -> slice:
+    """Which mask tokens count: the first for unambiguous prompts, the others for the rest.
+
+    A function, since `nnx.tabulate` takes methods that return arrays alone.
+    """
+    if multimask_output is None:
+        return slice(None)
+    return slice(1, None) if multimask_output else slice(0, 1)
 
 
 class Upscaling(nnx.Module):
