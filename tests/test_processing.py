@@ -300,7 +300,7 @@ def test_other_dtypes_are_refused(dtype):
         ((3, 40, 50), r"\(3, 40, 50\), expected \(h, w\).*channels first: use image.transpose"),
         ((1, 40, 50), "channels first"),
         ((40, 50, 2), r"\(40, 50, 2\), expected"),
-        ((2, 40, 50, 3), r"\(2, 40, 50, 3\), expected .*; give several pictures as a list"),
+        ((2, 40, 50, 3), r"\(2, 40, 50, 3\), expected .*; give several images as a list"),
         ((7,), r"\(7,\), expected"),
         ((), r"\(\), expected"),
         ((0, 5, 3), r"the picture is empty: its shape is \(0, 5, 3\)"),
@@ -351,9 +351,9 @@ def test_a_file_of_far_too_many_pixels(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("value", [None, [[1, 2], [3, 4]], 5, b"bytes", torch.zeros(4, 4, 3)])
+@pytest.mark.parametrize("value", [None, [[1, 2], [3, 4]], 5, b"bytes"])
 def test_other_types_are_refused(value, small):
-    message = f"an image is a {type(value).__name__}, expected a PIL image, a numpy or JAX"
+    message = f"an image is a {type(value).__name__}, expected a PIL image, an array"
     with pytest.raises(TypeError, match=message):
         load_image(value)
     with pytest.raises(TypeError, match=r"an image is a .*, expected a PIL image"):
@@ -369,6 +369,7 @@ def test_no_picture(small):
 # --- prompts ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 @pytest.mark.parametrize("size", [*SIZES, (333, 1023), (1365, 767)], ids=str)
 def test_coordinates_are_metas_and_hfs(processor, transforms, hf, size):
     rng = np.random.default_rng(0)
@@ -408,6 +409,7 @@ POINT, POINTS, BOX = [450, 100], [[450, 100], [20.5, 3]], [10, 20, 300.25, 200]
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 @pytest.mark.parametrize("images", [1, 2])
 def test_nesting_is_hfs(processor, hf, prompts, images):
     """As the reference gives it for return_tensors="pt", for one image and for two."""
@@ -484,6 +486,7 @@ def test_ragged_points_and_prompts(small):
     assert no_labels["input_labels"].tolist() == [[[1, 1], [1, -10]]]
 
 
+@pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 def test_ragged_points_with_boxes(small):
     """Images without a prompt, and prompts without points."""
     images = [picture(96, 96), picture(96, 96)]
@@ -508,6 +511,7 @@ def test_ragged_boxes(small):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
     inputs = small(picture(96, 96), input_points=[[[96, 96], [-3, 200]]], input_boxes=[[[5] * 4]])
     assert inputs["input_points"].tolist() == [[[[96, 96], [-3, 200]]]]
@@ -547,7 +551,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
         ),
         ({"input_points": [[[float("nan"), 3]]]}, r"not finite or too large: \[nan, 3.0\]$"),
         ({"input_points": [[[float("inf"), 3]]]}, r"input_points\[0\]\[0\] hold .* not finite"),
-        ({"input_points": [[POINT]], "input_labels": [[None]]}, r"have labels \[nan\]"),
+        ({"input_points": [[POINT]], "input_labels": [[None]]}, r"labels of .* \[None\]"),
         (
             {"input_points": POINT},
             r"are for 2 images, but there are 1; .*\[prompt\]\[point\]\[xy\]",

@@ -19,11 +19,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sam_jax.config import SamConfig
+from sam_jax.idioms import WithAdvice
 from sam_jax.models.layers import Buffer, LayerNorm, PatchConv, gelu
 from sam_jax.ops.prompts import NOT_A_POINT, PADDING
 
 
-class PromptEncoder(nnx.Module):
+class PromptEncoder(WithAdvice, nnx.Module):
     """Embeds one prompt. Everything but the mask's convolutions is float32, whatever `dtype` is."""
 
     def __init__(self, config: SamConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):

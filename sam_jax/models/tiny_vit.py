@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sam_jax.config import SamConfig
+from sam_jax.idioms import WithAdvice
 from sam_jax.models.layers import (
     Buffer,
     LayerNorm,
@@ -31,7 +32,7 @@ from sam_jax.ops.attention import softmax
 _EPS = 1e-5  # of batch norms and of layer norms outside the neck: PyTorch's default
 
 
-class TinyViT(nnx.Module):
+class TinyViT(WithAdvice, nnx.Module):
     """Normalised pixels to image embeddings.
 
     `norm_head` and `head` are the classifier that the encoder was first trained with. SAM has no
