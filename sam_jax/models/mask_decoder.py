@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
-from sam_jax.models.layers import LayerNorm, Linear, UpscaleConv, gelu, join_pixels, relu
+from sam_jax.models.layers import LayerNorm, Linear, UpscaleConv, align, gelu, join_pixels, relu
 from sam_jax.models.two_way_transformer import TwoWayTransformer
 
 
@@ -128,7 +128,8 @@ class MaskDecoder(nnx.Module):
         hq = range(1 + len(self.mask_tokens), len(output_tokens))
         # Without a mask prompt nothing here depends on the prompt, and no vmap batches it.
         grid = image_embedding.shape
-        keys = image_embedding.astype(self.dtype) + dense.astype(self.dtype)
+        dense = align(dense, image_embedding).astype(self.dtype)
+        keys = image_embedding.astype(self.dtype) + dense
         tokens, keys = self.transformer(
             keys.reshape(-1, grid[-1]),
             image_pe.astype(self.dtype).reshape(-1, grid[-1]),
@@ -166,7 +167,7 @@ class MaskDecoder(nnx.Module):
         if self.hq is None:
             return masks
         hq_mask = self.hq.mask(mask_tokens[-1], join_pixels(upscaled), hq_features)
-        return hq_mask + (jnp.zeros_like(masks) if hq_token_only else masks)
+        return hq_mask[None] + (jnp.zeros_like(masks) if hq_token_only else masks)
 
 
 def output_slice(multimask_output: bool | None) -> slice:

@@ -404,7 +404,7 @@ class Sam(WithAdvice, nnx.Module):
 
     def get_image_wide_positional_embeddings(self) -> Float[Array, "1 c g g"]:
         """The positional encoding of the image embedding's grid, channels first."""
-        return jnp.moveaxis(self.prompt_encoder.get_dense_pe(), -1, 0)[None]
+        return encode_positions(*nnx.split(self))
 
     def _fitting_prompts(self, images: int) -> int:
         """How many prompts of each image are computed together on a GPU or TPU."""
@@ -599,6 +599,13 @@ def encode_prompts(
         return sparse, jnp.broadcast_to(dense, (1, len(dense), encoder.grid, encoder.grid))
     dense = jax.vmap(encoder.embed_mask)(masks.reshape(-1, *masks.shape[2:]))
     return sparse, jnp.moveaxis(dense, -1, 1)
+
+
+@jax.jit
+def encode_positions(graphdef: nnx.GraphDef, params: PyTree) -> Float[Array, "1 c g g"]:
+    """The positional encoding of the image embedding's grid, channels first, compiled."""
+    positions = nnx.merge(graphdef, params).prompt_encoder.get_dense_pe()
+    return jnp.moveaxis(positions, -1, 0)[None]
 
 
 @functools.partial(jax.jit, static_argnames=("multimask_output", "hq_token_only"))
