@@ -51,6 +51,8 @@ def folder(tmp_path, monkeypatch):
     photo = Image.fromarray(skimage.data.coffee()).resize((1800, 1200))
     photo.save(tmp_path / "photo.jpg")
     torch.save(meta_sam(SMALL_VIT).state_dict(), tmp_path / "medsam_vit_b.pth")
+    (tmp_path / "examples").mkdir()
+    shutil.copy(ROOT / "examples" / "predictor.jpg", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -18,6 +18,11 @@ from sam_jax.models.layers import MLP, LayerNorm, Linear, align, kernel_of, relu
 from sam_jax.ops.attention import softmax
 
 
+# Logits of one attention that are held together: 256 MB in float32. A prompt of 1,000 points has
+# half as many; with 10,000 points all at once would be 9 GB.
+_MAX_LOGITS = 2**26
+
+
 class TwoWayTransformer(nnx.Module):
     """Updates prompt tokens and image positions by each other."""
 
@@ -175,12 +180,30 @@ class Attention(nnx.Module):
             self._transposed(linear, x).reshape(self.num_heads, -1, x.shape[0])
             for linear, x in ((self.k_proj, k), (self.v_proj, v))
         )
-        logits = jnp.einsum("qhd,hdk->hqk", q, k, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + align(bias, logits)
-        weights = softmax(logits).astype(v.dtype)
-        out = jnp.einsum("hqk,hdk->qhd", weights, v)
+
+        def attend(q):
+            logits = jnp.einsum("qhd,hdk->hqk", q, k, preferred_element_type=jnp.float32)
+            if bias is not None:
+                logits = logits + align(bias, logits)
+            weights = softmax(logits).astype(v.dtype)
+            return jnp.einsum("hqk,hdk->qhd", weights, v)
+
+        at_once = self._queries_at_once(q.shape[0], k.shape[-1])
+        if at_once is None or (bias is not None and bias.ndim > 1):
+            out = attend(q)
+        else:
+            out = jax.lax.map(lambda one: attend(one[None])[0], q, batch_size=at_once)
         return self.out_proj(out.reshape(out.shape[0], inner))
+
+    def _queries_at_once(self, queries, keys):
+        """How many queries' logits are held together; None for all, as but for thousands of points.
+
+        `jax.export` may leave the number of tokens open, too.
+        """
+        if not (isinstance(queries, int) and isinstance(keys, int)):
+            return None
+        at_once = _MAX_LOGITS // (self.num_heads * keys)
+        return None if queries <= at_once else max(at_once, 1)
 
     def _regroups(self, few, many):
         """Whether so few tokens and so many positions are worth it."""
