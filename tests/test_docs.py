@@ -52,6 +52,8 @@ def folder(tmp_path, monkeypatch):
     photo.save(tmp_path / "photo.jpg")
     Image.fromarray(skimage.data.astronaut()).save(tmp_path / "astronaut.png")
     torch.save(meta_sam(SMALL_VIT).state_dict(), tmp_path / "medsam_vit_b.pth")
+    (tmp_path / "examples").mkdir()
+    shutil.copy(ROOT / "examples" / "predictor.jpg", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

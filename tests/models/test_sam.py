@@ -167,7 +167,8 @@ def test_mask_per_prompt(model, embeddings):
 def test_prompts_at_once_change_nothing(model, embeddings, masks):
     """Whether mapped, in groups or, as on a GPU or TPU, all together."""
     image_embeddings = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
-    arguments = jax.tree.map(jnp.asarray, (image_embeddings, POINTS, LABELS, masks))
+    points, labels = join_prompts(POINTS, LABELS, None)
+    arguments = jax.tree.map(jnp.asarray, (image_embeddings, points, labels, masks))
     expected = model.decode(*arguments)
     for prompts_at_once in (1, 2, 64):
         found = model.decode(*arguments, prompts_at_once=prompts_at_once)
@@ -443,7 +444,7 @@ def test_pixels_must_be_normalised_floats(model):
     for call in (model, model.get_image_embeddings):
         with pytest.raises(TypeError, match="pixel_values are uint8, expected floats"):
             call(np.zeros((1, 96, 96, 3), np.uint8))
-        with pytest.raises(TypeError, match="pixel_values are a str, expected a numpy or JAX"):
+        with pytest.raises(TypeError, match="pixel_values are a str, expected an array"):
             call("photo.jpg")
 
 
