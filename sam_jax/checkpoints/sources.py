@@ -230,7 +230,7 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
     return info.name
 
 def build_wheel(*_, **__):
-    raise NotImplementedError
+    raise RuntimeError("nothing is built here")
 
 __legacy__ = sys.modules[__name__]
 """
