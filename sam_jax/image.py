@@ -4,7 +4,7 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -212,12 +212,12 @@ def _narrows(image: Image.Image) -> bool:
     return any((depth & 0x7F) + 1 > 8 for depth in depths)
 
 
-def _is_deep_png(file: IO[bytes], offset: int) -> bool:
+def _is_deep_png(file: io.BufferedIOBase, offset: int) -> bool:
     header = b"" if file.closed else _read_at(file, offset, 25)
     return header.startswith(b"\x89PNG") and header[-1] == 16  # the bit depth
 
 
-def _read_at(file: IO[bytes], offset: int, size: int = -1) -> bytes:
+def _read_at(file: io.BufferedIOBase, offset: int, size: int = -1) -> bytes:
     position = file.tell()
     file.seek(offset)
     data = file.read(size)

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from reference import SMALL
 
 from sam_jax import Sam, SamPredictor, SamProcessor, cli, pipeline
+from sam_jax.demo.visit import open_picture
 from sam_jax.image import FORMATS, load_image, read_stored
 from sam_jax.training.data import open_source
 from sam_jax.visualize import overlay
@@ -91,6 +93,7 @@ def test_formats_by_content(file_format, tmp_path):
     with (tmp_path / "image.eps").open("wb") as file:
         Image.fromarray(expected).save(file, file_format)
     found = load_image(tmp_path / "image.eps")
+    assert np.array_equal(load_image(io.BytesIO((tmp_path / "image.eps").read_bytes())), found)
     assert found.shape == expected.shape
     assert abs(found.astype(int) - expected).mean() < 2
 
@@ -145,12 +148,13 @@ ROUTES = {
     ),
     "training": train_on,
     "command": lambda image: cli.segment(cli.Segment(image, point=["1,1"])),
+    "page": lambda image: open_picture(Sam(SMALL, rngs=nnx.Rngs(0)), image.read_bytes()),
 }
 
 
 WAYS = [
     *((route, name) for route in ROUTES if route != "labels" for name in ("a.jpg", "a.eps")),
-    *((route, "opened") for route in ROUTES if route not in ("training", "command")),
+    *((route, "opened") for route in ROUTES if route not in ("training", "command", "page")),
 ]
 
 

@@ -132,9 +132,10 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._unread = None
         self._wait()
-        if len(self.connections) > self.most:
-            idle = [connection for connection in self.connections if connection.idle]
-            min(idle, key=lambda connection: connection.since).transport.abort()
+        there = [other for other in self.connections if not other.transport.is_closing()]
+        if len(there) > self.most:
+            idle = [other for other in there if other.idle]
+            min(idle, key=lambda other: other.since).transport.abort()
 
     @property
     def idle(self) -> bool:
