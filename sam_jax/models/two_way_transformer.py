@@ -17,7 +17,6 @@ from sam_jax.config import SamConfig
 from sam_jax.models.layers import MLP, LayerNorm, Linear, align, kernel_of, relu
 from sam_jax.ops.attention import softmax
 
-
 # Logits of one attention that are held together: 256 MB in float32. A prompt of 1,000 points has
 # half as many; with 10,000 points all at once would be 9 GB.
 _MAX_LOGITS = 2**26
