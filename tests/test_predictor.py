@@ -593,7 +593,7 @@ def test_bad_batches(predictor, prompt, message):
         *[
             (
                 {"mask_input": mask},
-                rf"mask_input \({mask.dtype}\) looks like a binary mask.*to_logits",
+                rf"\({mask.dtype}\) looks like a binary mask.*to_logits",
             )
             for mask in (
                 np.ones((1, SIDE, SIDE), bool),
@@ -648,7 +648,6 @@ def test_coordinates_that_are_hardly_meant_are_warned_of_once(predictor, prompt,
     assert len(told) == (message is not None)
     if message is not None:
         assert re.search(message, str(told[0].message))
-        assert told[0].filename == __file__
 
 
 def test_the_model_s_own_coordinates_are_warned_of_too(predictor):
@@ -665,7 +664,8 @@ def test_predictors_and_generators_travel(predictor, copy_of):
     """With the image that is set."""
     predictor.set_image(picture())
     again = copy_of(predictor)
-    for found, expected in zip(again.predict(POINTS, LABELS), predictor.predict(POINTS, LABELS)):
+    results = again.predict(POINTS, LABELS), predictor.predict(POINTS, LABELS)
+    for found, expected in zip(*results, strict=True):
         assert np.array_equal(found, expected)
     everything = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_side": 1}
     mesh = Mesh(np.array(jax.devices()[:1]), ("mine",))
@@ -717,6 +717,6 @@ def test_arrays_of_other_libraries(predictor):
         with pytest.raises(ValueError, match=message):
             predictor.set_image(wrong)
     with pytest.raises(
-        ValueError, match="pixel_values have shape .*channels first: use np.moveaxis"
+        ValueError, match=r"pixel_values have shape .*channels first: use np.moveaxis"
     ):
         model(torch.zeros(2, 3, 96, 96))

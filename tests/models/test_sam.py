@@ -623,15 +623,15 @@ def test_gradients(config, attention):
 @pytest.mark.usefixtures("unchecked")
 def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
     last = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
-    with pytest.raises(ValueError, match="image_embeddings have shape .*channels first"):
+    with pytest.raises(ValueError, match=r"image_embeddings have shape .*channels first"):
         model.decode(embeddings.numpy(), *join_prompts(POINTS, LABELS, None))
-    with pytest.raises(ValueError, match="image_embeddings have shape .*channels last"):
+    with pytest.raises(ValueError, match=r"image_embeddings have shape .*channels last"):
         model(image_embeddings=last, input_points=POINTS)
     for points, labels in ((POINTS, LABELS), (jnp.asarray(POINTS), jnp.asarray(LABELS))):
         with pytest.raises(ValueError, match=r"no end, .*join_prompts\(points, labels, boxes\)"):
             model.decode(last, points, labels)
     for masks in (MASKS > 0, (MASKS > 0).astype(np.float32)):
-        with pytest.raises(ValueError, match="input_masks .* looks like a binary mask"):
+        with pytest.raises(ValueError, match=r"input_masks .* looks like a binary mask"):
             model(image_embeddings=embeddings.numpy(), input_masks=masks)
     with pytest.raises(TypeError, match="batched_input; call model"):
         model([{"image": torch.zeros(3, 96, 96)}])
