@@ -434,7 +434,7 @@ def test_parameters_kept_in_bfloat16():
 @pytest.mark.usefixtures("unchecked")
 def test_masks_must_fit_the_prompts(model, embeddings):
     for masks in (np.where(MASKS > 8, np.nan, MASKS), np.where(MASKS > 8, np.inf, MASKS)):
-        with pytest.raises(ValueError, match="input_masks hold logits that are not finite"):
+        with pytest.raises(ValueError, match="input_masks holds logits that are not finite"):
             model(image_embeddings=embeddings.numpy(), input_masks=masks)
     points, labels = join_prompts(POINTS, LABELS, None)
     with pytest.raises(ValueError, match="one per image, or one for each of its 3 prompts"):
@@ -642,7 +642,8 @@ def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
 def test_tables_of_flax_leave_a_model_as_it_was(model, pixels):
     expected = model(pixels, input_points=POINTS).iou_scores
     for options in ({}, {"multimask_output": False}):
-        table = nnx.tabulate(model, jnp.asarray(pixels), depth=1, **options)
+        wide = {"console_kwargs": {"width": 200}}
+        table = nnx.tabulate(model, jnp.asarray(pixels), depth=1, **wide, **options)
         assert "mask_decoder" in table
     assert "mask_decoder=MaskDecoder(" in str(model)
     assert np.array_equal(model(pixels, input_points=POINTS).iou_scores, expected)
