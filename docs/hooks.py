@@ -1,8 +1,9 @@
-"""For mkdocs: what the commands' parsers say of their options, in the page that asks for it."""
+"""For mkdocs: options as the commands' parsers print them, and a check of anchors in notebooks."""
 
 import contextlib
 import importlib
 import io
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,16 @@ SCRIPTS = [str(Path(__file__).parents[1] / folder) for folder in ("examples", "c
 def on_page_markdown(markdown: str, **_) -> str:
     """Replaces each `<!-- options of MODULE:CLASS as COMMAND -->`."""
     return re.sub(r"<!-- options of (\S+):(\S+) as (.+) -->", _options, markdown)
+
+
+def on_post_page(output: str, page, **_) -> None:
+    """Warns of links within a notebook to no place on it, which MkDocs does not check."""
+    if page.file.src_uri.endswith(".ipynb"):
+        ids = set(re.findall(r'\bid="([^"]+)"', output))
+        for anchor in sorted(set(re.findall(r'\bhref="#([^"]+)"', output)) - ids):
+            logging.getLogger("mkdocs").warning(
+                "%s links to #%s, which is not on the page", page.file.src_uri, anchor
+            )
 
 
 def _options(found: re.Match) -> str:

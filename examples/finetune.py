@@ -2,16 +2,21 @@ r"""Fine-tunes SAM on a COCO instance file or a folder of SA-1B.
 
     python examples/finetune.py --annotations coco.json --images photos --output run --steps 500
 
-Run again, the same command goes on where it was. `run/model` is the result, a folder for
-`sam_jax.from_pretrained`; `run/metrics.jsonl` has a line for each step, and with held-out pictures
-one for step 0: what the model could before. The loop is short because its parts are functions of
-`sam_jax.training`, for loops of your own.
+Ctrl-C and SIGTERM save the state; rerun the same command to resume. `run/model` is the result, a
+folder for `sam_jax.from_pretrained`; `run/metrics.jsonl` has a line for each step, and with
+held-out images one for step 0: what the model could before. The loop is short because its parts
+are functions of `sam_jax.training`, for loops of your own.
 """
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import os
+import shutil
+import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,24 +26,34 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from sam_jax import from_pretrained, save_pretrained
 from sam_jax.checkpoints.params import digest, flat_params
 from sam_jax.config import SamConfig
+from sam_jax.files import lock_folder, read_json, write_json
 from sam_jax.folder import keep_settings
 from sam_jax.training import checkpointing, sharding
-from sam_jax.training.data import BadAnnotations, Prepare, batches, fingerprint, open_source
+from sam_jax.training.data import (
+    BadAnnotations,
+    Prepare,
+    batches,
+    check_objects,
+    fingerprint,
+    open_source,
+    too_small,
+)
 from sam_jax.training.embeddings import CachedEmbeddings
 from sam_jax.training.evaluate import draw_clicks, evaluate
 from sam_jax.training.lora import add_lora, merge_lora, save_lora
-from sam_jax.training.parameters import TABLES, Optimizer, layer_decay, split_model
+from sam_jax.training.parameters import TABLES, Optimizer, layer_decay, split_model, updates_made
 from sam_jax.training.step import Recipe, check_recipe, compile_step, init_state
 
 try:
     import grain  # noqa: F401
 
-    from sam_jax.training.log import MetricsLog
+    from sam_jax.training.log import MetricsLog, read_metrics
 except ModuleNotFoundError as error:
     if error.name not in ("grain", "tensorboardX"):
         raise
@@ -51,7 +66,7 @@ class Config:
 
     annotations: Path  # a COCO instance file, or a folder of SA-1B
     output: Path  # folder for the run
-    steps: int  # steps of the optimiser in all
+    steps: int  # steps in all
     images: Path | None = None  # folder of the pictures of a COCO file
     eval_annotations: Path | None = None  # held-out pictures to evaluate on
     eval_images: Path | None = None  # folder of the held-out pictures of a COCO file
@@ -82,13 +97,25 @@ class Config:
 # What may be another when a run goes on.
 FREE = {"output", "hosts", "workers", "parallelism", "eval_every", "bad_annotations", "cache"}
 FREE |= {"recipe", "optimizer", "remat", "accumulate", "objects_at_once"}
+SUMMARY = "summary.json"
 
 
-def main(config: Config) -> None:
-    """Trains, evaluates, and writes the model."""
+def main(config: Config) -> int:
+    """Trains, evaluates, and writes the model.
+
+    Returns:
+        The exit code: 0, or 128 and the signal's number if Ctrl-C or SIGTERM stopped it.
+    """
     if config.hosts is not None:
         jax.distributed.initialize(*config.hosts)
     check(config)
+    is_first = jax.process_index() == 0
+    with lock_folder(config.output) if is_first else contextlib.nullcontext():
+        return run(config)
+
+
+def run(config: Config) -> int:
+    """`main` in a folder that no other run works in."""
     is_first = jax.process_index() == 0
     output = config.output
     model = from_pretrained(config.model, dtype=jnp.dtype(config.dtype))
@@ -97,7 +124,11 @@ def main(config: Config) -> None:
     graphdef, trained, frozen = split_model(model, table)
     tx, schedule = config.optimizer.make(table, config.steps)
     prepare = preparation(model.config, config)
-    source, held_out = sources(model, config)
+    source, held_out = sources(config)
+    check_objects(source, prepare, config.seed)
+    if held_out is not None:
+        check_objects(held_out, None)
+    source, held_out = with_embeddings(source, held_out, model, config)
     mesh = sharding.make_mesh()
     trained, frozen = sharding.put((trained, frozen), mesh, config.parallelism)
     begin = functools.partial(init_state, tx=tx, ema=config.recipe.ema_decay is not None)
@@ -107,6 +138,10 @@ def main(config: Config) -> None:
     with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
         state = checkpointing.load_state(checkpoints, state) or state
         start, key = int(state.step), jax.random.key(config.seed)
+        if start > config.steps:
+            raise ValueError(f"--steps is {config.steps}, but {output} has made {start} already")
+        if start:
+            say(f"resuming from step {start} of {config.steps}")
         train_step = compile_step(state, tx, config.recipe)
         data = batches(
             source, prepare, config.batch_size, config.seed, start=start, workers=config.workers
@@ -115,36 +150,144 @@ def main(config: Config) -> None:
         if start == 0 and held_out is not None:  # what the model can before it is trained
             found = look(sharding.merge(graphdef, state.result, frozen, mesh), held_out, log, 0)
             log.write(0, found, show=True)
+        updates, used, dropped = updates_made(state.opt_state), 0, 0
+        warned = stopped = False
         steps = range(start + 1, config.steps + 1)
-        bar = tqdm(steps, initial=start, total=config.steps, disable=not is_first)
-        for step, batch in zip(bar, data, strict=False):
-            batch = sharding.put_batch(batch, mesh)
-            state, metrics = train_step(graphdef, state, frozen, batch, key)
-            metrics = {name: float(value) for name, value in metrics.items()}
-            if not np.isfinite(list(metrics.values())).all():
-                pictures = [source.image_id(i) for i in sharding.gather(batch["index"], mesh)]
-                raise checkpointing.not_finite(step, metrics, pictures, checkpoints)
-            bar.set_postfix(loss=metrics["loss"], iou=metrics["iou_last"])
-            due = step % config.eval_every == 0 or step == config.steps
-            if due and held_out is not None:
-                tuned = sharding.merge(graphdef, state.result, frozen, mesh)
-                metrics |= look(tuned, held_out, log, step)
-            log.write(step, {**metrics, "learning_rate": float(schedule(step - 1))}, show=due)
-            if due:
-                checkpointing.save_state(checkpoints, state, metrics.get("miou@1"))
+        bar = tqdm(steps, "compiling", initial=start, total=config.steps, disable=not is_first)
+        with Interrupts() as interrupts:
+            for step, batch in zip(bar, data, strict=False):
+                batch = sharding.put_batch(batch, mesh)
+                state, metrics = train_step(graphdef, state, frozen, batch, key)
+                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                if not np.isfinite(list(metrics.values())).all():
+                    images = [source.image_id(i) for i in sharding.gather(batch["index"], mesh)]
+                    raise checkpointing.not_finite(step, metrics, images, checkpoints)
+                if step == start + 1:  # the rate is of steps, not of compiling
+                    bar.set_description("training")
+                    bar.unpause()
+                bar.set_postfix(loss=metrics["loss"], iou=metrics["iou_last"])
+                counts = {k: int(v) for k, v in metrics.items() if k.startswith("objects_")}
+                metrics |= counts | {"learning_rate": float(schedule(updates))}
+                updates += counts["objects_used"] > 0
+                if not counts["objects_used"]:  # nothing was learned, and there is no loss
+                    metrics = dict.fromkeys(metrics) | counts
+                used, dropped = used + counts["objects_used"], dropped + counts["objects_dropped"]
+                if not warned and dropped >= max(5, (used + dropped) / 10):
+                    warned = True
+                    say(
+                        f"warning: {dropped} of {used + dropped} objects were left out so far: "
+                        f"{too_small(prepare)}"
+                    )
+                due = step % config.eval_every == 0 or step == config.steps
+                if due and held_out is not None:
+                    tuned = sharding.merge(graphdef, state.result, frozen, mesh)
+                    metrics |= look(tuned, held_out, log, step)
+                log.write(step, metrics, show=due)
+                stopped = sharding.any_host(interrupts.received is not None)
+                if due or stopped:
+                    checkpointing.save_state(checkpoints, state, metrics.get("miou@1"))
+                if stopped:
+                    break
+        bar.close()
         log.close()
+    if stopped:
+        say(
+            f"stopped after step {step}, saved in {output / 'checkpoints' / str(step)}; rerun the "
+            f"same command to resume from step {step}"
+        )
+        return 128 + (interrupts.received or signal.SIGINT)
     with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
         best = checkpointing.load_state(checkpoints, state, best=True)
     for name, chosen in {"model": state, "best": best if held_out else None}.items():
-        if chosen and not (output / name).exists():
+        if chosen and not is_written(output, name, config.steps):
             tuned = sharding.merge(graphdef, chosen.result, frozen, mesh)
+            if is_first:  # of fewer steps
+                shutil.rmtree(output / name, ignore_errors=True)
+            multihost_utils.sync_global_devices(f"may write {name}")
             if is_first and config.train == "lora":
                 adapters = output / f"{name}.adapters.safetensors"
                 adapters.unlink(missing_ok=True)
                 save_lora(tuned, adapters)
             save_pretrained(merge_lora(tuned), output / name)
     if is_first:
-        print(output / "model")
+        summary = summarize(read_metrics(output / "metrics.jsonl"))
+        write_json(output / SUMMARY, {"steps": config.steps, **summary}, indent=2)
+        print(*describe(summary, prepare), output / "model", sep="\n")
+    return 0
+
+
+class Interrupts:
+    """Notes Ctrl-C and SIGTERM, so that a step can end and be saved; a second one kills."""
+
+    received: int | None = None
+
+    def __enter__(self):
+        caught = signal.SIGINT, signal.SIGTERM
+        self._before = {number: signal.signal(number, self._note) for number in caught}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+        # Not `print`, which the signal may have interrupted.
+        os.write(2, b"\nfinetune: stopping after this step; once more stops at once\n")
+
+
+def say(text: str) -> None:
+    """A line for whoever watches, from the first host."""
+    if jax.process_index() == 0:
+        tqdm.write(f"finetune: {text}", file=sys.stderr)
+
+
+def is_written(output: Path, name: str, steps: int) -> bool:
+    """Whether a result is there and of so many steps: a run may have been extended."""
+    try:
+        return (output / name).exists() and read_json(output / SUMMARY)["steps"] == steps
+    except (OSError, ValueError, TypeError, KeyError):  # killed before it was written, or damaged
+        return False
+
+
+def summarize(lines: list[dict]) -> dict:
+    """What a run came to, from the lines of its `metrics.jsonl`: objects, and before and after.
+
+    With held-out images these are the first and the last evaluation, without them the means over
+    the first and the last tenth of the steps.
+    """
+    evaluated = [line for line in lines if "miou@1" in line]
+    learned = [line for line in lines if line.get("loss") is not None]
+    if evaluated:
+        ends = evaluated[0], evaluated[-1]
+        names = [name for name in evaluated[0] if name.startswith("miou@")]
+    else:
+        tenth = -(-len(learned) // 10)
+        names = ["loss", "iou_last"]
+        parts = learned[:tenth], learned[-tenth:]
+        ends = [{n: float(np.mean([line[n] for line in part])) for n in names} for part in parts]
+    return {
+        **{
+            name: sum(line.get(name) or 0 for line in lines)
+            for name in ("objects_used", "objects_dropped")
+        },
+        "before": {name: ends[0][name] for name in names},
+        "after": {name: ends[1][name] for name in names},
+    }
+
+
+def describe(summary: dict, prepare: Prepare) -> list[str]:
+    """The summary in lines to read."""
+    used, dropped = summary["objects_used"], summary["objects_dropped"]
+    lines = [f"objects: {used} used, {dropped} dropped"]
+    if dropped:
+        lines[0] += f", because {too_small(prepare)}"
+    labels = {"loss": "loss", "iou_last": "IoU", "miou@box": "mean IoU by box"}
+    for name, before in summary["before"].items():
+        label = labels.get(name, f"mean IoU by clicks, {name.removeprefix('miou@')}")
+        lines.append(f"{label}: {before:.3f} -> {summary['after'][name]:.3f}")
+    return lines
 
 
 def check(config: Config):
@@ -182,12 +325,23 @@ def keep_run_settings(model, config: Config):
     settings = dataclasses.asdict(config) | config.recipe._asdict() | config.optimizer._asdict()
     if Path(config.model).exists():
         settings["model"] = Path(config.model)
-    settings = {name: comparable(value) for name, value in settings.items() if name not in FREE}
+    free = FREE | {"steps"} if config.optimizer.schedule == "constant" else FREE
+    settings = {name: comparable(value) for name, value in settings.items() if name not in free}
     settings["weights"] = digest(flat_params(model))
     settings["data"] = fingerprint(config.annotations)
     config.output.mkdir(parents=True, exist_ok=True)
     has_checkpoint = any(path.name.isdigit() for path in config.output.glob("checkpoints/*"))
-    keep_settings(config.output / "settings.json", settings, has_checkpoint)
+    result = config.output / "model"
+    if not has_checkpoint and result.exists():
+        raise ValueError(f"{result} is there already, but no run of it; choose another --output")
+    try:
+        keep_settings(config.output / "settings.json", settings, has_checkpoint)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Choose another --output; to train this run's result further, once it is "
+            f"finished, also say --model {result}. (Only --schedule constant, from the beginning, "
+            "lets a run be extended to more --steps.)"
+        ) from error
 
 
 def comparable(value) -> str:
@@ -211,11 +365,16 @@ def preparation(model_config: SamConfig, config: Config) -> Prepare:
     return Prepare(model_config, config.max_objects, size, config.flip, config.scale_range)
 
 
-def sources(model, config: Config):
-    """Pictures to train on, and held-out ones or None."""
+def sources(config: Config):
+    """Images to train on, and held-out ones or None."""
     source, held_out = open_source(config.annotations, config.images, config.bad_annotations), None
     if config.eval_annotations is not None:
         held_out = open_source(config.eval_annotations, config.eval_images, config.bad_annotations)
+    return source, held_out
+
+
+def with_embeddings(source, held_out, model, config: Config):
+    """The sources, with embeddings on disk where that saves time."""
     if not (config.cache and keeps_encoder(config)):
         return source, held_out
     # The encoder does not change: a picture that comes again, and as it was, is encoded once.
@@ -232,12 +391,28 @@ def sources(model, config: Config):
 def look(model, held_out, log: MetricsLog, step: int) -> dict[str, float]:
     """What `evaluate` finds; what it looks like goes to the log."""
     log.picture(step, draw_clicks(model, held_out))
-    return evaluate(model, held_out)
+    hidden = jax.process_index() > 0
+    with tqdm(desc="evaluating", total=len(held_out), leave=False, disable=hidden) as bar:
+        return evaluate(model, held_out, on_image=bar.update)
+
+
+def terminate(number, _):
+    """SIGTERM outside the loop stops as Ctrl-C does, so that temporary files go."""
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
+    warnings.formatwarning = lambda message, *_: f"finetune: warning: {message}\n"
+    # Orbax's threads each print a traceback of what is raised, and said, below.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
     try:
-        main(tyro.cli(Config, description=__doc__.splitlines()[0]))
+        sys.exit(main(tyro.cli(Config, description=__doc__.splitlines()[0])))
+    except KeyboardInterrupt as error:
+        print("finetune: stopped; rerun the same command to go on", file=sys.stderr, flush=True)
+        os._exit(128 + (error.args[0] if error.args else signal.SIGINT))
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"finetune: {error}", file=sys.stderr, flush=True)
         # At once: on several hosts, leaving in order would wait for the others, which wait for us.

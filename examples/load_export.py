@@ -16,6 +16,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
+# Not all that Pillow reads: for EPS, whatever the file is called, it would run Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+
 
 def load(folder: Path):
     """The folder's settings, and its encoder and decoder as compiled functions of arrays."""
@@ -48,10 +51,10 @@ def prepare(image: Image.Image, config) -> tuple[np.ndarray, tuple[int, int]]:
 def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") -> None:
     """Segments what is at pixel (x, y) of the picture."""
     config, encoder, decoder = load(Path(folder))
-    image = ImageOps.exif_transpose(Image.open(picture))
-    if image.mode[0] in "IF":  # to RGB it would be clipped, not scaled
-        sys.exit(f"{picture} has pixels of mode {image.mode}, expected 8 bits for each channel")
-    image = image.convert("RGB")
+    image = Image.open(picture, formats=FORMATS)
+    if ";16" in str(image.tile):  # to RGB it would be clipped, or keep the high byte
+        sys.exit(f"{picture} has 16 bits per channel, expected 8")
+    image = ImageOps.exif_transpose(image).convert("RGB")
     pixels, (height, width) = prepare(image, config)
     embedding = encoder(pixels)  # once per picture
 

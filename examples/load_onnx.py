@@ -14,6 +14,9 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+# Not all that Pillow reads: for EPS, whatever the file is called, it would run Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+
 
 def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") -> None:
     """Segments what is at pixel (x, y) of the picture."""
@@ -22,10 +25,10 @@ def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") ->
         onnxruntime.InferenceSession(Path(folder, f"{name}.onnx"))
         for name in ("encoder", "decoder")
     )
-    image = ImageOps.exif_transpose(Image.open(picture))
-    if image.mode[0] in "IF":  # to RGB it would be clipped, not scaled
-        sys.exit(f"{picture} has pixels of mode {image.mode}, expected 8 bits for each channel")
-    image = image.convert("RGB")
+    image = Image.open(picture, formats=FORMATS)
+    if ";16" in str(image.tile):  # to RGB it would be clipped, or keep the high byte
+        sys.exit(f"{picture} has 16 bits per channel, expected 8")
+    image = ImageOps.exif_transpose(image).convert("RGB")
     scale = config["image_size"] / max(image.size)
     width, height = (max(1, int(n * scale + 0.5)) for n in image.size)
     resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32)

@@ -1,14 +1,16 @@
-"""README's story on a real photo: a point, a box, a correction, many prompts at once.
+"""README's story on a real photo: a point, a correction, a box, many prompts at once.
 
     python examples/quickstart.py
 
-Takes the default model (MobileSAM) and a photo from scikit-image, and writes `quickstart.png`.
+Takes the default model (MobileSAM) and a photo from scikit-image. Writes the photo,
+`astronaut.png`, and what was found on it, `quickstart.png`.
 """
 
 from pathlib import Path
 
 import skimage.data
 from matplotlib.figure import Figure
+from PIL import Image
 
 from sam_jax import SamPredictor, from_pretrained
 from sam_jax.visualize import COLORS, show_box, show_mask, show_points
@@ -17,8 +19,9 @@ from sam_jax.visualize import COLORS, show_box, show_mask, show_points
 def main(output: Path = Path("quickstart.png")) -> None:
     """Segments the photo in four ways and draws them."""
     image = skimage.data.astronaut()  # 512 x 512, RGB
+    Image.fromarray(image).save(output.with_name("astronaut.png"))
     predictor = SamPredictor(from_pretrained("mobile_sam"))
-    predictor.set_image(image)  # the slow part, once per picture
+    predictor.set_image(image)  # the slow part, once per image
 
     figure = Figure(figsize=(16, 4.4), layout="constrained")
     axes = figure.subplots(1, 4)
@@ -27,31 +30,31 @@ def main(output: Path = Path("quickstart.png")) -> None:
         ax.axis("off")
 
     # One point is ambiguous: three candidates, of which the one with the best score is drawn.
-    point = [[225, 130]]
-    masks, scores, _ = predictor.predict(point, [1])
-    show_mask(masks[scores.argmax()], axes[0])
-    show_points(point, [1], axes[0])
-    axes[0].set_title(f"one point (predicted IoU {scores.max():.2f})")
+    points, labels = [[100, 300]], [1]
+    masks, scores, logits = predictor.predict(points, labels)
+    best = scores.argmax()
+    show_mask(masks[best], axes[0])
+    show_points(points, labels, axes[0])
+    axes[0].set_title(f"one point (predicted IoU {scores[best]:.2f})")
 
-    # A box is not.
-    box = [12, 20, 420, 511]
-    masks, scores, logits = predictor.predict(box=box, multimask_output=False)
-    show_mask(masks[0], axes[1], COLORS[1])
-    show_box(box, axes[1])
-    axes[1].set_title(f"a box ({scores[0]:.2f})")
-
-    # A correction: the last answer's logits, and a point that does not belong.
-    points, labels = [[100, 400], [225, 130]], [1, 0]
+    # A correction: the chosen mask's logits, and one more point on what was missing.
+    points, labels = [[100, 300], [225, 45]], [1, 1]
     masks, scores, _ = predictor.predict(
-        points, labels, box, mask_input=logits, multimask_output=False
+        points, labels, mask_input=logits[best][None], multimask_output=False
     )
-    show_mask(masks[0], axes[2], COLORS[2])
-    show_points(points, labels, axes[2])
+    show_mask(masks[0], axes[1])
+    show_points(points, labels, axes[1])
+    axes[1].set_title(f"corrected: the head, too ({scores[0]:.2f})")
+
+    # A box is seldom ambiguous: one mask will do.
+    box = [280, 345, 511, 511]
+    masks, scores, _ = predictor.predict(box=box, multimask_output=False)
+    show_mask(masks[0], axes[2], COLORS[1])
     show_box(box, axes[2])
-    axes[2].set_title(f"corrected: without the face ({scores[0]:.2f})")
+    axes[2].set_title(f"a box ({scores[0]:.2f})")
 
     # Many prompts in one compiled call, here four boxes.
-    boxes = [[173, 62, 275, 195], [365, 15, 460, 300], [280, 345, 511, 511], [135, 375, 215, 460]]
+    boxes = [[173, 62, 275, 195], [365, 15, 460, 285], [280, 345, 511, 511], [275, 325, 345, 375]]
     masks, _, _ = predictor.predict_batch(boxes=boxes, multimask_output=False)
     for i, (mask, one) in enumerate(zip(masks, boxes, strict=True)):
         show_mask(mask[0], axes[3], COLORS[i])

@@ -1,28 +1,39 @@
 """The command `sam-jax`."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
 import os
 import re
 import sys
-import tempfile
+import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 import tyro
 from jax.sharding import Mesh
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from sam_jax.checkpoints import from_pretrained
 from sam_jax.checkpoints.sources import MODELS
 from sam_jax.export import Platform, check_new, export_jax, export_onnx
-from sam_jax.folder import Format, Results, find_pictures, generate_folder, generate_with_ray
+from sam_jax.files import lock_folder, read_json, temporary_folder, write_json
+from sam_jax.folder import (
+    Format,
+    Results,
+    Segmentation,
+    find_pictures,
+    generate_folder,
+    generate_with_ray,
+    subfolders,
+)
 from sam_jax.image import load_image
-from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
+from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments, check_scores
 from sam_jax.predictor import SamPredictor
 from sam_jax.processing import check_boxes, check_points
 from sam_jax.training.data import BadAnnotations, open_source
@@ -69,7 +80,7 @@ class Generate:
     """
 
     input: tyro.conf.Positional[tuple[Path, ...]]
-    """Pictures and folders of pictures."""
+    """Images and folders of images, whose subfolders are not searched."""
     output: Path
     """Folder for the results."""
     model: str = "mobile_sam"
@@ -78,7 +89,10 @@ class Generate:
     """What to compute in; bfloat16 is faster on a GPU or TPU."""
     format: Format = "png"
     """A folder of PNG masks with metadata.csv for each picture, or one annotations.json of COCO's
-    format for all."""
+    format for all that the output folder has results of."""
+    segmentation: Segmentation = "rle"
+    """How annotations.json holds masks: run lengths, or polygons for programs that read nothing
+    else (about five times the size). It applies to all results in the folder."""
     overlays: bool = False
     """Also draw each picture with its masks."""
     devices: int | None = None
@@ -134,7 +148,7 @@ class Evaluate:
 
 @dataclasses.dataclass
 class Export:
-    """Write the model for programs without sam_jax: with JAX alone, or in ONNX.
+    """Write the model for programs without sam_jax: for JAX, or in ONNX.
 
     See `sam_jax.export`, and `examples/load_export.py` and `load_onnx.py` for how to use it.
     """
@@ -149,13 +163,16 @@ class Export:
     """Of jax: to run on; cpu, cuda and tpu if left out."""
     dtype: DType = "float32"
     """Of jax: what to compute in."""
+    gradient: bool = False
+    """Of jax: programs that jax.grad can differentiate, once. Writing them takes several times as
+    long."""
     single_mask: bool = False
     """Of onnx: one mask instead of four, chosen by the number of points and the scores."""
 
 
 @dataclasses.dataclass
 class Demo:
-    """Serve a web page on which one drops a picture, clicks, and sees the mask."""
+    """Serve a web page on which you drop an image, click, and see the mask."""
 
     model: str = "mobile_sam"
     """Short name, hub repository, file or folder."""
@@ -167,6 +184,10 @@ class Demo:
     """Port to listen at."""
     max_megabytes: int = 20
     """Size of the largest file that is taken."""
+    allow_host: Annotated[
+        tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="NAME[:PORT]")
+    ] = dataclasses.field(default_factory=list)
+    """Another name under which browsers reach the page, such as a proxy's. May be repeated."""
 
 
 # The fields that say which masks there are: what is in one folder must have them in common.
@@ -178,14 +199,17 @@ def generate(args: Generate) -> None:
     """Writes the results of all pictures; see `sam_jax.folder`.
 
     Raises:
-        OSError: for a path that does not exist, or a folder that cannot be written to.
+        OSError: for a path that does not exist, a folder that cannot be written to, or a full disk.
         ValueError: for options that cannot be or do not go together, for results that are there
-            and were made otherwise, for an unknown model, and, when all others are done, for
-            pictures that cannot be read; the message names them.
+            and were made otherwise, for an unknown model, if another run works in the folder, and,
+            when all others are done, for images that cannot be read or written; the message names
+            them.
     """
     pictures = find_pictures(args.input)
     if any(path.resolve() == args.output.resolve() for path in args.input):
         raise ValueError(f"--output {args.output} is an input, too; choose another folder")
+    if args.segmentation == "polygons" and args.format != "coco":
+        raise ValueError("--segmentation polygons is for --format coco")
     if args.ray is not None and len(args.ray) > 1:
         raise ValueError(f"--ray is {' '.join(args.ray)!r}, expected one address or none")
     if args.ray is not None and args.devices is not None:
@@ -195,46 +219,92 @@ def generate(args: Generate) -> None:
         options["point_grids"] = _read_grids(args.point_grids)
     elif args.points_per_side is None:
         options["points_per_side"] = 32
-    check_arguments(**options)
+    grids = check_arguments(**options)
     model = args.model
     if model not in MODELS and Path(model).exists():
         model = str(Path(model).resolve())
-    results = Results(args.output, args.format, args.overlays)
+    results = Results(args.output, args.format, args.overlays, args.segmentation)
     how_many = {"points_per_batch"}
     settings = {k: v for k, v in options.items() if k not in how_many}
     settings = {"model": model, "dtype": args.dtype, **settings}
-    todo = results.begin(settings, pictures)
 
     failures: list[str] = []
-    try:
+    with lock_folder(args.output):
+        todo = results.begin(settings, pictures)
+        skipped = [p for p in subfolders(args.input) if p.resolve() != args.output.resolve()]
+        if skipped:
+            names = f"{skipped[0]}{f' and {len(skipped) - 1} more' if skipped[1:] else ''}"
+            _say(f"subfolders are passed over, give them as inputs of their own: {names}")
         if todo:
-            _generate(args, model, options, results, todo, len(pictures), failures)
-    except BaseException:
-        print("".join(f"{failure}\n" for failure in failures), end="", file=sys.stderr)
-        raise
-    results.finish(pictures)
+            _say_what_crops_take(grids)
+        try:
+            if todo:
+                _generate(args, model, options, results, todo, len(pictures), failures)
+        except BaseException:
+            print("".join(f"{failure}\n" for failure in failures), end="", file=sys.stderr)
+            raise
+        joined, *left_out = results.finish() or [None]
     print(f"{len(pictures) - len(failures)} of {len(pictures)} pictures in {args.output}")
+    if joined:
+        print(joined)
+    for line in left_out:
+        _say(line)
     if failures:
-        raise ValueError("\n".join([f"{len(failures)} could not be read:", *failures]))
+        raise ValueError("\n".join([f"{len(failures)} failed:", *failures]))
 
 
 def _generate(args, model, options, results, todo, total, failures) -> None:
     options["output_mode"] = "uncompressed_rle"
-    with tqdm(total=total, initial=total - len(todo), unit="image") as bar:
+    done, start, bars = total - len(todo), time.monotonic(), []
 
-        def on_picture(picture: Path, problem: str | None) -> None:
-            bar.update()
-            if problem is not None:
-                failures.append(f"  {picture}: {problem}")
+    def on_image() -> None:
+        if bars:
+            bars[0].update()
+            return
+        # From here on, so that the rate is that of images for which nothing is compiled.
+        _say(f"the first image took {time.monotonic() - start:.1f} s")
+        bar = tqdm(total=total, initial=done + 1, unit="image", miniters=1)
+        bars.append(stack.enter_context(bar))
 
+    def on_failure(picture: Path, problem: str) -> None:
+        failures.append(f"  {picture}: {problem}")
+
+    with contextlib.ExitStack() as stack:
         if args.ray is not None:
+            _say("starting workers, which compile the image encoder and the mask decoder ...")
             address = args.ray[0] if args.ray else None
-            generate_with_ray(address, model, args.dtype, options, todo, results, on_picture)
+            generate_with_ray(
+                address, model, args.dtype, options, todo, results, on_image, on_failure
+            )
         else:
             mesh = Mesh(np.array(_devices(args.devices)), ("images",))
             sam = from_pretrained(model, dtype=args.dtype)
             generator = SamAutomaticMaskGenerator(sam, **options, mesh=mesh)
-            generate_folder(generator, todo, results, on_picture)
+            _say_compiling("once for all images")
+            generate_folder(generator, todo, results, on_image, on_failure)
+
+
+def _say(text: str) -> None:
+    """To the person who waits, and not to a program that reads the output."""
+    tqdm.write(text, sys.stderr)
+    sys.stderr.flush()
+
+
+def _say_compiling(how_often: str = "once") -> None:
+    _say(f"compiling the image encoder and the mask decoder, {how_often} ...")
+
+
+def _say_what_crops_take(grids: list[np.ndarray]) -> None:
+    crops = [4**layer for layer in range(len(grids))]
+    points = [count * len(grid) for count, grid in zip(crops, grids, strict=True)]
+    if len(crops) > 1:
+        low, high = sorted((sum(points) / len(grids[0]), float(sum(crops))))
+        times = f"{high:.0f}" if round(low) == round(high) else f"{low:.1f} to {high:.0f}"
+        _say(
+            f"{sum(crops) - 1} crops per image: the encoder runs {sum(crops)} times instead of "
+            f"once, and {sum(points)} points are decoded instead of {points[0]}; expect {times} "
+            "times the time of a run without crops"
+        )
 
 
 def _devices(count: int | None) -> list[jax.Device]:
@@ -248,7 +318,7 @@ def _devices(count: int | None) -> list[jax.Device]:
 
 def _read_grids(path: Path) -> list[list]:
     try:
-        return [np.array(grid, np.float64).tolist() for grid in json.loads(path.read_text())]
+        return [np.array(grid, np.float64).tolist() for grid in read_json(path)]
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"--point-grids {path} is no JSON list of lists of points [x, y]: {error}"
@@ -259,7 +329,8 @@ def evaluate(args: Evaluate) -> None:
     """Prints mean IoUs."""
     source = open_source(args.annotations, args.images, args.bad_annotations)
     model = from_pretrained(args.model, dtype=args.dtype)
-    with tqdm(total=len(source), unit="image") as bar:
+    _say_compiling("the latter for several numbers of objects")
+    with tqdm(total=len(source), unit="image", miniters=1) as bar:
         print(json.dumps(evaluate_model(model, source, on_image=bar.update), indent=2))
 
 
@@ -272,18 +343,20 @@ def export(args: Export) -> None:
             model, and without the extra `onnx` where it is needed.
     """
     check_new(args.output)
-    for_jax = args.platforms is not None or args.dtype != "float32"
+    for_jax = args.platforms is not None or args.dtype != "float32" or args.gradient
     if args.format == "onnx" and for_jax:
-        raise ValueError("--platforms and --dtype are for --format jax; ONNX is float32")
+        raise ValueError(
+            "--platforms, --dtype and --gradient are for --format jax; ONNX is float32, without "
+            "a gradient"
+        )
     if args.format == "jax" and args.single_mask:
         raise ValueError("--single-mask is for --format onnx")
     model = from_pretrained(args.model, dtype=args.dtype)
     if args.format == "onnx":
         export_onnx(model, args.output, single_mask=args.single_mask)
-    elif args.platforms is None:
-        export_jax(model, args.output)
     else:
-        export_jax(model, args.output, args.platforms)
+        platforms = {} if args.platforms is None else {"platforms": args.platforms}
+        export_jax(model, args.output, **platforms, vjp_order=int(args.gradient))
     print(args.output)
 
 
@@ -293,20 +366,17 @@ def demo(args: Demo) -> None:
     Raises:
         KeyboardInterrupt: when it is stopped.
         OSError: if the port is taken.
-        ValueError: for numbers that cannot be, an unknown model, and without the extra `demo`.
+        ValueError: for invalid numbers, an unknown model, and without the extra `demo`.
     """
-    # What the environment says of gradio is not meant for this page: files to serve, for one.
-    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
-        del os.environ[name]
     try:
         from sam_jax.demo.server import serve
     except ModuleNotFoundError as error:
-        if error.name != "gradio":
+        if error.name not in ("starlette", "uvicorn"):
             raise
         raise ValueError(
-            "gradio is not installed; install sam_jax with its extra `demo`"
+            f"{error.name} is not installed; install sam_jax with its extra `demo`"
         ) from error
-    serve(args.model, args.dtype, args.host, args.port, args.max_megabytes)
+    serve(args.model, args.dtype, args.host, args.port, args.max_megabytes, args.allow_host)
 
 
 def segment(args: Segment) -> None:
@@ -334,6 +404,7 @@ def segment(args: Segment) -> None:
     _check_free(output)
 
     predictor = SamPredictor(from_pretrained(args.model, dtype=args.dtype))
+    _say_compiling()
     predictor.set_image(image)
     multimask = args.multimask
     if multimask is None:
@@ -344,6 +415,7 @@ def segment(args: Segment) -> None:
         boxes if len(boxes) else None,
         multimask_output=multimask,
     )
+    check_scores(scores)
 
     pictures, records = {}, []
     for prompt in range(len(masks)):
@@ -365,34 +437,30 @@ def segment(args: Segment) -> None:
         "points": [[*p, k] for p, k in zip(points.tolist(), labels.tolist(), strict=True)],
         "masks": records,
     }
-    _write(output, pictures, json.dumps(summary, indent=2) + "\n")
+    with lock_folder(output):
+        _check_free(output)
+        _write(output, pictures, summary)
     for record in records:
         print(f"{output / record['file']}  predicted IoU {record['predicted_iou']:.3f}")
     print(output / "overlay.png")
 
 
-def _write(folder: Path, pictures: dict[str, Image.Image], summary: str) -> None:
-    """Writes all files under a hidden folder, then puts them in the place of an earlier run's.
+def _write(folder: Path, pictures: dict[str, Image.Image], summary: dict[str, Any]) -> None:
+    """Writes all images under a hidden folder, then puts them in the place of an earlier run's.
 
     Whenever it is interrupted, masks.json tells of every file there that is ours.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
-
-        def replace_summary(text: str) -> None:
-            Path(temporary, "masks.json").write_text(text)
-            os.replace(Path(temporary, "masks.json"), folder / "masks.json")
-
+    with temporary_folder(folder) as temporary:
         for name, picture in pictures.items():
-            picture.save(Path(temporary, name))
+            picture.save(temporary / name)
         old = _files_of_earlier_run(folder)
         both = [{"file": name} for name in (*old, *pictures)]
-        replace_summary(json.dumps({"masks": both}))
+        write_json(folder / "masks.json", {"masks": both})
         for name in pictures:
-            os.replace(Path(temporary, name), folder / name)
+            os.replace(temporary / name, folder / name)
         for name in {*old} - {*pictures, "masks.json"}:
             (folder / name).unlink(missing_ok=True)
-        replace_summary(summary)
+        write_json(folder / "masks.json", summary, indent=2)
 
 
 def _check_free(folder: Path) -> None:
@@ -409,7 +477,7 @@ def _check_free(folder: Path) -> None:
 def _files_of_earlier_run(folder: Path) -> list[str]:
     """What its masks.json tells of."""
     try:
-        names = [r["file"] for r in json.loads((folder / "masks.json").read_text())["masks"]]
+        names = [record["file"] for record in read_json(folder / "masks.json")["masks"]]
         names = [name for name in names if re.fullmatch(r"mask_\d+\.png", name)]
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -467,7 +535,7 @@ def main() -> None:
     )
     try:
         _FUNCTIONS[type(args)](args)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         sys.exit(f"sam-jax: {error}")
     except KeyboardInterrupt:
         print("sam-jax: stopped", file=sys.stderr)

@@ -4,35 +4,46 @@ Field names are those of Meta's `segment_anything`; the defaults of each class a
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
+from reprlib import repr as short  # of values from a file, of any size and depth
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 Preprocessing = Literal["medsam"]
 
+# The largest number, and the most layers or outputs, that a configuration may have: more than any
+# model's, and few enough for one from a forged file to be compared with the tensors in seconds.
+_MOST, _MOST_LAYERS = 65_536, 128
+_LAYERS = ("depth", "depths", "transformer_depth", "iou_head_depth", "num_multimask_outputs")
+
 
 def _check_types(config: Any) -> None:
-    """Raises ValueError for the first field whose value is not of its type; integers are positive.
+    """Raises ValueError for the first field whose value is not of its type, or too large.
 
-    Configurations are read from files, and a wrong type would come to light far from there.
+    Integers are positive. Configurations are read from files, and a wrong value would come to light
+    far from there.
     """
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if not _fits(value, f.type):
-            kind = getattr(f.type, "__name__", f.type)
-            raise ValueError(f"{type(config).__name__}.{f.name} is {value!r}, expected {kind}")
+        most = _MOST_LAYERS if f.name in _LAYERS else _MOST
+        if not _fits(value, f.type, most=most):
+            kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
+            limit = f" up to {most}" if "int" in kind or "float" in kind else ""
+            raise ValueError(
+                f"{type(config).__name__}.{f.name} is {short(value)}, expected {kind}{limit}"
+            )
 
 
-def _fits(value: Any, hint: Any, least: int = 1) -> bool:
+def _fits(value: Any, hint: Any, least: int = 1, most: int = _MOST) -> bool:
     if hint is int:
-        return type(value) is int and value >= least
+        return type(value) is int and least <= value <= most
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= most  # which NaN is not
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(v, get_args(hint)[0], 0) for v in value)
+        kind = get_args(hint)[0]
+        return isinstance(value, tuple) and all(_fits(v, kind, 0, most) for v in value)
     if get_origin(hint) is UnionType:
-        return any(_fits(value, kind) for kind in get_args(hint))
+        return any(_fits(value, kind, least, most) for kind in get_args(hint))
     return isinstance(value, hint)
 
 
@@ -60,8 +71,8 @@ class ViTConfig:
             )
         if max(self.global_attn_indexes, default=0) >= self.depth:
             raise ValueError(
-                f"global_attn_indexes is {self.global_attn_indexes}, expected indices of blocks, "
-                f"from 0 to {self.depth - 1}"
+                f"global_attn_indexes is {short(self.global_attn_indexes)}, expected indices of "
+                f"blocks, from 0 to {self.depth - 1}"
             )
 
     @property
@@ -108,8 +119,8 @@ class TinyViTConfig:
             values = getattr(self, name)
             if len(values) != 4 or min(values[first:]) < least:
                 raise ValueError(
-                    f"{name} is {values}, expected an integer of at least {least} for each of the "
-                    "four stages"
+                    f"{name} is {short(values)}, expected an integer of at least {least} for each "
+                    "of the four stages"
                 )
         for dim, heads in zip(self.embed_dims[1:], self.num_heads[1:], strict=True):
             if dim % heads:
@@ -117,11 +128,12 @@ class TinyViTConfig:
                     f"embed_dims is {self.embed_dims} and num_heads is {self.num_heads}, expected "
                     f"multiples of the heads, which {dim} is not of {heads}"
                 )
-        if min(self.mlp_ratio, self.mbconv_expand_ratio) * min(self.embed_dims) < 1:
+        ratios = self.mlp_ratio, self.mbconv_expand_ratio
+        if min(ratios) * min(self.embed_dims) < 1 or max(ratios) * max(self.embed_dims) > _MOST:
             raise ValueError(
                 f"mlp_ratio is {self.mlp_ratio} and mbconv_expand_ratio is "
                 f"{self.mbconv_expand_ratio}, expected ratios that leave a channel of "
-                f"{min(self.embed_dims)}"
+                f"{min(self.embed_dims)} and make at most {_MOST} of {max(self.embed_dims)}"
             )
 
     @property
@@ -207,13 +219,21 @@ class SamConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected {' or '.join(known)}"
+                    f"{name} is {short(getattr(self, name))}, expected {' or '.join(known)}"
                 )
         # Half of them are sines, and the decoder's masks have an eighth of them.
         if self.prompt_embed_dim % 2 or self.prompt_embed_dim < 8:
             raise ValueError(
                 f"prompt_embed_dim is {self.prompt_embed_dim}, expected an even number of at least "
                 "8"
+            )
+        heads, rate = self.mask_decoder.num_heads, self.mask_decoder.attention_downsample_rate
+        inner = self.prompt_embed_dim // rate
+        if not inner or inner % heads or self.prompt_embed_dim % heads:
+            raise ValueError(
+                f"prompt_embed_dim is {self.prompt_embed_dim} and the mask decoder's "
+                f"attention_downsample_rate is {rate}, expected both the first and their quotient "
+                f"to be multiples of its num_heads {heads}"
             )
         if self.image_size % self.image_encoder.patch_size:
             raise ValueError(
@@ -223,8 +243,8 @@ class SamConfig:
         mean, std = self.pixel_mean, self.pixel_std
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(
-                f"pixel_mean is {mean} and pixel_std is {std}, expected three numbers each, for "
-                "red, green and blue, with positive deviations"
+                f"pixel_mean is {short(mean)} and pixel_std is {short(std)}, expected three "
+                "numbers each, for red, green and blue, with positive deviations"
             )
 
     @property
@@ -248,18 +268,19 @@ class SamConfig:
         return {"model_type": "sam_jax", "image_encoder_type": kind, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "SamConfig":
-        """From `to_dict`'s values, also after a trip through JSON.
+    def from_dict(cls, values: Any) -> "SamConfig":
+        """From `to_dict`'s values, also after a trip through JSON; anything else is refused.
 
         Raises:
-            ValueError: for a key that this version does not know.
+            ValueError: for a key that this version does not know, or a value that no model has.
         """
+        _check_mapping(values, "config")
         values = {k: v for k, v in values.items() if k != "model_type"}
         kind = values.pop("image_encoder_type", None)
-        if kind not in _ENCODERS:
+        if not isinstance(kind, str) or kind not in _ENCODERS:
             raise ValueError(
-                f"image_encoder_type is {kind!r}, expected one of {sorted(_ENCODERS)}; is this a "
-                "config.json written by sam_jax?"
+                f"image_encoder_type is {short(kind)}, expected one of {sorted(_ENCODERS)}; is "
+                "this a config.json written by sam_jax?"
             )
         parts = {
             "image_encoder": _ENCODERS[kind],
@@ -274,10 +295,16 @@ class SamConfig:
 _ENCODERS = {"vit": ViTConfig, "tiny_vit": TinyViTConfig}
 
 
-def _build(cls, values: Mapping[str, Any], where: str):
+def _check_mapping(values: Any, where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is {short(values)}, expected names and values")
+
+
+def _build(cls, values: Any, where: str):
+    _check_mapping(values, where)
     known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(known)}")
+    if unknown := sorted(set(values) - known, key=short):
+        raise ValueError(f"{where} has unknown keys {short(unknown)}; known: {sorted(known)}")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -343,7 +370,7 @@ def with_preprocessing(config: SamConfig, name: Preprocessing | None) -> SamConf
     return dataclasses.replace(config, resize="square", normalization="min_max")
 
 
-def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> SamConfig:
+def from_hf(values: Any, preprocessor: Any = None) -> SamConfig:
     """The configuration that a Hugging Face `SamConfig` (its `config.json`) describes.
 
     Args:
@@ -355,16 +382,17 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
     Raises:
         ValueError: if it describes another kind of model, or something that SAM does not have.
     """
+    _check_mapping(values, "config.json")
     model_type = values.get("model_type", "sam")
     if model_type not in ("sam", "sam_hq"):
         raise ValueError(
-            f"config.json describes a {model_type!r} model, expected model_type 'sam' or 'sam_hq'"
+            f"config.json describes a {short(model_type)} model, expected model_type 'sam' or "
+            "'sam_hq'"
         )
     names = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
     vision, prompt, decoder = parts = [values.get(name) or {} for name in names]
     for name, part in zip(names, parts, strict=True):
-        if not isinstance(part, Mapping):
-            raise ValueError(f"config.json has {name} {part!r}, expected names and values")
+        _check_mapping(part, f"{name} of config.json")
 
     embed_dim = vision.get("hidden_size", 768)
     depth = vision.get("num_hidden_layers", 12)
@@ -385,7 +413,9 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
         ("global_attn_indexes", indexes, tuple[int, ...], "a list of indices"),
     ):
         if not _fits(value, hint):
-            raise ValueError(f"vision_config.{name} is {value!r}, expected {kind}")
+            raise ValueError(
+                f"vision_config.{name} is {short(value)}, expected {kind}, up to {_MOST}"
+            )
     expected = {
         "vision_config.hidden_act": (vision.get("hidden_act", "gelu"), "gelu"),
         "vision_config.num_channels": (vision.get("num_channels", 3), 3),
@@ -400,7 +430,11 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
     }
     if model_type == "sam_hq":
         expected["mask_decoder_config.vit_dim"] = decoder.get("vit_dim", 768), embed_dim
-    wrong = [f"{k} is {got!r}, not {want!r}" for k, (got, want) in expected.items() if got != want]
+    wrong = [
+        f"{name} is {short(got)}, not {want!r}"
+        for name, (got, want) in expected.items()
+        if got != want
+    ]
     if wrong:
         raise ValueError("this SamConfig cannot be represented: " + "; ".join(wrong))
 
@@ -443,8 +477,9 @@ def from_hf(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = 
     )
 
 
-def _pixel_statistics(preprocessor: Mapping[str, Any], image_size: int) -> tuple[tuple, tuple]:
+def _pixel_statistics(preprocessor: Any, image_size: int) -> tuple[tuple, tuple]:
     """Mean and deviation of pixels from 0 to 255 that a `preprocessor_config.json` stands for."""
+    _check_mapping(preprocessor, "the image processor's configuration")
     expected = {
         "size": {"longest_edge": image_size},
         "do_resize": True,
@@ -454,7 +489,7 @@ def _pixel_statistics(preprocessor: Mapping[str, Any], image_size: int) -> tuple
     for name, value in expected.items():
         if preprocessor.get(name, value) != value:
             raise ValueError(
-                f"the image processor has {name} {preprocessor[name]!r}, expected {value!r}"
+                f"the image processor has {name} {short(preprocessor[name])}, expected {value!r}"
             )
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if preprocessor.get("do_normalize", True):
@@ -463,6 +498,12 @@ def _pixel_statistics(preprocessor: Mapping[str, Any], image_size: int) -> tuple
     scale = 1.0
     if preprocessor.get("do_rescale", True):
         scale = preprocessor.get("rescale_factor", 1 / 255)
+    for name, values in (("image_mean", mean), ("image_std", std), ("rescale_factor", [scale])):
+        numbers = tuple(values) if isinstance(values, list) else values
+        if not _fits(numbers, tuple[float, ...]):
+            raise ValueError(f"the image processor has {name} {short(values)}, expected numbers")
+    if scale <= 0:
+        raise ValueError(f"the image processor has rescale_factor {scale}, expected more than 0")
     return tuple(round(m / scale, 6) for m in mean), tuple(round(s / scale, 6) for s in std)
 
 

@@ -38,12 +38,18 @@ def check_new(path: str | os.PathLike) -> None:
 
 
 def export_jax(
-    model: Sam, path: str | os.PathLike, platforms: Sequence[Platform] = ("cpu", "cuda", "tpu")
+    model: Sam,
+    path: str | os.PathLike,
+    platforms: Sequence[Platform] = ("cpu", "cuda", "tpu"),
+    *,
+    vjp_order: int = 0,
 ) -> None:
-    """Writes a folder of programs that need JAX alone, each for all of the platforms.
+    """Writes a folder of programs, each for all of the platforms.
 
-    `jax.export.deserialize(file.read_bytes()).call(params, ...)` runs one;
-    `examples/load_export.py` shows all of it. b, p and n are open, each may be any number:
+    They need jax, flatbuffers (with which JAX reads them) and safetensors (for the parameters).
+    `jax.export.deserialize(file.read_bytes()).call(params, ...)` runs one, also under `jax.jit`;
+    `examples/load_export.py` shows all of it. `jax.grad` works with `vjp_order=1`; `jax.vmap`
+    does not, and the open axes take its place: b, p and n may be any number.
 
     * `encoder.jax`: pixel_values float32 [b, size, size, 3] (a picture resized to the longest side,
       normalised, then padded with zeros at the bottom and right) to image embeddings [b, g, g, c];
@@ -67,13 +73,18 @@ def export_jax(
         model: of any dtype, in which the programs compute.
         path: of the new folder, which appears whole or not at all.
         platforms: to run on.
+        vjp_order: how often the programs can be differentiated, as in `jax.export`. With 1,
+            `jax.grad` gives the gradient by any input, parameters included; the backward pass
+            always computes all of them. Files are three times as large or more.
 
     Raises:
         FileExistsError: if there is something at `path` already.
-        ValueError: for no, unknown or repeated platforms, and for a model whose attention is
-            "cudnn" or "pallas", which JAX does not export.
+        ValueError: for a negative `vjp_order`, for no, unknown or repeated platforms, and for a
+            model whose attention is "cudnn" or "pallas", which JAX does not export.
     """
     check_new(path)
+    if vjp_order < 0:
+        raise ValueError(f"vjp_order is {vjp_order}, expected 0 or more")
     known = get_args(Platform)
     if not platforms or not set(platforms) <= set(known) or len({*platforms}) < len(platforms):
         raise ValueError(
@@ -106,9 +117,15 @@ def export_jax(
         for name, (function, arrays) in programs.items():
             program = jax.jit(_by_platform(model, function, platforms))
             exported = jax.export.export(program, platforms=platforms)(params, *arrays)
-            (folder / f"{name}.jax").write_bytes(exported.serialize())
+            (folder / f"{name}.jax").write_bytes(exported.serialize(vjp_order=vjp_order))
         write_safetensors(folder / "params.safetensors", jax.tree.map(np.asarray, params))
-        _write_config(folder, model, platforms=list(platforms), jax=jax.__version__)
+        _write_config(
+            folder,
+            model,
+            platforms=list(platforms),
+            vjp_order=vjp_order,
+            jax=jax.__version__,
+        )
 
 
 def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = False) -> None:

@@ -26,33 +26,38 @@ _MAX_JSON_BYTES, _MAX_JSON_DEPTH = 4 * 2**30, 100
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a path to write a file or a folder to, which then takes the place of `path`.
 
-    On an exception nothing is left behind; what a killed process leaves is removed by the next one
+    On an exception nothing is left behind, and an OSError, such as of a full disk, names `path` if
+    it names no file. What a killed process leaves is removed by the next one
     that writes to the same folder. An existing folder is never replaced, unless it is empty.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent)
     with temporary_folder(path.parent) as folder:
         temporary = folder / path.name
-        yield temporary
-        # On the disk before it has its name, so that a power failure leaves nothing half either.
-        for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        os.replace(temporary, path)
+        try:
+            yield temporary
+            # On the disk before it has its name: a power failure leaves nothing half either.
+            for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+                if file.is_file():
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno is not None and error.filename is None:
+                error.filename = str(path)
+            raise
 
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A hidden folder in `parent`, locked while it is used, so that others can tell it is alive."""
-    while True:
+    """A hidden folder in `parent`, locked while it is used, so that others can tell it is alive.
+
+    It is removed at the end; what a killed process leaves, by the next one's first.
+    """
+    remove_leftovers(parent)
+    descriptor = None
+    while descriptor is None:
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=_TEMPORARY))
-        descriptor = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks: nobody can lock it
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if folder.exists():  # else removed as a leftover, in between
-            break
-        os.close(descriptor)
+        descriptor = _lock_new(folder)
     try:
         yield folder
     finally:
@@ -60,9 +65,32 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-@functools.cache  # once for each folder in a process
+def _lock_new(folder: Path) -> int | None:
+    """Locks a folder; None if another process takes it for a leftover, before it is locked."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = not folder.exists()
+    except BlockingIOError:
+        taken = True
+    except OSError:  # a file system without locks: nobody can lock it
+        taken = False
+    if taken:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes temporary folders in `folder` whose process is gone, once in this process."""
+    _remove_leftovers(folder.absolute())
+
+
+@functools.cache
 def _remove_leftovers(folder: Path) -> None:
-    """Removes temporary folders whose process is gone."""
     for leftover in folder.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):  # alive, or another process removes it too
             descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -96,6 +124,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 f"another run is working in {folder} ({owner}); wait until it ends, or choose "
                 "another folder"
             ) from error
+        except OSError:  # a file system without locks: the folder is not kept, but can be used
+            pass
         with contextlib.suppress(FileNotFoundError):  # the one before has just removed it
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break
@@ -153,7 +183,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
         OSError: if it cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(f"{path} is a folder, expected a file")
@@ -161,7 +191,10 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
             raise ValueError(f"{path} is not a regular file")
         if status.st_size > max_bytes:
             raise ValueError(f"{path} has {status.st_size} bytes, expected at most {max_bytes}")
-        return file.read(max_bytes + 1)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:

@@ -7,6 +7,8 @@ all, and pictures that have one are passed over.
 import collections
 import csv
 import dataclasses
+import errno
+import functools
 import itertools
 import json
 import socket
@@ -16,20 +18,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pycocotools.mask
 from PIL import Image
+from tqdm import tqdm
 
+import sam_jax
 from sam_jax.checkpoints import from_pretrained
-from sam_jax.files import replacing
-from sam_jax.image import load_image
+from sam_jax.files import read_json, remove_leftovers, replacing, temporary_folder, write_json
+from sam_jax.image import FORMATS, load_image
 from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
-from sam_jax.ops.masks import rle_compress, rle_decode
+from sam_jax.ops.masks import (
+    check_rle,
+    mask_to_polygons,
+    rle_compress,
+    rle_decode,
+    rle_uncompress,
+)
 from sam_jax.visualize import overlay
 
 Format = Literal["png", "coco"]
+Segmentation = Literal["rle", "polygons"]
 ANNOTATIONS = "annotations.json"
-_SETTINGS, _PARTS, _OVERLAYS = "sam_jax.json", "parts", "overlays"
+_SETTINGS, _PARTS, _OVERLAYS, _IDS = "sam_jax.json", "parts", "overlays", "ids.json"
 _TABLE, _SOURCE = "metadata.csv", "source.json"
-_RESERVED = (ANNOTATIONS, _SETTINGS, _PARTS, _OVERLAYS)
+_RESERVED = (ANNOTATIONS, _SETTINGS, _PARTS, _OVERLAYS, _IDS)
+# Every further image would fail, too: a run ends at these.
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_TRIES = 3  # of an image whose worker dies
 _COLUMNS = (
     *("id", "area", "bbox_x0", "bbox_y0", "bbox_w", "bbox_h", "point_input_x", "point_input_y"),
     *("predicted_iou", "stability_score", "crop_box_x0", "crop_box_y0", "crop_box_w", "crop_box_h"),
@@ -43,9 +58,9 @@ class Results:
     * "png": `<stem>/0.png`, `1.png`, ... and `<stem>/metadata.csv` for each picture, as Meta's
       `amg.py` writes them, with `source.json`, which tells the picture; with `overlays` also
       `<stem>/overlay.png`, the picture with its masks;
-    * "coco": a file for each picture in `parts/`, put together as `annotations.json` at the end
-      of a run (category "object", compressed run lengths), for the pictures of that run;
-      `overlays/<stem>.png`.
+    * "coco": the records of each image in `parts/`, as Python has them, put together as
+      `annotations.json` at the end of a run (category "object"; masks as `segmentation` says);
+      `ids.json`, which keeps the ids the same from run to run; `overlays/<stem>.png`.
 
     `sam_jax.json` has the settings.
     """
@@ -53,6 +68,7 @@ class Results:
     folder: Path
     format: Format = "png"
     overlays: bool = False
+    segmentation: Segmentation = "rle"
 
     def begin(self, settings: dict[str, Any], pictures: Sequence[Path]) -> list[Path]:
         """Makes the folder; the pictures that have no result in it yet.
@@ -63,8 +79,10 @@ class Results:
                 something else is where they belong; the message names it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self.folder / _PARTS, self.folder / _OVERLAYS):
+            remove_leftovers(folder)
         ours = (self.folder / _SETTINGS).exists()
-        for name in (ANNOTATIONS, _PARTS, _OVERLAYS) if self.format == "coco" else ():
+        for name in (ANNOTATIONS, _PARTS, _OVERLAYS, _IDS) if self.format == "coco" else ():
             if not ours and (self.folder / name).exists():
                 raise ValueError(
                     f"{self.folder / name} is not of an earlier run, and is not overwritten; "
@@ -83,13 +101,17 @@ class Results:
             ValueError: if what has its name is the result of another one, or none.
         """
         result = self._result(picture)
-        if not result.exists():
+        try:
+            if not result.exists():
+                return False
+            expected = _source(picture)
+        except OSError:  # reading or writing it will fail, too, and is that image's trouble
             return False
         try:
             if self.format == "png":
-                source = json.loads((result / _SOURCE).read_text())
+                source = read_json(result / _SOURCE)
             else:
-                source = json.loads(result.read_text())["source"]
+                source = read_json(result)["source"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             if self.format == "coco":  # damaged; all in `parts` is ours to write again
                 return False
@@ -97,7 +119,7 @@ class Results:
                 f"{result} is where the result of {picture} belongs, but is none ({error}); remove "
                 "it or choose another output"
             ) from error
-        if source != _source(picture):
+        if source != expected:
             raise ValueError(
                 f"{result} is the result of another picture than {picture}, or of what that was "
                 "before it was changed; remove it or choose another output"
@@ -117,16 +139,22 @@ class Results:
         if drawn:
             with replacing(self.folder / _OVERLAYS / f"{picture.stem}.png") as path:
                 drawn.save(path, format="PNG")
-        part = {"source": _source(picture), **_coco_part(picture, image, records)}
-        with replacing(self._result(picture)) as path:
-            path.write_text(json.dumps(part))
+        part = {"source": _source(picture), **_part(picture, image, records)}
+        write_json(self._result(picture), part)
 
-    def finish(self, pictures: Sequence[Path]) -> None:
-        """Puts the parts of "coco" together in one file, in the order of `pictures`."""
-        if self.format == "coco":
-            parts = (self._result(p) for p in pictures if self.is_finished(p))
-            with replacing(self.folder / ANNOTATIONS) as path:
-                _write_coco(path, parts)
+    def finish(self) -> list[str]:
+        """Puts all parts of "coco" together in one file, those of earlier runs, too.
+
+        Returns:
+            What there is to say of it: what the file holds, and what was left out.
+        """
+        if self.format != "coco":
+            return []
+        parts = {path.stem: path for path in sorted((self.folder / _PARTS).glob("*.json"))}
+        with replacing(self.folder / ANNOTATIONS) as path:
+            said, ids = _write_coco(path, parts, _read_ids(self.folder / _IDS), self.segmentation)
+            write_json(self.folder / _IDS, ids)
+        return [f"{self.folder / ANNOTATIONS}: {said[0]}", *said[1:]]
 
     def _result(self, picture: Path) -> Path:
         if self.format == "png":
@@ -142,11 +170,10 @@ def keep_settings(file: Path, settings: dict[str, Any], has_results: bool) -> No
     """
     settings = json.loads(json.dumps(settings))
     if not has_results:
-        with replacing(file) as path:
-            path.write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(file, settings, indent=2)
         return
     try:
-        earlier = json.loads(file.read_text())
+        earlier = read_json(file)
         other = [k for k in {**earlier, **settings} if earlier.get(k) != settings.get(k)]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -158,24 +185,20 @@ def keep_settings(file: Path, settings: dict[str, Any], has_results: bool) -> No
 
 
 def find_pictures(inputs: Iterable[Path]) -> list[Path]:
-    """The files given, and of the folders given the files that are named as pictures, sorted.
+    """The files given, and of the folders given the files that are named as images, sorted.
 
-    Hidden ones are passed over, and what Pillow knows no such name for.
+    Hidden ones are passed over, and those without an extension of `sam_jax.image.FORMATS`.
 
     Raises:
         FileNotFoundError: for a path that does not exist.
         ValueError: if there is none, or if two of them would have one result.
     """
     pictures: dict[str, Path] = {}
-    inputs, known = list(inputs), Image.registered_extensions()
+    inputs = list(inputs)
     for path in inputs:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
-        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-        for file in files:
-            is_picture = file.suffix.lower() in known and not file.name.startswith(".")
-            if path.is_dir() and not is_picture:
-                continue
+        for file in _images_of(path) if path.is_dir() else [path]:
             if file.stem in _RESERVED:
                 raise ValueError(
                     f"{file} would be written as {file.stem!r}, a name of ours; rename it"
@@ -187,17 +210,42 @@ def find_pictures(inputs: Iterable[Path]) -> list[Path]:
                     "give them separately with another output"
                 )
     if not inputs:
-        raise ValueError("there is no input, expected pictures or folders of pictures")
+        raise ValueError("there is no input, expected images or folders of images")
     if not pictures:
-        raise ValueError(f"there is no picture in {', '.join(map(str, inputs))}")
+        skipped = subfolders(inputs)
+        hint = f"; its subfolders are inputs of their own: {skipped[0]}" if skipped else ""
+        raise ValueError(f"there is no image in {', '.join(map(str, inputs))}{hint}")
     return list(pictures.values())
+
+
+def _images_of(folder: Path) -> list[Path]:
+    # Pillow opens a camera's MPO as the JPEG that it begins with.
+    formats = {*FORMATS, "MPO"}
+    known = {name for name, kind in Image.registered_extensions().items() if kind in formats}
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in known and not path.name.startswith(".") and not path.is_dir()
+    )
+
+
+def subfolders(inputs: Iterable[Path]) -> list[Path]:
+    """The folders in the folders given, in which `find_pictures` finds nothing, sorted."""
+    return [
+        path
+        for folder in inputs
+        if folder.is_dir()
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not path.name.startswith(".")
+    ]
 
 
 def generate_folder(
     generator: SamAutomaticMaskGenerator,
     pictures: Sequence[Path],
     results: Results,
-    on_picture: Callable[[Path, str | None], None],
+    on_image: Callable[[], None],
+    on_failure: Callable[[Path, str], None],
 ) -> None:
     """Generates and writes the masks of pictures, as many at a time as the generator has devices.
 
@@ -207,23 +255,37 @@ def generate_folder(
         generator: its output mode must be "uncompressed_rle".
         pictures: files.
         results: where to write.
-        on_picture: called for each picture once it is done, with what was wrong if it could not be
-            read.
+        on_image: called for each image that cannot be read, or whose masks are found.
+        on_failure: called with each image that could not be read or written, and the cause.
+
+    Raises:
+        OSError: if the disk is full or read-only.
+        NonFiniteError: if the model predicts NaN or infinity.
     """
     taken: collections.deque[tuple[Path, np.ndarray]] = collections.deque()
 
     def images() -> Iterator[np.ndarray]:
-        for picture, image in _read(pictures, on_picture):
-            taken.append((picture, image))
-            yield image
+        for picture in pictures:
+            try:
+                image = load_image(picture)
+            except (OSError, ValueError, TypeError) as error:
+                on_failure(picture, _one_line(error))
+                on_image()
+            else:
+                taken.append((picture, image))
+                yield image
 
     def finish(picture: Path, writing: Future) -> None:
-        writing.result()
-        on_picture(picture, None)
+        try:
+            writing.result()
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise
+            on_failure(picture, _one_line(error))
 
     before = None
     with ThreadPoolExecutor(1) as writer:
-        for found in generator.generate_batch(images()):
+        for found in generator.generate_batch(images(), on_image):
             picture, image = taken.popleft()
             writing = picture, writer.submit(results.write, picture, image, found)
             if before is not None:
@@ -240,13 +302,14 @@ def generate_with_ray(
     options: dict[str, Any],
     pictures: Sequence[Path],
     results: Results,
-    on_picture: Callable[[Path, str | None], None],
+    on_image: Callable[[], None],
+    on_failure: Callable[[Path, str], None],
 ) -> None:
     """`generate_folder` on the machines of a Ray cluster, which must all see the same folders.
 
     Ray Data schedules the pictures on actors (as many as GPUs, or as machines if there are none),
     which load the model once and compile once. What a lost one was at is tried again by
-    another, which passes over what is finished.
+    another, which passes over what is finished; an image at which three were lost has failed.
 
     Args:
         address: of the cluster; None for one that runs on this machine or a new one.
@@ -255,7 +318,8 @@ def generate_with_ray(
         options: of `SamAutomaticMaskGenerator`.
         pictures: files.
         results: where to write.
-        on_picture: as for `generate_folder`.
+        on_image: as for `generate_folder`.
+        on_failure: likewise.
 
     Raises:
         ValueError: if Ray is not installed, for arguments that cannot be, and if the run fails.
@@ -270,9 +334,15 @@ def generate_with_ray(
     ours = not ray.is_initialized()
     ray.init(address, log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
     try:
-        _run_on_ray(ray, model, dtype, options, pictures, results, on_picture)
+        with temporary_folder(results.folder) as tries:
+            results = dataclasses.replace(results, folder=results.folder.absolute())
+            worker = model, dtype, options, results, tries.absolute()
+            for row in _rows_of_ray(ray, worker, pictures):
+                if row["problem"]:
+                    on_failure(Path(row["picture"]), row["problem"])
+                on_image()
     except ray.exceptions.RayError as error:
-        raise ValueError(f"the run on Ray failed: {str(error).splitlines()[-1]}") from error
+        raise ValueError(f"the run on Ray failed: {_one_line(error)}") from error
     finally:
         if ours:
             ray.shutdown()
@@ -289,57 +359,83 @@ def _check_reachable(address: str | None) -> None:
         raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from error
 
 
-def _run_on_ray(ray, model, dtype, options, pictures, results, on_picture) -> None:
+def _rows_of_ray(ray, worker: tuple, pictures: Sequence[Path]) -> Iterator[dict[str, str]]:
+    """What `_Worker` returns, for each picture.
+
+    Raises:
+        ValueError: for what would happen to each of them.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     gpus = int(ray.cluster_resources().get("GPU", 0))
     machines = sum(node["Alive"] for node in ray.nodes())
-    results = dataclasses.replace(results, folder=results.folder.absolute())
     rows = ray.data.from_items(
-        [{"picture": str(picture.absolute())} for picture in pictures],
+        [{"picture": str(picture), "absolute": str(picture.absolute())} for picture in pictures],
         override_num_blocks=min(len(pictures), 1000),
     ).map(
         _Worker,
-        fn_constructor_args=(model, dtype, options, results),
+        fn_constructor_args=worker,
         concurrency=(1, gpus or machines),
         num_gpus=1 if gpus else None,
         scheduling_strategy="SPREAD",
     )
-    given = {str(picture.absolute()): picture for picture in pictures}
+    outcomes: collections.Counter[str] = collections.Counter()
     for row in rows.iter_rows():
-        on_picture(given[row["picture"]], row["problem"] or None)
+        outcomes[row["outcome"]] += 1
+        if outcomes["error"] or (outcomes["lost"] >= _TRIES and not outcomes["worked"]):
+            raise ValueError(f"the run on Ray failed at {row['picture']}: {row['problem']}")
+        yield row
 
 
 class _Worker:
-    """A Ray actor: a generator that does one picture after the other."""
+    """A Ray actor: a generator that does one picture after the other.
 
-    def __init__(self, model: str, dtype: str, options: dict[str, Any], results: Results):
-        sam = from_pretrained(model, dtype=dtype)
-        self.generator = SamAutomaticMaskGenerator(sam, **options)
-        self.results = results
+    Ray would start one that dies again without end, at the same picture, and hide the cause of
+    an exception. So tries are counted, in files, and an exception is a result.
+    """
+
+    def __init__(
+        self, model: str, dtype: str, options: dict[str, Any], results: Results, tries: Path
+    ):
+        self.model, self.dtype, self.options = model, dtype, options
+        self.results, self.tries = results, tries
+
+    @functools.cached_property
+    def generator(self) -> SamAutomaticMaskGenerator:
+        """Made at the first picture: where making it kills the worker, that counts as a try."""
+        sam = from_pretrained(self.model, dtype=self.dtype)
+        return SamAutomaticMaskGenerator(sam, **self.options)
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
-        picture, problems = Path(row["picture"]), []
-        if not self.results.is_finished(picture):
-            generate_folder(
-                self.generator,
-                [picture],
-                self.results,
-                lambda _, problem: problems.append(problem or ""),
-            )
-        return {"picture": row["picture"], "problem": "".join(problems)}
-
-
-def _read(
-    pictures: Iterable[Path], on_picture: Callable[[Path, str | None], None]
-) -> Iterator[tuple[Path, np.ndarray]]:
-    for picture in pictures:
+        """Adds to the row `outcome` ("worked", "lost", or an "error" that ends the run)."""
+        picture, problems = Path(row["absolute"]), []
+        tries = self.tries / picture.name
         try:
-            image = load_image(picture)
-        except (OSError, ValueError, TypeError) as error:
-            on_picture(picture, " ".join(str(error).split()))
-        else:
-            yield picture, image
+            if not self.results.is_finished(picture):
+                if tries.exists() and tries.stat().st_size >= _TRIES:
+                    problem = (
+                        f"its worker died at each of {_TRIES} tries (killed, or out of memory); "
+                        "try it without --ray"
+                    )
+                    return {**row, "outcome": "lost", "problem": problem}
+                with tries.open("ab") as file:
+                    file.write(b".")
+                generate_folder(
+                    self.generator,
+                    [picture],
+                    self.results,
+                    on_image=lambda: None,
+                    on_failure=lambda _, problem: problems.append(problem),
+                )
+                tries.unlink()
+        except Exception as error:
+            problem = f"{type(error).__name__}: {_one_line(error)}"
+            return {**row, "outcome": "error", "problem": problem}
+        return {**row, "outcome": "worked", "problem": "".join(problems)}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _source(picture: Path) -> dict[str, Any]:
@@ -363,30 +459,119 @@ def _write_pngs(folder: Path, records: list[dict[str, Any]]) -> None:
             )
 
 
-def _coco_part(picture: Path, image: np.ndarray, records: list[dict[str, Any]]) -> dict[str, Any]:
+def _part(picture: Path, image: np.ndarray, records: list[dict[str, Any]]) -> dict[str, Any]:
     height, width = image.shape[:2]
-    annotations = [
-        {**record, "segmentation": rle_compress(record["segmentation"]), "iscrowd": 0}
-        for record in records
-    ]
+    records = [{**r, "segmentation": rle_compress(r["segmentation"])} for r in records]
     size = {"height": height, "width": width}
-    return {"image": {"file_name": picture.name, **size}, "annotations": annotations}
+    return {"image": {"file_name": picture.name, **size}, "annotations": records}
 
 
-def _write_coco(path: Path, parts: Iterable[Path]) -> None:
-    """COCO's file, one part in memory at a time."""
-    images, count = [], 0
+def _read_ids(file: Path) -> list[tuple[str, int]]:
+    """`ids.json`: for image ids 1, 2, ... the part's name and how many annotations it has.
+
+    Annotation ids count on from image to image. An image that is there twice has the last id.
+    """
+    try:
+        ids = [(str(name), int(count)) for name, count in read_json(file)]
+    except (OSError, ValueError, TypeError):  # nothing was joined yet, or it is damaged
+        return []
+    return ids if all(count >= 0 for _, count in ids) else []
+
+
+def _write_coco(
+    path: Path, parts: dict[str, Path], ids: list[tuple[str, int]], segmentation: Segmentation
+) -> tuple[list[str], list[tuple[str, int]]]:
+    """COCO's file, one part in memory at a time.
+
+    Args:
+        path: what to write.
+        parts: by name.
+        ids: those of an earlier run, which stay.
+        segmentation: of the annotations.
+
+    Returns:
+        What there is to say, and the ids.
+    """
+    info = {
+        "description": "Masks of everything in the images, found by Segment Anything",
+        "contributor": f"sam_jax {sam_jax.__version__}",
+        # Sizes and masks are those of the images as they are shown, not as they are stored.
+        "exif_orientation": "applied",
+    }
+    header = {"info": info, "licenses": [], "categories": [_CATEGORY]}
+    first_of = list(itertools.accumulate((count for _, count in ids), initial=1))
+    known = {name: i for i, (name, _) in enumerate(ids)}
+    ids, images, ious, empty, left_out = list(ids), [], [], 0, []
     with path.open("w") as file:
-        file.write('{"categories": [{"id": 1, "name": "object"}], "annotations": [')
-        for image_id, part in enumerate(parts, start=1):
-            values = json.loads(part.read_text())
-            images.append({"id": image_id, **values["image"]})
-            for annotation in values["annotations"]:
-                file.write(",\n" if count else "\n")
-                count += 1
-                ids = {"id": count, "image_id": image_id, "category_id": 1}
-                file.write(json.dumps({**ids, **annotation}))
-        file.write('\n], "images": ' + json.dumps(images) + "}\n")
+        file.write(json.dumps(header)[:-1] + ', "annotations": [')
+        comma = "\n"
+        for name in tqdm(sorted(parts, key=lambda n: known.get(n, len(known))), delay=2):
+            try:
+                image, annotations = _read_part(parts[name], segmentation)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                left_out.append(
+                    f"{parts[name]} was left out, it is damaged: {_one_line(error)}; remove it and "
+                    "generate its image again"
+                )
+                continue
+            i = known.get(name, len(ids))
+            if i == len(ids) or ids[i][1] != len(annotations):
+                i = len(ids)
+                ids.append((name, len(annotations)))
+                first_of.append(first_of[-1] + len(annotations))
+            images.append({"id": i + 1, **image})
+            for annotation_id, annotation in enumerate(annotations, start=first_of[i]):
+                if not annotation["segmentation"]:
+                    empty += 1
+                    continue
+                ious.append(annotation.pop("iou", 1.0))
+                keys = {"id": annotation_id, "image_id": i + 1, "category_id": 1}
+                file.write(comma + json.dumps({**keys, **annotation}, allow_nan=False))
+                comma = ",\n"
+        file.write('\n], "images": ' + json.dumps(sorted(images, key=lambda x: x["id"])) + "}\n")
+    said = f"{len(images)} images, {len(ious)} masks"
+    if segmentation == "polygons" and ious:
+        said += f"; IoU of polygons and masks {np.mean(ious):.4f}, the least {min(ious):.4f}"
+    if empty:
+        said += f"; {empty} empty masks have no polygon and were left out"
+    return [said, *left_out], ids
+
+
+_CATEGORY = {"id": 1, "name": "object", "supercategory": "object"}
+
+
+def _read_part(
+    path: Path, segmentation: Segmentation
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A part's image, and its records as COCO has annotations."""
+    part = read_json(path)
+    image = {key: part["image"][key] for key in ("file_name", "height", "width")}
+    return image, [_annotation(record, segmentation) for record in part["annotations"]]
+
+
+def _annotation(record: dict[str, Any], segmentation: Segmentation) -> dict[str, Any]:
+    """COCO's annotation, of a part's record.
+
+    In COCO a box has its last pixels, too: a mask of one pixel is 1 wide, where Meta has 0. With
+    polygons there is `iou`, with the mask; for an empty mask there is none.
+    """
+    rle, scores = record["segmentation"], (record["predicted_iou"], record["stability_score"])
+    if not np.isfinite(scores).all():
+        raise ValueError("it has scores that are not finite")
+    counts = rle_uncompress(rle)
+    check_rle(counts)  # pycocotools checks nothing that it is given
+    annotation = {
+        **record,
+        "bbox": pycocotools.mask.toBbox(rle).astype(int).tolist(),
+        "score": record["predicted_iou"],
+        "iscrowd": 0,
+    }
+    if segmentation == "polygons":
+        annotation["segmentation"] = polygons = mask_to_polygons(rle_decode(counts))
+        if polygons:
+            drawn = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, *rle["size"]))
+            annotation["iou"] = float(pycocotools.mask.iou([drawn], [rle], [0])[0, 0])
+    return annotation
 
 
 def _draw(image: np.ndarray, records: list[dict[str, Any]]) -> Image.Image:

@@ -1,17 +1,26 @@
 """Whatever a person calls an image, as a uint8 array [h, w, 3]."""
 
+import io
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    IcoImagePlugin,
+    Image,
+    ImageFile,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from sam_jax.ops.arrays import as_numpy, is_array
 
-ImageInput = Any  # a PIL image, a path, or an array of any library: see `load_image`
+# A PIL image, a path, a file's content, or an array of any library: see `load_image`.
+ImageInput = Any
 
 # Formats that Pillow decodes by libraries in this process. It reads others by running programs: EPS
 # by Ghostscript, whatever the file is called.
@@ -19,15 +28,23 @@ FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI"),
     *("SGI", "TGA", "TIFF", "WEBP"),
 )
+_OTHERWISE = (
+    "read it with another library, scikit-image for instance, scale its values to 0 to "
+    "255, and give them as a uint8 array or in a new file"
+)
 
 
 def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
     """An image as a contiguous RGB array.
 
+    Of an animation, or a file of several pages, this is the first frame; of a PIL image, the frame
+    it is at.
+
     Args:
         image: a PIL image of 8 bits per channel; a uint8 array [h, w, 3] (RGB), [h, w], [h, w, 1]
             or [h, w, 4], whose alpha is dropped, of any library with `__array__` or DLPack; or a
-            path, whose EXIF orientation is applied.
+            path to a file of one of `FORMATS`, or its content in an `io.BytesIO`; its EXIF
+            orientation is applied.
 
     Raises:
         TypeError: for other things and other dtypes, and for more than 8 bits per channel.
@@ -36,11 +53,10 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
     """
     if isinstance(image, str) and re.match("https?://", image):
         raise ValueError(f"{image} is an address; download the image first, and give its path")
-    if isinstance(image, (str, os.PathLike)):
-        with open_image(image) as file:
-            array = _pixels(file, str(image), turn=True)
+    if isinstance(image, (str, os.PathLike, io.BytesIO)):
+        array = turn(*read_stored(image))
     elif isinstance(image, Image.Image):
-        array = _pixels(image, "the image", turn=False)
+        array = _pixels(image, "the image")
     elif is_array(image):
         array = _rgb_array(as_numpy(image, "the image"))
     else:
@@ -52,28 +68,67 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
     return np.ascontiguousarray(array)
 
 
-def open_image(path: str | os.PathLike) -> ImageFile.ImageFile:
-    """Opens an image file of one of `FORMATS`, which its content decides, not its name.
+def read_stored(path: str | os.PathLike | io.BytesIO) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
+    """The RGB pixels as an image file stores them, and the EXIF orientation to `turn` them by.
 
-    Only its header is read. The file is to be closed: use `with`.
+    Raises:
+        TypeError, ValueError, OSError: as `open_image`; and for a damaged file.
+    """
+    with open_image(path) as file:
+        # Pillow turns a TIFF when it decodes it, and then forgets how.
+        turned = exif_orientation(file) if file.format == "TIFF" else 1
+        pixels = turn(_pixels(file, _name(path)), {6: 8, 8: 6}.get(turned, turned))
+        return pixels, max(turned, exif_orientation(file))
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """How a PIL image has to be turned to be upright, 1 to 8 as in EXIF; 1 is not at all.
+
+    Raises:
+        ValueError: for damaged EXIF data.
+    """
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception as error:  # whatever Pillow's parsers meet in a damaged file
+        raise ValueError(f"the image's EXIF data cannot be read: {error}") from error
+    return int(found) if found in range(1, 9) else 1
+
+
+def turn(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "_ _ 3"]:
+    """The pixels as an EXIF orientation from 1 to 8 says."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+
+
+def open_image(path: str | os.PathLike | io.BytesIO) -> ImageFile.ImageFile:
+    """Opens an image file of one of `FORMATS`; its content says which, not its name.
+
+    Only its header is read. The file is to be closed: use `with`. Instead of a path, `path` may be
+    the file's content.
 
     Raises:
         TypeError: for more than 8 bits per channel.
         ValueError: for files that hold no image.
         FileNotFoundError, PermissionError: as `open`.
     """
-    if not Path(path).is_file() and Path(path).exists():  # Pillow would wait for a pipe
-        raise ValueError(f"{path} is not a regular file, expected an image")
+    name, is_path = _name(path), not isinstance(path, io.BytesIO)
+    if is_path and not Path(path).is_file() and Path(path).exists():  # Pillow would wait for a pipe
+        what = "a folder" if Path(path).is_dir() else "not a regular file"
+        raise ValueError(f"{name} is {what}, expected an image")
     try:
         file = Image.open(path, formats=FORMATS)
     except (FileNotFoundError, PermissionError):
         raise
-    except UnidentifiedImageError as error:
+    except (UnidentifiedImageError, KeyError) as error:  # KeyError: a PSD of 16 bits
         raise ValueError(
-            f"{path} is not an image of a known format, expected one of {', '.join(FORMATS)}"
+            f"{name} is not an image of a known format, expected one of {', '.join(FORMATS)}, "
+            f"with at most 8 bits per channel; or {_OTHERWISE}"
         ) from error
     except Exception as error:  # whatever Pillow's parsers meet in a damaged file
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
     try:
         _check_readable(file)
     except BaseException:
@@ -82,37 +137,57 @@ def open_image(path: str | os.PathLike) -> ImageFile.ImageFile:
     return file
 
 
-def _pixels(image: Image.Image, name: str, *, turn: bool) -> np.ndarray:
-    """A PIL image's RGB values, turned as its EXIF orientation says if `turn`."""
+def _name(image: str | os.PathLike | io.BytesIO) -> str:
+    return "the file" if isinstance(image, io.BytesIO) else str(image)
+
+
+def _pixels(image: Image.Image, name: str) -> np.ndarray:
+    """A PIL image's RGB values."""
     _check_readable(image)
     # By way of another mode where PIL would warn (palette colors that are transparent) or has
     # no way to RGB (premultiplied alpha).
     between = {"P": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
     try:
-        if turn:
-            image = ImageOps.exif_transpose(image)
         return np.asarray(image.convert(between).convert("RGB"))
     except Exception as error:  # whatever Pillow's decoders meet in a damaged file
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
-def _check_readable(image: Image.Image) -> None:
-    """Refuses formats that run programs, and more bits than Pillow would keep."""
-    if isinstance(image, ImageFile.ImageFile) and image.format not in (*FORMATS, "MPO"):
+def check_decoder(image: Image.Image) -> None:
+    """Refuses a PIL image whose pixels a program would have to decode.
+
+    Raises:
+        ValueError: for a file that was opened, but not read, of another format than `FORMATS`.
+    """
+    is_file = isinstance(image, ImageFile.ImageFile)
+    is_decoded = is_file and not image.tile and not isinstance(image, ImageFile.StubImageFile)
+    if is_file and not is_decoded and image.format not in (*FORMATS, "MPO"):
         raise ValueError(
             f"the image's format is {image.format}, expected one of {', '.join(FORMATS)}; if you "
             "trust it, give image.convert('RGB')"
         )
+
+
+def _check_readable(image: Image.Image) -> None:
+    """Refuses formats that run programs, and more bits than Pillow would keep."""
+    check_decoder(image)
     if image.mode in ("F", "I") or image.mode.startswith("I;") or _narrows(image):
         raise TypeError(
-            f"the image (mode {image.mode}) has more than 8 bits per channel, expected 8; read it "
-            "into an array, for instance with scikit-image, scale its values to 0 to 255 and "
-            "convert it to uint8"
+            f"the image (mode {image.mode}) has more than 8 bits per channel, or signed values, "
+            f"expected 8 bits, 0 to 255; {_OTHERWISE}"
         )
 
 
 def _narrows(image: Image.Image) -> bool:
-    """Whether Pillow, when it decodes this file, would keep 8 of more bits per channel."""
+    """Whether Pillow, when it decodes this file, keeps 8 of more bits per channel."""
+    if image.format == "TIFF" and isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.tag_v2
+        unsigned = {1, 4}  # 4 is undefined, which is read so
+        return max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8 or not unsigned.issuperset(
+            tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))
+        )
+    if image.format == "ICO" and isinstance(image, IcoImagePlugin.IcoImageFile):
+        return any(_is_deep_png(image.ico.buf, entry.offset) for entry in image.ico.entry)
     tiles = getattr(image, "tile", None)
     if not tiles:  # decoded already
         return False
@@ -122,20 +197,32 @@ def _narrows(image: Image.Image) -> bool:
         return isinstance(tiles[0].args, tuple) and tiles[0].args[1] > 255  # mode, largest value
     if image.format == "SGI":
         return tiles[0].codec_name == "SGI16" or ";16" in str(tiles[0].args)
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8
     if image.format not in ("JPEG2000", "AVIF") or image.fp is None:
         return False
-    position = image.fp.tell()
-    image.fp.seek(0)
-    header = image.fp.read(2**16)
-    image.fp.seek(position)
+    data = _read_at(image.fp, 0)
     if image.format == "AVIF":  # AV1CodecConfigurationBox: the third byte has high_bitdepth
-        found = re.search(rb"av1C..(.)", header, re.DOTALL)
+        found = re.search(rb"av1C..(.)", data, re.DOTALL)
         return found is not None and bool(found[1][0] & 0x40)
-    # JPEG 2000's SOC and SIZ markers; the first component's Ssiz is 40 bytes on.
-    found = re.search(rb"\xff\x4f\xff\x51.{38}(.)", header, re.DOTALL)
-    return found is not None and (found[1][0] & 0x7F) + 1 > 8
+    # JPEG 2000's SOC and SIZ markers: 38 bytes on are the number of components, and three bytes
+    # for each, of which the first has the bits less one.
+    found = re.search(rb"\xff\x4f\xff\x51.{36}(..)", data, re.DOTALL)
+    if found is None:
+        return False
+    depths = data[found.end() : found.end() + 3 * int.from_bytes(found[1]) : 3]
+    return any((depth & 0x7F) + 1 > 8 for depth in depths)
+
+
+def _is_deep_png(file: IO[bytes], offset: int) -> bool:
+    header = b"" if file.closed else _read_at(file, offset, 25)
+    return header.startswith(b"\x89PNG") and header[-1] == 16  # the bit depth
+
+
+def _read_at(file: IO[bytes], offset: int, size: int = -1) -> bytes:
+    position = file.tell()
+    file.seek(offset)
+    data = file.read(size)
+    file.seek(position)
+    return data
 
 
 def _rgb_array(array: np.ndarray) -> np.ndarray:

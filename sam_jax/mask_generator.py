@@ -198,17 +198,26 @@ class SamAutomaticMaskGenerator(WithAdvice):
 
         Raises:
             TypeError, ValueError, OSError: for a picture that `load_image` cannot take.
+            NonFiniteError: if the model predicts NaN or infinity.
         """
         (records,) = self.generate_batch([image])
         return records
 
-    def generate_batch(self, images: Iterable[ImageInput]) -> Iterator[list[dict[str, Any]]]:
+    def generate_batch(
+        self, images: Iterable[ImageInput], on_image: Callable[[], None] | None = None
+    ) -> Iterator[list[dict[str, Any]]]:
         """The masks of several pictures, of any sizes: one after the other what `generate` returns.
 
         Pictures are taken from `images`, and their masks given, as the work goes on, so that there
         may be more of them than fit the memory.
 
+        Args:
+            images: whatever `sam_jax.load_image` takes, each.
+            on_image: called when the masks of an image are found, to show progress. They are
+                yielded later, when those of the next are found, too.
+
         Raises:
+            NonFiniteError: if the model predicts NaN or infinity.
             FileNotFoundError, TypeError, ValueError: for one picture instead of several at once,
                 and as `load_image` when it is a picture's turn.
         """
@@ -219,7 +228,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
             )
         arrays, devices = map(load_image, images), self.mesh.devices.size
         groups = iter(lambda: list(itertools.islice(arrays, devices)), [])
-        return self._generate([self._crops(a.shape[:2], a) for a in group] for group in groups)
+        crops = ([self._crops(a.shape[:2], a) for a in group] for group in groups)
+        return self._generate(crops, on_image=on_image)
 
     def generate_from_embedding(
         self,
@@ -233,7 +243,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
             embedding: [1, c, g, g] of `SamPredictor.get_image_embedding`, of the same model.
             original_size: (h, w) of the picture.
             on_batch: called with how many batches of `points_per_batch` points are done, and how
-                many there are, to show progress. What it raises ends the work.
+                many there are, to show progress; at the end, with all done, for each group of masks
+                that are decoded. What it raises ends the work, and while it waits the device rests.
 
         Raises:
             ValueError: for another shape, and with crops, of which there are no embeddings.
@@ -266,6 +277,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         self,
         groups: "Iterable[list[list[_Crop]]]",
         on_batch: Callable[[int, int], None] | None = None,
+        on_image: Callable[[], None] | None = None,
     ) -> Iterator[list[dict[str, Any]]]:
         """The records of groups of at most as many pictures as there are devices.
 
@@ -276,6 +288,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
             before: list[Future] = []
             for crops, pixels, done in _one_ahead(self._turns(groups), host):
                 self._add_masks(crops, pixels, host, on_batch)
+                for _ in done if on_image is not None else ():
+                    on_image()
                 records = [host.submit(self._records, picture[0].found) for picture in done]
                 yield from (future.result() for future in before)
                 before = records
@@ -344,6 +358,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
                 for k in range(start, min(start + size, len(masks.point))):
                     rle = host.submit(self._rle, crop, frame, masks.box[k], logits[k - start])
                     crop.found.append(_Found.of(crop, masks, k, rle))
+            if on_batch is not None:
+                on_batch(total, total)
 
     def _spread(self, items: list) -> Any:
         """Trees of arrays, one for each device, stacked; devices without one get zeros."""
@@ -389,6 +405,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
             array[:count].reshape(-1, *array.shape[2:])
             for array in (measured.iou, *measured.statistics)
         )
+        check_scores(iou)
         with np.errstate(invalid="ignore"):
             stability = intersection.astype(np.float32) / union.astype(np.float32)
         x0, y0, _, _ = crop.box
@@ -461,6 +478,19 @@ class SamAutomaticMaskGenerator(WithAdvice):
         if self.output_mode == "binary_mask":
             return rle_decode(rle)
         return rle_compress(rle) if self.output_mode == "coco_rle" else rle
+
+
+class NonFiniteError(ValueError):
+    """A model predicts NaN or infinity."""
+
+
+def check_scores(iou: Float[np.ndarray, "..."]) -> None:
+    """Raises NonFiniteError for predicted IoUs that are NaN or infinite, of which no mask comes."""
+    if not np.isfinite(iou).all():
+        raise NonFiniteError(
+            "the model predicts IoUs that are NaN or infinite: its weights are damaged, or too "
+            "large for the dtype; check the checkpoint, or try float32"
+        )
 
 
 def check_arguments(

@@ -1,14 +1,16 @@
 """Traced JAX functions as ONNX graphs: the operations that SAM consists of, and no others.
 
 `Graph.call` traces a function, walks its jaxpr, and adds a node for each equation. What depends on
-constants alone (folded weights, tables of positions, indices) is computed on the way. One size of
-the inputs may be left open, such as the number of points. What is not known here is an error.
+constants alone (folded weights, tables of positions, indices) is computed on the way. Each constant
+is stored once, and only one slice of what repeats along an axis. One size of the inputs may be left
+open, such as the number of points. An operation that is not known here is an error.
 
 Not by jax2onnx: the decoder that it makes (0.13.0, which works with our Orbax, and 0.17.1, which
 needs an older one) is refused by ONNX Runtime, for a linear layer of a vector and for n + 5 tokens
 taken for 5.
 """
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -26,11 +28,14 @@ OPSET = 17  # what Meta's own export asks for, and browsers have
 # Protobuf's limit is 2 GB: the weights of larger models go to a file of their own.
 _LARGEST_FILE = 1 << 30
 
+# In bytes. Below this, an array that repeats is kept whole: a node that expands it takes more.
+_SMALL = 1024
+
 Tensor = str | np.ndarray  # a name in the graph, or a constant
 
 
 class _Value(NamedTuple):
-    """A traced array. Axes that it was broadcast along are one long: ONNX broadcasts by itself."""
+    """A traced array. Axes along which it repeats are one long: ONNX broadcasts by itself."""
 
     tensor: Tensor
     shape: tuple
@@ -42,7 +47,7 @@ class Graph:
     def __init__(self):
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
-        self._constants: dict[Any, tuple[str, np.ndarray]] = {}
+        self._constants: dict[tuple, tuple[str, np.ndarray]] = {}
         self._open_sizes: dict[Any, tuple[str, int]] = {}  # a tensor and an axis that have it
         self._numbers = itertools.count()
 
@@ -116,9 +121,8 @@ class Graph:
 
     def _constant(self, array: np.ndarray) -> str:
         array = np.asarray(array, order="C")
-        small = array.nbytes <= 1024
-        # The array is kept with its name, so that no other array gets its id.
-        key = (array.dtype, array.shape, array.tobytes()) if small else id(array)
+        content = hashlib.sha256(array.reshape(-1).view(np.uint8)).digest()
+        key = array.dtype, array.shape, content
         return self._constants.setdefault(key, (f"constant_{len(self._constants)}", array))[0]
 
     def _value(self, tensor: Tensor, shape: tuple) -> _Value:
@@ -191,7 +195,15 @@ class Graph:
 
 
 def _known_value(array) -> _Value:
-    return _Value(np.asarray(array), np.shape(array))
+    """A constant; of an axis along which all slices have the same bits, only one is kept."""
+    array = np.asarray(array)
+    if array.nbytes > _SMALL:
+        bits = array.view(f"u{array.itemsize}")
+        for axis in range(array.ndim):
+            first, second = (bits.take([i], axis, mode="clip") for i in (0, 1))
+            if np.array_equal(first, second) and (bits == first).all():
+                array, bits = array.take([0], axis), first
+    return _Value(array, array.shape)
 
 
 def _compute(equation: core.JaxprEqn, arrays: Sequence[np.ndarray]) -> list[_Value]:
@@ -377,14 +389,15 @@ def _gelu(graph, equation, x):
 
 
 def _conv(graph, equation, x, kernel):
-    size, given, out = len(kernel), equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    given, shape = (atom.aval.shape for atom in equation.invars)
+    out = equation.outvars[0].aval.shape
     result = graph.node(
         "Conv",
         _permuted(graph, x, (0, 3, 1, 2)),
-        kernel.transpose(3, 2, 0, 1),
+        _permuted(graph, kernel, (3, 2, 0, 1)),
         strides=[-(-given[1] // out[1])] * 2,
-        pads=[size // 2] * 4,
-        group=given[3] // kernel.shape[2],
+        pads=[shape[0] // 2] * 4,
+        group=given[3] // shape[2],
     )
     return _permuted(graph, result, (0, 2, 3, 1))
 

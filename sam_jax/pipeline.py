@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sam_jax.checkpoints import from_pretrained
 from sam_jax.idioms import ADVICE, WithAdvice
-from sam_jax.image import ImageInput
+from sam_jax.image import ImageInput, exif_orientation, load_image, turn
 from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
 from sam_jax.models.sam import Sam
 from sam_jax.ops.masks import rle_decode
@@ -113,7 +113,10 @@ class MaskGenerationPipeline(WithAdvice):
 
 
 def _upright(image: ImageInput) -> ImageInput:
-    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
+    if not isinstance(image, Image.Image):
+        return image
+    pixels = load_image(image)  # first: it refuses what must not be decoded
+    return turn(pixels, exif_orientation(image))
 
 
 def _outputs(records: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from PIL import Image
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.idioms import WithAdvice, unknown_attribute
-from sam_jax.image import ImageInput, load_image
+from sam_jax.image import ImageInput, check_decoder, load_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops.arrays import as_numpy
 from sam_jax.ops.prompts import (
@@ -81,12 +81,12 @@ class SamProcessor(WithAdvice):
             images: one picture or a list of them, of any sizes: PIL images, uint8 arrays
                 [h, w, 3] (RGB), [h, w], [h, w, 1] or [h, w, 4] (alpha is dropped), or paths.
             segmentation_maps: an integer map [h, w] per picture, to train with.
-            input_points: (x, y) in pixels of the pictures, nested [image][prompt][point][xy], or
-                [image][point][xy] for one prompt per image. Lists may be of different lengths;
+            input_points: (x, y) in pixels of the images, nested `[image][prompt][point][xy]`, or
+                `[image][point][xy]` for one prompt per image. Lists may be of different lengths;
                 None for an image without points, which gets prompts of no points.
-            input_labels: 1 foreground, 0 background, nested as the points ([image][point] will do
+            input_labels: 1 foreground, 0 background, nested as the points (`[image][point]` will do
                 for one prompt per image); foreground if left out.
-            input_boxes: (x0, y0, x1, y1) in pixels of the pictures, nested [image][box][4], None
+            input_boxes: (x0, y0, x1, y1) in pixels of the images, nested `[image][box][4]`, None
                 for an image without boxes. Given with points, one for each prompt.
             return_tensors: "np" or None, which mean the same: the arrays are numpy's.
 
@@ -317,6 +317,9 @@ class SamProcessor(WithAdvice):
             maps = [maps]
         if len(maps) != len(sizes):
             raise ValueError(f"there are {len(sizes)} images, but {len(maps)} segmentation_maps")
+        for given in maps:
+            if isinstance(given, Image.Image):
+                check_decoder(given)
         side = self.config.mask_size
         labels = np.zeros((len(maps), side, side), np.int64)
         for i, (given, size) in enumerate(zip(maps, sizes, strict=True)):

@@ -56,15 +56,16 @@ def process_environment(**others: str) -> dict[str, str]:
 def running_demo(folder: Path, *arguments: str, stop: int = signal.SIGINT) -> Iterator[str]:
     """The address of a page that `sam-jax demo` serves, until it gets the signal `stop`.
 
-    Its temporary files are in the folder.
+    It has nothing to write, and its temporary files would be in the folder.
     """
     port = free_port()
     command = [sys.executable, "-m", "sam_jax.cli", "demo", "--port", str(port), *arguments]
-    log = folder / "log"
+    log, temporary = folder / "log", folder / "temporary"
+    temporary.mkdir()
     with all_cores(), open(log, "w") as file:
         process = subprocess.Popen(
             command,
-            env=process_environment(TMPDIR=str(folder)),
+            env=process_environment(TMPDIR=str(temporary)),
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -75,27 +76,28 @@ def running_demo(folder: Path, *arguments: str, stop: int = signal.SIGINT) -> It
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/"
-        files = [file for file in folder.glob("sam_jax_demo_*/**/*") if file.is_file()]
-        assert files, "downloads were kept elsewhere"
-        assert "uploads" not in {file.parent.name for file in files}
         process.send_signal(stop)
         assert process.wait(30) == 130
         assert log.read_text().endswith("sam-jax: stopped\n")
         assert "Traceback" not in log.read_text()
-        assert not list(folder.glob("sam_jax_demo_*")), "a server that was stopped left files"
+        assert not [path for path in temporary.iterdir() if "sam_jax" in path.name]
     finally:
         process.kill()
         process.wait()
 
 
-def open_browser(folder: Path) -> webdriver.Chrome:
-    """Chromium with a new profile, which saves files in the folder."""
+def open_browser(folder: Path, phone: bool = False) -> webdriver.Chrome:
+    """Chromium with a new profile, which saves files in the folder; or as if on a phone."""
     binary, driver = find_chromium()
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for argument in (*_ARGUMENTS, f"--user-data-dir={folder / 'profile'}"):
         options.add_argument(argument)
     options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    if phone:
+        screen = {"width": 390, "height": 844, "pixelRatio": 2}
+        options.add_experimental_option("mobileEmulation", {"deviceMetrics": screen})
     return webdriver.Chrome(options, webdriver.ChromeService(driver))
 
 
@@ -107,7 +109,7 @@ class Page:
         browser.switch_to.new_window("tab")
         self.window = browser.current_window_handle
         browser.get(address)
-        self.find(".stage.empty")
+        self.find("#drop")
 
     def front(self):
         self.browser.switch_to.window(self.window)
@@ -128,23 +130,19 @@ class Page:
         url = self.find(".stage .mask").get_attribute("src")
         if not url:
             return None
-        picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-        return np.asarray(picture.convert("RGBA"))[..., 3] > 0
+        image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        return np.asarray(image.convert("RGBA"))[..., 3] > 0
 
     @contextlib.contextmanager
     def change(self):
-        """Waits for another mask, and for its files."""
+        """Waits for another mask."""
         self.front()
         before = self.find(".stage .mask").get_attribute("src")
         yield
-        self.finish(before)
-
-    def finish(self, before):
         self.wait(lambda: self.find(".stage .mask").get_attribute("src") != before)
-        self.wait(lambda: self.find("#png").is_enabled() and self.find("#rle").is_enabled())
 
     def mouse(self, *places, button="click"):
-        """Clicks at a place, from 0 to 1 along the picture's sides, or drags between two."""
+        """Clicks at a place, from 0 to 1 along the image's sides, or drags between two."""
         stage = self.find(".stage")
         width, height = stage.size["width"], stage.size["height"]
         offsets = [(round((x - 0.5) * width), round((y - 0.5) * height)) for x, y in places]
@@ -167,52 +165,52 @@ class Page:
         self.browser.switch_to.active_element.send_keys(*keys)
 
     def choose(self, path):
-        """Opens a file by the button."""
+        """Opens a file by the button; waits until it is shown."""
         self.front()
-        chooser = self.find("input[type=file]")
-        self.run("arguments[0].value = ''", chooser)  # as a click does, for the same file again
-        chooser.send_keys(str(path))
+        before = self.find(".stage .image").get_attribute("src")
+        self.find("#file").send_keys(str(path))
+        self.wait(lambda: self.find(".stage .image").get_attribute("src") != before)
 
     def told(self):
-        """The messages that are shown."""
-        return self.run(_TOLD)
+        """The error that is shown."""
+        alert = self.find("#alert")
+        return alert.text if alert.is_displayed() else ""
 
     def side(self, points):
         """Sets the points per side."""
         self.run(_SIDE, str(points))
 
     def saved(self):
-        """What the two buttons save: the PNG's picture, and the JSON."""
+        """What the two buttons save: the PNG's image and the JSON, and the names of the files."""
         self.front()
         files = []
-        for button, kind in (("png", "png"), ("rle", "json")):
+        for kind in ("png", "json"):
             for old in self.folder.glob(f"*.{kind}"):
                 old.unlink()
-            self.find(f"#{button}").click()
+            self.find(f"#{kind}").click()
             self.wait(lambda kind=kind: list(self.folder.glob(f"*.{kind}")))
             files += self.folder.glob(f"*.{kind}")
-        with Image.open(files[0]) as picture:
-            picture.load()
-        return picture, json.loads(files[1].read_text())
+        with Image.open(files[0]) as image:
+            image.load()
+        return image, json.loads(files[1].read_text()), [file.name for file in files]
 
     def drop(self, path):
-        """Drops a file where the picture is or will be."""
+        """Drops a file on the page; waits until it is shown."""
         self.front()
-        self.run(_DROP, base64.b64encode(path.read_bytes()).decode())
+        before = self.find(".stage .image").get_attribute("src")
+        self.run(_DROP, base64.b64encode(path.read_bytes()).decode(), path.name)
+        self.wait(lambda: self.find(".stage .image").get_attribute("src") != before)
 
 
 _SIDE = """
-const side = document.querySelector("#side input");
+const side = document.getElementById("side");
 side.value = arguments[0];
 side.dispatchEvent(new Event("input", {bubbles: true}));
-"""
-_TOLD = """
-return [...document.querySelectorAll(".toast-body")].map((e) => e.textContent).join();
 """
 _DROP = """
 const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
 const transfer = new DataTransfer();
-transfer.items.add(new File([bytes], "dropped.jpg", {type: "image/jpeg"}));
+transfer.items.add(new File([bytes], arguments[1], {type: "image/jpeg"}));
 const event = new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true});
-document.querySelector(".stage").dispatchEvent(event);
+document.querySelector("main").dispatchEvent(event);
 """

@@ -3,13 +3,17 @@ import json
 import os
 import sys
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
+from image_files import write_deep
 from PIL import Image
 from reference import SMALL, mask_iou, meta_sam, ours
+from safetensors import SafetensorError
 
 import sam_jax
-from sam_jax import cli
+from sam_jax import cli, files
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +222,41 @@ def test_a_write_that_fails_leaves_no_half(run, tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
+def test_scores_that_are_not_finite(run, model, tmp_path):
+    """Nothing is written: JSON has no NaN."""
+    sam = nnx.clone(model)
+    head = sam.mask_decoder.iou_prediction_head
+    nnx.update(head, jax.tree.map(lambda x: x * 1e37, nnx.state(head)))
+    sam_jax.save_pretrained(sam, tmp_path / "huge")
+    with pytest.raises(SystemExit, match="sam-jax: the model predicts IoUs that are NaN or inf"):
+        run("--point", "60,30", "--output", "out", model=tmp_path / "huge")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_into_one_folder(run, tmp_path):
+    """One waits for no other, and what a killed one left goes."""
+    with files.lock_folder(tmp_path / "out"):
+        owner = f"another run is working in out .process {os.getpid()} on "
+        with pytest.raises(SystemExit, match=owner):
+            run("--point", "60,30", "--output", "out")
+        assert os.listdir(tmp_path / "out") == [".sam_jax.lock"]
+    (tmp_path / "out" / ".sam_jax.lock").write_text("process 1 on elsewhere")
+    (tmp_path / "out" / ".sam_jax-killed").mkdir()
+    (tmp_path / "out" / ".sam_jax-killed" / "mask_0.png").touch()
+    run("--point", "60,30", "--output", "out")
+    results(tmp_path / "out")
+
+
+def test_a_full_disk_is_one_line(fails, monkeypatch):
+    """Safetensors, which exports are written with, has an error of its own."""
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr(cli, "from_pretrained", full)
+    assert "No space left on device" in fails("--point", "60,30")
+
+
 @pytest.mark.parametrize("allowed", range(1, 7))
 def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed):
     """Wherever it was stopped, the next one knows all files as ours."""
@@ -280,9 +319,9 @@ def test_bad_pictures(fails, tmp_path):
     assert "No such file or directory: " in fails("--point", "3,4", image="missing.png")
     (tmp_path / "notes.txt").write_text("no picture")
     message = fails("--point", "3,4", image="notes.txt")
-    assert message == "sam-jax: notes.txt is not a picture of a known format"
-    assert "cannot be read as a picture" in fails("--point", "3,4", image=".")
-    Image.fromarray(np.zeros((4, 5), np.uint16)).save(tmp_path / "deep.png")
+    assert message.startswith("sam-jax: notes.txt is not an image of a known format, expected")
+    assert ". is a folder, expected an image" in fails("--point", "3,4", image=".")
+    write_deep(tmp_path / "deep.png", "png_color")
     assert "more than 8 bits per channel" in fails("--point", "3,4", image="deep.png")
 
 

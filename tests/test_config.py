@@ -1,11 +1,12 @@
 import dataclasses
 import json
 import math
+import random
 import re
 
 import pytest
 import transformers
-from reference import SMALL
+from reference import SMALL, SMALL_TINY
 
 from sam_jax.checkpoints.params import param_shapes
 from sam_jax.config import (
@@ -80,12 +81,16 @@ def test_parts_that_are_left_out_take_their_defaults():
         ({"mask_decoder": {"a": 1, "b": 2}}, "mask_decoder has unknown keys ['a', 'b']"),
         ({"image_encoder_type": "resnet"}, "is 'resnet', expected one of ['tiny_vit', 'vit']"),
         ({"image_encoder_type": None}, "is None, expected one of"),
+        ({"image_encoder_type": []}, "is [], expected one of"),
+        ({"image_encoder": None}, "image_encoder is None, expected names and values"),
+        ([1], "config is [1], expected names and values"),
     ],
     ids=str,
 )
 def test_from_dict_refuses_what_it_does_not_know(change, message):
+    values = vit_b().to_dict() | change if isinstance(change, dict) else change
     with pytest.raises(ValueError, match=re.escape(message)):
-        SamConfig.from_dict(vit_b().to_dict() | change)
+        SamConfig.from_dict(values)
 
 
 def test_sizes_that_do_not_divide():
@@ -121,6 +126,15 @@ FOUR = "for each of the four stages"
         (TinyViTConfig, {"num_classes": 0}, "num_classes is 0, expected int | None"),
         (ViTConfig, {"global_attn_indexes": (50,)}, "is (50,), expected .* from 0 to 11"),
         (PromptEncoderConfig, {"mask_in_chans": 2}, "mask_in_chans is 2, expected at least 4"),
+        (TinyViTConfig, {"mlp_ratio": 300.0}, "and make at most 65536 of 320"),
+        (ViTConfig, {"depth": 129}, "ViTConfig.depth is 129, expected int up to 128"),
+        (TinyViTConfig, {"depths": (2, 2, 129, 2)}, "is (2, 2, 129, 2), expected .* up to 128"),
+        (MaskDecoderConfig, {"mlp_dim": 10**6}, "mlp_dim is 1000000, expected int up to 65536"),
+        (
+            SamConfig,
+            {"mask_decoder": MaskDecoderConfig(attention_downsample_rate=512)},
+            "attention_downsample_rate is 512, expected both",
+        ),
         (SamConfig, {"prompt_embed_dim": 255}, "prompt_embed_dim is 255, expected an even number"),
         (SamConfig, {"prompt_embed_dim": 6}, "is 6, expected an even number of at least 8"),
     ],
@@ -146,6 +160,49 @@ def test_what_cannot_be_built(part, values, message):
 )
 def test_the_smallest_sizes_can_be_built(config):
     assert all(math.prod(shape) for shape in param_shapes(config).values())
+
+
+def _nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+HOSTILE = [
+    *(None, True, False, 0, -1, 1, 2, 3, 10**6, 10**400, 2.0, 0.5, 1e-320, 1e308, -1e308),
+    *(math.nan, math.inf, "", "sam", "x" * 1000, [], [[]], [0], [1, 2, 3], [10**400] * 3),
+    *([1e308] * 4, ["a", None], {}, {"a": 1}, {1: 2}, _nested(5000), [0] * 4, [1] * 4, [2] * 4),
+]
+
+
+def test_a_configuration_is_built_or_refused(unchecked):
+    """Mutated at random: ValueError alone may come out, and what is taken can be built."""
+    rng = random.Random(0)
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
+    bases = [
+        (SamConfig.from_dict, SMALL.to_dict()),
+        (SamConfig.from_dict, SMALL_TINY.to_dict()),
+        (from_hf, to_hf(SMALL)),
+        (lambda values: from_hf(to_hf(SMALL), values), processor),
+    ]
+    taken, refused = set(), []
+    for i in range(3000):
+        function, base = bases[i % 4]
+        values = {k: dict(v) if isinstance(v, dict) else v for k, v in base.items()}
+        parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+        for _ in range(rng.randint(1, 2)):
+            part = rng.choice(parts)
+            name = rng.choice([*part, "more"])
+            part[name] = rng.choice(HOSTILE)
+        try:
+            taken.add(function(values))
+        except ValueError as error:
+            refused.append(str(error))
+    assert max(map(len, refused)) < 1000
+    assert len(taken) > 50
+    for config in rng.sample(sorted(taken, key=repr), 5):
+        param_shapes(config)
 
 
 @pytest.mark.parametrize("field", ["resize", "normalization"])
@@ -258,7 +315,11 @@ def test_statistics_of_pixels():
     [
         ({"image_mean": [0.5]}, "pixel_mean is (127.5,) and pixel_std is (58.395, 57.12, 57.375),"),
         ({"image_std": [0.1, 0, 0.1]}, "with positive deviations"),
-        ({"image_mean": [float("nan")] * 3}, "pixel_mean is (nan, nan, nan), expected"),
+        ({"image_mean": [float("nan")] * 3}, "has image_mean [nan, nan, nan], expected numbers"),
+        ({"image_std": "0.5"}, "has image_std '0.5', expected numbers"),
+        ({"rescale_factor": 0}, "has rescale_factor 0, expected more than 0"),
+        ({"rescale_factor": 1e-320}, "pixel_mean is (inf, inf, inf), expected"),
+        ([0.5], "the image processor's configuration is [0.5], expected names and values"),
         (
             {"size": {"longest_edge": 512}},
             "has size {'longest_edge': 512}, expected {'longest_edge': 1024}",
@@ -298,8 +359,9 @@ def test_preprocessors_that_cannot_be(preprocessor, message):
         ({"vision_config": {"num_hidden_layers": 0}}, "num_hidden_layers is 0, expected one"),
         ({"vision_config": {"mlp_ratio": "4"}}, "mlp_ratio is '4', expected one number"),
         ({"vision_config": {"global_attn_indexes": 2}}, "indexes is 2, expected a list of indices"),
-        ({"vision_config": [1]}, "config.json has vision_config [1], expected names and values"),
-        ({"mask_decoder_config": "x"}, "config.json has mask_decoder_config 'x', expected names"),
+        ([{}], "config.json is [{}], expected names and values"),
+        ({"vision_config": [1]}, "vision_config of config.json is [1], expected names and values"),
+        ({"mask_decoder_config": "x"}, "mask_decoder_config of config.json is 'x', expected names"),
     ],
     ids=str,
 )

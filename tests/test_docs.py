@@ -47,9 +47,10 @@ def blocks(text, language):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """With a photo, and a small model that stands for MedSAM."""
+    """With photos, and a small model that stands for MedSAM."""
     photo = Image.fromarray(skimage.data.coffee()).resize((1800, 1200))
     photo.save(tmp_path / "photo.jpg")
+    Image.fromarray(skimage.data.astronaut()).save(tmp_path / "astronaut.png")
     torch.save(meta_sam(SMALL_VIT).state_dict(), tmp_path / "medsam_vit_b.pth")
     (tmp_path / "examples").mkdir()
     shutil.copy(ROOT / "examples" / "predictor.jpg", tmp_path / "examples")

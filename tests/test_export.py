@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import skimage.data
 import torch
 import torch_reference
 from flax import nnx
+from image_files import eps
 from PIL import Image
 from reference import (
     SHALLOW,
@@ -134,6 +136,54 @@ def test_jax_programs_in_bfloat16(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["platforms"] == ["tpu"]
 
 
+def test_jax_programs_with_a_gradient(tmp_path):
+    """By every input, parameters included: the model's."""
+    model = ours(meta_sam(SHALLOW), SHALLOW)
+    export_jax(model, tmp_path / "out", ["cpu"], vjp_order=1)
+    encoder, decoder = (
+        jax.export.deserialize(bytearray((tmp_path / "out" / f"{name}.jax").read_bytes())).call
+        for name in ("encoder", "decoder")
+    )
+    params = load_file(tmp_path / "out" / "params.safetensors")
+    size = SHALLOW.image_size
+    (pixels,) = random_arrays((2, size, size, 3))
+    points = np.array([[[[0.3 * size, 0.6 * size], [0, 0]]]] * 2, np.float32)
+    labels = jnp.array([[[1, -1]]] * 2)
+    graphdef, state = nnx.split(model)
+
+    def by_program(params, pixels, points):
+        logits, scores = decoder(params, encoder(params, pixels), points, labels)
+        return (logits[:, :, 1:] ** 2).mean() + (scores[:, :, 1:] ** 2).sum()
+
+    def by_model(state, pixels, points):
+        sam = nnx.merge(graphdef, state)
+        logits, scores = sam.decode(sam.encode_image(pixels), points, labels, None, None)
+        return (logits[:, :, 1:] ** 2).mean() + (scores[:, :, 1:] ** 2).sum()
+
+    of_params, *found = jax.jit(jax.grad(by_program, (0, 1, 2)))(params, pixels, points)
+    of_state, *expected = jax.jit(jax.grad(by_model, (0, 1, 2)))(state, pixels, points)
+    for a, e in zip(found, expected, strict=True):
+        assert abs(e).max() > 0
+        assert_close(a, e)
+    for name in ("mask_decoder.iou_token", "image_encoder.patch_embed.kernel"):
+        leaf = of_state
+        for part in name.split("."):
+            leaf = leaf[part]
+        assert_close(of_params[name], leaf[...])
+
+
+def test_jax_programs_without_a_gradient(jax_folder):
+    """What the documentation says that they do not do, unless asked for and ever."""
+    encoder, (pixels,) = (
+        program(jax_folder, "encoder"),
+        random_arrays((1, *[SMALL.image_size] * 2, 3)),
+    )
+    with pytest.raises(ValueError, match="No VJP is available"):
+        jax.grad(lambda pixels: encoder(pixels).sum())(pixels)
+    with pytest.raises(NotImplementedError, match="Batching rule"):
+        jax.vmap(encoder)(pixels[None])
+
+
 def test_each_platform_has_its_fastest_attention(model, monkeypatch):
     asked = set()
 
@@ -218,6 +268,8 @@ def test_onnx_of_real_weights(mobile_sam_file, tmp_path):
     image = skimage.data.coffee()
     Image.fromarray(image).save(tmp_path / "photo.png")
     run_command("export", mobile_sam_file, "--format", "onnx", "--output", tmp_path / "out")
+    # The model's, not a copy of each attention bias for each window.
+    assert (tmp_path / "out" / "encoder.onnx").stat().st_size < 30e6
     session = onnx_session(tmp_path / "out", "decoder")
     (embedding,) = onnx_session(tmp_path / "out", "encoder").run(
         None, {"input_image": resized(image, 1024)}
@@ -282,13 +334,20 @@ def test_example(example, folder, blocked, request, model, photo, tmp_path):
 
 
 @pytest.mark.parametrize("example", ["load_export", "load_onnx"])
-def test_an_example_refuses_what_it_would_clip(example, jax_folder, onnx_folder, tmp_path):
-    Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(tmp_path / "deep.png")
+@pytest.mark.parametrize("name", ["gray.png", "color.png", "eps.jpg"])
+def test_an_example_refuses_what_it_would_clip_or_execute(
+    example, name, jax_folder, onnx_folder, tmp_path
+):
+    deep = np.full((9, 9, 3), 4000, np.uint16)
+    cv2.imwrite(str(tmp_path / "gray.png"), deep[..., 0])
+    cv2.imwrite(str(tmp_path / "color.png"), deep)
+    (tmp_path / "eps.jpg").write_bytes(eps())
     folder = {"load_export": jax_folder, "load_onnx": onnx_folder}[example]
-    command = [sys.executable, EXAMPLES / f"{example}.py", folder, tmp_path / "deep.png", "5", "5"]
+    command = [sys.executable, EXAMPLES / f"{example}.py", folder, tmp_path / name, "5", "5"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1
-    assert "has pixels of mode I;16, expected 8 bits for each channel" in result.stderr
+    expected = "cannot identify image" if name == "eps.jpg" else "has 16 bits per channel, expected"
+    assert expected in result.stderr
     assert not (tmp_path / "mask.png").exists()
 
 
@@ -322,14 +381,19 @@ def test_command(saved, tmp_path, capsys):
     assert config["dtype"] == "bfloat16"
     assert config["image_size"] == SMALL.image_size
     assert config["mask_size"] == SMALL.mask_size
+    assert config["vjp_order"] == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["/no/such/model"], "/no/such/model"),
-        (["--format", "onnx", "--dtype", "bfloat16"], "--platforms and --dtype are for --format"),
-        (["--format", "onnx", "--platforms", "cpu"], "--platforms and --dtype are for --format"),
+        (
+            ["--format", "onnx", "--dtype", "bfloat16"],
+            "--dtype and --gradient are for --format jax",
+        ),
+        (["--format", "onnx", "--platforms", "cpu"], "--platforms, --dtype and --gradient are"),
+        (["--format", "onnx", "--gradient"], "--platforms, --dtype and --gradient are for"),
         (["--single-mask"], "--single-mask is for --format onnx"),
         (["--platforms", "cpu", "cpu"], "platforms are ['cpu', 'cpu'], expected"),
         (["--platforms"], "platforms are [], expected some of ['cpu', 'cuda', 'rocm', 'tpu']"),
@@ -372,7 +436,7 @@ def test_nothing_is_left_half_written(write, model, tmp_path, monkeypatch):
 
 
 class Serialized:
-    def serialize(self):
+    def serialize(self, vjp_order):
         return b""
 
 

@@ -1,8 +1,20 @@
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from sam_jax.files import replacing
+from sam_jax import files
+from sam_jax.files import (
+    FolderInUseError,
+    lock_folder,
+    read_json,
+    replacing,
+    temporary_folder,
+    write_json,
+)
 
 
 def test_a_file_takes_the_place_of_another(tmp_path):
@@ -43,3 +55,152 @@ def test_nothing_is_left_of_what_was_not_finished(tmp_path, is_folder):
     with pytest.raises(KeyboardInterrupt):
         write()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def other_process():
+    """Runs Python code in another process that has `files`, up to its first line of output."""
+    load = f"""
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("files", {files.__file__!r})
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+path = pathlib.Path(sys.argv[1])
+"""
+    processes = []
+
+    def start(code, path):
+        command = [sys.executable, "-c", load + code, str(path)]
+        processes.append(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+        processes[-1].stdout.readline()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+WRITES = """
+with files.replacing(path) as temporary:
+    temporary.write_text("half")
+    print(flush=True)
+    input()
+"""
+WORKS = """
+with files.lock_folder(path):
+    print(flush=True)
+    input()
+"""
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path, other_process):
+    killed = other_process(WRITES, tmp_path / "killed")
+    alive = other_process(WRITES, tmp_path / "alive")
+    (tmp_path / ".sam_jax-notes").write_text("a file, and so none of a process")
+    assert len(os.listdir(tmp_path)) == 3
+    killed.kill()
+    killed.wait()
+    write_json(tmp_path / "new", [1])
+    assert len(os.listdir(tmp_path)) == 3
+    assert {"new", ".sam_jax-notes"} < {*os.listdir(tmp_path)}
+    alive.communicate("\n")
+    assert sorted(os.listdir(tmp_path)) == [".sam_jax-notes", "alive", "new"]
+    assert (tmp_path / "alive").read_text() == "half"
+
+
+def test_a_temporary_folder_is_its_own(tmp_path):
+    with temporary_folder(tmp_path) as first, temporary_folder(tmp_path) as second:
+        assert sorted(tmp_path.iterdir()) == sorted([first, second])
+        (second / "file").touch()
+    assert os.listdir(tmp_path) == []
+
+
+def test_leftovers_of_a_relative_folder_are_those_of_this_one(tmp_path, monkeypatch):
+    for place in ("first", "second"):
+        (tmp_path / place / "out" / ".sam_jax-killed").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / place)
+        files.remove_leftovers(Path("out"))
+        assert os.listdir("out") == []
+
+
+def test_one_run_works_in_a_folder(tmp_path, other_process):
+    folder = tmp_path / "new"
+    run = other_process(WORKS, folder)
+    message = rf"another run is working in .*new \(process {run.pid} on .+, since \d{{4}}-.*:\d\d\)"
+    with pytest.raises(FolderInUseError, match=message), lock_folder(folder):
+        pass
+    # Its lock ends with it, even if it cannot clean up.
+    run.kill()
+    run.wait()
+    assert len(os.listdir(folder)) == 1
+    with lock_folder(folder):
+        with (
+            pytest.raises(FolderInUseError, match=f"process {os.getpid()} on"),
+            lock_folder(folder),
+        ):
+            pass
+        assert len(os.listdir(folder)) == 1
+    assert os.listdir(folder) == []
+
+
+def test_where_the_system_has_no_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with lock_folder(tmp_path):
+        write_json(tmp_path / "file", {})
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 101 + b"]" * 101, "is nested 101 deep, expected at most 100"),
+        (b'{"a":' * 200_000, "is nested 200000 deep"),
+        (b"[1, 2", "is not JSON"),
+        (b"", "is not JSON"),
+        (b'{"a": "\xff"}', "is not JSON"),
+        (b"9" * 5000, "is not JSON"),
+        (b"[" + b"1," * 1000 + b"1]", "has 2003 bytes, expected at most 2000"),
+    ],
+    ids=lambda value: str(value[:20]),
+)
+def test_json_that_is_refused(tmp_path, content, message):
+    (tmp_path / "file.json").write_bytes(content)
+    limit = 2000 if "2000" in message and "deep" not in message else 2**30
+    for source in (tmp_path / "file.json", content):
+        with pytest.raises(ValueError, match=message):
+            read_json(source, max_bytes=limit)
+
+
+def test_json_that_is_taken(tmp_path):
+    # Brackets in strings do not count, escaped quotes and unfinished ones either.
+    value = {"a" + "[" * 500: ['"' + "{" * 500, "\\", 1.5, None], "b": [[[]]]}
+    write_json(tmp_path / "file.json", value)
+    assert read_json(tmp_path / "file.json") == value
+    assert read_json(json.dumps(value).encode()) == value
+    deepest = b"[" * 100 + b"]" * 100
+    assert json.dumps(read_json(deepest)).encode() == deepest
+
+
+def test_json_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is not a regular file"):
+        read_json(tmp_path / "pipe")
+    with pytest.raises(IsADirectoryError, match="is a folder, expected a file"):
+        read_json(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("value", [float("nan"), [float("inf")]])
+def test_json_that_cannot_be_written(tmp_path, value):
+    write_json(tmp_path / "file.json", [1], indent=1)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "file.json", value)
+    assert (tmp_path / "file.json").read_text() == "[\n 1\n]\n"
+    assert os.listdir(tmp_path) == ["file.json"]

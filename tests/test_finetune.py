@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 import tyro
 from cores import all_cores
+from PIL import Image
 from reference import SHALLOW, meta_sam, ours
 
 from sam_jax import from_pretrained, save_pretrained
 from sam_jax.checkpoints.params import flat_params
+from sam_jax.files import lock_folder
 from sam_jax.training.checkpointing import open_checkpoints
 from sam_jax.training.data import Prepare, open_source
 from sam_jax.training.evaluate import evaluate
+from sam_jax.training.log import MetricsLog
 from sam_jax.training.lora import load_lora
 from sam_jax.training.parameters import EVERYTHING, Optimizer, layer_decay
 
@@ -109,7 +112,7 @@ def finish(process):
 
 def evaluated(printed):
     """The steps whose lines are printed."""
-    return [json.loads(line)["step"] for line in printed.splitlines()[:-1]]
+    return [json.loads(line)["step"] for line in printed.splitlines() if line.startswith("{")]
 
 
 def lines(output):
@@ -190,12 +193,12 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(whole, cells, model, tmp_path)
 
 def test_other_settings_are_refused_and_a_finished_run_stays(whole, cells, model):
     before = (whole / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"results of other settings: seed was '0' and is '1'$"):
+    with pytest.raises(ValueError, match=r"settings: seed was '0' and is '1'\. Choose another"):
         finetune.main(config_of(cells, model, whole, *RANDOM, "--seed", "1"))
     annotations = cells / "train.json"
     content = annotations.read_text()
     annotations.write_text(content + "\n")
-    with pytest.raises(ValueError, match=r"other settings: data was '\w{64}' and is '\w{64}'$"):
+    with pytest.raises(ValueError, match=r"other settings: data was '\w{64}' and is '\w{64}'\. "):
         finetune.main(config_of(cells, model, whole, *RANDOM))
     annotations.write_text(content)
     # Paths are the same from wherever they are said.
@@ -204,11 +207,122 @@ def test_other_settings_are_refused_and_a_finished_run_stays(whole, cells, model
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+def stop_at(monkeypatch, step, number):
+    """Sends a signal when the step is in the log."""
+    write = MetricsLog.write
+
+    def write_and_signal(log, at, *args, **options):
+        write(log, at, *args, **options)
+        if at == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(MetricsLog, "write", write_and_signal)
+
+
+def test_a_run_that_is_stopped_or_extended_is_as_one(cells, model, tmp_path, monkeypatch, capfd):
+    """By Ctrl-C and by SIGTERM, each of which saves its step; and by more steps."""
+    options = "--schedule", "constant", "--rounds", "1", "--eval-every", "100"
+    stopped, extended = tmp_path / "stopped", tmp_path / "extended"
+    config = config_of(cells, model, stopped, *options)
+    for step, number in ((3, signal.SIGINT), (7, signal.SIGTERM)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, number)
+            assert finetune.main(config) == 128 + number
+        assert lines(stopped)[-1]["step"] == step
+        errors = capfd.readouterr().err
+        assert f"stopped after step {step}, saved in {stopped / 'checkpoints' / str(step)}; " in (
+            errors
+        )
+        assert f"to resume from step {step}\n" in errors
+    assert not (stopped / "model").exists()
+    assert finetune.main(config) == 0
+    assert "finetune: resuming from step 7 of 14\n" in capfd.readouterr().err
+
+    for steps in (5, STEPS):
+        assert finetune.main(config_of(cells, model, extended, *options, "--steps", steps)) == 0
+        printed = capfd.readouterr().out.splitlines()
+        assert re.fullmatch(r"objects: \d+ used, 0 dropped", printed[-4])
+        assert re.fullmatch(r"loss: \d\.\d{3} -> \d\.\d{3}", printed[-3])
+        assert printed[-1] == str(extended / "model")
+    assert lines(extended) == lines(stopped)
+    assert json.loads((extended / "summary.json").read_text())["steps"] == STEPS
+    expected = flat_params(from_pretrained(stopped / "model"))
+    for name, value in flat_params(from_pretrained(extended / "model")).items():
+        np.testing.assert_array_equal(value, expected[name])
+    with pytest.raises(ValueError, match=r"--steps is 9, but .*extended has made 14 already"):
+        finetune.main(config_of(cells, model, extended, *options, "--steps", 9))
+    with pytest.raises(ValueError, match=r"schedule was 'constant' and is 'cosine'.*--model .*mod"):
+        finetune.main(config_of(cells, model, extended, *options, "--schedule", "cosine"))
+
+
+def test_a_stopped_script_prints_no_traceback(cells, model, tmp_path):
+    script = KILLED.replace("SIGKILL", "SIGINT").replace("step == 7", "step == 5")
+    command = [sys.executable, "-c", script, EXAMPLES / "finetune.py", tmp_path / "run"]
+    command = [*map(str, command), *arguments(cells, model, tmp_path / "run")]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 130, found.stderr
+    assert "Traceback" not in found.stderr
+    assert found.stderr.splitlines()[-1].endswith("rerun the same command to resume from step 5")
+
+
+def test_one_run_in_a_folder(cells, model, tmp_path):
+    config = config_of(cells, model, tmp_path)
+    with (
+        lock_folder(tmp_path),
+        pytest.raises(ValueError, match=rf"in {tmp_path} \(process {os.getpid()} on .*, since "),
+    ):
+        finetune.main(config)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="model is there already, but no run of it; choose anoth"):
+        finetune.main(config)
+
+
+def write_squares(folder, *sides):
+    """A COCO file of images four times the model's input, each with a square of this side."""
+    size = 4 * SHALLOW.image_size
+    images, annotations = [], []
+    for k, side in enumerate(sides):
+        Image.new("RGB", (size, size), (k, 50, 90)).save(folder / f"{k}.png")
+        images.append({"id": k, "file_name": f"{k}.png", "height": size, "width": size})
+        corners = [160, 160, 160 + side, 160, 160 + side, 160 + side, 160, 160 + side]
+        annotations.append({"id": k, "image_id": k, "iscrowd": 0, "segmentation": [corners]})
+    content = {"images": images, "annotations": annotations, "categories": []}
+    (folder / "squares.json").write_text(json.dumps(content))
+    return ["--annotations", folder / "squares.json", "--images", folder, "--batch-size", "1"]
+
+
+def test_objects_that_are_too_small(model, tmp_path, capfd):
+    """A cell of the target grid is 2 pixels of the model's input, 8 of the images."""
+    run, options = tmp_path / "run", write_squares(tmp_path, 4, 4)
+    with pytest.raises(ValueError, match=r"no object of the 2 images .*; compare masks at --full-"):
+        finetune.main(config_of(tmp_path, model, run, *options))
+    assert not (run / "metrics.jsonl").exists()
+    assert not (run / "embeddings").exists()
+
+    options = [*write_squares(tmp_path, 80, *[4] * 6), "--rounds", "1", "--ema-decay", "0.5"]
+    assert finetune.main(config_of(tmp_path, model, run, *options)) == 0
+    found, captured = lines(run), capfd.readouterr()
+    assert [x["objects_used"] + x["objects_dropped"] for x in found] == [1] * STEPS
+    useful = [line for line in found if line["objects_used"]]
+    assert len(useful) == 2  # of two epochs
+    assert all(np.isfinite(line["loss"]) for line in useful)
+    assert all(x["loss"] is x["learning_rate"] is None for x in found if x["objects_dropped"])
+    # The schedule counts the steps that were made.
+    _, rate = Optimizer(learning_rate=1e-3).make(EVERYTHING, STEPS)
+    assert [x["learning_rate"] for x in useful] == pytest.approx([float(rate(k)) for k in (0, 1)])
+    assert captured.err.count("warning: 5 of ") == 1
+    assert "--full-resolution" in captured.err
+    assert "objects: 2 used, 12 dropped, because they fill less than half" in captured.out
+
+
 def test_adapters_and_evaluation(cells, model, tmp_path):
     held_out = ["--eval-annotations", cells / "test.json", "--eval-images", cells / "images"]
     output = tmp_path / "run"
-    code, _, errors = finish(start(cells, model, output, "--train", "lora", *held_out))
+    code, printed, errors = finish(start(cells, model, output, "--train", "lora", *held_out))
     assert code == 0, errors
+    ends = [line for line in lines(output) if "miou@1" in line]
+    ends = " -> ".join(f"{ends[k]['miou@1']:.3f}" for k in (0, -1))
+    assert f"mean IoU by clicks, 1: {ends}" in printed.splitlines()
     assert from_pretrained(output / "best").config == from_pretrained(model).config
     before, *found = (line for line in lines(output) if "miou@1" in line)
     assert [line["step"] for line in found] == [4, 8, 12, 14]
@@ -354,7 +468,8 @@ def test_pictures_that_come_again_are_encoded_once(cells, model, monkeypatch, op
     monkeypatch.setattr(finetune, "CachedEmbeddings", lambda s, *_: made.append(len(s)) or s)
     held_out = "--eval-annotations", cells / "test.json", "--eval-images", cells / "images"
     config = config_of(cells, model, Path("run"), *held_out, *options.split())
-    assert [len(source) for source in finetune.sources(None, config)] == [5, 2]
+    opened = finetune.sources(config)
+    assert [len(source) for source in finetune.with_embeddings(*opened, None, config)] == [5, 2]
     assert made == cached
 
 

@@ -9,17 +9,22 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pycocotools.coco
 import pytest
 from cores import all_cores
+from flax import nnx
 from PIL import Image
 from reference import SMALL, meta_sam, ours
 from test_mask_generator import ALL, picture
 
+import sam_jax
 from sam_jax import cli, from_pretrained, save_pretrained
+from sam_jax.files import lock_folder
 from sam_jax.folder import Results, find_pictures, generate_folder
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
+from sam_jax.ops.masks import mask_to_box, rle_encode
 
 SIZES = {"wide": (60, 110), "tall": (130, 70), "small": (20, 25)}
 ALL_PASS = ["--pred-iou-thresh", "0", "--stability-score-thresh", "0"]
@@ -98,21 +103,157 @@ def test_png_folders(run, expected, tmp_path):
             ][0]
 
 
-def test_coco(run, expected, tmp_path, capsys):
-    assert run("--format", "coco", "--overlays")[0] is None
+def test_coco(run, expected, tmp_path):
+    """What pycocotools, FiftyOne and CVAT expect."""
+    message, printed = run("--format", "coco", "--overlays")
+    assert message is None
+    masks = sum(map(len, expected.values()))
+    file = tmp_path / "out/annotations.json"
+    assert printed.out.splitlines()[1:] == [f"{file}: 3 images, {masks} masks"]
     assert {f"overlays/{n}.png" for n in SIZES} < files(tmp_path / "out")
-    coco = pycocotools.coco.COCO(tmp_path / "out/annotations.json")
-    assert coco.loadCats(coco.getCatIds()) == [{"id": 1, "name": "object"}]
+    coco = pycocotools.coco.COCO(file)
+    assert coco.dataset["info"]["exif_orientation"] == "applied"
+    assert sam_jax.__version__ in coco.dataset["info"]["contributor"]
+    assert coco.dataset["licenses"] == []
+    (category,) = coco.loadCats(coco.getCatIds())
+    assert category == {"id": 1, "name": "object", "supercategory": "object"}
     for image in coco.loadImgs(coco.getImgIds()):
+        assert image.keys() == {"id", "file_name", "height", "width"}
         records = expected[Path(image["file_name"]).stem]
         assert (image["height"], image["width"]) == SIZES[Path(image["file_name"]).stem]
         annotations = coco.loadAnns(coco.getAnnIds([image["id"]]))
         for annotation, record in zip(annotations, records, strict=True):
             assert annotation["area"] == record["area"]
-            assert annotation["bbox"] == record["bbox"]
-            assert annotation["predicted_iou"] == record["predicted_iou"]
+            box = pycocotools.mask.toBbox(annotation["segmentation"])
+            assert annotation["bbox"] == box.tolist()
+            if annotation["area"]:
+                x, y, w, h = record["bbox"]
+                assert annotation["bbox"] == [x, y, w + 1, h + 1]
+            assert annotation["score"] == annotation["predicted_iou"] == record["predicted_iou"]
+            assert annotation["iscrowd"] == 0
             np.testing.assert_array_equal(coco.annToMask(annotation), record["segmentation"])
     assert len(coco.getImgIds()) == 3
+    # Scores and segments are results to pycocotools, too.
+    assert len(coco.loadRes(coco.dataset["annotations"]).anns) == masks
+
+
+def test_polygons(run, expected, tmp_path):
+    assert run("--format", "coco")[0] is None
+    parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/parts").iterdir()}
+    message, printed = run("--format", "coco", "--segmentation", "polygons")
+    assert message is None
+    # Nothing was generated again.
+    assert {p: p.stat().st_mtime_ns for p in parts} == parts
+    count = 0
+    coco = pycocotools.coco.COCO(tmp_path / "out/annotations.json")
+    for image in coco.loadImgs(coco.getImgIds()):
+        records = [r for r in expected[Path(image["file_name"]).stem] if r["area"]]
+        annotations = coco.loadAnns(coco.getAnnIds([image["id"]]))
+        for annotation, record in zip(annotations, records, strict=True):
+            assert all(len(p) >= 6 and len(p) % 2 == 0 for p in annotation["segmentation"])
+            assert annotation["iscrowd"] == 0
+            np.testing.assert_array_equal(coco.annToMask(annotation), record["segmentation"])
+            count += 1
+    said = f"3 images, {count} masks; IoU of polygons and masks 1.0000, the least 1.0000"
+    assert said in printed.out
+    assert "--segmentation polygons is for --format coco" in run("--segmentation", "polygons")[0]
+
+
+def record(mask):
+    """A record of `SamAutomaticMaskGenerator`."""
+    x0, y0, x1, y1 = mask_to_box(mask).tolist()
+    height, width = mask.shape
+    record = {"segmentation": rle_encode(mask), "area": int(mask.sum())}
+    record |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "point_coords": [[0.0, 0.0]]}
+    record |= {"crop_box": [0, 0, width, height], "predicted_iou": 1.0, "stability_score": 1.0}
+    return record
+
+
+def test_small_and_empty_masks(photos, tmp_path):
+    """A mask of one pixel is one pixel wide; of an empty one there is no polygon."""
+    masks = np.zeros((2, *SIZES["small"]), bool)
+    masks[0, 7, 9] = True
+    image = np.zeros((*SIZES["small"], 3), np.uint8)
+    for segmentation in ("rle", "polygons"):
+        results = Results(tmp_path / "out", "coco", segmentation=segmentation)
+        results.begin({}, [])
+        results.write(photos / "small.png", image, [record(mask) for mask in masks])
+        (said,) = results.finish()
+        found = json.loads((tmp_path / "out/annotations.json").read_text())["annotations"]
+        assert found[0]["bbox"] == [9, 7, 1, 1]
+        if segmentation == "rle":
+            assert found[1]["bbox"] == [0, 0, 0, 0]
+        else:
+            assert found[0]["segmentation"] == [[9, 7, 10, 7, 10, 8, 9, 8]]
+            assert len(found) == 1
+            assert said.endswith("; 1 empty masks have no polygon and were left out")
+
+
+def test_all_parts_are_joined(run, photos, tmp_path):
+    """Those of earlier runs, too, with the ids that they had."""
+    run("--format", "coco", inputs=[photos / "wide.png", photos / "small.png"])
+    file = tmp_path / "out/annotations.json"
+    first = json.loads(file.read_text())
+    assert [image["file_name"] for image in first["images"]] == ["small.png", "wide.png"]
+    message, printed = run("--format", "coco", inputs=[photos / "tall.png"])
+    assert message is None
+    assert "out/annotations.json: 3 images, " in printed.out
+    second = json.loads(file.read_text())
+    assert second["images"][:2] == first["images"]
+    assert second["images"][2]["file_name"] == "tall.png"
+    assert second["annotations"][: len(first["annotations"])] == first["annotations"]
+    ids = [annotation["id"] for annotation in second["annotations"]]
+    assert ids == list(range(1, len(ids) + 1))
+
+    # Of what is damaged or gone the ids are given to nothing else, and it is said.
+    (tmp_path / "out/parts/small.json").write_text("{")
+    message, printed = run("--format", "coco", inputs=[photos / "tall.png"])
+    assert message is None
+    assert "parts/small.json was left out, it is damaged: " in printed.err
+    third = json.loads(file.read_text())
+    assert third["images"] == second["images"][1:]
+    gone = second["images"][0]["id"]
+    assert third["annotations"] == [a for a in second["annotations"] if a["image_id"] != gone]
+    run("--format", "coco", inputs=[photos])
+    assert json.loads(file.read_text()) == second
+
+
+@pytest.mark.parametrize(
+    "ids", ["[", "5", '[["small"]]', '[["small", -5], ["wide", 0]]', "[" * 500], ids=str
+)
+def test_damaged_ids_are_made_again(run, tmp_path, ids):
+    run("--format", "coco")
+    before = (tmp_path / "out/annotations.json").read_bytes()
+    (tmp_path / "out/ids.json").write_text(ids)
+    assert run("--format", "coco")[0] is None
+    assert (tmp_path / "out/annotations.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"segmentation": {"size": [20, 25], "counts": "o"}},
+        {"segmentation": {"size": [20, 25], "counts": "0"}},
+        {"segmentation": [1, 2]},
+        {"predicted_iou": float("nan")},
+        {"predicted_iou": "high"},
+    ],
+    ids=str,
+)
+def test_damaged_parts_are_left_out(photos, tmp_path, damage):
+    mask = np.ones(SIZES["small"], bool)
+    results = Results(tmp_path / "out", "coco", segmentation="polygons")
+    results.begin({}, [])
+    for name in ("small", "tall"):
+        results.write(photos / f"{name}.png", np.zeros((*mask.shape, 3), np.uint8), [record(mask)])
+    part = tmp_path / "out/parts/small.json"
+    content = json.loads(part.read_text())
+    content["annotations"][0].update(damage)
+    part.write_text(json.dumps(content))
+    said, left_out = results.finish()
+    assert "1 images, 1 masks" in said
+    assert left_out.startswith(f"{part} was left out, it is damaged: ")
+    assert "NaN" not in (tmp_path / "out/annotations.json").read_text()
 
 
 def test_in_bfloat16(run, model, tmp_path, expected):
@@ -136,7 +277,7 @@ def test_what_is_finished_is_passed_over(run, tmp_path, kind):
     before = {
         p: (p.stat().st_mtime_ns, p.read_bytes())
         for p in (tmp_path / "out").rglob("*.*")
-        if p.is_file() and p.name != "annotations.json"
+        if p.is_file() and p.name not in ("annotations.json", "ids.json")
     }
     # One result is lost, and a half-written one was left behind by a run that was killed.
     lost = tmp_path / "out" / ("wide/metadata.csv" if kind == "png" else "parts/wide.json")
@@ -255,7 +396,7 @@ def test_bad_pictures_do_not_stop_the_rest(run, photos, tmp_path, kind):
     (photos / "damaged.avif").write_bytes(pixels.getvalue()[:300])
     (photos / ".hidden").write_text("not looked at")
     message, printed = run("--format", kind)
-    assert message.startswith("sam-jax: 3 could not be read:\n")
+    assert message.startswith("sam-jax: 3 failed:\n")
     for name in ("empty.png", "cut.png", "damaged.avif"):
         assert f"  {photos / name}: " in message
     assert printed.out.startswith("3 of 6 pictures")
@@ -263,6 +404,119 @@ def test_bad_pictures_do_not_stop_the_rest(run, photos, tmp_path, kind):
     if kind == "coco":
         images = json.loads((tmp_path / "out/annotations.json").read_text())["images"]
         assert [image["file_name"] for image in images] == ["small.png", "tall.png", "wide.png"]
+
+
+def test_what_is_no_image_and_what_lies_deeper(run, photos, tmp_path):
+    """Only what can be read counts, and folders are not passed over without a word."""
+    for name in ("notes.pdf", "data.h5", "vector.eps", "film.mpg", "plot.svg", "list.fits"):
+        (photos / name).touch()
+    (photos / "inner.png").mkdir()
+    (photos / "more").mkdir()
+    (photos / "more" / "deep.png").write_bytes((photos / "wide.png").read_bytes())
+    message, printed = run(output=photos / "out")
+    assert message is None
+    assert printed.out.startswith("3 of 3 pictures")
+    assert f"as inputs of their own: {photos / 'inner.png'} and 1 more\n" in printed.err
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"no image in .*outer; its subfolders are inputs of"):
+        find_pictures([tmp_path / "outer"])
+
+
+def test_one_that_cannot_be_written_does_not_stop_the_rest(run, photos, tmp_path):
+    longest = "x" * 251 + ".png"  # with .json it is longer than a name may be
+    (photos / "wide.png").rename(photos / longest)
+    (photos / "gone.png").symlink_to("nowhere")
+    (tmp_path / "out/parts").mkdir(parents=True)
+    (tmp_path / "out/sam_jax.json").write_text("{}")
+    message, printed = run("--format", "coco")
+    assert message.startswith("sam-jax: 2 failed:\n")
+    assert f"{longest}: [Errno 36] File name too long" in message
+    assert f"{photos / 'gone.png'}: [Errno 2] No such file or directory" in message
+    assert printed.out.startswith("2 of 4 pictures")
+    images = json.loads((tmp_path / "out/annotations.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["small.png", "tall.png"]
+    assert {p.stem for p in (tmp_path / "out/parts").iterdir()} == {"small", "tall"}
+
+
+@pytest.mark.parametrize("kind", ["png", "coco"])
+def test_a_full_disk_ends_the_run(run, tmp_path, monkeypatch, kind):
+    """With one line: every further image would fail, too."""
+    write, written = Results.write, []
+
+    def full(results, picture, *others):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(picture)
+        write(results, picture, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Results, "write", full)
+        message, printed = run("--format", kind)
+    assert message == "sam-jax: [Errno 28] No space left on device"
+    assert printed.out == ""
+    assert len(written) == 1
+    assert run("--format", kind)[0] is None
+
+
+@pytest.mark.parametrize("kind", ["png", "coco"])
+def test_two_runs_into_one_folder(run, tmp_path, kind):
+    """The second says that the first is running, and leaves its folder alone."""
+    with lock_folder(tmp_path / "out"):
+        message, printed = run("--format", kind)
+        assert os.listdir(tmp_path / "out") == [".sam_jax.lock"]
+    assert message.startswith(f"sam-jax: another run is working in {tmp_path / 'out'} (process ")
+    assert f"{os.getpid()} on " in message
+    assert "\n" not in message
+    assert printed.out == printed.err == ""
+    # That of a run that was killed holds nobody up.
+    (tmp_path / "out/.sam_jax.lock").write_text("process 1 on elsewhere, since yesterday")
+    (tmp_path / "out/.sam_jax-killed").mkdir()
+    (tmp_path / "out/.sam_jax-killed/0.png").touch()
+    assert run("--format", kind)[0] is None
+    assert not any(".sam_jax" in name for name in os.listdir(tmp_path / "out"))
+
+
+def test_scores_that_are_not_finite(run, model, tmp_path):
+    """No result with no masks, and no NaN in JSON."""
+    sam = from_pretrained(model)
+    head = sam.mask_decoder.iou_prediction_head
+    nnx.update(head, jax.tree.map(lambda x: x * np.nan, nnx.state(head)))
+    save_pretrained(sam, tmp_path / "nan")
+    for options in ([], ALL_PASS):
+        message, printed = run("--format", "coco", "--model", tmp_path / "nan", options=options)
+        assert message.startswith("sam-jax: the model predicts IoUs that are NaN or infinite: ")
+        assert "\n" not in message
+        assert printed.out == ""
+        assert files(tmp_path / "out") == {"sam_jax.json"}
+
+
+def test_what_is_said_while_one_waits(run):
+    _, printed = run("--format", "coco")
+    lines = printed.err.replace("\r", "\n").splitlines()
+    assert lines[0].startswith("compiling the image encoder and the mask decoder, once for all")
+    assert lines[1].startswith("the first image took ")
+    assert "image/s" in printed.err
+    assert any("3/3" in line for line in lines)
+    _, printed = run("--format", "coco")
+    assert "compiling" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "and 80 points are decoded instead of 16; expect 5 times the time"),
+        (
+            ["--crop-n-points-downscale-factor", "2"],
+            "and 32 points are decoded instead of 16; expect 2.0 to 5 times the time",
+        ),
+    ],
+    ids=str,
+)
+def test_crops_are_estimated_before_they_start(run, photos, options, said):
+    _, printed = run("--crop-n-layers", "1", *options, inputs=[photos / "small.png"])
+    line = printed.err.splitlines()[0]
+    assert line.startswith("4 crops per image: the encoder runs 5 times instead of once, ")
+    assert said in line
 
 
 def test_a_run_that_is_killed_goes_on(model, photos, tmp_path, run, expected):
@@ -303,6 +557,37 @@ cluster.add_node(num_cpus=1)
 print(cluster.address, flush=True)
 input()
 cluster.shutdown()
+"""
+
+
+# What kills its worker, and an error of Python's: a `Results` of its own, which Ray pickles.
+POISONED = """
+import os, sys
+from pathlib import Path
+from sam_jax.folder import Results, generate_with_ray
+
+class Poisoned(Results):
+    def write(self, picture, *others):
+        with open(self.folder / "writes", "a") as file:
+            file.write(picture.stem + " ")
+        if picture.stem == "tall":
+            os.kill(os.getpid(), 9)
+        if self.overlays:
+            raise RuntimeError("the cause")
+        super().write(picture, *others)
+
+address, model, photos, output = sys.argv[1:]
+options = {"points_per_side": 1, "output_mode": "uncompressed_rle"}
+names = [Path(photos, f"{name}.png") for name in ("tall", "bad", "wide", "small")]
+for names, breaks in ((names, False), (names[-1:], True)):
+    results = Poisoned(Path(output, str(breaks)), "coco", breaks)
+    results.begin({}, [])
+    try:
+        generate_with_ray(
+            address, model, "float32", options, names, results, lambda: print("image"), print
+        )
+    except ValueError as error:
+        print(error)
 """
 
 
@@ -350,15 +635,32 @@ def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
         done = len(list(parts.glob("[!.]*.json")))
         assert done < 23, "all was done before a worker could be killed"
         printed, errors = process.communicate(timeout=180)
+        poisoned = [sys.executable, "-c", POISONED, address, model, photos, tmp_path / "poisoned"]
+        outcome = subprocess.run(
+            [str(c) for c in poisoned], stdout=subprocess.PIPE, text=True, timeout=240, check=True
+        ).stdout
     finally:
         cluster.communicate("\n", timeout=60)
     assert process.returncode == 1, errors
-    assert "1 could not be read:" in errors
+    assert "1 failed:" in errors
     assert f"  {photos / 'bad.png'}: " in errors
     assert "23 of 24 pictures" in printed
     coco = json.loads((tmp_path / "out/annotations.json").read_text())
     names = [image["file_name"] for image in coco["images"]]
     assert len(names) == len(set(names)) == 23
+
+    # An image that kills its worker is tried three times; the others and the causes are there.
+    lines = [line for line in outcome.splitlines() if line != "image" and "raylet" not in line]
+    assert outcome.splitlines().count("image") == 4
+    (bad,) = (line for line in lines if line.startswith(f"{photos / 'bad.png'} "))
+    assert "is not an image of a known format" in bad
+    (tall,) = (line for line in lines if line.startswith(f"{photos / 'tall.png'} "))
+    assert "its worker died at each of 3 tries" in tall
+    writes = (tmp_path / "poisoned/False/writes").read_text().split()
+    assert sorted(writes) == ["small", "tall", "tall", "tall", "wide"]
+    assert {p.stem for p in (tmp_path / "poisoned/False/parts").iterdir()} == {"small", "wide"}
+    assert lines[-1].endswith(f"failed at {photos / 'small.png'}: RuntimeError: the cause")
+
     alone = Results(tmp_path / "alone", "coco")
     alone.begin({}, [])
     generator = SamAutomaticMaskGenerator(
@@ -368,7 +670,7 @@ def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
         points_per_side=4,
         output_mode="uncompressed_rle",
     )
-    generate_folder(generator, [photos / "wide.png"], alone, lambda *_: None)
+    generate_folder(generator, [photos / "wide.png"], alone, lambda: None, lambda *_: None)
     expected = json.loads((tmp_path / "alone/parts/wide.json").read_text())
     assert json.loads((parts / "wide.json").read_text()) == expected
 
@@ -398,7 +700,7 @@ def test_point_grids(run, tmp_path):
 def test_bad_arguments(run, photos, tmp_path):
     assert "missing does not exist" in run(inputs=[tmp_path / "missing"])[0]
     (tmp_path / "empty").mkdir()
-    assert "there is no picture in" in run(inputs=[tmp_path / "empty"])[0]
+    assert "there is no image in" in run(inputs=[tmp_path / "empty"])[0]
     assert "--devices is 5, expected 1 to 1" in run("--devices", "5")[0]
     assert "points_per_batch is 0, expected" in run("--points-per-batch", "0")[0]
     (tmp_path / "file").touch()
@@ -426,9 +728,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    rle = {"size": [2, 2], "counts": [1, 2, 1]}
-    record = {"segmentation": rle, "area": 2, "bbox": [0, 0, 1, 1], "point_coords": [[0.0, 0.0]]}
-    record |= {"predicted_iou": 1.0, "stability_score": 1.0, "crop_box": [0, 0, 2, 2]}
+    mask = np.eye(2, dtype=bool)
     with pytest.raises(OSError, match="No space"):
-        Results(tmp_path).write(Path("a.png"), np.zeros((2, 2, 3), np.uint8), [record])
+        Results(tmp_path).write(Path("a.png"), np.zeros((2, 2, 3), np.uint8), [record(mask)])
     assert list(tmp_path.iterdir()) == []

@@ -234,6 +234,20 @@ def test_a_batch_is_taken_and_given_as_the_work_goes_on():
     assert taken == [*range(6)]
 
 
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [(0, "found found given found given given"), (1, "found given found given found given")],
+)
+def test_an_image_is_told_before_it_is_given(layers, expected):
+    """Once each, crops or not: progress is shown while the masks of the next are looked for."""
+    events = []
+    images = (picture(40, 50, i) for i in range(3))
+    some = generator(crop_n_layers=layers, points_per_side=2)
+    for _ in some.generate_batch(images, lambda: events.append("found")):
+        events.append("given")
+    assert " ".join(events) == expected
+
+
 def test_a_batch_that_is_not_wanted_to_its_end_stops():
     with pytest.raises(ValueError, match="the picture is empty"):
         list(generator().generate_batch([picture(40, 50), np.zeros((0, 3, 3), np.uint8)]))

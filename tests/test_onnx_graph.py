@@ -130,6 +130,25 @@ def test_constants_are_computed_and_kept_once(tmp_path):
     assert {node.op_type for node in graph._nodes} == {"MatMul", "Add", "ReduceSum", "Identity"}
 
 
+def test_constants_that_repeat_are_stored_once(tmp_path):
+    """By content, and one slice along each axis that an array repeats along, which -0 breaks."""
+    table, row, zeros = normal((3, 40, 40), 9), normal((1, 300), 8), np.zeros((300, 2), np.float32)
+    zeros[7] = -0.0
+
+    def function(x):
+        for _ in range(2):
+            bias = jnp.einsum("b,nqk->bnqk", jnp.ones(50), jnp.asarray(table.copy()) + 1)
+            x = x * 2 + bias
+        weights = jnp.asarray(np.repeat(row, 40, 0))
+        return x, 1 / (zeros * jnp.exp(x[0, 0, 0, 0])), x[0, 0] @ weights
+
+    x = normal((50, 3, 40, 40), 1)
+    _, results = run_onnx(function, x, tmp_path)
+    for result, expected in zip(results, jax.jit(function)(x), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "f.onnx").stat().st_size < table.nbytes + row.nbytes + zeros.nbytes + 4000
+
+
 def test_large_weights_have_a_file_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "_LARGEST_FILE", 0)
     weights = normal((5, 3000), 9)

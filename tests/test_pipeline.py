@@ -3,6 +3,7 @@ import inspect
 
 import numpy as np
 import pytest
+from image_files import write_deep
 from PIL import ExifTags, Image
 from reference import SMALL, hf_sam, mask_iou, ours
 from test_mask_generator import picture
@@ -65,6 +66,14 @@ def test_a_picture_is_turned_as_its_exif_says(model, reference):
     for actual in (generate(image=image), *generate([image])):
         assert actual["masks"][0].shape == expected["masks"][0].shape == (120, 80)
         np.testing.assert_allclose(actual["scores"], expected["scores"], atol=1e-4)
+
+
+def test_an_opened_file_of_more_than_8_bits_is_refused_before_it_is_turned(model, tmp_path):
+    with (
+        Image.open(write_deep(tmp_path / "deep.png", "png_color")) as image,
+        pytest.raises(TypeError, match="more than 8 bits per channel"),
+    ):
+        pipeline(model=model)(image)
 
 
 def test_lists_and_defaults(model, tmp_path):

@@ -2,7 +2,6 @@ import dataclasses
 import os
 
 import cv2
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from reference import SMALL, assert_close, mask_iou
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from sam_jax.config import lite_medsam, vit_b, with_preprocessing
-from sam_jax.image import load_image
 from sam_jax.processing import SamProcessor
 
 SIZES = [(300, 451), (451, 300), (96, 96), (1024, 1024), (700, 1500), (5, 9), (60, 1), (1, 60)]
@@ -213,151 +211,6 @@ def test_bad_segmentation_maps(small, maps, message):
 def test_segmentation_maps_up_to_int32(small, most):
     (labels,) = small(picture(8, 9), segmentation_maps=np.full((8, 9), most))["labels"]
     assert set(np.unique(labels)) == {0, most}  # 0 is the padding
-
-
-# --- load_image ---------------------------------------------------------------------------------
-
-
-def modes():
-    rgb = Image.fromarray(picture(12, 17))
-    palette = rgb.quantize(16)
-    transparent = palette.copy()
-    transparent.info["transparency"] = bytes(range(0, 160, 10))
-    one_colour = palette.copy()
-    one_colour.info["transparency"] = 3
-    images = {m: rgb.convert(m) for m in ("RGB", "L", "LA", "RGBA", "1", "CMYK", "YCbCr")}
-    return images | {"P": palette, "P_bytes": transparent, "P_int": one_colour}
-
-
-@pytest.mark.parametrize("mode", modes())
-def test_pil_modes(mode, tmp_path):
-    image = modes()[mode]
-    expected = np.asarray(image.convert("RGBA" if mode.startswith("P") else image.mode))
-    if image.mode in ("CMYK", "YCbCr", "1"):
-        expected = np.asarray(image.convert("RGB"))
-    if image.mode in ("L", "LA"):
-        expected = np.repeat(expected.reshape(12, 17, -1)[..., :1], 3, axis=-1)
-    found = load_image(image)
-    assert found.dtype == np.uint8
-    assert found.shape == (12, 17, 3)
-    assert found.flags.c_contiguous
-    assert np.array_equal(found, expected[..., :3])
-    if image.mode not in ("CMYK", "YCbCr"):  # which PNG does not have
-        image.save(tmp_path / "image.png")
-        assert np.array_equal(load_image(tmp_path / "image.png"), found)
-        assert np.array_equal(load_image(str(tmp_path / "image.png")), found)
-
-
-@pytest.mark.parametrize("mode", ["RGBa", "La"])
-def test_premultiplied_alpha_is_dropped(mode):
-    opaque = Image.fromarray(picture(12, 17)).convert(mode.upper())
-    assert np.array_equal(load_image(opaque.convert(mode)), load_image(opaque))
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_deep_pil_modes_are_refused(mode, tmp_path):
-    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-    image = Image.fromarray(np.full((4, 5), 700, dtype))
-    assert image.mode == mode
-    with pytest.raises(TypeError, match=f"mode {mode}, more than 8 bits per channel.*convert it"):
-        load_image(image)
-    image.save(tmp_path / "image.tif")
-    with pytest.raises(TypeError, match="more than 8 bits"):
-        load_image(tmp_path / "image.tif")
-
-
-def test_arrays():
-    rgb = picture(6, 8)
-    gray = rgb[..., 0]
-    three = np.stack([gray] * 3, -1)
-    assert np.array_equal(load_image(rgb), rgb)
-    assert np.array_equal(load_image(jax.device_put(rgb)), rgb)
-    assert np.array_equal(load_image(gray), three)
-    assert np.array_equal(load_image(gray[..., None]), three)
-    assert np.array_equal(load_image(np.dstack([rgb, gray])), rgb)
-    for given in (rgb[::-1], rgb[:, ::-1], rgb[..., ::-1], rgb[::2, 1::3], np.asfortranarray(rgb)):
-        found = load_image(given)
-        assert np.array_equal(found, given)
-        assert found.flags.c_contiguous
-    read_only = rgb.copy()
-    read_only.flags.writeable = False
-    assert np.array_equal(load_image(read_only), rgb)
-    assert load_image(rgb[:, :1]).shape == (6, 1, 3)
-    assert load_image(gray[:1, :1]).shape == (1, 1, 3)
-
-
-@pytest.mark.parametrize("dtype", [bool, np.float32, np.float64, np.uint16, np.int64])
-def test_other_dtypes_are_refused(dtype):
-    how = "scale it to that" if np.issubdtype(dtype, np.integer) else "convert it, for instance"
-    message = f"dtype is {np.dtype(dtype)}, expected uint8 with values 0 to 255; {how}"
-    with pytest.raises(TypeError, match=message):
-        load_image(np.zeros((4, 5, 3), dtype))
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ((3, 40, 50), r"\(3, 40, 50\), expected \(h, w\).*channels first: use image.transpose"),
-        ((1, 40, 50), "channels first"),
-        ((40, 50, 2), r"\(40, 50, 2\), expected"),
-        ((2, 40, 50, 3), r"\(2, 40, 50, 3\), expected .*; give several images as a list"),
-        ((7,), r"\(7,\), expected"),
-        ((), r"\(\), expected"),
-        ((0, 5, 3), r"the picture is empty: its shape is \(0, 5, 3\)"),
-        ((5, 0), "the picture is empty"),
-    ],
-    ids=str,
-)
-def test_other_shapes_are_refused(shape, message):
-    with pytest.raises(ValueError, match=message):
-        load_image(np.zeros(shape, np.uint8))
-
-
-def test_an_empty_pil_image_is_refused():
-    with pytest.raises(ValueError, match="the picture is empty"):
-        load_image(Image.new("RGB", (0, 4)))
-
-
-def test_exif_orientation_of_files(tmp_path):
-    upright = picture(20, 30)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise for display
-    Image.fromarray(np.rot90(upright)).save(tmp_path / "image.png", exif=exif)
-    assert np.array_equal(load_image(tmp_path / "image.png"), upright)
-
-
-def test_bad_files(tmp_path):
-    whole = tmp_path / "whole.png"
-    Image.fromarray(picture(64, 64)).save(whole)
-    truncated = tmp_path / "truncated.png"
-    truncated.write_bytes(whole.read_bytes()[:3000])
-    with pytest.raises(ValueError, match=r"truncated\.png cannot be read as a picture: .+"):
-        load_image(truncated)
-    text = tmp_path / "notes.txt"
-    text.write_text("no picture at all")
-    with pytest.raises(ValueError, match=r"notes\.txt is not a picture of a known format"):
-        load_image(text)
-    with pytest.raises(ValueError, match=r"cannot be read as a picture: .*directory"):
-        load_image(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"No such file or directory.*missing\.png"):
-        load_image(tmp_path / "missing.png")
-
-
-def test_a_file_of_far_too_many_pixels(tmp_path, monkeypatch):
-    Image.fromarray(picture(64, 64)).save(tmp_path / "image.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"cannot be read as a picture: .*4096 pixels"):
-        load_image(tmp_path / "image.png")
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("value", [None, [[1, 2], [3, 4]], 5, b"bytes"])
-def test_other_types_are_refused(value, small):
-    message = f"an image is a {type(value).__name__}, expected a PIL image, an array"
-    with pytest.raises(TypeError, match=message):
-        load_image(value)
-    with pytest.raises(TypeError, match=r"an image is a .*, expected a PIL image"):
-        small(value)
 
 
 def test_no_picture(small):

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from sam_jax.checkpoints import orbax
 from sam_jax.checkpoints.params import (
     build_model,
     check_depth,
+    check_finite,
     check_tensors,
     flat_params,
     param_shapes,
@@ -38,6 +40,7 @@ from sam_jax.checkpoints.torch_names import (
     detect_format,
     from_torch,
     infer_config,
+    strip_prefix,
     to_torch,
 )
 from sam_jax.config import (
@@ -48,7 +51,7 @@ from sam_jax.config import (
     to_hf_preprocessor,
     with_preprocessing,
 )
-from sam_jax.files import replacing
+from sam_jax.files import read_json, replacing
 from sam_jax.models.sam import Sam
 from sam_jax.ops.attention import Implementation
 
@@ -87,10 +90,15 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: if a path does not exist.
-        ValueError: for an unknown name, or (as `CheckpointError`) a file that is no SAM checkpoint.
+        ValueError: for an unknown name, or (as `CheckpointError`) a file that is no SAM checkpoint,
+            or one with NaN or infinity in its weights.
         ConnectionError: if a download is needed and fails.
     """
     params, config = load_params(name_or_path)
+    try:
+        check_finite(params)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name_or_path}: {error}") from error
     if image_size is not None:
         params, config = resize_positions(params, config, image_size)
     return build_model(params, with_preprocessing(config, preprocessing), dtype, attention)
@@ -103,6 +111,7 @@ def save_pretrained(model: Sam, path: str | os.PathLike) -> None:
 
     Raises:
         FileExistsError: if there is something at `path` already.
+        OSError: if it cannot be written, such as on a full disk.
         CheckpointError: for a model of other parameters, such as one with LoRA's adapters.
     """
     params = flat_params(model)
@@ -127,10 +136,19 @@ def load_params(name_or_path: str | os.PathLike) -> tuple[dict[str, np.ndarray],
 def read_state_dict(name_or_path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of a PyTorch checkpoint as they stand in it; views of the file.
 
-    Takes the PyTorch checkpoints that `from_pretrained` takes and raises what it raises.
+    What all names begin with beyond a SAM's own (`module.`, `model.sam.`) is left out, with a
+    warning. Takes the PyTorch checkpoints that `from_pretrained` takes and raises what it raises.
     """
     path = locate(name_or_path)
-    return _read_folder(path) if path.is_dir() else read_tensors(path)
+    tensors = _read_folder(path) if path.is_dir() else read_tensors(path)
+    try:
+        tensors, left_out = strip_prefix(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if left_out:
+        parts = " and ".join(map(repr, left_out))
+        warnings.warn(f"{path}: the tensors' names have {parts}, which is left out", stacklevel=2)
+    return tensors
 
 
 def load_config(name_or_path: str | os.PathLike) -> SamConfig:
@@ -237,34 +255,43 @@ def _read_folder(path: Path) -> dict[str, np.ndarray]:
 
 def _torch_config(path: Path, tensors: dict[str, np.ndarray]) -> SamConfig:
     folder = path if path.is_dir() else path.parent
-    if detect_format(tensors) == "hf" and (folder / "config.json").is_file():
-        return _hf_config(folder)
-    return infer_config(tensors)
-
-
-def _hf_config(folder: Path) -> SamConfig:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError as error:
+    file = folder / "config.json"
+    if detect_format(tensors) != "hf" or not file.is_file():
+        return infer_config(tensors)
+    values = _read_json(file)
+    model_type = values.get("model_type")
+    is_sam = model_type in ("sam", "sam_hq") or (model_type is None and "vision_config" in values)
+    if not is_sam:
+        if path.is_file():
+            return infer_config(tensors)  # it is of something else in the same folder
+        what = f"describes a {short(model_type)} model" if model_type else "has no model_type"
         raise CheckpointError(
-            f"the folder {folder} has no config.json, so it is neither a Hugging Face folder nor "
-            "one of sam_jax"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'} is no JSON: {error}") from error
+            f"{file} {what}, expected model_type 'sam' or 'sam_hq'; "
+            "if it does not belong to the weights, pass the path of their file"
+        )
     try:
-        return from_hf(config, _hf_preprocessor(folder))
-    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        return from_hf(values, _hf_preprocessor(folder))
+    except ValueError as error:
         raise CheckpointError(f"the configuration in {folder} is no SAM's: {error}") from error
 
 
-def _hf_preprocessor(folder: Path) -> dict[str, Any]:
+def _hf_preprocessor(folder: Path) -> Any:
     """What the folder says of pictures, in the order of `ImageProcessingMixin`.
 
     `SamProcessor` of transformers 5 writes `processor_config.json`, others the second file.
     """
     processor, preprocessor = (
-        json.loads(file.read_text()) if (file := folder / name).is_file() else {}
+        _read_json(file) if (file := folder / name).is_file() else {}
         for name in ("processor_config.json", "preprocessor_config.json")
     )
     return processor.get("image_processor", preprocessor)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = read_json(file, max_bytes=orbax.MAX_CONFIG_BYTES)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds {short(values)}, expected names and values")
+    return values

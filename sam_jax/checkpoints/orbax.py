@@ -3,7 +3,9 @@
 It holds all that is needed to load it again, and nothing of where it came from.
 """
 
+import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,9 +20,15 @@ from orbax.checkpoint import v1 as ocp
 from sam_jax.checkpoints.params import check_depth, check_tensors, param_shapes
 from sam_jax.checkpoints.torch_file import CheckpointError
 from sam_jax.config import SamConfig
+from sam_jax.files import read_json, replacing
 
 CONFIG, PARAMS = "config.json", "params"
 _BATCH_BYTES = 128 << 20
+MAX_CONFIG_BYTES = 1 << 20
+_NAME_BYTES = 64
+# How much larger than its files a checkpoint may be: weights hardly compress, and Orbax allocates
+# whatever size a file declares.
+_MOST_COMPRESSED, _ALWAYS_ALLOWED = 100, 256 << 20
 
 
 def save(
@@ -42,25 +50,43 @@ def save(
 
     Raises:
         FileExistsError: if there is something at `path` already.
+        OSError: if it cannot be written, such as on a full disk; nothing is left then.
     """
     path = Path(path).expanduser().absolute()
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another folder or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_first = jax.process_index() == 0
-    (number,) = multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(4), np.uint32))
-    temporary = path.with_name(f".{path.name}.{number:08x}")
-    try:
-        _save_params(temporary / PARAMS, params, dtype)
+    with contextlib.ExitStack() as stack:
+        is_first = jax.process_index() == 0
+        temporary = stack.enter_context(replacing(path)) if is_first else None
+        temporary = path.parent / _from_first(temporary and temporary.parent.name) / path.name
+        try:
+            _check_space(path, params, dtype)
+            _save_params(temporary / PARAMS, params, dtype)
+        except Exception as error:
+            # Of what Orbax raises the cause comes last, after every path on the way to it.
+            cause = str(error).rpartition('": ')[2]
+            raise OSError(f"cannot write {path}: {cause}") from error
         if is_first:
             # Orbax writes the path of the temporary folder here; only that there is a file matters.
             (temporary / PARAMS / "commit_success.txt").write_text("")
             (temporary / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-            temporary.rename(path)
-        multihost_utils.sync_global_devices(f"saved {path}")
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    multihost_utils.sync_global_devices(f"saved {path}")
+
+
+def _check_space(
+    path: Path, params: Mapping[str, np.ndarray | jax.Array], dtype: DTypeLike | None
+) -> None:
+    """Before Orbax, which on a full disk prints tracebacks from its threads."""
+    size = sum(array.size * np.dtype(dtype or array.dtype).itemsize for array in params.values())
+    free = shutil.disk_usage(path.parent).free
+    if free < 0.9 * size:  # weights hardly compress
+        raise OSError(f"it takes about {size:,} bytes, and its disk has {free:,} left")
+
+
+def _from_first(name: str | None) -> str:
+    """The first host's name, of ASCII letters, on every host."""
+    mine = np.frombuffer((name or "").encode().ljust(_NAME_BYTES), np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(mine)).decode().rstrip()
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -76,8 +102,8 @@ def load_config(path: str | os.PathLike) -> SamConfig:
     """
     file = Path(path) / CONFIG
     try:
-        return SamConfig.from_dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return SamConfig.from_dict(read_json(file, max_bytes=MAX_CONFIG_BYTES))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is no configuration of sam_jax: {error}") from error
 
 
@@ -91,15 +117,45 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
     """
     path = Path(path).absolute()
     config = load_config(path)
+    size = _size(path / PARAMS)
     try:
-        params = ocp.load(path / PARAMS)
-        if not all(hasattr(value, "shape") for value in params.values()):
-            raise ValueError("it is no flat dictionary of arrays")
+        metadata = ocp.metadata(path / PARAMS).metadata  # None if it is damaged
+        if not metadata or not all(hasattr(array, "shape") for array in metadata.values()):
+            raise ValueError("its metadata is damaged, or that of no flat dictionary of arrays")
+        declared = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in metadata.items()}
     except Exception as error:  # whatever Orbax meets in a damaged folder
-        raise CheckpointError(f"{path / PARAMS} cannot be read by Orbax: {error}") from error
-    check_depth(config, len(params))
-    check_tensors(params, param_shapes(config))
-    return params, config
+        raise _unreadable(path, error) from error
+    # All of this before an array is allocated.
+    check_depth(config, len(declared))
+    check_tensors(declared, param_shapes(config))
+    expected = sum(math.prod(array.shape) * array.dtype.itemsize for array in declared.values())
+    if expected > max(_MOST_COMPRESSED * size, _ALWAYS_ALLOWED):
+        raise CheckpointError(
+            f"{path / PARAMS} has {size:,} bytes, which cannot be the {expected:,} that it declares"
+        )
+    try:
+        return ocp.load(path / PARAMS), config
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _size(folder: Path) -> int:
+    """The bytes of a folder's files.
+
+    Raises:
+        CheckpointError: if there is something else in it: a pipe would be waited for without end.
+    """
+    size = 0
+    for path in folder.rglob("*"):
+        if path.is_file():
+            size += path.stat().st_size
+        elif not path.is_dir():
+            raise CheckpointError(f"{path} is neither a file nor a folder")
+    return size
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path / PARAMS} cannot be read by Orbax: {error}")
 
 
 def _save_params(

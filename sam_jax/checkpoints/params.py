@@ -82,7 +82,8 @@ def build_model(
 
 
 def check_tensors(
-    found: Mapping[str, np.ndarray | jax.Array], expected: Mapping[str, tuple[int, ...]]
+    found: Mapping[str, np.ndarray | jax.Array | jax.ShapeDtypeStruct],
+    expected: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Compares named tensors with the names and shapes that a model has.
 
@@ -103,22 +104,40 @@ def check_tensors(
         )
 
 
-def _is_float(tensor: np.ndarray | jax.Array) -> bool:
+def check_finite(params: Mapping[str, np.ndarray | jax.Array]) -> None:
+    """Refuses parameters from which every result would be NaN.
+
+    Raises:
+        CheckpointError: naming the parameters that hold NaN or infinity.
+    """
+    bad = [k for k, v in params.items() if _is_float(v) and not np.isfinite(v).all()]
+    if bad:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise CheckpointError(
+            f"{len(bad)} of {len(params)} parameters hold NaN or infinity: {', '.join(bad[:10])}"
+            f"{more}. Training that diverged leaves such a checkpoint; use an earlier one"
+        )
+
+
+def _is_float(tensor: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(tensor.dtype, jnp.floating)
 
 
 def check_depth(config: SamConfig, count: int) -> None:
-    """Refuses a configuration of more layers than there are tensors, before it is built.
+    """Refuses a configuration of more layers than the tensors can be of, before it is built.
 
     Raises:
         CheckpointError: if it has.
     """
     encoder, decoder = config.image_encoder, config.mask_decoder
-    layers = encoder.depth if isinstance(encoder, ViTConfig) else sum(encoder.depths)
-    layers += decoder.transformer_depth + decoder.iou_head_depth + decoder.num_multimask_outputs
-    if layers > count:
+    blocks = encoder.depth if isinstance(encoder, ViTConfig) else sum(encoder.depths)
+    least = 10 * blocks + 20 * decoder.transformer_depth  # a few fewer than each has
+    least += 2 * decoder.iou_head_depth + 6 * decoder.num_multimask_outputs
+    if least > count:
         raise CheckpointError(
-            f"the configuration asks for {layers} layers, but there are only {count} tensors"
+            f"the configuration asks for {blocks} blocks, {decoder.transformer_depth} decoder "
+            f"layers and {decoder.num_multimask_outputs} outputs, which have more than {least} "
+            f"tensors, but there are only {count}"
         )
 
 

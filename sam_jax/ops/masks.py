@@ -243,24 +243,98 @@ def rle_uncompress(rle: dict) -> dict:
         ValueError: if the string is none of COCO's, or ends within a number.
     """
     text = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
-    counts: list[int] = []
-    value = shift = 0
-    for byte in text:
-        digit = byte - 48
-        if not 0 <= digit < 64 or shift > 60:
-            raise ValueError(f"{text[:20]!r} is no string of COCO's run lengths")
-        value |= (digit & 31) << shift
-        shift += 5
-        if digit & 32:  # more of this number follows
-            continue
-        if digit & 16:
-            value -= 1 << shift
-        # From the fourth on, what is written is the difference from the number before the last.
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value = shift = 0
-    if shift:
+    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    (ends,) = np.nonzero(digits & 32 == 0)  # where it is set, more of the number follows
+    starts = np.append(0, ends + 1)
+    lengths, left = np.diff(starts), len(digits) - starts[-1]
+    if ((digits < 0) | (digits >= 64)).any() or lengths.max(initial=left) > 12:
+        raise ValueError(f"{text[:20]!r} is no string of COCO's run lengths")
+    if left:
         raise ValueError(f"{text[-20:]!r} ends within a number of COCO's run lengths")
-    return {"size": rle["size"], "counts": counts}
+    place = np.arange(len(digits)) - np.repeat(starts[:-1], lengths)
+    total = np.append(0, np.cumsum((digits & 31) << (5 * place)))
+    counts = np.diff(total[starts]) - np.where(digits[ends] & 16, 1 << (5 * lengths), 0)
+    # From the fourth on, what is written is the difference from the number before the last.
+    counts[1::2] = np.cumsum(counts[1::2])
+    counts[2::2] = np.cumsum(counts[2::2])
+    return {"size": rle["size"], "counts": counts.tolist()}
+
+
+def mask_to_polygons(mask: Bool[np.ndarray, "h w"]) -> list[list[int]]:
+    """The outlines of a mask as COCO's polygons, of which pycocotools makes the same mask again.
+
+    Returns:
+        For each part (pixels connected by their sides) the corners [x0, y0, x1, y1, ...] of its
+        outline, which runs along the edges of pixels: a mask of one pixel has [0, 0, 1, 0, 1, 1,
+        0, 1]. COCO has no holes, so the outline goes there and back on a vertical cut. An empty
+        list for an empty mask.
+    """
+    left, top, right, bottom = mask_to_box(mask)
+    mask = mask[top : bottom + 1, left : right + 1]
+    corners, vertical = _corners(mask)
+    points, following = corners.tolist(), [-1] * len(corners)
+    outlines, holes = [], []
+    for start in range(len(points)):
+        if following[start] >= 0:
+            continue
+        i = start
+        while following[i] < 0:
+            following[i], last = i ^ 1, i ^ 1
+            following[last] = i = vertical[last]
+        # The first corner of a ring is its upper left one.
+        x, y = points[start]
+        (outlines if mask[y, x] else holes).append((start, last))
+
+    cuts: dict[int, list[tuple[int, int, int]]] = {}
+    keys = corners @ [1, mask.shape[1] + 1]
+    for start, last in holes:  # up to the first edge, which is of the outline or of another hole
+        x, y = points[start]
+        y -= int(np.argmin(np.append(mask[:y, x][::-1], False)))
+        edge = np.searchsorted(keys, x + y * (mask.shape[1] + 1), side="right") - 1
+        cuts.setdefault(int(edge), []).append((x, start, last))
+    for i, of_edge in cuts.items():
+        if following[i] != i ^ 1:  # the outline goes to the left here
+            i ^= 1
+        end, y = following[i], points[i][1]
+        for x, start, last in sorted(of_edge, reverse=points[i][0] > points[end][0]):
+            there, around, back = range(len(points), len(points) + 3)
+            points += [[x, y], points[start], [x, y]]
+            following[i], following[last] = there, around
+            following += [start, back, end]
+            i = back
+
+    polygons = []
+    for start, _ in outlines:
+        polygon, i = points[start][:], following[start]
+        while i != start:
+            polygon += points[i]
+            i = following[i]
+        polygons.append((np.reshape(polygon, (-1, 2)) + np.array([left, top])).ravel().tolist())
+    return polygons
+
+
+def _corners(mask: Bool[np.ndarray, "h w"]) -> tuple[Int[np.ndarray, "n 2"], list[int]]:
+    """Where outlines of the mask turn: (x, y) row by row, and the other end of each vertical edge.
+
+    The ends of a horizontal edge are 2 i and 2 i + 1. Where two pixels touch at a corner there are
+    two corners, one for each pixel.
+    """
+    padded = np.pad(mask, 1)
+    upper_left, upper_right = padded[:-1, :-1], padded[:-1, 1:]
+    lower_left, lower_right = padded[1:, :-1], padded[1:, 1:]
+    to_left, to_right = upper_left != lower_left, upper_right != lower_right
+    turns = np.nonzero(to_left != to_right)
+    touches = np.nonzero(to_left & to_right & (upper_left != upper_right))
+    y, x = np.concatenate([turns, touches, touches], axis=1)
+    is_lower_right, no = lower_right[touches], np.zeros(len(touches[0]), bool)
+    rightward = np.concatenate([to_right[turns], no, ~no])
+    downward = np.concatenate([(lower_left != lower_right)[turns], ~is_lower_right, is_lower_right])
+    order = np.lexsort((rightward, x, y))
+    x, y, downward = x[order], y[order], downward[order]
+    upper, lower = np.lexsort((downward, y, x)).reshape(-1, 2).T
+    vertical = np.empty_like(order)
+    vertical[upper], vertical[lower] = lower, upper
+    return np.stack([x, y], axis=1), vertical.tolist()
 
 
 def rle_area(rle: dict) -> int:

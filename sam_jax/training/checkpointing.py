@@ -1,34 +1,51 @@
 """A run's states on disk, by Orbax: written while training goes on; the last and the best stay."""
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from sam_jax.files import read_json
+from sam_jax.training.sharding import any_host
 from sam_jax.training.step import TrainState
 
 _METRIC = "miou"
 
 
-def open_checkpoints(folder: str | os.PathLike) -> ocp.training.Checkpointer:
+@contextlib.contextmanager
+def open_checkpoints(folder: str | os.PathLike) -> Iterator[ocp.training.Checkpointer]:
     """A run's checkpoints: the best, and the last two, since the last may turn out to be no good.
 
-    To be closed, which waits for what is being written.
+    The end of the context waits for what is being written.
 
-    What an interrupted run left half-written is removed.
+    What an interrupted run left half-written is removed, and so are damaged files that only
+    describe a checkpoint, whose arrays may still be good; a warning names them.
+
+    Raises:
+        OSError: at the end, if a checkpoint could not be written, for instance on a full disk.
     """
+    folder = Path(folder).absolute()
+    _remove_damaged_descriptions(folder)
     keep = ocp.training.preservation_policies
     best = keep.BestN(
         get_metric_fn=lambda metrics: metrics[_METRIC], n=1, keep_checkpoints_without_metrics=False
     )
-    return ocp.training.Checkpointer(
-        Path(folder).absolute(),
+    checkpoints = ocp.training.Checkpointer(
+        folder,
         preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(2), best]),
         cleanup_tmp_directories=True,
     )
+    try:
+        yield checkpoints
+    finally:
+        with _writing(folder):
+            checkpoints.close()
 
 
 def save_state(
@@ -41,12 +58,15 @@ def save_state(
         state: all of it: parameters, optimiser, moving average, step. The batches and all that is
             by chance depend on the step alone.
         miou: how good it is, if that is known.
+
+    Raises:
+        OSError: if this or the one before cannot be written, for instance on a full disk.
     """
     metrics = None if miou is None else {_METRIC: miou}
-    step = int(state.step)
-    if any(found.step == step for found in checkpoints.checkpoints):
-        return
-    checkpoints.save_async(step, _flat(state), force=True, metrics=metrics)
+    # What is there already is damaged, and was passed over by `load_state`.
+    options = {"force": True, "overwrite": True, "metrics": metrics}
+    with _writing(Path(checkpoints.directory)):
+        checkpoints.save_async(int(state.step), _flat(state), **options)
 
 
 def load_state(
@@ -54,21 +74,70 @@ def load_state(
 ) -> TrainState | None:
     """The last state, or the best that is known, placed as `like` is; None if there is none.
 
+    A damaged checkpoint is passed over with a warning that names its folder. It stays until the run
+    comes to its step again. Of several hosts all have to call this together.
+
     Raises:
-        ValueError: if it is of another model, optimiser or table.
+        ValueError: if it is of another model, optimizer or table, or if all are damaged.
     """
-    found = checkpoints.latest
-    if best:
-        rated = [c for c in checkpoints.checkpoints if c.metrics is not None]
-        found = max(rated, key=lambda c: c.metrics[_METRIC], default=found)
-    if found is None:
-        return None
+    found = list(checkpoints.checkpoints)
+    if best:  # those that have no metric first
+        found.sort(key=lambda c: -math.inf if c.metrics is None else c.metrics[_METRIC])
+    damaged = []
+    for checkpoint in reversed(found):
+        folder = checkpoints.directory / str(checkpoint.step)
+        state, problem = None, None
+        try:
+            state = _load(checkpoints, checkpoint.step, like)
+        except _DoesNotFit as error:
+            raise ValueError(
+                f"the checkpoint {folder} does not fit this run; was it made with other settings? "
+                f"{error}"
+            ) from error
+        except Exception as error:  # whatever Orbax meets in a damaged folder
+            problem = f"{folder} is damaged: {_first_line(error)[:200]}"
+        if any_host(state is None):
+            damaged.append(problem or f"{folder} is damaged: another host cannot read it")
+            continue
+        for problem in damaged:
+            warnings.warn(
+                f"the checkpoint {problem}; the one of step {checkpoint.step} takes its place",
+                stacklevel=2,
+            )
+        return state
+    if damaged:
+        raise ValueError(
+            f"no checkpoint in {checkpoints.directory} can be read; remove this folder to begin "
+            "the run again, or the newest checkpoints in it if you have copies of older ones:\n"
+            + "\n".join(f"  {problem}" for problem in damaged)
+        )
+    return None
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever Orbax and its threads raise
+        # The cause comes last, after every path on the way to it.
+        cause = _first_line(error).rpartition('": ')[2]
+        raise OSError(
+            f"cannot write a checkpoint in {folder}: {cause}; the run can be resumed from the one "
+            "before it"
+        ) from error
+
+
+class _DoesNotFit(Exception):
+    pass
+
+
+def _load(checkpoints: ocp.training.Checkpointer, step: int, like: TrainState) -> TrainState:
     expected = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in _flat(like).items()
     }
     # First, since Orbax would say so of one array while it reads others.
-    saved = checkpoints.metadata(found.step).metadata
+    saved = checkpoints.metadata(step).metadata
     differing = [
         name
         for name in sorted(expected.keys() | saved.keys())
@@ -77,13 +146,35 @@ def load_state(
         or (expected[name].shape, expected[name].dtype) != (saved[name].shape, saved[name].dtype)
     ]
     if differing:
-        raise ValueError(
-            f"the checkpoint {checkpoints.directory / str(found.step)} does not fit this run; was "
-            f"it made with other settings? {len(differing)} arrays differ, the first is "
-            f"{differing[0]!r}"
-        )
-    flat = checkpoints.load(found.step, expected)
+        raise _DoesNotFit(f"{len(differing)} arrays differ, the first is {differing[0]!r}")
+    flat = checkpoints.load(step, expected)
     return jax.tree.unflatten(jax.tree.structure(like), list(flat.values()))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _remove_damaged_descriptions(folder: Path) -> None:
+    """Orbax reads these of all checkpoints first, and stops at one that is damaged."""
+    if jax.process_index() == 0:
+        for step in sorted(path for path in folder.glob("*") if path.name.isdigit()):
+            for name, is_good in (
+                ("_CHECKPOINT_METADATA", lambda found: isinstance(found, dict)),
+                (
+                    "metrics/metrics",
+                    lambda found: isinstance(found, dict) and math.isfinite(found[_METRIC]),
+                ),
+            ):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    try:
+                        good = is_good(read_json(step / name))
+                    except (ValueError, KeyError, TypeError):
+                        good = False
+                    if not good:
+                        (step / name).unlink()
+                        warnings.warn(f"{step / name} was damaged, and is removed", stacklevel=3)
+    multihost_utils.sync_global_devices("checked the checkpoints")
 
 
 def not_finite(

@@ -7,9 +7,12 @@ together, by grain.
 """
 
 import hashlib
-import json
+import operator
+import os
+import reprlib
+import signal
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -18,10 +21,11 @@ import jax
 import numpy as np
 import pycocotools.mask
 from jaxtyping import Bool
-from PIL import ExifTags, Image
+from PIL import Image
 
 from sam_jax.config import SamConfig
-from sam_jax.image import load_image
+from sam_jax.files import read_json
+from sam_jax.image import read_stored, turn
 from sam_jax.ops.masks import check_rle, mask_to_box, rle_area, rle_decode, rle_uncompress
 from sam_jax.ops.prompts import pad_axis
 from sam_jax.processing import SamProcessor
@@ -31,6 +35,7 @@ BadAnnotations = Literal["refuse", "skip"]
 
 _SHOWN = 10  # bad entries that a message lists
 _FAR = 16
+_LOOKED_AT = 1000  # images in which `check_objects` looks for an object
 _EPOCHS = 2**31  # without end, but for what grain's arithmetic can count
 
 
@@ -70,26 +75,103 @@ class RunLengths:
         return self[:].astype(dtype or bool, copy=False)
 
 
-class CocoInstances:
-    """The pictures of a COCO instance file that have objects.
+class _AnnotatedImages:
+    """Image files and their objects; what `CocoInstances` and `SegmentAnything1B` share.
 
-    Polygons and run lengths, compressed or not. Crowds are left out. Masks are of the pixels as a
-    file stores them, as in pycocotools: an EXIF orientation is not applied.
+    Args:
+        name: of the file or folder, for messages.
+        bad_annotations: see `CocoInstances`.
+        exif_orientation: whether the annotations are of images that are turned as EXIF says
+            ("applied") or of the pixels as stored ("ignored", or None if nothing says so).
+        way_out: what to do if None is wrong.
+    """
+
+    def __init__(
+        self,
+        name: Path,
+        bad_annotations: BadAnnotations,
+        exif_orientation: str | None,
+        way_out: str,
+    ):
+        self.name, self.bad_annotations = name, bad_annotations
+        self.exif_orientation, self._way_out = exif_orientation, way_out
+        self._has_warned = False
+
+    def _example(
+        self, image_id: Any, path: Path, size: tuple[int, int], objects: list[tuple]
+    ) -> Example:
+        """The image and its objects: (id, number, segmentation), two of them for messages."""
+        try:
+            image = self._pixels(image_id, path, size)
+        except (OSError, TypeError, ValueError) as error:
+            problem = f"image {_label(image_id)}: {path}: {error}"
+            _report([problem], "a bad image", self.bad_annotations)
+            return _blank()
+        rles, problems = [], []
+        for annotation_id, number, segmentation in objects:
+            try:
+                rles.append(_run_lengths(segmentation, size))
+            except ValueError as error:
+                name = f"image {_label(image_id)}: {_annotation_name(annotation_id, number)}"
+                problems.append(f"{name}: its segmentation cannot be read: {error}")
+        _report(problems, f"{path} has bad annotations", self.bad_annotations)
+        return {"image": image, "masks": RunLengths([rle for rle in rles if rle_area(rle)], size)}
+
+    def _pixels(self, image_id: Any, path: Path, size: tuple[int, int]) -> np.ndarray:
+        """The image that is annotated, turned or as stored."""
+        stored, orientation = read_stored(path)
+        turned = turn(stored, orientation)
+        image = turned if self.exif_orientation == "applied" else stored
+        if image.shape[:2] != size:
+            message = f"its size is {list(image.shape[:2])}, but {list(size)} is annotated"
+            if turned.shape[:2] == size:
+                message += (
+                    f"; its EXIF orientation is {orientation}, and its annotations seem to be of "
+                    f"the image turned upright, not of the pixels as stored: {self._way_out}"
+                )
+            raise ValueError(message)
+        is_open = self.exif_orientation is None and orientation != 1
+        if is_open and turned.shape[:2] == size and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{self.name}: image {_label(image_id)} ({path}) has EXIF orientation "
+                f"{orientation}, and others may have one. Annotations are taken to be of the "
+                "pixels as stored, as in pycocotools. If they are of the image turned upright, "
+                f"{self._way_out}",
+                stacklevel=4,
+            )
+        return np.ascontiguousarray(image)
+
+
+class CocoInstances(_AnnotatedImages):
+    """The images of a COCO instance file that have objects.
+
+    Polygons and run lengths, compressed or not. Crowds and masks without a pixel are left out.
+
+    Masks are of the pixels as an image file stores them, as in pycocotools: an EXIF orientation is
+    not applied, and you are warned once if it might have to be. If the file's `info` has
+    `"exif_orientation": "applied"`, as what `sam-jax generate` writes does, masks are of the images
+    turned upright, and they are turned when they are read; `"ignored"` says that nothing is to be
+    turned.
+
+    Numbers may be written as 30 or 30.0. Boxes, areas and categories are not used, and not looked
+    at, nor is anything of crowds.
 
     Args:
         annotations: the JSON file.
-        images: the folder of its pictures.
-        bad_annotations: what to do about entries that cannot be right: missing pictures, ids that
-            occur twice, empty segmentations, polygons of half a point, run lengths of another size
-            than the picture's, boxes outside it, annotations of no picture. "refuse" raises an
-            error that lists them by the picture's id; "skip" leaves them out with a warning. What
-            only shows when a picture is read is treated the same; one that cannot be read at all
+        images: the folder of its images.
+        bad_annotations: what to do about invalid entries: values of the wrong type, missing
+            images, file names that lead out of the folder, ids that occur twice, empty
+            segmentations, polygons of half a point or outside the image, run lengths of another
+            size than the image's, annotations of no image. "refuse" raises an error that lists
+            them by the ids of image and annotation; "skip" leaves them out with a warning. What
+            only shows when an image is read is treated the same; one that cannot be read at all
             is blank then, without objects.
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if the file is no COCO instance file, no picture in it has an object, or there
-            are bad entries and they are refused, or for another `bad_annotations`.
+        ValueError: if the file is not a COCO instance file, no image in it has an object, or there
+            are invalid entries and they are refused, or for another `bad_annotations`.
     """
 
     def __init__(
@@ -99,47 +181,60 @@ class CocoInstances:
         bad_annotations: BadAnnotations = "refuse",
     ):
         _check_choice(bad_annotations)
-        content = _read_json(Path(annotations))
+        content = read_json(Path(annotations))
         try:
-            self.entries, problems = _coco_entries(content, Path(images))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{annotations} is no COCO instance file: {error!r}; expected images of id, "
-                "file_name, height and width, and annotations of image_id and segmentation"
-            ) from error
-        self.bad_annotations = bad_annotations
+            parts = (_field(content, name, list) for name in ("images", "annotations"))
+            self.entries, problems = _coco_entries(*parts, Path(images))
+            info = content.get("info")
+            rule = info.get("exif_orientation") if isinstance(info, dict) else None
+            if rule not in (None, "applied", "ignored"):
+                raise ValueError(
+                    f'"exif_orientation" of its info is {_shown(rule)}, expected "applied" or '
+                    '"ignored"'
+                )
+        except ValueError as error:
+            raise ValueError(f"{annotations} is not a COCO instance file: {error}") from error
+        way_out = (
+            'set "exif_orientation" in the annotation file\'s "info" to "applied" ("ignored" says '
+            "that they are not)"
+        )
+        super().__init__(Path(annotations), bad_annotations, rule, way_out)
         _report(problems, f"{annotations} has bad entries", bad_annotations)
         if not self.entries:
-            raise ValueError(f"no picture of {annotations} has an object")
+            raise ValueError(f"no image of {annotations} has an object")
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Example:
-        return _example(*self.entries[index], self.bad_annotations)
+        return self._example(*self.entries[index])
 
-    def image_id(self, index: int) -> Any:
-        """The id that the file has for the picture."""
+    def image_id(self, index: int) -> int | str:
+        """The id that the file has for the image."""
         return self.entries[index][0]
 
 
-class SegmentAnything1B:
-    """A folder of SA-1B: pictures, and beside each a JSON file of its masks' run lengths.
+class SegmentAnything1B(_AnnotatedImages):
+    """A folder of SA-1B: images, and alongside each a JSON file of its masks' run lengths.
+
+    Masks are of the pixels as an image file stores them; you are warned once if one has an EXIF
+    orientation.
 
     Args:
         folder: of both.
-        bad_annotations: as for `CocoInstances`, when a picture is read.
+        bad_annotations: as for `CocoInstances`, when an image is read.
 
     Raises:
-        ValueError: if there is no JSON file, or for another `bad_annotations`; when a picture is
-            read, if it is missing, or its file is none of SA-1B's.
+        ValueError: if there is no JSON file, or for another `bad_annotations`; when an image is
+            read, if it is missing, or its file is not one of SA-1B.
     """
 
     def __init__(self, folder: str | Path, bad_annotations: BadAnnotations = "refuse"):
         _check_choice(bad_annotations)
+        way_out = "store the image upright, without EXIF orientation"
+        super().__init__(Path(folder), bad_annotations, None, way_out)
         # Each file is read only when it is its turn: SA-1B has 11 million.
         self.files = sorted(Path(folder).glob("*.json"))
-        self.bad_annotations = bad_annotations
         if not self.files:
             raise ValueError(f"there is no JSON file in {folder}")
 
@@ -149,18 +244,26 @@ class SegmentAnything1B:
     def __getitem__(self, index: int) -> Example:
         file = self.files[index]
         try:
-            content = _read_json(file)
-            picture = file.with_name(content["image"]["file_name"])
-            size = content["image"]["height"], content["image"]["width"]
-            segments = [annotation["segmentation"] for annotation in content["annotations"]]
-        except (KeyError, TypeError, ValueError) as error:
-            problem = f"image {file.stem}: {file} is no file of SA-1B: {error!r}"
-            _report([problem], "a bad picture", self.bad_annotations)
+            content = read_json(file)
+            path, size = _image_entry(_field(content, "image", dict), file.parent)
+            annotations = _field(content, "annotations", list)
+        except ValueError as error:
+            problem = f"image {_label(file.stem)}: {file} is not a file of SA-1B: {error}"
+            _report([problem], "a bad image", self.bad_annotations)
             return _blank()
-        return _example(file.stem, picture, size, segments, self.bad_annotations)
+        objects, problems = [], []
+        for i, annotation in enumerate(annotations):
+            try:
+                segmentation = _checked_segmentation(_field(annotation, "segmentation"), size)
+                objects.append((annotation.get("id"), i, segmentation))
+            except ValueError as error:
+                name = f"image {_label(file.stem)}: {_annotation_name(_id_of(annotation), i)}"
+                problems.append(f"{name}: {error}")
+        _report(problems, f"{file} has bad annotations", self.bad_annotations)
+        return self._example(file.stem, path, size, objects)
 
     def image_id(self, index: int) -> str:
-        """The name of the picture's file."""
+        """The name of the image's file."""
         return self.files[index].stem
 
 
@@ -190,6 +293,9 @@ class Prepare:
     * `masks` bool [n, target_size, target_size], of the whole model input;
     * `boxes` float32 [n, 4], x0, y0, x1, y1 in pixels of the model's input;
     * `valid` float32 [n], 0 where there is no object;
+    * `dropped` int32 [], how many of the chosen objects are left out because they are too small:
+      none of their pixels is left at the model's input size, or they fill half of no cell of the
+      target grid. Objects outside a crop do not count;
     * `index` int32 [], the example's number in its source, if it has one.
 
     Args:
@@ -268,15 +374,17 @@ class Prepare:
             result["image_embedding"] = example["image_embedding"]
         else:
             result["pixel_values"] = processor.normalize(_resize(image, (height, width))[window])
-        full = [_resize(mask, (height, width))[window] for mask in masks]
+        full = [_resize(mask, (height, width)) for mask in masks]
+        # One that the window has no part of is not too small, but cropped away.
+        full = [mask[window] for mask in full if mask[window].any() or not mask.any()]
         targets = [_to_grid(mask, size, self.target_size) for mask in full]
         boxes = [mask_to_box(mask) for mask in full]
-        # What has been cropped away, or is too small for the grid, is no object.
         found = [k for k, target in enumerate(targets) if target.any()]
         n, side = self.max_objects, self.target_size
         result["masks"] = _stacked([targets[k] for k in found], n, (side, side), bool)
         result["boxes"] = _stacked([boxes[k] for k in found], n, (4,), np.float32)
         result["valid"] = _stacked([np.float32(1)] * len(found), n, (), np.float32)
+        result["dropped"] = np.int32(len(full) - len(found))
         if "index" in example:
             result["index"] = np.int32(example["index"])
         return result
@@ -314,7 +422,8 @@ def batches(
         process_count: of hosts; JAX's if left out.
 
     Raises:
-        ValueError: if the batch cannot be shared by the hosts, or the source is empty.
+        ValueError: if the batch cannot be shared by the hosts, or the source is empty; from the
+            iterator, if an example cannot be read or prepared, with the image's id.
         ImportError: if grain is not installed; it comes with the extra `train`.
     """
     import grain
@@ -330,10 +439,10 @@ def batches(
     if seed < 0:
         raise ValueError(f"seed is {seed}, expected 0 or above")
     dataset = (
-        grain.MapDataset.source(_Numbered(source))
+        grain.MapDataset.range(len(source))
         .seed(seed)
         .shuffle()
-        .random_map(prepare)
+        .random_map(_Reader(source, prepare))
         .repeat(_EPOCHS)
         .batch(batch_size // process_count)
         .slice(slice(process_index, None, process_count))
@@ -347,8 +456,52 @@ def batches(
 
         if not absl.flags.FLAGS.is_parsed():
             absl.flags.FLAGS.mark_as_parsed()  # grain's workers look at flags, parsed or not
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_parent)
     return dataset
+
+
+def check_objects(source: Source, prepare: Prepare | None, seed: int = 0) -> None:
+    """Makes sure that there is an object to train or to evaluate on, by reading until the first.
+
+    At most 1,000 images are read, evenly spaced, so that it takes a minute or two at the worst.
+
+    Args:
+        source: examples.
+        prepare: as for `batches`; None for evaluation, which takes objects of any size.
+        seed: of what is random in `prepare`.
+
+    Raises:
+        ValueError: if there is none, or an example cannot be read; if all objects are too small
+            for the target grid, the message says what to do.
+    """
+    rng, dropped = np.random.default_rng(seed), False
+    read = min(len(source), _LOOKED_AT)
+    # Where crops are random, an object that one misses another may show.
+    tries = read if prepare is None or not prepare.augments else max(read, _LOOKED_AT // 10)
+    reader = _Reader(source, prepare or _any_object)
+    for i in range(tries):
+        example = reader(i % read * len(source) // read, rng)
+        if example["valid"].any():
+            return
+        dropped |= example["dropped"] > 0
+    if prepare is None or not dropped:
+        raise ValueError(f"none of the {read} images that were read has an object")
+    raise ValueError(
+        f"no object of the {read} images that were read can be trained on: {too_small(prepare)}"
+    )
+
+
+def too_small(prepare: Prepare) -> str:
+    """Why objects are dropped, and the remedy."""
+    cell = prepare.config.image_size // prepare.target_size
+    remedy = "cut the images into crops, or enlarge them at random (--scale-range 1 4)"
+    if cell > 1:
+        remedy = f"compare masks at --full-resolution; if that is not enough, {remedy}"
+    return (
+        f"they fill less than half of every cell of the target grid, {cell} x {cell} pixels of the "
+        f"model's input, to which an image is resized; {remedy}"
+    )
 
 
 def fingerprint(annotations: str | Path) -> str:
@@ -361,84 +514,196 @@ def fingerprint(annotations: str | Path) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
-class _Numbered:
-    """A source whose examples have their number, `index`."""
+@dataclass(frozen=True)
+class _Reader:
+    """Reads an example by its number and prepares it; errors name the image."""
 
-    def __init__(self, source: Source):
-        self.source = source
+    source: Source
+    prepare: Callable[[Example, np.random.Generator], Example]
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Example:
-        return {**self.source[index], "index": index}
-
-
-def _coco_entries(content: Any, folder: Path) -> tuple[list[tuple], list[str]]:
-    """Of a COCO file what `_example` takes for each picture with objects, and what is wrong."""
-    infos: dict[Any, dict] = {}
-    ambiguous: set = set()
-    objects: dict[Any, list] = {}
-    seen: set = set()
-    problems = []
-    for info in content["images"]:
-        if info["id"] in infos:
-            problems.append(f"image {info['id']}: there are two pictures of this id")
-            ambiguous.add(info["id"])
-        infos[info["id"]] = info
-    for annotation in content["annotations"]:
-        image_id, annotation_id = annotation.get("image_id"), annotation.get("id")
+    def __call__(self, index: int, rng: np.random.Generator) -> Example:
         try:
-            problem = _annotation_problem(annotation, infos.get(image_id), seen)
-        except (KeyError, TypeError, ValueError) as error:
-            problem = f"it cannot be read: {error!r}"
-        if problem:
-            which = "" if annotation_id is None else f"annotation {annotation_id}: "
-            problems.append(f"image {image_id}: {which}{problem}")
-        elif not annotation.get("iscrowd"):
-            objects.setdefault(image_id, []).append(annotation["segmentation"])
-        seen.add(annotation_id)
+            return self.prepare({**self.source[index], "index": index}, rng)
+        except Exception as error:  # whatever a source of one's own raises
+            image_id = getattr(self.source, "image_id", int)(index)
+            if f"image {image_id}:" in str(error):
+                raise
+            raise ValueError(f"image {image_id}: {str(error) or repr(error)}") from error
+
+
+def _any_object(example: Example, _: np.random.Generator) -> Example:
+    found = any(mask.any() for mask in example["masks"])
+    return {"valid": np.array([found]), "dropped": 0}
+
+
+def _leave_interrupts_to_the_parent(*_: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, but only the parent can end a run in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[tuple], list[str]]:
+    """What `_example` takes for each image of a COCO file with objects, and what is wrong."""
+    infos: dict[int | str, tuple | None] = {}  # None if it is bad
+    problems = []
+    for i, info in enumerate(images):
+        try:
+            image_id = _id(info, "id")
+        except ValueError as error:
+            problems.append(f"images[{i}]: {error}")
+            continue
+        try:
+            if image_id in infos:  # whose objects these are cannot be known
+                raise ValueError("there are two images of this id")
+            infos[image_id] = _image_entry(info, folder)
+        except ValueError as error:
+            problems.append(f"image {_label(image_id)}: {error}")
+            infos[image_id] = None
+
+    objects: dict[int | str, list] = {}
+    seen: set[int | str] = set()
+    for i, annotation in enumerate(annotations):
+        try:
+            if _is_crowd(annotation):
+                continue
+            image_id = _id(annotation, "image_id")
+            if image_id not in infos:
+                raise ValueError(f"there is no image of the id {_shown(image_id)}")
+            if annotation.get("id") is not None:
+                annotation_id = _id(annotation, "id")
+                if annotation_id in seen:
+                    raise ValueError("there are two annotations of this id")
+                seen.add(annotation_id)
+            if infos[image_id] is None:  # which has been said
+                continue
+            _, size = infos[image_id]
+            segmentation = _checked_segmentation(_field(annotation, "segmentation"), size)
+        except ValueError as error:
+            name = _annotation_name(_id_of(annotation), i)
+            if isinstance(annotation, dict):
+                name = f"image {_label(annotation.get('image_id'))}: {name}"
+            problems.append(f"{name}: {error}")
+        else:
+            objects.setdefault(image_id, []).append((annotation.get("id"), i, segmentation))
 
     entries = []
-    for image_id, segmentations in objects.items():
-        if image_id in ambiguous:  # whose objects these are cannot be known
-            continue
-        info = infos[image_id]
-        picture = folder / info["file_name"]
-        if picture.is_file():
-            entries.append((image_id, picture, (info["height"], info["width"]), segmentations))
+    for image_id, of_image in objects.items():
+        path, size = infos[image_id]
+        if os.path.isfile(path):  # Path's raises for some names
+            entries.append((image_id, path, size, of_image))
         else:
-            problems.append(f"image {image_id}: {picture} is missing")
+            problems.append(f"image {_label(image_id)}: {path} is missing")
     return entries, problems
 
 
-def _annotation_problem(annotation: dict, info: dict | None, seen: set) -> str | None:
-    """What is wrong with an annotation, as far as is seen without its picture."""
-    if "image_id" not in annotation:
-        return "it has no image_id"
-    if info is None:
-        return "there is no picture of this id"
-    if annotation.get("id") is not None and annotation["id"] in seen:
-        return "there are two annotations of this id"
-    height, width = info["height"], info["width"]
-    segmentation = annotation["segmentation"]
-    is_polygons = isinstance(segmentation, list)
-    if not segmentation or (is_polygons and not any(len(p) >= 6 for p in segmentation)):
-        return "its segmentation is empty"
-    if is_polygons and any(len(p) % 2 for p in segmentation):
-        odd = next(len(p) for p in segmentation if len(p) % 2)
-        return f"a polygon of it has {odd} numbers, expected x and y of each point"
-    if not is_polygons and list(segmentation["size"]) != [height, width]:
-        return f"its size is {segmentation['size']}, but the picture's {[height, width]}"
-    counts = None if is_polygons else segmentation["counts"]
-    if isinstance(counts, list) and sum(counts) != height * width:
-        return "its run lengths do not fill the picture"
-    x, y, w, h = annotation.get("bbox", (0, 0, 1, 1))
-    # A pixel more is common, by rounding, and COCO's own files have boxes without height.
-    inside = x >= -1 and y >= -1 and x + w <= width + 1 and y + h <= height + 1
-    if not (inside and w >= 0 and h >= 0):
-        return f"its box {[x, y, w, h]} is not within the picture of {width} x {height}"
-    return None
+def _image_entry(info: Any, folder: Path) -> tuple[Path, tuple[int, int]]:
+    """Path and size of an image of a COCO or SA-1B file; raises ValueError if it is invalid."""
+    name = _field(info, "file_name", str)
+    root, path = os.path.abspath(folder), os.path.normpath(os.path.join(folder, name))
+    if os.path.commonpath([root, os.path.abspath(path)]) != root:
+        raise ValueError(f"its file_name {_shown(name)} leads out of the folder {folder}")
+    height, width = (_whole(_field(info, side), side) for side in ("height", "width"))
+    if height < 1 or width < 1:
+        raise ValueError(f"its height and width are {height} and {width}, expected at least 1")
+    return Path(path), (height, width)
+
+
+def _checked_segmentation(value: Any, size: tuple[int, int]) -> dict | list:
+    """Polygons or run lengths, as COCO has them, with whole numbers as integers.
+
+    Raises:
+        ValueError: if it is invalid; but what a string of run lengths says is not looked at.
+    """
+    if isinstance(value, dict):
+        given = [_whole(n, "size") for n in _field(value, "size", list)]
+        if given != list(size):
+            raise ValueError(f"its size is {given}, but the image's is {list(size)}")
+        counts = _field(value, "counts", list, str)
+        if isinstance(counts, list):
+            counts = [n if type(n) is int else _whole(n, "run length") for n in counts]
+        rle = {"size": given, "counts": counts}
+        if isinstance(counts, list):
+            check_rle(rle)
+        return rle
+    if not isinstance(value, list):
+        raise ValueError(
+            f"its segmentation is {_shown(value)}, expected polygons (a list of lists) or run "
+            "lengths (an object)"
+        )
+    far = _FAR * max(size)  # pycocotools walks along every edge, however long
+    for polygon in value:
+        if not isinstance(polygon, list) or not {int, float}.issuperset(map(type, polygon)):
+            raise ValueError(
+                f"a polygon of it is {_shown(polygon)}, expected a list of numbers x, y, x, y, ..."
+            )
+        if len(polygon) % 2:
+            raise ValueError(
+                f"a polygon of it has {len(polygon)} numbers, expected x and y of each point"
+            )
+        # NaN alone is not equal to itself. (No generator: a file has millions of numbers.)
+        is_finite = not any(map(operator.ne, polygon, polygon))
+        if polygon and not (is_finite and -far <= min(polygon) and max(polygon) <= far):
+            raise ValueError(f"its polygons are not finite or reach beyond {_FAR} times the image")
+    polygons = [polygon for polygon in value if len(polygon) >= 6]
+    if not polygons:
+        raise ValueError("its segmentation is empty")
+    for start, side in ((0, size[1]), (1, size[0])):
+        values = [polygon[start::2] for polygon in polygons]
+        if max(map(max, values)) < 0 or min(map(min, values)) > side:
+            raise ValueError(f"its polygons are outside the image of {size[1]} x {size[0]}")
+    return polygons
+
+
+def _is_crowd(annotation: Any) -> bool:
+    value = _object(annotation).get("iscrowd")
+    if value not in (None, 0, 1):  # which False, True, 0.0 and 1.0 are, too
+        raise ValueError(f"its iscrowd is {_shown(value)}, expected 0 or 1")
+    return bool(value)
+
+
+def _annotation_name(annotation_id: Any, number: int) -> str:
+    if annotation_id is None:
+        return f"annotations[{number}]"
+    return f"annotation {_label(annotation_id)}"
+
+
+def _id_of(annotation: Any) -> Any:
+    return annotation.get("id") if isinstance(annotation, dict) else None
+
+
+def _object(value: Any) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"it is {_shown(value)}, expected an object")
+    return value
+
+
+def _field(entry: Any, name: str, *kinds: type) -> Any:
+    """A value of a JSON object, of one of some kinds (any, if none is given)."""
+    if name not in _object(entry):
+        raise ValueError(f"it has no {name}")
+    if kinds and not isinstance(entry[name], kinds):
+        names = {list: "a list", dict: "an object", str: "a string"}
+        expected = " or ".join(names[kind] for kind in kinds)
+        raise ValueError(f"its {name} is {_shown(entry[name])}, expected {expected}")
+    return entry[name]
+
+
+def _id(entry: Any, name: str) -> int | str:
+    value = _field(entry, name)
+    return value if isinstance(value, str) else _whole(value, name)
+
+
+def _whole(value: Any, name: str) -> int:
+    """A whole number, which JSON may have as 30 or 30.0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 != 0:
+        raise ValueError(f"its {name} is {_shown(value)}, expected a whole number")
+    return int(value)
+
+
+_shown = reprlib.repr  # not longer than fits a message
+
+
+def _label(value: Any) -> str:
+    return str(value) if isinstance(value, (int, str)) else _shown(value)
 
 
 def _check_choice(bad_annotations: str) -> None:
@@ -460,68 +725,20 @@ def _report(problems: list[str], what: str, bad_annotations: BadAnnotations) -> 
     warnings.warn("\n".join([f"{what}, left out:", *shown]), stacklevel=3)
 
 
-def _example(
-    image_id: Any,
-    picture: Path,
-    size: tuple[int, int],
-    segmentations: list,
-    bad_annotations: BadAnnotations,
-) -> Example:
-    try:
-        image = _stored_pixels(picture, tuple(size))
-    except Exception as error:  # also whatever Pillow's decoders meet in a damaged file
-        _report([f"image {image_id}: {picture}: {error}"], "a bad picture", bad_annotations)
-        return _blank()
-    size, rles, problems = image.shape[:2], [], []
-    for segmentation in segmentations:
-        try:
-            rles.append(_run_lengths(segmentation, size))
-        except (ValueError, TypeError, KeyError) as error:
-            problems.append(f"image {image_id}: a segmentation cannot be read: {error!r}")
-    _report(problems, f"{picture} has bad annotations", bad_annotations)
-    return {"image": image, "masks": RunLengths([rle for rle in rles if rle_area(rle)], size)}
-
-
-def _stored_pixels(picture: Path, size: tuple[int, int]) -> np.ndarray:
-    """A picture of this size, not turned as its EXIF says: nor are those that COCO annotates."""
-    with Image.open(picture) as file:
-        orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
-        image = load_image(file)
-    if image.shape[:2] == size:
-        return image
-    message = f"it has {image.shape[:2]} pixels, but {size} are annotated"
-    if orientation > 4 and image.shape[1::-1] == size:  # on its side
-        message += (
-            f"; its EXIF orientation is {orientation}, and its annotations seem to be of the "
-            "turned picture, but have to be of the pixels as stored: store it turned, without EXIF"
-        )
-    raise ValueError(message)
-
-
 def _blank() -> Example:
-    """Takes the place of a bad picture, since examples are counted before they are read."""
+    """Takes the place of a bad image, since examples are counted before they are read."""
     return {"image": np.zeros((1, 1, 3), np.uint8), "masks": np.zeros((0, 1, 1), bool)}
 
 
-def _run_lengths(segmentation: Any, size: tuple[int, int]) -> dict:
-    """Polygons or run lengths, as COCO has them, as run lengths that `rle_decode` takes."""
-    if isinstance(segmentation, dict):
-        if tuple(segmentation["size"]) != size:
-            raise ValueError(f"its size is {segmentation['size']}, but the picture's {list(size)}")
-        if not isinstance(segmentation["counts"], list):
-            segmentation = rle_uncompress(segmentation)
+def _run_lengths(segmentation: dict | list, size: tuple[int, int]) -> dict:
+    """What `_checked_segmentation` gives, as run lengths that `rle_decode` takes."""
+    if isinstance(segmentation, list):
+        rle = pycocotools.mask.frPyObjects(segmentation, *size)
+        return rle_uncompress(pycocotools.mask.merge(rle))
+    if isinstance(segmentation["counts"], str):
+        segmentation = rle_uncompress(segmentation)
         check_rle(segmentation)
-        return segmentation
-    polygons = [np.asarray(p, float) for p in segmentation if len(p) >= 6]
-    if not all(np.isfinite(p).all() for p in polygons):
-        raise ValueError("its polygons hold numbers that are not finite")
-    if not polygons:
-        return {"size": list(size), "counts": [size[0] * size[1]]}
-    # pycocotools walks along every edge, however long.
-    if any(abs(p).max() > _FAR * max(size) for p in polygons):
-        raise ValueError(f"its polygons reach beyond {_FAR} times the picture")
-    rle = pycocotools.mask.frPyObjects([p.tolist() for p in polygons], *size)
-    return rle_uncompress(pycocotools.mask.merge(rle))
+    return segmentation
 
 
 def _resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -547,10 +764,3 @@ def _to_grid(mask: Bool[np.ndarray, "h w"], size: int, side: int) -> Bool[np.nda
 
 def _stacked(arrays: list, count: int, shape: tuple[int, ...], dtype) -> np.ndarray:
     return pad_axis(np.array(arrays, dtype).reshape(len(arrays), *shape), count, 0, 0)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error

@@ -1,6 +1,7 @@
 """Image embeddings on disk: with a frozen encoder, each picture is encoded once and for all."""
 
 import hashlib
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ class CachedEmbeddings:
             if not _is_whole(file, model.config):
                 pixels = processor.preprocess(image)[None]
                 embedding = np.asarray(encode_image(*split, pixels)[0], np.float32)
-                with replacing(file) as temporary, temporary.open("wb") as opened:
-                    np.save(opened, embedding)
+                with replacing(file) as temporary:
+                    _write(temporary, embedding)
             on_image()
 
     def __len__(self) -> int:
@@ -87,6 +88,13 @@ def _is_whole(file: Path, config: SamConfig) -> bool:
         return False
     shape = grid, grid, config.image_embedding_channels
     return found.shape == shape and found.dtype == np.float32
+
+
+def _write(file: Path, embedding: np.ndarray) -> None:
+    data = io.BytesIO()
+    np.save(data, embedding)
+    # In one piece, by Python: numpy's own error for a full disk says only how much was written.
+    file.write_bytes(data.getbuffer())
 
 
 def _encoder_key(model: Sam) -> str:

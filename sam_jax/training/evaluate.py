@@ -61,6 +61,9 @@ def evaluate(
             set_image(predictor, example)
         for start in range(0, len(example["masks"]), objects_at_once):
             masks = example["masks"][start : start + objects_at_once]
+            masks = masks[masks.any((-2, -1))]  # an empty one has no place for a click
+            if not len(masks):
+                continue
             for count, ious in _by_clicks(predictor, masks, max(clicks)).items():
                 if count in clicks:
                     found[f"miou@{count}"] += ious
@@ -83,6 +86,7 @@ def draw_clicks(model: Sam, source: Source, count: int = 4) -> Image.Image:
     for i in range(min(count, len(source))):
         example = source[i]
         targets = example["masks"][:_DRAWN]
+        targets = targets[targets.any((-2, -1))]
         if not len(targets):
             pictures.append(Image.fromarray(example["image"]))
             continue

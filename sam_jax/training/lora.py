@@ -19,9 +19,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from sam_jax.files import replacing
+from sam_jax.checkpoints.torch_file import write_safetensors
+from sam_jax.files import read_json
 from sam_jax.models.layers import Linear, LoRALinear, kernel_of
 from sam_jax.models.sam import Sam
 
@@ -103,8 +103,7 @@ def save_lora(model: Sam, path: str | os.PathLike) -> None:
         for part, factor in zip(("lora_a", "lora_b"), _factors(linear), strict=True)
     }
     scales = {name: linear.scale for name, linear in adapters.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {"lora_scales": json.dumps(scales)})
+    write_safetensors(path, tensors, {"lora_scales": json.dumps(scales)})
 
 
 def load_lora(model: Sam, path: str | os.PathLike) -> Sam:
@@ -114,8 +113,14 @@ def load_lora(model: Sam, path: str | os.PathLike) -> Sam:
         ValueError: if the file is none of these, or its layers are not the model's.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is no file")  # a pipe would be waited for without end
         with safe_open(path, "numpy") as file:
-            scales = json.loads((file.metadata() or {})["lora_scales"])
+            scales = read_json((file.metadata() or {})["lora_scales"].encode())
+            if not isinstance(scales, dict) or not all(
+                type(scale) in (int, float) and abs(scale) < 1e9 for scale in scales.values()
+            ):
+                raise ValueError("its scales are no numbers by name")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise

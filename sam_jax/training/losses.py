@@ -94,7 +94,7 @@ def mask_losses(
     mask_loss = weights.focal * focal + weights.dice * dice
     best = jnp.where(candidates, mask_loss, jnp.inf).argmin(-1)
     predicted_best = jnp.where(candidates, iou_scores, -jnp.inf).argmax(-1)
-    iou = jnp.where(candidates, iou, 0).sum(-1) / candidates.sum(-1)
+    iou = jnp.where(candidates, iou, 0).sum(-1) / candidates.sum(-1, dtype=iou.dtype)
     return MaskLosses(
         total=of(best, mask_loss) + weights.iou * iou,
         focal=of(best, focal),

@@ -10,7 +10,7 @@ path, and freezes (`None`) what has none. Paths are those of `sam_jax.checkpoint
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import optax
@@ -125,10 +125,14 @@ def adamw(
 
 
 class Optimizer(NamedTuple):
-    """AdamW for a run of known length: a warm-up, then a rate that falls like a cosine to 0."""
+    """AdamW with a warm-up, and then a rate that falls like a cosine to 0, or stays.
+
+    A rate that stays is the same whatever the number of steps is, so that a run can be extended.
+    """
 
     learning_rate: float = 1e-4  # the highest, after the warm-up
-    warmup: int = 20  # steps until then, at most half of all
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
+    warmup: int = 20  # steps until then; before a cosine at most half of all
     weight_decay: float = 0.01  # decay of kernels
     clip_norm: float = 1.0  # largest norm of all gradients together
 
@@ -146,10 +150,26 @@ class Optimizer(NamedTuple):
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
-        warmup = min(self.warmup, steps // 2)
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
+        if self.schedule == "constant":
+            rate = optax.warmup_constant_schedule(0.0, self.learning_rate, self.warmup)
+        else:
+            warmup = min(self.warmup, steps // 2)
+            rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
         options = {"weight_decay": self.weight_decay, "clip_norm": self.clip_norm}
         return adamw(rate, table, **options), rate
+
+
+def updates_made(opt_state: PyTree) -> int:
+    """The number of updates that an optimizer of `adamw` with a schedule has made.
+
+    The learning rate of the next one is the schedule's at this number, which is below that of the
+    steps if batches had no objects.
+    """
+
+    def of_schedule(path, _):
+        return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
+
+    return int(jax.device_get(optax.tree.get(opt_state, "count", filtering=of_schedule)))
 
 
 def map_with_path(function: Callable, params: PyTree) -> PyTree:

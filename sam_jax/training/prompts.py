@@ -32,7 +32,7 @@ def sample_point(
     chosen = jax.random.randint(key, (), 0, jnp.maximum(total, 1))
     y, x = jnp.divmod(jnp.searchsorted(counts, chosen + 1), width)
     scale = jnp.array([image_size / width, image_size / height], jnp.float32)
-    return (jnp.stack([x, y]) + 0.5) * scale - 0.5, total > 0
+    return (jnp.stack([x, y]).astype(jnp.float32) + 0.5) * scale - 0.5, total > 0
 
 
 def noisy_box(key: Key, box: Float[Array, "4"], image_size: int) -> Float[Array, "4"]:

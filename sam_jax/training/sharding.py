@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -48,8 +49,10 @@ def put(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
     """The tree on the devices; every host must have the same arrays."""
 
     def place(array, sharding):
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        array = jax.device_get(array)
+        parts = sharding.addressable_devices_indices_map(array.shape).items()
+        parts = [jax.device_put(array[index], device) for device, index in parts]
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
     return jax.tree.map(place, tree, shardings(tree, mesh, parallelism))
 
@@ -81,17 +84,29 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
             f"multiple of {mesh.size}, all devices together"
         )
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+
+    def place(array):
+        shape = size * mesh.size // count, *array.shape[1:]
+        places = sharding.addressable_devices_indices_map(shape)
+        devices = sorted(places, key=lambda device: places[device][0].start or 0)
+        parts = map(jax.device_put, np.split(array, count), devices)
+        return jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
+
+    return {name: place(array) for name, array in batch.items()}
+
+
+def any_host(flag: bool) -> bool:
+    """Whether it is true on any host; all hosts must call it together."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def gather(tree: PyTree, mesh: Mesh) -> PyTree:
     """The whole tree as numpy arrays, on every host; all hosts must call it together."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     copies = jax.jit(_identity, out_shardings=everywhere)(tree)
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), copies)
+    return jax.tree.map(lambda x: jax.device_get(x.addressable_data(0)), copies)
 
 
 def merge(graphdef: nnx.GraphDef, trained: PyTree, frozen: PyTree, mesh: Mesh) -> Sam:

@@ -193,7 +193,10 @@ def train_step(
     tx: optax.GradientTransformation,
     recipe: Recipe = Recipe(),  # noqa: B008
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step of the optimiser.
+    """One step of the optimizer.
+
+    A batch without objects changes nothing but the step's number: neither parameters nor the
+    optimizer's state, its schedule's count included, nor the moving average.
 
     Args:
         graphdef: of `split_model`.
@@ -205,7 +208,8 @@ def train_step(
         recipe: see there.
 
     Returns:
-        The new state, and float32 scalars: those of `mean_loss`, and `grad_norm`.
+        The new state, and float32 scalars: those of `mean_loss`, `grad_norm`, `objects_used` and,
+        if the batch counts them, `objects_dropped`.
 
     Raises:
         ValueError: if only one of state and recipe has a moving average, and what `gradients`
@@ -220,12 +224,21 @@ def train_step(
     keys = jax.random.split(jax.random.fold_in(key, state.step), len(batch["valid"]))
     grads, metrics = gradients(graphdef, state.params, frozen, batch, keys, recipe)
     metrics["grad_norm"] = optax.tree.norm(grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    metrics["objects_used"] = batch["valid"].sum()
+    if "dropped" in batch:
+        metrics["objects_dropped"] = batch["dropped"].sum().astype(jnp.float32)
+    # optax mixes dtypes, also where the caller has made JAX strict about them.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1 - recipe.ema_decay)
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    # Zero gradients alone would not do: momentum, weight decay and the average go on without them.
+    new = TrainState(state.step, params, opt_state, ema)
+    has_objects = metrics["objects_used"] > 0
+    new = jax.tree.map(lambda new, old: jnp.where(has_objects, new, old), new, state)
+    return new._replace(step=state.step + 1), metrics
 
 
 def compile_step(state: TrainState, tx: optax.GradientTransformation, recipe: Recipe) -> Callable:

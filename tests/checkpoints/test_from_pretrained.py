@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import re
 import shutil
 
@@ -188,9 +189,90 @@ def test_folders_that_are_no_checkpoints(hf, tmp_path):
     config.write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="'bert' model, expected model_type 'sam'"):
         from_pretrained(tmp_path)
-    config.write_text("{")
-    with pytest.raises(CheckpointError, match="no JSON"):
+    config.write_text('{"learning_rate": 0.1}')
+    with pytest.raises(CheckpointError, match=r"has no model_type, expected .* path of their file"):
         from_pretrained(tmp_path)
+    for content in ("{", "[" * 100_000):
+        config.write_text(content)
+        with pytest.raises(CheckpointError, match=r"config\.json is (not JSON|nested)"):
+            from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("values", [{"learning_rate": 0.1}, {"model_type": "bert"}, {}])
+def test_a_config_of_something_else_beside_a_file_is_left_alone(hf, tmp_path, values):
+    hf.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": "other"}))
+    assert load_config(tmp_path / "model.safetensors") == HF
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
+def test_a_preprocessor_that_is_none_is_named(hf, tmp_path, name):
+    hf.save_pretrained(tmp_path)
+    (tmp_path / name).write_text("[1, 2]")
+    with pytest.raises(CheckpointError, match=rf"{name} holds \[1, 2\], expected names and values"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "left_out"),
+    [
+        ("module.", "'module.'"),
+        ("module._orig_mod.", "'_orig_mod.' and 'module.'"),
+        ("model.sam.", "'model.sam.'"),
+        ("net.module.", "'module.' and 'net.'"),
+        ("image_encoder.", "'image_encoder.'"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["pth", "safetensors", "hf"])
+def test_a_common_prefix_is_left_out(meta, hf, tmp_path, kind, prefix, left_out):
+    source, config, path = meta, META, tmp_path / f"sam.{kind}"
+    if kind == "hf":
+        source, config, path = hf, HF, tmp_path
+        hf.config.save_pretrained(tmp_path)
+    tensors = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
+    if kind == "pth":
+        torch.save({"model": tensors}, path)
+    else:
+        save_file(
+            {name: tensor.clone() for name, tensor in tensors.items()},
+            path / "model.safetensors" if kind == "hf" else path,
+        )
+    with pytest.warns(UserWarning, match=f"names have {left_out}, which is left out"):
+        params, found = load_params(path)
+    assert found == config
+    for name, value in flat_params(ours(source, config)).items():
+        np.testing.assert_array_equal(params[name], value, err_msg=name)
+
+
+def test_weights_with_nan_or_infinity_are_refused_by_name(meta, tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in meta.state_dict().items()}
+    tensors["image_encoder.neck.0.weight"][0, 0] = float("nan")
+    tensors["mask_decoder.iou_token.weight"][0, 1] = float("-inf")
+    torch.save(tensors, tmp_path / "sam.pth")
+    message = r"sam\.pth: 2 of \d+ .* NaN or infinity: image_encoder\.neck\.conv1\.kernel, mask_dec"
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(tmp_path / "sam.pth")
+
+
+@pytest.mark.parametrize(
+    "name", ["sam.pth", "sam.safetensors", "model.safetensors", "config.json", "shard.bin"]
+)
+def test_a_pipe_is_not_waited_for(hf, tmp_path, name):
+    if name in ("config.json", "shard.bin"):
+        hf.save_pretrained(tmp_path)
+        (tmp_path / "config.json").unlink()
+    if name == "shard.bin":
+        (tmp_path / "model.safetensors").unlink()
+        index = {"weight_map": {"w": name}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    os.mkfifo(tmp_path / name)
+    if name == "config.json":  # as if there were none
+        assert load_config(tmp_path) == HF
+        return
+    path = tmp_path / name if name.startswith("sam") else tmp_path
+    with pytest.raises(CheckpointError, match=r"is no file|holds no checkpoint"):
+        from_pretrained(path)
 
 
 def test_hugging_face_loads_what_we_write(meta, tmp_path):
@@ -249,20 +331,30 @@ def test_a_forged_index_is_left_over(meta, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("kind", "part", "name"),
+    ("kind", "part", "name", "value", "message"),
     [
-        ("hf", "vision_config", "num_hidden_layers"),
-        ("ours", "mask_decoder", "transformer_depth"),
+        (
+            "hf",
+            "vision_config",
+            "num_hidden_layers",
+            10**8,
+            "is 100000000, expected .* up to 65536",
+        ),
+        ("hf", "vision_config", "num_hidden_layers", 2000, "depth is 2000, expected int up to 128"),
+        ("hf", "vision_config", "num_hidden_layers", 128, "asks for 128 blocks, .* there are only"),
+        ("ours", "mask_decoder", "transformer_depth", 2000, "is 2000, expected int up to 128"),
+        ("ours", "mask_decoder", "transformer_depth", 20, "blocks, 20 decoder .* there are only"),
+        ("ours", "mask_decoder", "num_multimask_outputs", 100, "100 outputs, .* there are only"),
     ],
 )
-def test_a_configuration_of_too_many_layers(hf, tmp_path, kind, part, name):
+def test_a_configuration_of_too_many_layers(hf, tmp_path, kind, part, name, value, message):
     hf.save_pretrained(tmp_path / "hf")
     save_pretrained(ours(hf, HF), tmp_path / "ours")
     file = tmp_path / kind / "config.json"
     values = json.loads(file.read_text())
-    values[part][name] = 100_000_000
+    values[part][name] = value
     file.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=r"asks for 10000\d+ layers, but there are only"):
+    with pytest.raises(CheckpointError, match=message):
         from_pretrained(tmp_path / kind)
 
 

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore
 from reference import SMALL, SMALL_TINY
 
 from sam_jax.checkpoints import orbax
@@ -171,6 +174,76 @@ def test_parameters_that_are_damaged_or_missing(tmp_path, saved):
     assert process.stdout.splitlines() == [f"{f / 'params'} cannot be read" for f in folders]
 
 
+@pytest.mark.parametrize("config_agrees", [False, True])
+def test_a_forged_shape_is_refused_before_it_is_allocated(tmp_path, saved, config_agrees):
+    """A megabyte that declares gigabytes: Orbax would allocate them, or abort the process."""
+    shutil.copytree(saved, tmp_path / "model")
+    decoder = dataclasses.replace(SMALL.mask_decoder, iou_head_hidden_dim=65_536, iou_head_depth=3)
+    forged = dataclasses.replace(SMALL, mask_decoder=decoder)
+    if config_agrees:
+        (tmp_path / "model/config.json").write_text(json.dumps(forged.to_dict()))
+    place = f"file://{tmp_path / 'model/params/state'}/"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result()
+    for name, shape in param_shapes(forged).items():
+        if shape != param_shapes(SMALL)[name]:
+            key = f"{name}/zarr.json".encode()
+            store[key] = json.dumps({**json.loads(store[key]), "shape": shape}).encode()
+    message = r"misshapen: .*\(65536, 65536\)"
+    if config_agrees:
+        message = r"has [\d,]+ bytes, which cannot be the 8,[\d,]+ that it declares"
+    with pytest.raises(CheckpointError, match=message):
+        orbax.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["params/state/d/pipe", "params/_CHECKPOINT_METADATA"])
+def test_a_pipe_in_the_folder_is_not_waited_for(tmp_path, saved, name):
+    shutil.copytree(saved, tmp_path / "model")
+    pipe = tmp_path / "model" / name
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    with pytest.raises(CheckpointError, match=f"{pipe} is neither a file nor a folder"):
+        orbax.load(tmp_path / "model")
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, params):
+    def full(*_):
+        raise ValueError(
+            'OUT_OF_RANGE: Error writing "a/c/0" in OCDBT database at local file "/x/": Failed '
+            'writing: "/x/d/0": Failed to write 9 bytes to file 28: No space left on device'
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(orbax.ocp.partial, "save", full)
+        with pytest.raises(OSError, match=r"^cannot write \S+model: Failed to .* left on device$"):
+            orbax.save(tmp_path / "model", params, SMALL)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = r"^cannot write \S+model: it takes about [\d,]{7} bytes, and its disk has 1,000 left$"
+    with pytest.raises(OSError, match=message):
+        orbax.save(tmp_path / "model", params, SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, sys
+from sam_jax.checkpoints import orbax
+from sam_jax.config import SamConfig
+
+def kill(*_):
+    os.kill(os.getpid(), 9)
+
+orbax._save_params = kill
+orbax.save(sys.argv[1], {}, SamConfig())
+"""
+
+
+def test_what_a_killed_save_leaves_is_removed_by_the_next(tmp_path, params):
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "model"], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    orbax.save(tmp_path / "model", params, SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_parameters_that_are_no_flat_dictionary(tmp_path):
     orbax.ocp.save(tmp_path / "params", {"encoder": {"kernel": np.zeros(3)}})
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict()))
@@ -178,7 +251,9 @@ def test_parameters_that_are_no_flat_dictionary(tmp_path):
         orbax.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"image_size": 96, "more": 1}'])
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "{}", "[" * 100_000, '{"image_size": 96, "more": 1}']
+)
 def test_a_config_that_is_damaged_or_missing(tmp_path, content):
     (tmp_path / "params").mkdir()
     if content is not None:

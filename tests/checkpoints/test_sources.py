@@ -83,7 +83,7 @@ def origins(monkeypatch):
 
 
 def files_below(folder):
-    return [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
 
 
 # ---- paths and names -----------------------------------------------------------------------------
@@ -168,6 +168,7 @@ def test_when_every_origin_fails(toy, origins, cache):
         "toy.pt is not in the cache and could not be downloaded:",
         "  hub repository owner/toy: no route to the hub",
         "  package index, toy-package==1.0: no route to the index",
+        "5 of 11 bytes are kept: run it again to go on from there.",
         f"Pass the path of a local copy of toy.pt instead (11 bytes, sha256 {toy.sha256}).",
     ]
     assert not cached_path(toy).exists()
@@ -199,6 +200,39 @@ def test_a_damaged_cached_file_is_fetched_again(toy, origins):
     cached_path(toy).write_bytes(CONTENT[:5])
     origins.hub = origins.gives(CONTENT)
     assert locate("toy").read_bytes() == CONTENT
+
+
+def test_a_cached_file_is_checked_when_it_has_changed(toy, origins, capsys, monkeypatch):
+    origins.hub = origins.gives(CONTENT)
+    path = locate("toy")
+    path.write_bytes(b"the weightx")  # of the same size
+    capsys.readouterr()
+    assert locate("toy").read_bytes() == CONTENT
+    damaged, fetched = capsys.readouterr().err.splitlines()
+    assert damaged == f"sam_jax: {path} is damaged and is fetched again"
+    assert fetched.startswith("sam_jax: downloading toy.pt")
+    path.write_bytes(CONTENT)  # a copy by hand
+    assert locate("toy") == path
+    assert origins.asked == ["hub", "hub"]
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert locate("toy") == path
+    path.with_name(".checked").write_text("")
+    with pytest.raises(pytest.fail.Exception):
+        locate("toy")
+
+
+def test_of_a_download_that_broke_off_it_is_told_what_is_kept(toy, origins):
+    origins.hub = origins.index = origins.raises(
+        type("ReadTimeout", (Exception,), {})("timed\nout")
+    )
+    with pytest.raises(ConnectionError) as caught:
+        locate("toy")
+    lines = str(caught.value).splitlines()
+    assert lines[1:4] == [
+        "  hub repository owner/toy: timed out",
+        "  package index, toy-package==1.0: timed out",
+        "5 of 11 bytes are kept: run it again to go on from there.",
+    ]
 
 
 def test_of_two_downloads_at_once_one_waits_for_the_other(toy, origins, cache):
@@ -344,7 +378,8 @@ def test_the_real_hub_client_against_a_small_hub(tmp_path):
     *weights, files, missing, again = run.stdout.splitlines()
     whole = str(CONTENT)
     # Nothing there yet; half of it; all of it; too much; half of something else.
-    assert weights == [whole, "bytes=5-", whole, whole, whole, "bytes=5-", "['.lock']"]
+    left = "['.checked', '.lock']"  # the first of the file that was there before
+    assert weights == [whole, "bytes=5-", whole, whole, whole, "bytes=5-", left]
     assert files == "['config.json', 'model.safetensors']"
     assert missing.startswith("owner/other is no file or folder here, and no hub repository")
     assert again == "True"
@@ -409,6 +444,30 @@ def test_torch_s_file_is_downloaded_when_there_are_no_safetensors(repository):
     assert repository.downloaded == ["config.json", "pytorch_model.bin"]
 
 
+@pytest.mark.parametrize("function", ["snapshot_download", "hf_hub_download"])
+def test_a_download_of_a_repository_that_stalls(repository, monkeypatch, function):
+    repository.files = ["config.json", "model.safetensors.index.json"]
+    repository.shards = []
+
+    def stalls(*_, **__):
+        raise type("ReadTimeout", (Exception,), {})("The read operation\n timed out")
+
+    monkeypatch.setattr(huggingface_hub, function, stalls)
+    message = (
+        r"^the download of owner/toy from the hub broke off \(ReadTimeout: The read operation "
+        r"timed out\)\. Its files that are whole are kept; run it again to go on$"
+    )
+    with pytest.raises(ConnectionError, match=message):
+        locate("owner/toy")
+
+
+def test_an_index_of_weights_that_is_none(repository):
+    for content in ("[" * 100_000, "[]", '{"weight_map": 3}'):
+        repository.folder.joinpath("x").write_text(content)
+        with pytest.raises(CheckpointError, match="is no index of weights"):
+            sources.read_index(repository.folder / "x")
+
+
 def test_a_repository_without_weights(repository):
     repository.files = ["config.json", "tf_model.h5"]
     with pytest.raises(
@@ -448,22 +507,14 @@ def test_without_the_hub_and_without_weights(repository, local):
 def sdist(tmp_path, monkeypatch):
     """A folder for pip in the place of the index, with a source package that notes when it runs."""
     ran = tmp_path / "ran"
-    backend = f"""
-import pathlib
-def prepare_metadata_for_build_wheel(folder, config_settings=None):
-    pathlib.Path({str(ran)!r}).touch()
-    info = pathlib.Path(folder) / "toy_package-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: toy-package\\nVersion: 1.0\\n")
-    (info / "WHEEL").write_text("Wheel-Version: 1.0\\n")
-    return info.name
-def build_wheel(folder, config_settings=None, metadata_directory=None):
-    raise NotImplementedError
+    setup = f"""
+import pathlib, setuptools
+pathlib.Path({str(ran)!r}).touch()
+setuptools.setup(name="toy-package", version="1.0")
 """
     files = {
-        "pyproject.toml": "[build-system]\nrequires = []\nbuild-backend = 'backend'\n"
-        "backend-path = ['.']\n",
-        "backend.py": backend,
+        "setup.py": setup,
+        "setuptools/__init__.py": setup,
         "PKG-INFO": "Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n",
         "weights.pt": CONTENT.decode(),
     }
@@ -493,7 +544,7 @@ def test_a_member_of_a_package(sdist):
     fetch(sdist)
     assert sdist.out.read_bytes() == CONTENT
     assert list(sdist.out.parent.iterdir()) == [sdist.out]
-    assert sdist.ran.exists()  # so that its absence means something in the next test
+    assert not sdist.ran.exists()
 
 
 def test_of_a_package_with_another_sha256_nothing_is_run(sdist):

@@ -15,6 +15,7 @@ from sam_jax.checkpoints.torch_names import (
     detect_format,
     from_torch,
     infer_config,
+    strip_prefix,
     to_torch,
     torch_name,
 )
@@ -120,6 +121,53 @@ def test_everything_that_does_not_fit_is_listed():
     assert "missing: mask_decoder.iou_token.weight (1, 32)" in message
     assert "image_encoder.pos_embed is (1, 11, 12, 48), expected (1, 12, 12, 48)" in message
     assert "left over: mask_decoder.hq_token.weight (1, 32)" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "left_out"),
+    [
+        ("image_encoder.patch_embed.proj.bias", "image_encoder.patch_embed.proj.bias", []),
+        ("image_encoder._orig_mod.patch_embed.x", "image_encoder.patch_embed.x", ["_orig_mod."]),
+        (
+            "_fsdp_wrapped_module.sam.image_encoder.module.patch_embed.x",
+            "image_encoder.patch_embed.x",
+            ["_fsdp_wrapped_module.", "module.", "sam."],
+        ),
+        ("my_module.vision_encoder.patch_embed.x", "vision_encoder.patch_embed.x", ["my_module."]),
+        ("fc.weight", "fc.weight", []),
+    ],
+)
+def test_prefixes(name, plain, left_out):
+    tensor = np.zeros(3)
+    assert strip_prefix({name: tensor}) == ({plain: tensor}, left_out)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["sam.image_encoder.patch_embed.x", "head.weight"],
+            r"begin with 'sam\.', but 1 of the 2 .*'head\.weight'.*model\.sam\.state_dict",
+        ),
+        (
+            ["student.image_encoder.patch_embed.x", "teacher.image_encoder.patch_embed.x"],
+            r"begin with 'student\.' and 'teacher\.', but 1 of the 2",
+        ),
+        (
+            ["image_encoder.patch_embed.x", "module.image_encoder.patch_embed.x"],
+            r"one name but for module\., so there are several models",
+        ),
+    ],
+)
+def test_prefixes_that_are_not_common(names, message):
+    with pytest.raises(CheckpointError, match=message):
+        strip_prefix(dict.fromkeys(names, np.zeros(3)))
+
+
+@pytest.mark.parametrize("start", ["", "image_encoder.", "vision_encoder."])
+def test_an_image_encoder_alone(start):
+    with pytest.raises(CheckpointError, match="tensors of an image encoder, expected a whole SAM"):
+        detect_format({f"{start}patch_embed.proj.weight": np.zeros(3)})
 
 
 def test_tensors_of_another_model():

@@ -1,4 +1,4 @@
-"""Makes README's picture of the demo page.
+"""Makes README's image of the demo page.
 
     PYTHONPATH=tests python tests/demo/screenshot.py
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 
 def main(output: Path = Path("demo.png")) -> None:
-    """Clicks on the astronaut twice, then on her helmet as background, and takes the picture."""
+    """Clicks on the astronaut twice, then on her helmet as background, and takes the image."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         Image.fromarray(skimage.data.astronaut()).save(folder / "photo.png")
@@ -23,7 +23,6 @@ def main(output: Path = Path("demo.png")) -> None:
             browser.set_window_size(1200, 980)
             page = Page(browser, address, folder)
             page.drop(folder / "photo.png")
-            page.find(".stage.open")
             for place in ((0.44, 0.25), (0.3, 0.7)):
                 with page.change():
                     page.mouse(place)

@@ -1,4 +1,4 @@
-"""What `sam-jax demo` says when it cannot serve; see test_page.py for what it serves."""
+"""What `sam-jax demo` says when it cannot serve; see test_app.py for what it serves."""
 
 import socket
 import sys
@@ -44,11 +44,12 @@ def test_what_cannot_be_served(fails):
         assert message == f"sam-jax: --host is {host!r}, expected a name or an IPv4 address"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert "Address already in use" in fails("--port", port, "--model", "/no/such/model")
+        other = f"--port {int(port) + 1}" if port != "65535" else "--port 65534"
+        message = fails("--port", port, "--model", "/no/such/model")
+        assert message == f"sam-jax: port {port} is already in use: try {other}"
 
 
-def test_without_gradio(fails, monkeypatch):
+def test_without_the_extra(fails, monkeypatch):
     monkeypatch.delitem(sys.modules, "sam_jax.demo.server", raising=False)
-    monkeypatch.delitem(sys.modules, "sam_jax.demo.page", raising=False)
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert fails() == "sam-jax: gradio is not installed; install sam_jax with its extra `demo`"
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert fails() == "sam-jax: uvicorn is not installed; install sam_jax with its extra `demo`"

@@ -1,3 +1,5 @@
+import io
+import itertools
 import json
 
 import numpy as np
@@ -8,7 +10,7 @@ from reference import SMALL, meta_sam, ours
 
 from sam_jax import SamAutomaticMaskGenerator, SamPredictor
 from sam_jax.demo import visit as demo
-from sam_jax.demo.visit import Box, Found, Picture, Point, Visit
+from sam_jax.demo.visit import Box, Found, Picture, Point, Step, Visit
 from sam_jax.visualize import COLORS
 
 SIZE = (71, 113)
@@ -26,10 +28,15 @@ def image():
 
 
 @pytest.fixture(scope="module")
-def picture(model, image, tmp_path_factory):
-    path = tmp_path_factory.mktemp("demo") / "photo.png"
-    image.save(path)
-    return demo.open_picture(model, path)[0]
+def picture(model, image):
+    return demo.open_picture(model, file(image))[0]
+
+
+def file(image, kind="png", **options):
+    """An image's file."""
+    written = io.BytesIO()
+    image.save(written, kind, **options)
+    return written.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +76,22 @@ def test_prompts_stay_in_the_picture():
         demo.add_point(nothing, float("nan"), 1, 1)
 
 
+BOX, LOW = Box(10, 5, 90, 60), (1, 48, 48)
+
+
 @pytest.mark.parametrize(
     "prompts",
     [
         (Point(50, 30, 1),),
         (Point(50, 30, 1), Point(9, 60, 0)),
-        (Box(10, 5, 90, 60),),
-        (Box(0, 0, 1, 1), Point(40, 40, 1), Box(10, 5, 90, 60)),
+        (BOX,),
+        (Box(0, 0, 1, 1), Point(40, 40, 1), BOX),
     ],
     ids=["point", "points", "box", "box_and_point"],
 )
 def test_masks_are_the_predictors(model, picture, predictor, prompts):
     """At the picture's own size, though what is computed first has the model's."""
-    visit = demo.answer(model, Visit(picture, prompts))
+    visit = demo.answer(model, Visit(picture, tuple(map(Step, prompts))))
     masks, scores, logits = predictor.predict(**demo.prompt_of(visit))
     order = np.argsort(-scores)
     assert len(scores) == (3 if len(prompts) == 1 and isinstance(prompts[0], Point) else 1)
@@ -93,19 +103,49 @@ def test_masks_are_the_predictors(model, picture, predictor, prompts):
     assert demo.choose(visit, len(scores)).chosen == 0
 
 
+def test_points_refine_the_mask_that_is_shown(model, picture, predictor):
+    """As Meta's page does; a box begins anew, and undoing brings back what was shown."""
+    visits = [demo.choose(demo.answer(model, demo.add_point(Visit(picture), 50, 30, 1)), 2)]
+    for add in (
+        lambda visit: demo.add_point(visit, 9, 60, 0),
+        lambda visit: demo.add_point(visit, 30, 20, 1),
+        lambda visit: demo.add_box(visit, *BOX),
+        lambda visit: demo.add_point(visit, 70, 20, 1),
+    ):
+        visits.append(demo.answer(model, add(visits[-1])))
+    before = None
+    for i, visit in enumerate(visits):
+        _, scores, logits = predictor.predict(**demo.prompt_of(visit), mask_input=before)
+        order = np.argsort(-scores)
+        assert np.array_equal(visit.answer.logits, logits[order])
+        before = None if i == 2 else logits[order][visit.chosen][None]
+        assert before is None or before.shape == LOW
+    without = predictor.predict(**demo.prompt_of(visits[2]))[2]
+    assert not np.allclose(visits[2].answer.logits, without)
+    for visit, after in itertools.pairwise(visits):
+        undone = demo.answer(model, demo.undo(after))
+        assert undone.chosen == visit.chosen
+        assert np.array_equal(undone.answer.logits, visit.answer.logits)
+
+
 def test_no_prompts_no_answer(model, picture):
-    visit = demo.answer(model, Visit(picture, (Point(50, 30, 1),)))
+    visit = demo.answer(model, demo.add_point(Visit(picture), 50, 30, 1))
     visit = demo.answer(model, demo.undo(demo.choose(visit, 2)))
     assert visit.answer is None
     assert visit.chosen == demo.choose(visit, 5).chosen == 0
 
 
 def test_mask_as_json(model, picture):
-    visit = demo.answer(model, Visit(picture, (Point(50, 30, 1),)))
+    visit = demo.answer(model, demo.add_point(Visit(picture), 50, 30, 1))
+    visit = demo.answer(model, demo.add_box(demo.choose(visit, 1), *BOX))
     mask = demo.full_mask(model, visit)
     result = json.loads(json.dumps(demo.prompt_json(visit, mask)))
     assert (result["height"], result["width"]) == SIZE
     assert result["prompt"] == demo.prompt_of(visit)
+    assert result["steps"] == [
+        {"point": [50, 30, 1], "candidate": 1},
+        {"box": [10, 5, 90, 60], "candidate": 0},
+    ]
     (record,) = result["masks"]
     assert np.array_equal(pycocotools.mask.decode(record["segmentation"]), mask)
     assert record["area"] == mask.sum()
@@ -123,7 +163,9 @@ def test_everything(model, picture, image, monkeypatch):
     )
     progress = []
     found = demo.find_everything(model, picture, 9, lambda *step: progress.append(step))
-    assert progress == [(1, 2), (2, 2)]  # 81 points, 64 at a time
+    # 81 points, 4 at a time; then the masks.
+    assert progress[:21] == [(i + 1, 21) for i in range(21)]
+    assert set(progress[21:]) == {(21, 21)}
     generator = SamAutomaticMaskGenerator(
         model, 9, pred_iou_thresh=0, stability_score_thresh=0, output_mode="coco_rle"
     )
@@ -176,64 +218,55 @@ def test_a_large_layer_is_made_smaller():
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "CMYK", "P", "1"])
-def test_any_kind_of_picture(model, image, tmp_path, mode):
-    path = tmp_path / "photo.tiff"
-    image.convert(mode).save(path)
-    picture, shown = demo.open_picture(model, path)
+def test_any_kind_of_picture(model, image, mode):
+    picture, shown = demo.open_picture(model, file(image.convert(mode), "tiff"))
     assert picture.size == SIZE
     assert picture.embedding.shape == (1, 32, 12, 12)
     assert (shown.mode, shown.size) == ("RGB", SIZE[::-1])
 
 
-def test_animation_gives_its_first_frame(model, image, tmp_path):
-    path = tmp_path / "photo.gif"
+def test_animation_gives_its_first_frame(model, image):
     frames = [image.convert("P"), Image.new("P", image.size)]
-    frames[0].save(path, save_all=True, append_images=frames[1:])
-    _, shown = demo.open_picture(model, path)
+    _, shown = demo.open_picture(
+        model, file(frames[0], "gif", save_all=True, append_images=frames[1:])
+    )
     assert np.array_equal(np.asarray(shown), np.asarray(frames[0].convert("RGB")))
 
 
-def test_rotated_and_large(model, tmp_path, monkeypatch):
+def test_rotated_and_large(model, monkeypatch):
     monkeypatch.setattr(demo, "SHOWN", 60)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
-    Image.new("RGB", (120, 80)).save(tmp_path / "photo.jpg", exif=exif)
-    picture, shown = demo.open_picture(model, tmp_path / "photo.jpg")
+    photo = file(Image.new("RGB", (120, 80)), "jpeg", exif=exif)
+    picture, shown = demo.open_picture(model, photo)
     assert picture.size == (120, 80)
     assert shown.size == (40, 60)
 
 
 @pytest.mark.parametrize("pixels", [101, 100 * Image.MAX_IMAGE_PIXELS], ids=["more", "a_bomb"])
-def test_too_large(model, tmp_path, monkeypatch, pixels):
+def test_too_large(model, monkeypatch, pixels):
     """Told from the file's head, before its pixels are read."""
     monkeypatch.setattr(demo, "PIXELS", 100)
+    photo = file(Image.new("L", (101, 1)))
     if pixels > 101:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    Image.new("L", (101, 1)).save(tmp_path / "photo.png")
     monkeypatch.setattr(demo, "load_image", None)
-    with pytest.raises(ValueError, match="has more than 0 million pixels; make it smaller first"):
-        demo.open_picture(model, tmp_path / "photo.png")
+    with pytest.raises(ValueError, match=r"has 101 x 1 pixels, expected at most|exceeds limit of"):
+        demo.open_picture(model, photo)
 
 
-def test_no_picture(model, tmp_path):
-    (tmp_path / "photo.png").write_text("no picture")
+def test_no_picture(model):
     # Whose content counts, not their names: some of Pillow's formats start other programs, or hold
-    # more pixels than they tell.
-    Image.new("RGB", (9, 9)).save(tmp_path / "drawing.png", "EPS")
-    Image.new("RGB", (32, 32)).save(tmp_path / "icon.png", "ICO")
-    for name in ("photo", "drawing", "icon"):
-        with pytest.raises(
-            ValueError, match=r"is not a picture of a known format; JPEG, PNG, WEBP"
-        ):
-            demo.open_picture(model, tmp_path / f"{name}.png")
-    whole = tmp_path / "whole.png"
-    Image.effect_noise((64, 64), 50).save(whole)
-    (tmp_path / "half.png").write_bytes(whole.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="the picture cannot be read: "):
-        demo.open_picture(model, tmp_path / "half.png")
-    Image.new("I;16", (9, 9)).save(tmp_path / "deep.png")
+    # more pixels than they say.
+    for photo in (b"no image", file(Image.new("RGB", (9, 9)), "EPS")):
+        with pytest.raises(ValueError, match="the file is not an image of a known format"):
+            demo.open_picture(model, photo)
+    with pytest.raises(ValueError, match="the file is a ICO, expected AVIF, BMP, GIF, JPEG"):
+        demo.open_picture(model, file(Image.new("RGB", (32, 32)), "ICO"))
+    with pytest.raises(ValueError, match="the file cannot be read"):
+        demo.open_picture(model, file(Image.effect_noise((64, 64), 50))[:2000])
     with pytest.raises(TypeError, match="more than 8 bits per channel"):
-        demo.open_picture(model, tmp_path / "deep.png")
+        demo.open_picture(model, file(Image.new("I;16", (9, 9))))
 
 
 def test_nothing_found(picture):
@@ -241,21 +274,25 @@ def test_nothing_found(picture):
     assert not demo.number_masks(Found(picture, [])).any()
 
 
-def test_warm_up_compiles_what_clicks_need(model, picture, compilations):
+def test_warm_up_compiles_what_clicks_need(model, image, compilations):
     demo.warm_up(model)
+    photo = file(image.resize((80, 90)))
     compilations.clear()
-    visit = Visit(picture)
-    for x in range(12):
-        visit = demo.add_point(visit, x, 9, x % 2)
-        demo.answer(model, visit)
-    demo.answer(model, demo.add_box(visit, 1, 1, 50, 50))
-    demo.answer(model, demo.add_box(Visit(picture), 1, 1, 50, 50))
+    visit = Visit(demo.open_picture(model, photo)[0])
+    for x in range(demo.MARKS):
+        visit = demo.answer(model, demo.add_point(visit, x, 9, x % 2))
+    for points in (0, 1, 5, 20):
+        visit = Visit(visit.picture, visit.steps[:points])
+        visit = demo.answer(model, demo.add_box(visit, 1, 1, 50, 50))
+        visit = demo.answer(model, demo.add_point(visit, 1, 1, 1))
+    demo.find_everything(model, visit.picture, 5)
     assert not compilations
 
 
-def test_points_are_as_many_as_are_compiled_for(picture):
-    visit = Visit(picture)
-    for _ in range(demo.POINTS):
+def test_marks_are_as_many_as_are_compiled_for(picture):
+    visit = demo.add_box(Visit(picture), 1, 1, 5, 5)
+    for _ in range(demo.MARKS - 1):
         visit = demo.add_point(visit, 1, 1, 1)
-    with pytest.raises(ValueError, match="there are 31 points, as many as can be"):
-        demo.add_point(visit, 1, 1, 1)
+    for add in (lambda: demo.add_point(visit, 1, 1, 1), lambda: demo.add_box(visit, 1, 1, 2, 2)):
+        with pytest.raises(ValueError, match="there are 31 points and boxes, the most there can"):
+            add()

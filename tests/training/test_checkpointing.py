@@ -1,3 +1,9 @@
+import contextlib
+import resource
+import shutil
+import signal
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +34,6 @@ def test_the_last_comes_back_whole(tmp_path):
         assert load_state(checkpoints, state_of(0)) is None
         for step in (5, 10):
             save_state(checkpoints, state_of(step, step / 7))
-        save_state(checkpoints, state_of(10, 99.0))  # is there already
     with open_checkpoints(tmp_path / "run") as checkpoints:
         assert_same(load_state(checkpoints, state_of(0)), state_of(10, 10 / 7))
         assert [c.step for c in checkpoints.checkpoints] == [5, 10]
@@ -51,6 +56,102 @@ def test_a_state_of_another_run(tmp_path):
         for other in (state_of(0, ema=False), state_of(0, shape=(4, 2))):
             with pytest.raises(ValueError, match="does not fit this run; was it made with other"):
                 load_state(checkpoints, other)
+
+
+def damage(folder, pattern, how):
+    (file,) = folder.glob(pattern)
+    if file.is_dir():
+        shutil.rmtree(file)
+    elif how is None:
+        file.unlink()
+    else:
+        data = file.read_bytes()
+        file.write_bytes(data[: len(data) // 2] if how == "half" else how)
+
+
+# After an error, Orbax's other reads find its event loop closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("pattern", "how"),
+    [
+        ("state", None),
+        ("state/_METADATA", None),
+        ("state/_METADATA", b""),
+        ("state/_METADATA", b"{}"),
+        ("state/_METADATA", b'{"tree_metadata": [1'),
+        ("state/_sharding", b"[1]"),
+        ("state/manifest.ocdbt", None),
+        ("state/d/*", None),
+        ("state/d/*", "half"),
+        ("state/array_metadatas/process_0", b""),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, pattern, how):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (4, 8):
+            save_state(checkpoints, state_of(step, step / 7), miou=step / 10)
+    damage(tmp_path / "8", pattern, how)
+    with open_checkpoints(tmp_path) as checkpoints:
+        for best in (False, True):
+            with pytest.warns(UserWarning, match=f"{tmp_path / '8'} is damaged: .* step 4 takes"):
+                assert_same(load_state(checkpoints, state_of(0), best=best), state_of(4, 4 / 7))
+        # The run comes to this step again.
+        save_state(checkpoints, state_of(8, 8 / 7), miou=0.9)
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert_same(load_state(checkpoints, state_of(0)), state_of(8, 8 / 7))
+        shutil.rmtree(tmp_path / "4" / "state")
+        damage(tmp_path / "8", "state/manifest.ocdbt", b"")
+        with pytest.raises(ValueError, match="remove this folder to begin") as error:
+            load_state(checkpoints, state_of(0))
+        assert all(f"{tmp_path / step} is damaged: " in str(error.value) for step in ("4", "8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("_CHECKPOINT_METADATA", b"[1]"),
+        ("metrics/metrics", b""),
+        ("metrics/metrics", b"{}"),
+        ("metrics/metrics", b'{"miou": "x"}'),
+    ],
+)
+def test_a_damaged_description_takes_no_state_along(tmp_path, name, content):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (4, 8):
+            save_state(checkpoints, state_of(step, step / 7), miou=step / 10)
+    (tmp_path / "8" / name).write_bytes(content)
+    opened = open_checkpoints(tmp_path)
+    with pytest.warns(UserWarning, match=f"{tmp_path / '8' / name} was damaged"):
+        checkpoints = opened.__enter__()
+    with contextlib.closing(checkpoints):
+        assert_same(load_state(checkpoints, state_of(0)), state_of(8, 8 / 7))
+        save_state(checkpoints, state_of(9, 1.0), miou=0.1)
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """A limit of file sizes stands for it; what was written before is still there."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # of Orbax's threads
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    noise = jax.random.normal(jax.random.key(0), (400, 400))  # cannot be compressed
+    large = {"layer": {"kernel": noise, "bias": noise[0]}}
+
+    def write_two():
+        with open_checkpoints(tmp_path) as checkpoints:
+            save_state(checkpoints, state_of(4))
+            checkpoints.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+            save_state(checkpoints, state_of(8)._replace(params=large))
+
+    try:
+        with pytest.raises(OSError, match=rf"^cannot write a checkpoint in {tmp_path}: \w.*; the"):
+            write_two()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert_same(load_state(checkpoints, state_of(0)), state_of(4))
+    assert not list(tmp_path.glob("*tmp*"))
 
 
 def test_what_stops_a_run(tmp_path):

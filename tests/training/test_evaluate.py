@@ -125,6 +125,16 @@ def test_the_middle():
     assert middle(rectangle(0, 0, W, H))[1] in (H // 2 - 1, H // 2)
 
 
+def test_an_empty_mask_is_no_object(model, source):
+    masks = np.insert(source[0]["masks"], 1, False, axis=0)
+    expected = evaluate(model, source[:1], clicks=(2,))
+    assert evaluate(model, [{**source[0], "masks": masks}], clicks=(2,)) == pytest.approx(expected)
+    assert expected["objects"] == 3
+    np.testing.assert_array_equal(
+        draw_clicks(model, [{**source[0], "masks": masks}]), draw_clicks(model, source[:1])
+    )
+
+
 def test_nothing_to_evaluate_on(model, source):
     with pytest.raises(ValueError, match="there is no object to evaluate on"):
         evaluate(model, source[1:])

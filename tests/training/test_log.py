@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from sam_jax.training.log import MetricsLog
+from sam_jax.training.log import MetricsLog, read_metrics
 
 
 def lines(folder):
@@ -47,6 +47,21 @@ def test_steps_done_again_have_one_line(tmp_path):
     # TensorBoard, too, is told to drop them.
     starts = [e.step for e in events(tmp_path) if e.session_log.status == e.session_log.START]
     assert starts == [4]
+
+
+def test_every_line_is_json(tmp_path):
+    """Also for what JSON cannot hold, and what a machine that lost power left."""
+    log = write(tmp_path, [1])
+    log.write(2, {"loss": float("nan"), "grad_norm": float("-inf"), "iou": None, "objects": 3})
+    log.close()
+    none = {"loss": None, "grad_norm": None, "iou": None}
+    expected = [{"step": 1, "loss": 1 / 3}, {"step": 2, **none, "objects": 3}]
+    assert lines(tmp_path) == expected
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n{"loss": 1}\nNaN\n\xff\0\0\n{"step": "3"}\n{"step": 3, "lo')
+    assert read_metrics(tmp_path / "metrics.jsonl") == expected
+    MetricsLog(tmp_path, 5).close()
+    assert lines(tmp_path) == expected
 
 
 def test_a_new_run_begins_empty(tmp_path):

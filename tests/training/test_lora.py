@@ -1,4 +1,5 @@
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from reference import SMALL, meta_sam, normal, ours
 
 from sam_jax.checkpoints import save_pretrained
 from sam_jax.checkpoints.params import flat_params
+from sam_jax.checkpoints.torch_file import write_safetensors
 from sam_jax.training.lora import add_lora, load_lora, merge_lora, save_lora, unmerge_lora
 from sam_jax.training.parameters import LORA_ONLY, adamw, split_model
 from sam_jax.training.step import Recipe, compile_step, init_state
@@ -142,6 +144,15 @@ def test_what_cannot_be(plain, adapted, tmp_path):
         add_lora(adapted, PATTERN, rank=2, rngs=nnx.Rngs(0))
     with pytest.raises(FileNotFoundError):
         load_lora(plain, tmp_path / "missing.safetensors")
-    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no adapters of save_lora"):
-        load_lora(plain, tmp_path / "bad.safetensors")
+        load_lora(plain, bad)
+    for scales in ("[" * 100_000, "[1]", '{"a": null}', '{"a": NaN}', '{"a": 1e999}'):
+        write_safetensors(bad, {"a.lora_a": np.zeros(2)}, {"lora_scales": scales})
+        with pytest.raises(ValueError, match="holds no adapters of save_lora"):
+            load_lora(plain, bad)
+    bad.unlink()
+    os.mkfifo(bad)
+    with pytest.raises(ValueError, match=r"holds no adapters of save_lora: .*it is no file"):
+        load_lora(plain, bad)

@@ -119,6 +119,9 @@ def test_kernels_and_adapters_decay():
 @pytest.mark.parametrize(("steps", "warmup"), [(100, 20), (10, 5)])
 def test_the_rate_rises_then_falls(steps, warmup):
     """A warm-up of 20 steps is at most half of a short run."""
+    constant = Optimizer(learning_rate=0.5, warmup=20, schedule="constant")
+    rates = [constant.make(EVERYTHING, n)[1](np.arange(30)) for n in (steps, 1000)]
+    np.testing.assert_allclose(rates, [np.minimum(np.arange(30) / 40, 0.5)] * 2, rtol=1e-6)
     _, rate = Optimizer(learning_rate=0.5, warmup=20).make(EVERYTHING, steps)
     middle = warmup + (steps - warmup) / 2
     found = [float(rate(step)) for step in (0, warmup / 2, warmup, middle, steps)]

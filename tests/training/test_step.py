@@ -14,8 +14,18 @@ from test_losses import masks, torch_loss
 from sam_jax.checkpoints.params import flat_params, param_shapes
 from sam_jax.checkpoints.torch_names import from_torch
 from sam_jax.models.layers import split_keys
+from sam_jax.training import sharding
+from sam_jax.training.lora import add_lora
 from sam_jax.training.losses import LossWeights
-from sam_jax.training.parameters import DECODER_ONLY, EVERYTHING, adamw, split_model
+from sam_jax.training.parameters import (
+    DECODER_ONLY,
+    EVERYTHING,
+    TABLES,
+    Optimizer,
+    adamw,
+    split_model,
+    updates_made,
+)
 from sam_jax.training.rounds import _first_prompt, interactive_losses
 from sam_jax.training.step import (
     Recipe,
@@ -199,6 +209,61 @@ def test_invalid_objects_change_nothing(model):
     actual, metrics = run(other)
     assert float(actual) == float(expected)
     assert all(np.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_without_objects_is_no_step(model, accumulate):
+    """Neither momentum, weight decay, the schedule nor the moving average go on."""
+    tx, _ = Optimizer(warmup=0, weight_decay=0.1).make(DECODER_ONLY, 10)
+    graphdef, trained, frozen = split_model(model, DECODER_ONLY)
+    state = init_state(trained, tx, ema=True)
+    step = compile_step(state, tx, RECIPE._replace(ema_decay=0.5, accumulate=accumulate))
+    key, batch = jax.random.key(0), {**batch_of(2), "dropped": np.array([0, 3], np.int32)}
+    nothing = {**batch, "valid": np.zeros((2, 3), np.float32)}
+    state, metrics = step(graphdef, state, frozen, batch, key)
+    assert (metrics["objects_used"], metrics["objects_dropped"]) == (5, 3)
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(graphdef, state, frozen, nothing, key)
+    assert (metrics["objects_used"], metrics["objects_dropped"]) == (0, 3)
+    assert int(state.step) == 2
+    after = jax.tree.map(np.array, state._replace(step=before.step))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert updates_made(state.opt_state) == 1
+    state, _ = step(graphdef, state, frozen, batch, key)
+    assert updates_made(state.opt_state) == 2
+    leaves = zip(jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True)
+    assert any(not np.array_equal(a, b) for a, b in leaves)
+
+
+@pytest.mark.parametrize("what", ["decoder", "lora", "everything"])
+def test_training_under_jaxs_strict_switches(what):
+    """The whole loop but for making the model; on a CPU, transfers to the host are not seen."""
+    model, mesh = ours(meta_sam(SMALL), SMALL), sharding.make_mesh()
+    if what == "lora":
+        model = add_lora(model, r"image_encoder\..*\.(qkv|proj)", 2, rngs=nnx.Rngs(0))
+    encoder = {} if what == "decoder" else {"remat": True, "drop_path_rate": 0.1}
+    recipe = Recipe(rounds=4, accumulate=2, ema_decay=0.9, **encoder)
+    batch, key = {**batch_of(2), "dropped": np.zeros(2, np.int32)}, jax.random.key(0)
+    if what == "decoder":
+        del batch["pixel_values"]
+        batch["image_embedding"] = np.asarray(normal((2, *EMBEDDING)))
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_nans(True),
+        jax.transfer_guard("disallow"),
+    ):
+        tx, _ = Optimizer().make(TABLES[what], 10)
+        graphdef, trained, frozen = split_model(model, TABLES[what])
+        trained, frozen = sharding.put((trained, frozen), mesh, "data")
+        make = functools.partial(init_state, tx=tx, ema=True)
+        state = sharding.make(make, trained, mesh=mesh, parallelism="data")
+        step = compile_step(state, tx, recipe)
+        state, metrics = step(graphdef, state, frozen, sharding.put_batch(batch, mesh), key)
+        assert np.isfinite(list(jax.device_get(metrics).values())).all()
+        assert updates_made(state.opt_state) == 1
+        tuned = sharding.merge(graphdef, state.result, frozen, mesh)
+        assert len(jax.tree.leaves(tuned)) == len(jax.tree.leaves(model))
 
 
 def test_accumulation_changes_nothing(model):

@@ -1,0 +1,461 @@
+"""The demo page as an ASGI application: a few routes, each with its limits.
+
+Nothing that a client sends names a file or an address, and the server fetches nothing. An image
+stays in memory until it is embedded, and its visitor is known by a random token.
+"""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import re
+import reprlib
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from sam_jax.demo.visit import (
+    Found,
+    Picture,
+    Visit,
+    add_box,
+    add_point,
+    answer,
+    choose,
+    clear,
+    draw_layer,
+    everything_json,
+    find_everything,
+    full_mask,
+    label_picture,
+    number_masks,
+    open_picture,
+    prompt_json,
+    undo,
+)
+from sam_jax.files import read_json
+from sam_jax.models.sam import Sam
+
+POINTS_PER_SIDE = 4, 32  # of everything mode, the fewest and the most
+
+_PIXELS = -(10**9), 10**9  # what lies outside the image moves to its edge
+# What changes a visit, and the whole numbers that it takes, each with its limits.
+_CHANGES: dict[str, tuple[Callable[..., Visit], dict[str, tuple[int, int]]]] = {
+    "point": (add_point, {"x": _PIXELS, "y": _PIXELS, "label": (0, 1)}),
+    "box": (add_box, dict.fromkeys(("x0", "y0", "x1", "y1"), _PIXELS)),
+    "choose": (choose, {"candidate": (0, 2)}),
+    "undo": (undo, {}),
+    "clear": (clear, {}),
+}
+_FILES = {
+    "/": ("page.html", "text/html"),
+    **{f"/{name}": (name, "text/javascript") for name in ("page.js", "stage.js")},
+    **{f"/{name}": (name, "text/css") for name in ("page.css", "stage.css")},
+}
+_SECURITY = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+# Headers that servers and proxies may read differently where there are two.
+_SINGLE = (b"host", b"origin", b"content-type", b"content-length", b"x-session")
+_SAVED = {"png": "image/png", "json": "application/json"}
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
+_BUSY = "the page is busy with other requests; try again in a moment"
+_GONE = "the image was dropped, after a long time or for other visitors; open it again"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of what the server keeps and does at a time."""
+
+    max_bytes: int = 20 * 10**6  # of an image's file
+    json_bytes: int = 64 * 1024  # of all other bodies
+    visitors: int = 50  # whose images are kept, about 10 MB each
+    forget: float = 3600  # seconds without a request after which a visitor's image is dropped
+    recent: float = 600  # seconds within which no newcomer from the same address takes its place
+    requests: tuple[int, int] = (100, 4)  # running and waiting: in all, and of one visitor
+    uploads: tuple[int, int] = (8, 4)  # in memory: in all, and from one address
+    body_seconds: float = 10  # within which a part of a body must come
+    upload_seconds: float = 120  # within which an image must
+
+
+@dataclass
+class Visitor:
+    """One who opened an image; another tab of the same browser is another visitor."""
+
+    address: str
+    visit: Visit
+    used: float
+    found: Found | None = None  # of everything mode, if that is shown
+    stop: threading.Event = field(default_factory=threading.Event)  # ends everything mode
+    progress: tuple[int, int] = (0, 0)
+
+
+class Demo:
+    """The application that serves the page.
+
+    Args:
+        model: shared by all visitors.
+        hosts: what the header Host may be, such as "localhost:7860"; the address that a connection
+            came to is fine, too.
+        limits: see `Limits`.
+    """
+
+    def __init__(self, model: Sam, hosts: set[str], limits: Limits):
+        self.model, self.hosts, self.limits = model, hosts, limits
+        self.visitors: dict[str, Visitor] = {}
+        self._turns = _Turns()
+        self._uploads, self._requests = _Shares(*limits.uploads), _Shares(*limits.requests)
+        # Of each kind one at a time, in the order in which they come.
+        self._clicks, self._images, self._finder = (ThreadPoolExecutor(1) for _ in range(3))
+        routes = [
+            Route("/open", self._open, methods=["POST"]),
+            *(Route(f"/{n}", self._change(*c), methods=["POST"]) for n, c in _CHANGES.items()),
+            Route("/everything", self._everything, methods=["POST"]),
+            Route("/progress", self._progress, methods=["POST"]),
+            *(Route(f"/save.{kind}", self._save(kind), methods=["POST"]) for kind in _SAVED),
+            *(Route(path, _file(*file, limits), methods=["GET"]) for path, file in _FILES.items()),
+        ]
+        handlers = {HTTPException: _tell, ClientDisconnect: _tell_nobody, Exception: _tell_failure}
+        self._app = Starlette(routes=routes, exception_handlers=handlers)
+        self._app.router.redirect_slashes = False
+
+    def close(self) -> None:
+        """Ends what the threads do."""
+        for token in list(self.visitors):
+            self._drop(token)
+        for pool in (self._clicks, self._images, self._finder):
+            pool.shutdown(cancel_futures=True)
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        """Answers a request, or refuses it by its headers."""
+
+        async def send_securely(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                more = [(k.encode(), v.encode()) for k, v in _SECURITY.items()]
+                message = {**message, "headers": [*message["headers"], *more]}
+            await send(message)
+
+        if scope["type"] != "http":
+            raise ValueError(f"the page has no {scope['type']}")
+        refusal = self._refusal(scope)
+        await (refusal or self._app)(scope, receive, send_securely)
+
+    def _refusal(self, scope: dict[str, Any]) -> Response | None:
+        """An answer to requests that other sites or misread headers may have made."""
+        count = Counter(name for name, _ in scope["headers"])
+        if twice := [name.decode() for name in _SINGLE if count[name] > 1]:
+            return _error(400, f"there are several headers {twice[0]}, expected one")
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host, (address, port) = headers.get(b"host", "").lower(), scope["server"]
+        if host not in self.hosts and host != f"{address}:{port}":
+            return _error(403, f"unknown host {host!r}; start the page with --allow-host for it")
+        if headers.get(b"origin", f"http://{host}") != f"http://{host}":
+            return _error(403, "the request comes from another site")
+        return None
+
+    @contextlib.contextmanager
+    def _visiting(self, request: Request) -> Iterator[Visitor]:
+        """The visitor who makes the request."""
+        self._forget()
+        token = request.headers.get("x-session", "")
+        if not _TOKEN.fullmatch(token) or token not in self.visitors:
+            raise HTTPException(410, _GONE)
+        with self._requests.take(token):
+            self.visitors[token].used = time.monotonic()
+            yield self.visitors[token]
+
+    def _forget(self) -> None:
+        oldest = time.monotonic() - self.limits.forget
+        for token in [token for token, v in self.visitors.items() if v.used < oldest]:
+            self._drop(token)
+
+    def _drop(self, token: str) -> None:
+        self.visitors.pop(token).stop.set()
+
+    def _make_room(self, address: str) -> None:
+        """For another visitor: who longest did nothing goes, at the address that has the most."""
+        if len(self.visitors) < self.limits.visitors:
+            return
+        count = Counter(visitor.address for visitor in self.visitors.values())
+        most = max(count, key=count.get)
+        theirs = [token for token, v in self.visitors.items() if v.address == most]
+        token = min(theirs, key=lambda token: self.visitors[token].used)
+        idle = time.monotonic() - self.visitors[token].used
+        if count[address] == count[most] and idle < self.limits.recent:
+            raise HTTPException(503, _BUSY)
+        self._drop(token)
+
+    async def _body(self, request: Request, kind: str, most: int, seconds: float) -> bytes:
+        """The whole body, if it has so many bytes at the most and comes within so many seconds."""
+        if request.headers.get("content-type") != kind:
+            raise HTTPException(415, f"expected the Content-Type {kind}")
+        too_large = HTTPException(413, f"expected at most {most} bytes")
+        if int(request.headers.get("content-length", 0)) > most:
+            raise too_large
+        body, chunks = bytearray(), request.stream()
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    async with asyncio.timeout(self.limits.body_seconds):
+                        chunk = await anext(chunks, None)
+                    if chunk is None:
+                        return bytes(body)
+                    body += chunk
+                    if len(body) > most:
+                        raise too_large
+        except TimeoutError as error:
+            raise HTTPException(408, "the request did not come in time") from error
+
+    async def _numbers(self, request: Request, limits: dict[str, tuple[int, int]]) -> dict:
+        """The body: JSON with just these names, and whole numbers within the limits."""
+        most, seconds = self.limits.json_bytes, self.limits.body_seconds
+        body = await self._body(request, "application/json", most, seconds)
+        try:
+            numbers = read_json(body)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        if not isinstance(numbers, dict) or numbers.keys() != limits.keys():
+            given = reprlib.repr(numbers)
+            raise HTTPException(400, f"the request is {given}, expected {' and '.join(limits)}")
+        for name, (low, high) in limits.items():
+            if type(numbers[name]) is not int or not low <= numbers[name] <= high:
+                given = reprlib.repr(numbers[name])
+                expected = f"expected a whole number from {low} to {high}"
+                raise HTTPException(400, f"{name} is {given}, {expected}")
+        return numbers
+
+    async def _run(self, request: Request, pool: ThreadPoolExecutor, work: Callable, *args) -> Any:
+        """The work's result, when its turn has come; if the client leaves before, it has none."""
+        with contextlib.nullcontext() if pool is self._finder else self._turns.first():
+            done = asyncio.wrap_future(pool.submit(work, *args))
+            gone = asyncio.ensure_future(_disconnected(request))
+            try:
+                await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not done.done():
+                    raise ClientDisconnect
+                return done.result()
+            except (ValueError, TypeError) as error:
+                raise HTTPException(400, str(error)) from error
+            finally:
+                done.cancel()
+                gone.cancel()
+
+    async def _open(self, request: Request) -> Response:
+        """Embeds the image that is the body, for a new visitor or instead of an earlier image."""
+
+        def work(content: bytes) -> tuple[Picture, str]:
+            picture, shown = open_picture(self.model, content)
+            return picture, _url(shown, "jpeg")
+
+        self._forget()
+        limits, address = self.limits, request.client.host
+        token = request.headers.get("x-session", "")
+        kind = "application/octet-stream"
+        with self._uploads.take(address):
+            content = await self._body(request, kind, limits.max_bytes, limits.upload_seconds)
+            picture, url = await self._run(request, self._images, work, content)
+        if token in self.visitors:
+            self._drop(token)
+        else:
+            self._make_room(address)
+            token = secrets.token_urlsafe(32)
+        visitor = Visitor(address, Visit(picture), time.monotonic())
+        self.visitors[token] = visitor
+        asyncio.get_running_loop().call_later(limits.forget + 1, self._forget)
+        height, width = picture.size
+        image = {"session": token, "image": url, "width": width, "height": height}
+        return JSONResponse(_show(visitor.visit) | image)
+
+    def _change(self, change: Callable[..., Visit], limits: dict) -> Callable:
+        """The endpoint that changes a visit."""
+
+        def work(visitor: Visitor, numbers: dict[str, int]) -> dict[str, Any]:
+            visit = change(visitor.visit, **numbers)
+            if visit.steps is not visitor.visit.steps:
+                visit = answer(self.model, visit)
+            visitor.visit, visitor.found = visit, None
+            return _show(visit)
+
+        async def endpoint(request: Request) -> Response:
+            with self._visiting(request) as visitor:
+                numbers = await self._numbers(request, limits)
+                visitor.stop.set()
+                shown = await self._run(request, self._clicks, work, visitor, numbers)
+                return JSONResponse(shown)
+
+        return endpoint
+
+    def _save(self, kind: str) -> Callable:
+        """The endpoint that gives what is shown as a file, at the image's own size."""
+
+        def work(visit: Visit, found: Found | None) -> bytes:
+            if found is not None and kind == "json":
+                return json.dumps(everything_json(found)).encode()
+            if found is not None:
+                return _encode(label_picture(number_masks(found)), "png")
+            if visit.answer is None:
+                raise ValueError("there is no mask to save")
+            mask = full_mask(self.model, visit)
+            if kind == "json":
+                return json.dumps(prompt_json(visit, mask)).encode()
+            return _encode(Image.fromarray(mask), "png")
+
+        async def endpoint(request: Request) -> Response:
+            with self._visiting(request) as visitor:
+                await self._numbers(request, {})
+                shown = visitor.visit, visitor.found
+                file = await self._run(request, self._images, work, *shown)
+                return Response(file, media_type=_SAVED[kind])
+
+        return endpoint
+
+    async def _everything(self, request: Request) -> Response:
+        """Finds everything in the image, unless the visitor leaves or does something else."""
+        limits = {"points_per_side": POINTS_PER_SIDE}
+        with self._visiting(request) as visitor:
+            side = (await self._numbers(request, limits))["points_per_side"]
+            visitor.stop.set()
+            visitor.stop = stop = threading.Event()
+            visitor.progress, visit = (0, 0), visitor.visit
+
+            def on_batch(done: int, total: int) -> None:
+                visitor.progress = done, total
+                self._turns.wait()
+                if stop.is_set():
+                    raise ValueError("everything mode was stopped")
+
+            def work() -> tuple[Found, str]:
+                on_batch(0, 0)
+                found = find_everything(self.model, visit.picture, side, on_batch)
+                return found, _url(draw_layer(number_masks(found)), "png")
+
+            try:
+                found, layer = await self._run(request, self._finder, work)
+                if stop.is_set():
+                    raise HTTPException(400, "everything mode was stopped")
+            finally:
+                stop.set()
+            visitor.visit, visitor.found = clear(visit), found
+            return JSONResponse(_show(visitor.visit) | {"mask": layer, "found": True})
+
+    async def _progress(self, request: Request) -> Response:
+        """How many batches of everything mode are done, and how many there are."""
+        with self._visiting(request) as visitor:
+            return JSONResponse(visitor.progress)
+
+
+class _Turns:
+    """Who works in steps waits between them for all others."""
+
+    def __init__(self):
+        self._changed, self._waiting = threading.Condition(), 0
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """While this lasts, `wait` does not return."""
+        with self._changed:
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waiting -= 1
+                self._changed.notify_all()
+
+    def wait(self, seconds: float = 5) -> None:
+        """No longer than this, so that the work ends however many others come."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, seconds)
+
+
+class _Shares:
+    """How much is taken of something, of which there is so much, and for each so much."""
+
+    def __init__(self, total: int, each: int):
+        self._total, self._each, self._taken = total, each, Counter()
+
+    @contextlib.contextmanager
+    def take(self, who: str) -> Iterator[None]:
+        if self._taken.total() >= self._total or self._taken[who] >= self._each:
+            raise HTTPException(503, _BUSY)
+        self._taken[who] += 1
+        try:
+            yield
+        finally:
+            self._taken[who] -= 1
+            self._taken += Counter()  # forgets those who have none
+
+
+def _file(name: str, kind: str, limits: Limits) -> Callable:
+    """The endpoint that gives a file of this package."""
+    text = Path(__file__).with_name(name).read_text().replace("{max_bytes}", str(limits.max_bytes))
+
+    async def endpoint(_request: Request) -> Response:
+        return Response(text, media_type=kind)
+
+    return endpoint
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _error(status: int, message: str) -> Response:
+    return JSONResponse({"error": message[:1].upper() + message[1:]}, status)
+
+
+async def _tell(_request: Request, error: HTTPException) -> Response:
+    return _error(error.status_code, error.detail)
+
+
+async def _tell_failure(_request: Request, _error_: Exception) -> Response:
+    return _error(500, "something went wrong; the server's log says what")
+
+
+async def _tell_nobody(_request: Request, _error_: ClientDisconnect) -> Response:
+    return Response(status_code=400)
+
+
+def _show(visit: Visit) -> dict[str, Any]:
+    """What the page shows of a visit, besides the image."""
+    shown = {"points": visit.points, "box": visit.box, "chosen": visit.chosen}
+    shown |= {"mask": None, "scores": [], "found": False}
+    if visit.answer is not None:
+        shown["mask"] = _url(draw_layer(visit.answer.masks[visit.chosen]), "png")
+        shown["scores"] = visit.answer.scores.tolist()
+    return shown
+
+
+def _url(picture: Image.Image, kind: str) -> str:
+    """The image within a URL, so that it goes to its own visitor and is in no file."""
+    content = base64.b64encode(_encode(picture, kind)).decode()
+    return f"data:image/{kind};base64,{content}"
+
+
+def _encode(picture: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, quality=90)
+    return file.getvalue()
