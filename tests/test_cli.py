@@ -297,6 +297,13 @@ def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed)
         (["--box", "1,2,3,x"], "--box is '1,2,3,x', expected X0,Y0,X1,Y1"),
         (["--box", "9,2,3,8"], "--box hold [9.0, 2.0, 3.0, 8.0], expected x0, y0, x1, y1"),
         (
+            ["--point", "450,600"],
+            "--point has (450, 600), outside the image, which is 113 x 71 pixels; expected x from "
+            "0 to 113 and y from 0 to 71",
+        ),
+        (["--point", "3,-1"], "--point has (3, -1), outside the image"),
+        (["--box", "1,2,114,5"], "--box has (114, 5), outside the image"),
+        (
             ["--point", "1,1", "--box", "1,2,3,4", "--box", "1,2,3,4"],
             "--point goes together with one --box at the most, but there are 2",
         ),

@@ -543,3 +543,65 @@ def test_masks_of_the_pictures_size_are_refused(small):
 
 def test_from_pretrained(mobile_sam_file):
     assert SamProcessor.from_pretrained(os.fspath(mobile_sam_file)).config.image_size == 1024
+
+
+# --- masks as prompts -----------------------------------------------------------------------------
+
+
+def disk(height, width):
+    y, x = np.mgrid[:height, :width]
+    return ((y / height - 0.6) ** 2 + (x / width - 0.7) ** 2) < 0.07
+
+
+@pytest.mark.parametrize("resize", ["longest_side", "square"])
+@pytest.mark.parametrize("size", [(300, 451), (451, 300), (700, 1500), (60, 90)], ids=str)
+@pytest.mark.parametrize("image_size", [1024, 256])
+def test_a_mask_becomes_logits_and_back(size, resize, image_size):
+    config = dataclasses.replace(vit_b(), resize=resize, image_size=image_size)
+    processor, mask = SamProcessor(config), disk(*size)
+    logits = processor.mask_to_logits(mask)
+    assert logits.shape == (1, config.mask_size, config.mask_size)
+    assert logits.dtype == np.float32
+    assert (logits.min(), logits.max()) == (-20, 20)
+    (back,) = processor.post_process_masks([logits[None]], [size], [processor.input_size(size)])
+    # Smaller masks have more of an edge for their area.
+    assert mask_iou(back[0, 0], mask) > (0.98 if image_size == 1024 else 0.95)
+    for same in (mask.astype(np.uint8), 255 * mask.astype(np.uint8), mask.astype(np.float32)):
+        assert np.array_equal(processor.mask_to_logits(same), logits)
+        assert np.array_equal(processor.mask_to_logits(torch.tensor(same)), logits)
+    both = processor.mask_to_logits([mask, ~mask])
+    assert both.shape == (2, *logits.shape)
+    assert np.array_equal(both[0], logits)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.array([[0, 1, 2]]), "mask holds .*of a map of labels give map == label"),
+        (np.array([[-3.5, 8.2]]), "of logits logits > 0"),
+        (np.zeros(4), r"shape \(4,\), expected \(h, w\)"),
+    ],
+)
+def test_what_is_not_a_mask(small, mask, message):
+    with pytest.raises(ValueError, match=message):
+        small.mask_to_logits(mask)
+
+
+def test_none_is_an_image_without_prompts(small):
+    images = [picture(96, 96), picture(96, 96)]
+    for none in (None, []):
+        inputs = small(images, input_points=[[[[1, 2]]], none], input_boxes=[[[1, 2, 3, 4]], none])
+        assert inputs["input_labels"].tolist() == [[[1]], [[-10]]]
+        assert inputs["input_boxes"].tolist() == [[[1, 2, 3, 4]], [[0] * 4]]
+    with pytest.raises(ValueError, match="input_points are None for all images; leave them out"):
+        small(images, input_points=[None, None])
+
+
+def test_inputs_are_a_dictionary_with_attributes(small):
+    inputs = small(picture(96, 96), return_tensors="np")
+    assert inputs.pixel_values is inputs["pixel_values"]
+    doubled = jax.tree.map(lambda array: 2 * array, inputs)
+    assert np.array_equal(doubled.original_sizes, [[192, 192]])
+    with pytest.raises(AttributeError, match="no attribute 'to'; leave it out"):
+        inputs.to("cuda")
