@@ -212,7 +212,7 @@ def _padded_sum(x, kernel):
     for i, row in enumerate(_taps(kernel)):
         for j, tap in enumerate(row):
             edges = (0, 0), (size - 1 - i, i), (size - 1 - j, j), (0, 0)
-            total = total + jnp.pad(x.astype(jnp.float32) * tap, edges)
+            total = total + jnp.pad(x.astype(jnp.float32) * tap[None, None, None], edges)
     pad = size // 2
     return total[:, pad : pad + h, pad : pad + w].astype(x.dtype)
 
