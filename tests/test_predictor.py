@@ -185,6 +185,7 @@ def test_number_of_compilations_of_the_rest(compilations):
     ("prompt", "multimask"),
     [*((name, True) for name in PROMPTS), ("point", False), ("box", False), ("all", False)],
 )
+@pytest.mark.filterwarnings("ignore:.* outside")
 def test_predict(predictor, reference, prompt, multimask):
     for logits in (False, True):
         options = {"multimask_output": multimask, "return_logits": logits}
