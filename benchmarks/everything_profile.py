@@ -24,6 +24,7 @@ from flax import nnx
 from benchmarks.common import timed
 from sam_jax import SamAutomaticMaskGenerator, SamProcessor, from_pretrained
 from sam_jax.mask_generator import _attend, _points_at_once
+from sam_jax.models.mask_decoder import output_slice
 from sam_jax.models.sam import encode_image
 from sam_jax.ops.boxes import build_point_grid
 from sam_jax.ops.masks import full_size, mask_statistics
@@ -47,7 +48,7 @@ def main() -> None:
     photo = skimage.data.coffee()
     model = from_pretrained("mobile_sam")
     config, decoder = model.config, model.mask_decoder
-    outputs = decoder.outputs(multimask_output=True)
+    outputs = output_slice(multimask_output=True)
     processor = SamProcessor(config)
     graphdef, params = nnx.split(model)
     pixels = processor.preprocess(photo)[None]

@@ -12,6 +12,7 @@ Where to read on: `models/sam.py` for the model (and its functional way in, for 
 
 from sam_jax.checkpoints import CheckpointError, from_pretrained, save_pretrained
 from sam_jax.config import SamConfig
+from sam_jax.idioms import ADVICE
 from sam_jax.image import load_image
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.models.sam import Sam
@@ -34,3 +35,9 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name in ADVICE["sam_jax"]:  # `from sam_jax import name` would hide an AttributeError's text
+        raise ImportError(f"sam_jax has no {name}; {ADVICE['sam_jax'][name]}")
+    raise AttributeError(f"module 'sam_jax' has no attribute {name!r}")

@@ -396,6 +396,8 @@ def segment(args: Segment) -> None:
             f"--point goes together with one --box at the most, but there are {len(boxes)}"
         )
     image = load_image(args.image)
+    _check_inside(points, "--point", image.shape[:2])
+    _check_inside(boxes.reshape(-1, 2), "--box", image.shape[:2])
     output = args.output or Path(f"{args.image.stem}_masks")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output is {output}, a file; expected a folder")
@@ -492,6 +494,18 @@ def _parse_points(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _parse_boxes(texts: list[str]) -> np.ndarray:
     return check_boxes([_parse_numbers(t, (4,), "--box", "X0,Y0,X1,Y1") for t in texts], "--box")
+
+
+def _check_inside(coords: np.ndarray, option: str, size: tuple[int, int]) -> None:
+    """Refuses coordinates [n, 2] outside an image of (h, w)."""
+    height, width = size
+    outside = ((coords < 0) | (coords > (width, height))).any(1)
+    if outside.any():
+        x, y = coords[outside][0]
+        raise ValueError(
+            f"{option} has ({x:g}, {y:g}), outside the image, which is {width} x {height} pixels; "
+            f"expected x from 0 to {width} and y from 0 to {height}"
+        )
 
 
 def _parse_numbers(text: str, counts: tuple[int, ...], option: str, form: str) -> list[float]:

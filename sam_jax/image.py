@@ -4,8 +4,8 @@ import io
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import (
@@ -17,7 +17,10 @@ from PIL import (
     UnidentifiedImageError,
 )
 
-ImageInput = Image.Image | np.ndarray | jax.Array | str | os.PathLike | io.BytesIO
+from sam_jax.ops.arrays import as_numpy, is_array
+
+# A PIL image, a path, a file's content, or an array of any library: see `load_image`.
+ImageInput = Any
 
 # Formats that Pillow decodes by libraries in this process. It reads others by running programs: EPS
 # by Ghostscript, whatever the file is called.
@@ -39,24 +42,26 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
 
     Args:
         image: a PIL image of 8 bits per channel; a uint8 array [h, w, 3] (RGB), [h, w], [h, w, 1]
-            or [h, w, 4], whose alpha is dropped; or a path to a file of one of `FORMATS`, or its
-            content in an `io.BytesIO`; its EXIF orientation is applied.
+            or [h, w, 4], whose alpha is dropped, of any library with `__array__` or DLPack; or a
+            path to a file of one of `FORMATS`, or its content in an `io.BytesIO`; its EXIF
+            orientation is applied.
 
     Raises:
         TypeError: for other things and other dtypes, and for more than 8 bits per channel.
         ValueError: for other shapes, empty images and files that hold no image.
         FileNotFoundError: for a path that does not exist.
     """
+    if isinstance(image, str) and re.match("https?://", image):
+        raise ValueError(f"{image} is an address; download the image first, and give its path")
     if isinstance(image, (str, os.PathLike, io.BytesIO)):
         array = turn(*read_stored(image))
     elif isinstance(image, Image.Image):
         array = _pixels(image, "the image")
-    elif isinstance(image, (np.ndarray, jax.Array)):
-        array = _rgb_array(np.asarray(image))
+    elif is_array(image):
+        array = _rgb_array(as_numpy(image, "the image"))
     else:
         raise TypeError(
-            f"an image is a {type(image).__name__}, expected a PIL image, a numpy or "
-            "JAX array, or a path"
+            f"an image is a {type(image).__name__}, expected a PIL image, an array, or a path"
         )
     if array.size == 0:
         raise ValueError(f"the image is empty: its shape is {array.shape}")
@@ -235,7 +240,9 @@ def _rgb_array(array: np.ndarray) -> np.ndarray:
         if array.ndim == 3 and array.shape[0] in (1, 3, 4):
             hint = "; it seems to be channels first: use image.transpose(1, 2, 0)"
         if array.ndim == 4:
-            hint = "; give several images as a list"
+            hint = "; give several images as a list, such as list(images)"
+            if array.shape[1] in (1, 3, 4):
+                hint += ", channels last: images.transpose(0, 2, 3, 1)"
         raise ValueError(
             f"the image's shape is {array.shape}, expected (h, w), (h, w, 1), (h, w, 3) or "
             f"(h, w, 4){hint}"

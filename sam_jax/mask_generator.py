@@ -12,6 +12,7 @@ So no mask is kept on the device, or made at full size, that is not in the resul
 holds depends on `points_per_batch`, not on how many masks there are.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -30,8 +31,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from PIL import Image
 
+from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
+from sam_jax.models.mask_decoder import output_slice
 from sam_jax.models.sam import Sam
+from sam_jax.ops.arrays import as_numpy, is_array
 from sam_jax.ops.boxes import (
     box_area,
     build_point_grid,
@@ -57,7 +61,7 @@ from sam_jax.processing import SamProcessor, check_embedding, check_model, check
 OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
 
 
-class SamAutomaticMaskGenerator:
+class SamAutomaticMaskGenerator(WithAdvice):
     """Finds all objects of a picture by prompting a grid of points.
 
     Compiled once, for pictures of every size (above 4096 pixels once more for each power of two).
@@ -145,15 +149,32 @@ class SamAutomaticMaskGenerator:
         self.processor = SamProcessor(model.config)
         self._dtype = model.mask_decoder.dtype
         self._graphdef, params = nnx.split(model)
+        # Whole groups of survivors' masks are fetched from the device: small ones waste little.
+        self._kept_at_once = min(points_per_batch, 16)
+        self._place(params, mesh)
+
+    def _place(self, params: PyTree, mesh: Mesh | None) -> None:
+        """Puts parameters on the devices of a mesh, None for one of the device they are on."""
         if mesh is None:
             (device, *_) = jax.tree.leaves(params)[0].devices()
             mesh = Mesh(np.array([device]), ("images",))
         self.mesh = mesh
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        # Whole groups of survivors' masks are fetched from the device: small ones waste little.
-        self._kept_at_once = min(points_per_batch, 16)
-        self._at_once = _points_at_once(points_per_batch, mesh.devices.flat[0].platform)
+        self._at_once = _points_at_once(self.points_per_batch, mesh.devices.flat[0].platform)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Devices cannot be pickled: a generator comes back on one device of the process.
+        return {k: v for k, v in vars(self).items() if k not in ("mesh", "_sharding")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._place(self._params, None)
+
+    def __deepcopy__(self, memo: dict) -> "SamAutomaticMaskGenerator":
+        # In the same process the mesh stays.
+        (new := copy.copy(self))._place(copy.deepcopy(self._params, memo), self.mesh)
+        return new
 
     def generate(self, image: ImageInput) -> list[dict[str, Any]]:
         """The masks of one picture.
@@ -200,10 +221,10 @@ class SamAutomaticMaskGenerator:
             FileNotFoundError, TypeError, ValueError: for one picture instead of several at once,
                 and as `load_image` when it is a picture's turn.
         """
-        if hasattr(images, "__array__") or isinstance(images, (str, os.PathLike, Image.Image)):
+        if is_array(images) or isinstance(images, (str, os.PathLike, Image.Image)):
             raise TypeError(
-                f"images is a {type(images).__name__}, expected a list of pictures; generate takes "
-                "one picture"
+                f"images is a {type(images).__name__}, expected a list of images, such as "
+                "list(images) of an array [n, h, w, 3]; generate takes one image"
             )
         arrays, devices = map(load_image, images), self.mesh.devices.size
         groups = iter(lambda: list(itertools.islice(arrays, devices)), [])
@@ -327,7 +348,7 @@ class SamAutomaticMaskGenerator:
         # The next are computed while some are fetched.
         ahead = itertools.pairwise(itertools.chain(decoded, [None]))
         for start, (low_res, _) in zip(itertools.count(0, size), ahead, strict=False):
-            masks_of = zip(crops, frames, chosen, np.asarray(low_res), strict=False)
+            masks_of = zip(crops, frames, chosen, jax.device_get(low_res), strict=False)
             for crop, frame, masks, logits in masks_of:
                 for k in range(start, min(start + size, len(masks.point))):
                     rle = host.submit(self._rle, crop, frame, masks.box[k], logits[k - start])
@@ -613,7 +634,7 @@ def _check_grids(grids: Sequence[Any], layers: int) -> list[np.ndarray]:
             "and one for each of the crop_n_layers"
         )
     try:
-        grids = [np.asarray(grid, np.float64) for grid in grids]
+        grids = [as_numpy(grid, "point_grids").astype(np.float64) for grid in grids]
     except (ValueError, TypeError) as error:
         raise ValueError(f"point_grids hold no lists of points (x, y): {error}") from error
     for i, grid in enumerate(grids):
@@ -712,7 +733,7 @@ def _measure(
     at_once: _AtOnce,
 ) -> _Measured:
     decoder = model.mask_decoder
-    outputs = decoder.outputs(multimask_output=True)
+    outputs = output_slice(multimask_output=True)
     embedding, hq_features = decoder.image_features(image_embedding)
     iou_limit, threshold, offset = frame.limits
 
@@ -744,7 +765,7 @@ def _decode(
     at_once: _AtOnce,
 ) -> Float[Array, "n side side"]:
     decoder = model.mask_decoder
-    outputs = decoder.outputs(multimask_output=True)
+    outputs = output_slice(multimask_output=True)
     embedding, hq_features = decoder.image_features(image_embedding)
 
     def mask_of_point(mask_tokens, keys, which):

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sam_jax.checkpoints import from_pretrained
+from sam_jax.idioms import ADVICE, WithAdvice
 from sam_jax.image import ImageInput, exif_orientation, load_image, turn
 from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments
 from sam_jax.models.sam import Sam
@@ -65,7 +66,7 @@ def pipeline(
     return MaskGenerationPipeline(model, **options)
 
 
-class MaskGenerationPipeline:
+class MaskGenerationPipeline(WithAdvice):
     """What `pipeline` returns; called with pictures.
 
     Options, with the defaults of `transformers`: `points_per_batch` (64; None for all at once),
@@ -136,7 +137,10 @@ def _generator_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The generator's arguments that options mean; raises what `pipeline` raises."""
     known = (*_ARGUMENTS, "mask_threshold", *_OUTPUTS)
     if unknown := sorted(set(options) - set(known)):
-        raise TypeError(f"unknown options {', '.join(unknown)}; known: {', '.join(known)}")
+        advice = "".join(
+            f"; {n}: {ADVICE['pipeline'][n]}" for n in unknown if n in ADVICE["pipeline"]
+        )
+        raise TypeError(f"unknown options {', '.join(unknown)}; known: {', '.join(known)}{advice}")
     side = options.get("points_per_crop", 32)
     if side is None:  # for the generator that would mean grids of points
         raise ValueError("points_per_crop is None, expected a whole number of at least 1")

@@ -1,16 +1,19 @@
 """`SamPredictor`: one picture, many prompts. The surface is that of Meta's `SamPredictor`."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from PIL import Image
 
+from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
 from sam_jax.models.sam import Sam, decode, encode_image, pad_prompts
-from sam_jax.ops.prompts import PADDING, join_prompts
+from sam_jax.ops.arrays import as_numpy, is_array
+from sam_jax.ops.prompts import MASK_HINT, PADDING, check_logits, join_prompts, warn_outside
 from sam_jax.processing import (
     SamProcessor,
     check_boxes,
@@ -22,7 +25,7 @@ from sam_jax.processing import (
 )
 
 
-class SamPredictor:
+class SamPredictor(WithAdvice):
     """Computes a picture's embedding once, then answers prompts for it quickly.
 
     Points and boxes are in pixels of the picture. Compiled programs are shared by all predictors of
@@ -44,9 +47,20 @@ class SamPredictor:
         # of the arrays) is this predictor's own.
         self._graphdef, params = nnx.split(model)
         self._params = jax.tree.map(lambda array: array, params)
-        (self._device, *_) = jax.tree.leaves(params)[0].devices()
         self._dtype = model.mask_decoder.dtype
         self.reset_image()
+
+    @property
+    def model(self) -> Sam:
+        """A model with the predictor's parameters."""
+        return nnx.merge(self._graphdef, self._params)
+
+    @property
+    def device(self) -> jax.Device:
+        """The device that it computes on, the model's."""
+        # Not kept, since devices cannot be pickled; a copy in another process has its own.
+        (device, *_) = jax.tree.leaves(self._params)[0].devices()
+        return device
 
     def set_image(self, image: ImageInput, image_format: str = "RGB") -> None:
         """Computes the embedding of a picture, which the following predictions are for.
@@ -62,9 +76,9 @@ class SamPredictor:
             raise ValueError(f"image_format is {image_format!r}, expected 'RGB' or 'BGR'")
         array = load_image(image)
         # Pictures of PIL and files say themselves what their channels are.
-        if image_format == "BGR" and hasattr(image, "shape"):
+        if image_format == "BGR" and is_array(image) and not isinstance(image, Image.Image):
             array = np.ascontiguousarray(array[..., ::-1])
-        pixels = self.processor.preprocess(array)[None]
+        pixels = jax.device_put(self.processor.preprocess(array)[None], self.device)
         self._set_features(encode_image(self._graphdef, self._params, pixels))
         self.original_size = array.shape[:2]
 
@@ -77,7 +91,16 @@ class SamPredictor:
             RuntimeError: before a picture is set.
         """
         self._check_image()
-        return np.ascontiguousarray(np.moveaxis(np.asarray(self._features, np.float32), -1, 1))
+        return np.ascontiguousarray(
+            np.moveaxis(jax.device_get(self._features).astype(np.float32), -1, 1)
+        )
+
+    features = property(get_image_embedding)
+
+    @property
+    def transform(self) -> "Transform":
+        """Meta's way to resize images and to scale coordinates for `predict_torch`."""
+        return Transform(self.processor)
 
     def set_image_embedding(self, embedding: Any, original_size: Any) -> None:
         """Sets a picture by its embedding instead of computing it.
@@ -97,7 +120,7 @@ class SamPredictor:
 
     def _set_features(self, features: Any) -> None:
         # Wherever they come from, of one kind, for which `decode` is compiled once.
-        self._features = jax.device_put(features, self._device)
+        self._features = jax.device_put(features, self.device)
 
     def reset_image(self) -> None:
         """Forgets the current picture."""
@@ -135,8 +158,8 @@ class SamPredictor:
             point_coords: [n, 2], x and y of each point.
             point_labels: [n], 1 foreground, 0 background; required with points.
             box: [4], x0, y0, x1, y1.
-            mask_input: [1, 256, 256] low-resolution logits, such as the third result of an earlier
-                prediction.
+            mask_input: [1, 256, 256] low-resolution logits, such as one of the third result of an
+                earlier prediction, or `SamProcessor.mask_to_logits` of a mask.
             multimask_output: three masks, best for an ambiguous prompt such as a single point, or
                 the one mask for an unambiguous prompt.
             return_logits: float32 logits instead of booleans.
@@ -145,6 +168,8 @@ class SamPredictor:
         Returns:
             masks [m, h, w] of the picture's size, predicted IoUs [m] and low-resolution logits
             [m, 256, 256], all numpy.
+
+        Coordinates outside the image are legal, and warned of.
 
         Raises:
             RuntimeError: before a picture is set.
@@ -162,7 +187,7 @@ class SamPredictor:
             None if point_coords is None else [point_coords],
             None if point_labels is None else [point_labels],
             box,
-            None if mask_input is None else to_numbers(mask_input, "mask_input")[None],
+            None if mask_input is None else as_numpy(mask_input, "mask_input")[None],
             multimask_output,
             return_logits,
             hq_token_only,
@@ -199,7 +224,7 @@ class SamPredictor:
         """
         prompts = point_coords, point_labels, boxes, mask_input
         options = multimask_output, return_logits, hq_token_only
-        return self._predict(prompts, self._to_input, *options)
+        return self._predict(prompts, True, *options)
 
     def predict_torch(
         self,
@@ -217,49 +242,42 @@ class SamPredictor:
         `SamProcessor.scale_coords` makes such coordinates.
         """
         prompts = point_coords, point_labels, boxes, mask_input
-        return self._predict(prompts, np.float32, multimask_output, return_logits, hq_token_only)
-
-    def _to_input(self, coords: np.ndarray) -> np.ndarray:
-        """From pixels of the picture to pixels of the model's input."""
-        return self.processor.scale_coords(coords, self.original_size)
+        return self._predict(prompts, False, multimask_output, return_logits, hq_token_only)
 
     def _predict(
         self,
         prompts: tuple,
-        to_input: Callable,
+        in_image: bool,
         multimask_output: bool,
         return_logits: bool,
         hq_token_only: bool,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         self._check_image()
-        points, labels, masks = self._prompts(*prompts, to_input)
+        points, labels, masks = self._prompts(*prompts, in_image)
         count = len(labels)
-        points, labels, masks = pad_prompts(
-            points[None], labels[None], None if masks is None else masks[None]
-        )
+        padded = pad_prompts(points[None], labels[None], None if masks is None else masks[None])
         low_res, scores = decode(
             self._graphdef,
             self._params,
             self._features,
-            points,
-            labels,
-            masks,
+            *jax.device_put(padded, self.device),
             multimask_output=multimask_output,
             hq_token_only=hq_token_only,
         )
         # Copies, which may be written to and hold no padding in memory.
-        low_res, scores = (np.array(np.asarray(x)[0, :count]) for x in (low_res, scores))
+        low_res, scores = (np.array(x[0, :count]) for x in jax.device_get((low_res, scores)))
         flat = low_res.reshape(-1, *low_res.shape[-2:])
         threshold = None if return_logits else self.config.mask_threshold
         full = self.processor.resize_masks(
-            flat, self.original_size, self.input_size, threshold, self._device
+            flat, self.original_size, self.input_size, threshold, self.device
         )
         return full.reshape(*low_res.shape[:2], *self.original_size), scores, low_res
 
-    def _prompts(self, point_coords, point_labels, boxes, mask_input, to_input):
+    def _prompts(self, point_coords, point_labels, boxes, mask_input, in_image):
         """The prompts as labelled points [b, n, 2], [b, n], and masks [b, side, side] or None.
 
-        The masks may be one for all.
+        Points are in pixels of the model's input, given in those of the image if `in_image`. The
+        masks may be one for all.
         """
         if (point_coords is None) != (point_labels is None):
             given, missing = "point_coords", "point_labels"
@@ -273,10 +291,11 @@ class SamPredictor:
             "mask_input": mask_input,
         }
         given = {name: value for name, value in given.items() if value is not None}
+        counts = {}
         for name, value in given.items():
-            if not hasattr(value, "__len__"):
+            if np.ndim(value) == 0 if is_array(value) else not isinstance(value, Sequence):
                 raise ValueError(f"{name} is {value!r}, expected an entry for each prompt")
-        counts = {name: len(value) for name, value in given.items()}
+            counts[name] = len(value)
         if len(counts) > 1 and counts.get("mask_input") == 1:
             del counts["mask_input"]  # one for all
         if len(set(counts.values())) > 1:
@@ -285,36 +304,47 @@ class SamPredictor:
         if count == 0:
             raise ValueError(f"there are no prompts: {', '.join(counts)} are empty")
 
+        size, frame = self.original_size, "image"
+        if not in_image:
+            size, frame = self.input_size, "model's input (predict_batch takes the image's)"
+
+        def to_input(coords):
+            return self.processor.scale_coords(coords, size) if in_image else np.float32(coords)
+
         coords = labels = None
         if point_coords is not None:
             # Iterating over a JAX array would compile a slice for each shape.
             lists = [
-                np.asarray(x) if hasattr(x, "__array__") else x
+                as_numpy(x, "point_coords") if is_array(x) else x
                 for x in (point_coords, point_labels)
             ]
             checked = [check_points(c, k, "point_coords") for c, k in zip(*lists, strict=True)]
             length = max(len(c) for c, _ in checked)
-            coords = np.zeros((count, length, 2), np.float32)
+            coords = np.zeros((count, length, 2))
             labels = np.full((count, length), PADDING, np.int32)
             for i, (c, k) in enumerate(checked):
-                coords[i, : len(c)] = to_input(c)
+                coords[i, : len(c)] = c
                 labels[i, : len(k)] = k
+            warn_outside(coords, labels, None, size, "point_coords", frame)
+            coords = to_input(coords)
         if boxes is not None:
-            corners = check_boxes(boxes, "boxes").reshape(count, 2, 2)
-            boxes = to_input(corners).reshape(count, 4)
+            boxes = check_boxes(boxes, "boxes")
+            warn_outside(None, None, boxes, size, "boxes", frame)
+            boxes = to_input(boxes.reshape(count, 2, 2)).reshape(count, 4)
         masks = None
         if mask_input is not None:
+            masks = as_numpy(mask_input, "mask_input")
             side = self.config.mask_size
-            masks = to_numbers(mask_input, "mask_input").astype(np.float32)
             if masks.shape[1:] != (1, side, side):
+                hint = MASK_HINT
+                if masks.shape[-2:] == (side, side):
+                    hint = "choose one, such as logits[scores.argmax()][None]"
                 raise ValueError(
                     f"mask_input has shape {masks.shape[1:]}, expected (1, {side}, {side}): "
-                    "low-resolution logits of an earlier prediction, not a mask of the picture's "
-                    "size"
+                    f"low-resolution logits of an earlier prediction; {hint}"
                 )
-            masks = masks[:, 0]
-            if not np.isfinite(masks).all():
-                raise ValueError("mask_input holds logits that are not finite")
+            check_logits(masks, "mask_input")
+            masks = masks[:, 0].astype(np.float32)
         if coords is None and boxes is None:  # a mask alone, or no prompt at all
             coords = np.zeros((count, 1, 2), np.float32)
             return coords, np.full((count, 1), PADDING, np.int32), masks
@@ -323,3 +353,29 @@ class SamPredictor:
     def _check_image(self) -> None:
         if not self.is_image_set:
             raise RuntimeError("no picture is set; call set_image (or set_image_embedding) first")
+
+
+class Transform:
+    """What `segment_anything` calls `ResizeLongestSide`, on arrays of any library; gives numpy's.
+
+    Sizes are (h, w) of the image.
+    """
+
+    def __init__(self, processor: SamProcessor):
+        self._processor = processor
+
+    def apply_image(self, image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
+        """The image at the size at which the model sees it."""
+        return self._processor.resize(load_image(image))
+
+    def apply_coords(self, coords: Any, original_size: Any) -> Float[np.ndarray, "*batch 2"]:
+        """(x, y) from pixels of the image to pixels of the model's input, float32."""
+        (size,) = check_sizes([original_size], 1, "original_size")
+        return self._processor.scale_coords(to_numbers(coords, "coords"), size)
+
+    def apply_boxes(self, boxes: Any, original_size: Any) -> Float[np.ndarray, "*batch 4"]:
+        """x0, y0, x1, y1 likewise."""
+        boxes = to_numbers(boxes, "boxes")
+        return self.apply_coords(boxes.reshape(-1, 2, 2), original_size).reshape(boxes.shape)
+
+    apply_coords_torch, apply_boxes_torch = apply_coords, apply_boxes

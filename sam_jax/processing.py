@@ -16,13 +16,22 @@ from PIL import Image
 
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
+from sam_jax.idioms import WithAdvice, unknown_attribute
 from sam_jax.image import ImageInput, check_decoder, load_image
 from sam_jax.models.sam import Sam
-from sam_jax.ops.prompts import FOREGROUND, PADDING, check_values, count_bucket, pad_axis
-from sam_jax.ops.resize import mask_resize_matrix, resize_masks, size_bucket
+from sam_jax.ops.arrays import as_numpy
+from sam_jax.ops.prompts import (
+    FOREGROUND,
+    PADDING,
+    check_values,
+    count_bucket,
+    pad_axis,
+    warn_outside,
+)
+from sam_jax.ops.resize import area_resize_matrix, mask_resize_matrix, resize_masks, size_bucket
 
 
-class SamProcessor:
+class SamProcessor(WithAdvice):
     """Makes the arguments of `Sam.__call__` from pictures and prompts, and pictures of its masks.
 
     processor = SamProcessor.from_pretrained("mobile_sam")
@@ -42,6 +51,11 @@ class SamProcessor:
     def __init__(self, config: SamConfig):
         self.config = config
 
+    @property
+    def image_processor(self) -> "SamProcessor":
+        """The processor itself, whose methods have another home in `transformers`."""
+        return self
+
     @classmethod
     def from_pretrained(
         cls,
@@ -59,19 +73,22 @@ class SamProcessor:
         input_points: Any = None,
         input_labels: Any = None,
         input_boxes: Any = None,
-    ) -> dict[str, np.ndarray]:
+        return_tensors: str | None = None,
+    ) -> "SamInputs":
         """Arrays for `model(**inputs)`, all numpy; B images, P prompts each, N points each.
 
         Args:
             images: one picture or a list of them, of any sizes: PIL images, uint8 arrays
                 [h, w, 3] (RGB), [h, w], [h, w, 1] or [h, w, 4] (alpha is dropped), or paths.
             segmentation_maps: an integer map [h, w] per picture, to train with.
-            input_points: (x, y) in pixels of the pictures, nested `[image][prompt][point][xy]`, or
-                `[image][point][xy]` for one prompt per image. Lists may be of different lengths.
+            input_points: (x, y) in pixels of the images, nested `[image][prompt][point][xy]`, or
+                `[image][point][xy]` for one prompt per image. Lists may be of different lengths;
+                None for an image without points, which gets prompts of no points.
             input_labels: 1 foreground, 0 background, nested as the points (`[image][point]` will do
                 for one prompt per image); foreground if left out.
-            input_boxes: (x0, y0, x1, y1) in pixels of the pictures, nested `[image][box][4]`. Given
-                with points, one for each prompt.
+            input_boxes: (x0, y0, x1, y1) in pixels of the images, nested `[image][box][4]`, None
+                for an image without boxes. Given with points, one for each prompt.
+            return_tensors: "np" or None, which mean the same: the arrays are numpy's.
 
         Returns:
             `pixel_values` float32 [B, size, size, 3], channels last; `original_sizes` and
@@ -85,22 +102,33 @@ class SamProcessor:
         Raises:
             TypeError, ValueError: for a picture or a prompt that cannot be used; the message says
                 which and why.
+
+        Coordinates outside an image are legal, and warned of.
         """
+        if return_tensors not in (None, "np"):
+            raise ValueError(
+                f"return_tensors is {return_tensors!r}, expected 'np' or nothing: the arrays are "
+                "numpy's, which the model takes"
+            )
         if not isinstance(images, (list, tuple)):
             images = [images]
         if not images:
             raise ValueError("images is an empty list, expected at least one picture")
         arrays = [load_image(image) for image in images]
         sizes = [array.shape[:2] for array in arrays]
-        result = {
-            "pixel_values": np.stack([self.preprocess(array) for array in arrays]),
-            "original_sizes": np.array(sizes, np.int64),
-            "reshaped_input_sizes": np.array([self.input_size(s) for s in sizes], np.int64),
-        }
+        result = SamInputs(
+            pixel_values=np.stack([self.preprocess(array) for array in arrays]),
+            original_sizes=np.array(sizes, np.int64),
+            reshaped_input_sizes=np.array([self.input_size(s) for s in sizes], np.int64),
+        )
         if input_labels is not None and input_points is None:
             raise ValueError("input_labels are given without input_points")
         if input_points is not None:
             points, labels = _point_lists(input_points, input_labels, len(arrays))
+            for i, (size, of_image, kinds) in enumerate(zip(sizes, points, labels, strict=True)):
+                if of_image:
+                    every = np.concatenate(of_image), np.concatenate(kinds)
+                    warn_outside(*every, None, size, f"input_points[{i}]")
             points = [
                 [self.scale_coords(p, size) for p in prompts]
                 for prompts, size in zip(points, sizes, strict=True)
@@ -111,6 +139,8 @@ class SamProcessor:
             boxes = _box_lists(input_boxes, len(arrays))
             if input_points is not None:
                 _check_counts(points, boxes)
+            for i, (of_image, size) in enumerate(zip(boxes, sizes, strict=True)):
+                warn_outside(None, None, of_image, size, f"input_boxes[{i}]")
             boxes = [
                 self.scale_coords(b.reshape(-1, 2, 2), size).reshape(-1, 4)
                 for b, size in zip(boxes, sizes, strict=True)
@@ -144,11 +174,14 @@ class SamProcessor:
 
     def preprocess(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "size size 3"]:
         """Resizes, normalises, then pads with zeros at the bottom and right."""
+        return self.normalize(self.resize(image))
+
+    def resize(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "height width 3"]:
+        """The image at its `input_size`, by PIL's bilinear filter."""
         height, width = self.input_size(image.shape[:2])
-        if (height, width) != image.shape[:2]:
-            resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-            image = np.asarray(resized)
-        return self.normalize(image)
+        if (height, width) == image.shape[:2]:
+            return image
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
     def normalize(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "size size 3"]:
         """Normalises a picture that fits the model's input, then pads it."""
@@ -187,7 +220,7 @@ class SamProcessor:
             ValueError: for other shapes, and for numbers of masks and sizes that differ.
         """
         # Iterating over a JAX array would compile a slice for each shape.
-        masks = masks if isinstance(masks, (list, tuple)) else np.asarray(masks)
+        masks = masks if isinstance(masks, (list, tuple)) else as_numpy(masks, "masks")
         originals = check_sizes(original_sizes, len(masks), "original_sizes")
         inputs = check_sizes(reshaped_input_sizes, len(masks), "reshaped_input_sizes")
         if max(max(size) for size in inputs) > self.config.image_size:
@@ -201,7 +234,7 @@ class SamProcessor:
         for i, (logits, original, reshaped) in enumerate(
             zip(masks, originals, inputs, strict=True)
         ):
-            logits = np.asarray(logits, np.float32)
+            logits = as_numpy(logits, f"masks[{i}]").astype(np.float32)
             if logits.ndim < 3 or logits.shape[-2:] != (side, side):
                 raise ValueError(
                     f"masks[{i}] has shape {logits.shape}, expected (prompts, masks, {side}, "
@@ -230,14 +263,54 @@ class SamProcessor:
             mask_resize_matrix(side, image_size, inp, orig, size_bucket(orig))
             for inp, orig in zip(input_size, original_size, strict=True)
         )
-        padded = jax.device_put(pad_axis(masks, count_bucket(len(masks)), 0, 0), device)
+        arrays = pad_axis(masks, count_bucket(len(masks)), 0, 0), rows, columns
         if threshold is None:
-            full = _resized_logits(padded, rows, columns)
+            full = _resized_logits(*jax.device_put(arrays, device))
         else:
-            full = _resized_masks(padded, rows, columns, np.float32(threshold))
+            full = _resized_masks(*jax.device_put((*arrays, np.float32(threshold)), device))
         height, width = original_size
         # A copy, which may be written to and holds no padding in memory.
-        return np.array(np.asarray(full)[: len(masks), :height, :width])
+        return np.array(jax.device_get(full)[: len(masks), :height, :width])
+
+    def mask_to_logits(self, mask: Any) -> Float[np.ndarray, "*batch 1 side side"]:
+        """A mask of the image's size as low-resolution logits, to be a prompt.
+
+        `predictor.predict(mask_input=processor.mask_to_logits(mask))`. The mask is resized and
+        padded as images are. The logits are from -20 to 20, in proportion to how much of a pixel
+        the mask covers: the model's own are mostly from 3 to 11 inside an object and from -5 to -16
+        outside (MobileSAM on photos), and a mask as a prompt is followed more closely at 20 than at
+        10, with no more at 30.
+
+        Args:
+            mask: [h, w], or several as [..., h, w]: booleans, integers (0 outside, 1 or 255
+                inside), or floats from 0 to 1, probabilities.
+
+        Returns:
+            float32 [..., 1, 256, 256], positive inside: `mask_input` of `predict` for one mask, of
+            `predict_batch` for several, and `input_masks` of the model for one per image.
+
+        Raises:
+            ValueError: for other shapes and values.
+        """
+        inside = to_numbers(mask, "mask")
+        if inside.ndim < 2 or inside.size == 0:
+            raise ValueError(f"mask has shape {inside.shape}, expected (h, w) or several of them")
+        whole = as_numpy(mask, "mask").dtype.kind in "iu"
+        if whole and inside.max() == 255:
+            inside = inside / 255
+        if not ((inside >= 0) & (inside <= 1)).all() or (whole and (inside % 1).any()):
+            raise ValueError(
+                f"mask holds {reprlib.repr(np.unique(inside).tolist())}, expected booleans, 0 and "
+                "1, 0 and 255, or probabilities; of a map of labels give map == label, of logits "
+                "logits > 0, or low-resolution logits as they are"
+            )
+        size, config = inside.shape[-2:], self.config
+        rows, columns = (
+            area_resize_matrix(config.mask_size, config.image_size, inp, orig)
+            for inp, orig in zip(self.input_size(size), size, strict=True)
+        )
+        covered = rows @ inside @ columns.T
+        return (20 * (2 * covered - 1)).astype(np.float32)[..., None, :, :]
 
     def _segmentation_labels(self, maps, sizes) -> Int[np.ndarray, "b side side"]:
         if not isinstance(maps, (list, tuple)):
@@ -250,7 +323,7 @@ class SamProcessor:
         side = self.config.mask_size
         labels = np.zeros((len(maps), side, side), np.int64)
         for i, (given, size) in enumerate(zip(maps, sizes, strict=True)):
-            array = np.asarray(given)
+            array = as_numpy(given, f"segmentation_maps[{i}]")
             # They are resized as int32.
             if array.dtype.kind in "iu" and (far := array[array != array.astype(np.int32)]).size:
                 raise ValueError(
@@ -267,6 +340,27 @@ class SamProcessor:
             )
             labels[i, :height, :width] = np.asarray(resized)
         return labels
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class SamInputs(dict):
+    """What `SamProcessor` returns: a dictionary whose entries are attributes, too."""
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        try:
+            return self[name]
+        except KeyError:
+            raise unknown_attribute(self, name) from None
+
+    def tree_flatten_with_keys(self):
+        """For `jax.tree`."""
+        names = tuple(sorted(self))
+        return [(jax.tree_util.DictKey(name), self[name]) for name in names], names
+
+    @classmethod
+    def tree_unflatten(cls, names, values):
+        """For `jax.tree`."""
+        return cls(zip(names, values, strict=True))
 
 
 @jax.jit
@@ -290,8 +384,13 @@ def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.n
     if coords.size == 0:
         coords = coords.reshape(0, 2)
     if coords.ndim != 2 or coords.shape[1] != 2:
+        hint = ""
+        if coords.ndim == 1 and coords.size == 2:
+            hint = "; one point is [[x, y]]"
+        if coords.ndim == 3:
+            hint = "; several prompts are for predict_batch, or input_points of the processor"
         raise ValueError(
-            f"{where} have shape {coords.shape}, expected (n, 2): x and y of each point"
+            f"{where} have shape {coords.shape}, expected (n, 2): x and y of each point{hint}"
         )
     if labels is None:
         labels = np.full(len(coords), FOREGROUND)
@@ -315,8 +414,9 @@ def check_boxes(boxes: Any, where: str) -> np.ndarray:
     if boxes.size == 0:
         boxes = boxes.reshape(0, 4)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
+        hint = "; one box is [[x0, y0, x1, y1]]" if boxes.shape == (4,) else ""
         raise ValueError(
-            f"{where} have shape {boxes.shape}, expected (n, 4): x0, y0, x1, y1 of each box"
+            f"{where} have shape {boxes.shape}, expected (n, 4): x0, y0, x1, y1 of each box{hint}"
         )
     check_values(None, None, boxes, where)
     return boxes
@@ -352,11 +452,17 @@ def check_embedding(embedding: Any, config: SamConfig) -> Float[np.ndarray, "g g
     Raises:
         ValueError: for another shape, and for numbers that are not finite.
     """
-    grid = config.image_embedding_size
-    expected = (1, config.image_embedding_channels, grid, grid)
-    if np.shape(embedding) != expected:
-        raise ValueError(f"the embedding has shape {np.shape(embedding)}, expected {expected}")
-    embedding = np.asarray(embedding, np.float32)
+    grid, channels = config.image_embedding_size, config.image_embedding_channels
+    embedding = to_numbers(embedding, "the embedding").astype(np.float32)
+    if embedding.shape != (1, channels, grid, grid):
+        hint = ""
+        if embedding.shape == (1, grid, grid, channels):
+            hint = "; it is channels last, as of encode_image: use np.moveaxis(embedding, -1, 1)"
+        if embedding.shape == (channels, grid, grid):
+            hint = "; use embedding[None]"
+        raise ValueError(
+            f"the embedding has shape {embedding.shape}, expected {(1, channels, grid, grid)}{hint}"
+        )
     if not np.isfinite(embedding).all():
         raise ValueError("the embedding holds numbers that are not finite")
     return np.moveaxis(embedding[0], 0, -1)
@@ -366,21 +472,29 @@ def to_numbers(values: Any, where: str) -> np.ndarray:
     """Numbers in lists of equal lengths, or in an array, as float64.
 
     Raises:
+        TypeError: for an array that cannot be read from here; see `as_numpy`.
         ValueError: for anything else.
     """
+    hint = ""
     try:
-        if np.iscomplexobj(values):
-            raise TypeError("complex numbers")
-        return np.asarray(values, np.float64)
-    except (ValueError, TypeError) as error:
+        array = as_numpy(values, where)
+        if array.dtype.kind == "O":  # numpy would make NaN of None
+            hint = "; None is not a number: leave the prompt out" if None in array.flat else ""
+            raise ValueError("objects")
+        if array.dtype.kind in "USc":
+            hint = "; convert strings by float" if array.dtype.kind in "US" else ""
+            raise ValueError(array.dtype.name)
+        return array.astype(np.float64)
+    except (ValueError, OverflowError) as error:
         raise ValueError(
-            f"{where} are {reprlib.repr(values)}, expected numbers in lists of equal lengths"
+            f"{where} are {reprlib.repr(values)}, expected numbers in lists of equal lengths{hint}"
         ) from error
 
 
 def _point_lists(points, labels, images: int) -> tuple[list, list]:
     """Nested points and labels, checked: for each image its prompts' coordinates and labels."""
     points = _per_image("input_points", points, images, "[image][prompt][point][xy]")
+    points = _without_none("input_points", points)
     if labels is None:
         labels = [None] * images
     else:
@@ -415,7 +529,9 @@ def _point_lists(points, labels, images: int) -> tuple[list, list]:
 
 def _box_lists(boxes, images: int) -> list[np.ndarray]:
     """Nested boxes, checked: for each image its boxes [n, 4]."""
-    boxes = _per_image("input_boxes", boxes, images, "[image][box][4]")
+    boxes = _without_none(
+        "input_boxes", _per_image("input_boxes", boxes, images, "[image][box][4]")
+    )
     lists = [check_boxes(b, f"input_boxes[{i}]") for i, b in enumerate(boxes)]
     if not any(map(len, lists)):
         raise ValueError("input_boxes hold no box; leave them out if there is none")
@@ -433,13 +549,24 @@ def _check_counts(points: list, boxes: list) -> None:
 
 def _per_image(name: str, values, images: int, nesting: str) -> list:
     if not isinstance(values, (list, tuple)):
-        values = np.asarray(values)
+        values = as_numpy(values, name)
     if _depth(values) < 1 or len(values) != images:
         raise ValueError(
             f"{name} are for {len(values) if _depth(values) else 'no'} images, but there are "
             f"{images}; expected them nested {nesting}"
         )
     return list(values)
+
+
+def _without_none(name: str, values: list) -> list:
+    """None for an image as no prompts.
+
+    Raises:
+        ValueError: if no image has any.
+    """
+    if all(value is None for value in values):
+        raise ValueError(f"{name} are None for all images; leave them out")
+    return [() if value is None else value for value in values]
 
 
 def _depth(values) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sam_jax.image import ImageInput, load_image
+from sam_jax.ops.arrays import as_numpy
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.processing import check_boxes, check_points
 
@@ -113,7 +114,7 @@ def overlay(
 
 
 def _check_mask(mask: Any, where: str) -> np.ndarray:
-    mask = np.asarray(mask)
+    mask = as_numpy(mask, where)
     if mask.dtype != bool or mask.ndim != 2:
         raise ValueError(
             f"{where} is {mask.dtype} of shape {mask.shape}, expected booleans of shape (h, w); "

@@ -226,10 +226,10 @@ def test_scores_that_are_not_finite(run, model, tmp_path):
     """Nothing is written: JSON has no NaN."""
     sam = nnx.clone(model)
     head = sam.mask_decoder.iou_prediction_head
-    nnx.update(head, jax.tree.map(lambda x: x * np.nan, nnx.state(head)))
-    sam_jax.save_pretrained(sam, tmp_path / "nan")
+    nnx.update(head, jax.tree.map(lambda x: x * 1e37, nnx.state(head)))
+    sam_jax.save_pretrained(sam, tmp_path / "huge")
     with pytest.raises(SystemExit, match="sam-jax: the model predicts IoUs that are NaN or inf"):
-        run("--point", "60,30", "--output", "out", model=tmp_path / "nan")
+        run("--point", "60,30", "--output", "out", model=tmp_path / "huge")
     assert not (tmp_path / "out").exists()
 
 
@@ -296,6 +296,13 @@ def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed)
         (["--box", "1,2,3"], "--box is '1,2,3', expected X0,Y0,X1,Y1"),
         (["--box", "1,2,3,x"], "--box is '1,2,3,x', expected X0,Y0,X1,Y1"),
         (["--box", "9,2,3,8"], "--box hold [9.0, 2.0, 3.0, 8.0], expected x0, y0, x1, y1"),
+        (
+            ["--point", "450,600"],
+            "--point has (450, 600), outside the image, which is 113 x 71 pixels; expected x from "
+            "0 to 113 and y from 0 to 71",
+        ),
+        (["--point", "3,-1"], "--point has (3, -1), outside the image"),
+        (["--box", "1,2,114,5"], "--box has (114, 5), outside the image"),
         (
             ["--point", "1,1", "--box", "1,2,3,4", "--box", "1,2,3,4"],
             "--point goes together with one --box at the most, but there are 2",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import skimage.data
 import torch
 import tyro
+from flax import nnx
 from PIL import Image
 from reference import SHALLOW, meta_sam
 
@@ -52,6 +54,8 @@ def folder(tmp_path, monkeypatch):
     photo.save(tmp_path / "photo.jpg")
     Image.fromarray(skimage.data.astronaut()).save(tmp_path / "astronaut.png")
     torch.save(meta_sam(SMALL_VIT).state_dict(), tmp_path / "medsam_vit_b.pth")
+    (tmp_path / "examples").mkdir()
+    shutil.copy(ROOT / "examples" / "predictor.jpg", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -142,6 +146,23 @@ def test_options(capsys):
     for page in (*PAGES, ROOT / "README.md", ROOT / "examples" / "README.md"):
         text = "".join(re.findall(r"`[^`\n]+`", page.read_text()))
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known, page
+
+
+def test_parameters_of_each_part():
+    """The table of docs/checkpoints.md."""
+    names = {"MobileSAM": "mobile_sam", "LiteMedSAM": "lite_medsam"}
+    names |= {f"SAM ViT-{size}": f"vit_{size.lower()}" for size in "BLH"}
+    text = (ROOT / "docs" / "checkpoints.md").read_text()
+    for title, name in names.items():
+        (row,) = re.findall(rf"^\| {title} \| ([\d, |]+) \|$", text, re.MULTILINE)
+        config = getattr(sam_jax.config, name)()
+        model = nnx.eval_shape(lambda config=config: sam_jax.Sam(config, rngs=nnx.Rngs(0)))
+        parts = model.image_encoder, model.prompt_encoder, model.mask_decoder, model
+        counts = [
+            sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(part, nnx.Param)))
+            for part in parts
+        ]
+        assert [int(n.replace(",", "")) for n in row.split(" | ")] == counts
 
 
 def test_contributing():

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 import tifffile
-import torch
 from flax import nnx
 from image_files import DEEP, NARROWED, UNREAD, eps, write_deep
 from PIL import EpsImagePlugin, Image, ImageOps
@@ -273,9 +272,9 @@ def test_a_file_of_far_too_many_pixels(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("value", [None, [[1, 2], [3, 4]], 5, b"bytes", torch.zeros(4, 4, 3)])
+@pytest.mark.parametrize("value", [None, [[1, 2], [3, 4]], 5, b"bytes"])
 def test_other_types_are_refused(value):
-    message = f"an image is a {type(value).__name__}, expected a PIL image, a numpy or JAX"
+    message = f"an image is a {type(value).__name__}, expected a PIL image, an array"
     with pytest.raises(TypeError, match=message):
         load_image(value)
     with pytest.raises(TypeError, match=r"an image is a .*, expected a PIL image"):

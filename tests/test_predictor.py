@@ -1,5 +1,8 @@
+import copy
 import functools
+import pickle
 import re
+import warnings
 from pathlib import Path
 
 import jax
@@ -8,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 import torch_reference
+from jax.sharding import Mesh
 from PIL import Image
 from reference import SMALL, assert_close, mask_iou, meta_sam, ours
 
 import sam_jax.processing
 from sam_jax.config import with_preprocessing
+from sam_jax.image import load_image
+from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.models import sam as sam_module
-from sam_jax.ops.prompts import count_bucket
+from sam_jax.ops.prompts import count_bucket, join_prompts
 from sam_jax.ops.resize import size_bucket
 from sam_jax.predictor import SamPredictor
+from sam_jax.visualize import overlay
 
 MIGRATING = Path(__file__).parents[1] / "docs" / "migrating.md"
 TOLERANCE = 1e-4
@@ -410,8 +417,9 @@ def test_set_torch_image_as_the_guide_migrates_it():
     pixels = reference.transform.apply_image(picture())
     reference.set_torch_image(torch.tensor(pixels).permute(2, 0, 1)[None], size)
     (row,) = re.findall(r"^\| `predictor\.set_torch_image.*", MIGRATING.read_text(), re.MULTILINE)
-    code = row.split("|")[2].split("`")[1]
-    exec(code, {"predictor": predictor, "model": model(), "pixels": pixels, "size": size})
+    code = row.split("|")[2].split("`")[3]
+    names = {"predictor": predictor, "sam": model(), "processor": predictor.processor}
+    exec(code, {**names, "pixels": pixels, "size": size})
     assert_same(predictor.predict(POINTS, LABELS), reference.predict(POINTS, LABELS))
 
 
@@ -576,3 +584,139 @@ def test_bad_prompts(predictor, prompt, message):
 def test_bad_batches(predictor, prompt, message):
     with pytest.raises(ValueError, match=message):
         predictor.predict_batch(**prompt)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        *[
+            (
+                {"mask_input": mask},
+                rf"\({mask.dtype}\) looks like a binary mask.*to_logits",
+            )
+            for mask in (
+                np.ones((1, SIDE, SIDE), bool),
+                np.zeros((1, SIDE, SIDE), np.uint8),
+                np.eye(SIDE, dtype=np.float32)[None],
+                255.0 * np.eye(SIDE)[None],
+            )
+        ],
+        ({"mask_input": np.ones(SIZE, bool)}, r"shape \(71, 113\).*mask_to_logits"),
+        ({"mask_input": np.ones((3, SIDE, SIDE))}, r"logits\[scores.argmax\(\)\]"),
+        *[
+            ({"point_coords": POINTS, "point_labels": [1, 0, label]}, message)
+            for label, message in ((2, "a box's corners, give"), (3, "corners"), (7, "own"))
+        ],
+        ({"point_coords": [60, 30], "point_labels": [1]}, r"one point is \[\[x, y\]\]"),
+        ({"point_coords": [POINTS], "point_labels": [LABELS]}, "several prompts are for predict_b"),
+        ({"point_coords": [["60", "30"]], "point_labels": [1]}, "convert strings"),
+        ({"point_coords": [[60, None]], "point_labels": [1]}, "None is not a number"),
+        ({"point_coords": [[10**400, 3]], "point_labels": [1]}, "expected numbers"),
+        ({"box": [60, 30, 20, 10]}, "if they are x, y, width, height"),
+    ],
+    ids=str,
+)
+def test_prompts_that_look_like_something_else(predictor, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(**prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (
+            {"point_coords": [[[450, 600]], [[60, 30], [-30, 2]]], "point_labels": [[1], [1, 0]]},
+            r"point_coords hold \(450, 600\) and 1 more, outside; .*width 113 and height 71",
+        ),
+        ({"boxes": [[1, 2, 120, 8]]}, r"boxes hold \(120, 8\), outside"),
+        ({"point_coords": [[[30, 100]]], "point_labels": [[1]]}, "are they y, x?"),
+        ({"point_coords": [[[0.4, 0.5]]], "point_labels": [[1]]}, "are they fractions?"),
+        ({"boxes": [[0.1, 0.2, 0.4, 0.5]]}, "are they fractions?"),
+        ({"point_coords": [[[9, 9]]], "point_labels": [[-1]]}, "label -1, which is not a point"),
+        # By rounding, or of padding.
+        ({"boxes": [[-0.6, 0, 113.4, 71.9]]}, None),
+        ({"point_coords": [[[1, 1], [0, 0]]], "point_labels": [[1, -1]]}, None),
+        ({"point_coords": [[[1, 1], [900, 900]]], "point_labels": [[1, -10]]}, None),
+    ],
+    ids=str,
+)
+def test_coordinates_that_are_hardly_meant_are_warned_of_once(predictor, prompt, message):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        predictor.predict_batch(**prompt)
+    assert len(told) == (message is not None)
+    if message is not None:
+        assert re.search(message, str(told[0].message))
+
+
+def test_the_model_s_own_coordinates_are_warned_of_too(predictor):
+    with pytest.warns(UserWarning, match=r"\(112, 9\), outside; .*model's input .*width 96"):
+        predictor.predict_torch([[[112, 9]]], [[1]])
+
+
+@pytest.mark.parametrize(
+    "copy_of",
+    [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))],
+    ids=["copy", "pickle"],
+)
+def test_predictors_and_generators_travel(predictor, copy_of):
+    """With the image that is set."""
+    predictor.set_image(picture())
+    again = copy_of(predictor)
+    results = again.predict(POINTS, LABELS), predictor.predict(POINTS, LABELS)
+    for found, expected in zip(*results, strict=True):
+        assert np.array_equal(found, expected)
+    everything = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_side": 1}
+    mesh = Mesh(np.array(jax.devices()[:1]), ("mine",))
+    generator = SamAutomaticMaskGenerator(predictor.model, **everything, mesh=mesh)
+    again = copy_of(generator)
+    assert (again.mesh == mesh) == (copy_of is copy.deepcopy)
+    records = zip(again.generate(picture()), generator.generate(picture()), strict=True)
+    for found, expected in records:
+        assert np.array_equal(found.pop("segmentation"), expected.pop("segmentation"))
+        assert found == expected
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_arrays_of_other_libraries(predictor):
+    """Everywhere, as numpy's."""
+    image, model = torch.tensor(picture()), predictor.model
+    predictor.set_image(picture())
+    expected = predictor.predict(POINTS, LABELS, BOX)
+    predictor.set_image(image)
+    coords = torch.tensor(POINTS, requires_grad=True)
+    labels, box = list(torch.tensor(LABELS)), torch.tensor(BOX)
+    for found, wanted in zip(predictor.predict(coords, labels, box), expected, strict=True):
+        assert np.array_equal(found, wanted)
+    logits = torch.tensor(expected[2][:1])
+    predictor.predict(coords, labels, mask_input=logits)
+    predictor.set_image_embedding(torch.tensor(predictor.get_image_embedding()), image.shape[:2])
+    assert np.array_equal(predictor.predict(POINTS, LABELS, BOX)[1], expected[1])
+
+    inputs = predictor.processor(image, input_points=coords[None, None], input_labels=[[labels]])
+    outputs = model(**inputs)
+    batch = next(iter(torch.utils.data.DataLoader([dict(inputs)], batch_size=None)))
+    assert all(isinstance(value, torch.Tensor) for value in batch.values())
+    found = model(**batch)
+    assert np.array_equal(found.iou_scores, outputs.iou_scores)
+    masks = predictor.processor.post_process_masks(
+        torch.tensor(np.array(found.pred_masks)), batch["original_sizes"], [[60, 96]]
+    )
+    assert masks[0].shape == (1, 3, *SIZE)
+    embeddings = model.encode_image(batch["pixel_values"])
+    points, labels = join_prompts(batch["input_points"], batch["input_labels"], None)
+    model.decode(torch.tensor(np.array(embeddings)), torch.tensor(points), torch.tensor(labels))
+    SamAutomaticMaskGenerator(model, points_per_side=1).generate(image)
+    assert np.array_equal(load_image(image), picture())
+    overlay(image, torch.tensor(masks[0][0]))
+    for wrong, message in (
+        (torch.zeros((2, 3, 40, 50), dtype=torch.uint8), "list.*channels last"),
+        (torch.zeros((3, 40, 50), dtype=torch.uint8), "channels first"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predictor.set_image(wrong)
+    with pytest.raises(
+        ValueError, match=r"pixel_values have shape .*channels first: use np.moveaxis"
+    ):
+        model(torch.zeros(2, 3, 96, 96))

@@ -222,6 +222,7 @@ def test_no_picture(small):
 # --- prompts ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 @pytest.mark.parametrize("size", [*SIZES, (333, 1023), (1365, 767)], ids=str)
 def test_coordinates_are_metas_and_hfs(processor, transforms, hf, size):
     rng = np.random.default_rng(0)
@@ -261,6 +262,7 @@ POINT, POINTS, BOX = [450, 100], [[450, 100], [20.5, 3]], [10, 20, 300.25, 200]
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 @pytest.mark.parametrize("images", [1, 2])
 def test_nesting_is_hfs(processor, hf, prompts, images):
     """As the reference gives it for return_tensors="pt", for one image and for two."""
@@ -337,6 +339,7 @@ def test_ragged_points_and_prompts(small):
     assert no_labels["input_labels"].tolist() == [[[1, 1], [1, -10]]]
 
 
+@pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 def test_ragged_points_with_boxes(small):
     """Images without a prompt, and prompts without points."""
     images = [picture(96, 96), picture(96, 96)]
@@ -361,6 +364,7 @@ def test_ragged_boxes(small):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
     inputs = small(picture(96, 96), input_points=[[[96, 96], [-3, 200]]], input_boxes=[[[5] * 4]])
     assert inputs["input_points"].tolist() == [[[[96, 96], [-3, 200]]]]
@@ -400,7 +404,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
         ),
         ({"input_points": [[[float("nan"), 3]]]}, r"not finite or too large: \[nan, 3.0\]$"),
         ({"input_points": [[[float("inf"), 3]]]}, r"input_points\[0\]\[0\] hold .* not finite"),
-        ({"input_points": [[POINT]], "input_labels": [[None]]}, r"have labels \[nan\]"),
+        ({"input_points": [[POINT]], "input_labels": [[None]]}, r"labels of .* \[None\]"),
         (
             {"input_points": POINT},
             r"are for 2 images, but there are 1; .*\[prompt\]\[point\]\[xy\]",
@@ -539,3 +543,65 @@ def test_masks_of_the_pictures_size_are_refused(small):
 
 def test_from_pretrained(mobile_sam_file):
     assert SamProcessor.from_pretrained(os.fspath(mobile_sam_file)).config.image_size == 1024
+
+
+# --- masks as prompts -----------------------------------------------------------------------------
+
+
+def disk(height, width):
+    y, x = np.mgrid[:height, :width]
+    return ((y / height - 0.6) ** 2 + (x / width - 0.7) ** 2) < 0.07
+
+
+@pytest.mark.parametrize("resize", ["longest_side", "square"])
+@pytest.mark.parametrize("size", [(300, 451), (451, 300), (700, 1500), (60, 90)], ids=str)
+@pytest.mark.parametrize("image_size", [1024, 256])
+def test_a_mask_becomes_logits_and_back(size, resize, image_size):
+    config = dataclasses.replace(vit_b(), resize=resize, image_size=image_size)
+    processor, mask = SamProcessor(config), disk(*size)
+    logits = processor.mask_to_logits(mask)
+    assert logits.shape == (1, config.mask_size, config.mask_size)
+    assert logits.dtype == np.float32
+    assert (logits.min(), logits.max()) == (-20, 20)
+    (back,) = processor.post_process_masks([logits[None]], [size], [processor.input_size(size)])
+    # Smaller masks have more of an edge for their area.
+    assert mask_iou(back[0, 0], mask) > (0.98 if image_size == 1024 else 0.95)
+    for same in (mask.astype(np.uint8), 255 * mask.astype(np.uint8), mask.astype(np.float32)):
+        assert np.array_equal(processor.mask_to_logits(same), logits)
+        assert np.array_equal(processor.mask_to_logits(torch.tensor(same)), logits)
+    both = processor.mask_to_logits([mask, ~mask])
+    assert both.shape == (2, *logits.shape)
+    assert np.array_equal(both[0], logits)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.array([[0, 1, 2]]), "mask holds .*of a map of labels give map == label"),
+        (np.array([[-3.5, 8.2]]), "of logits logits > 0"),
+        (np.zeros(4), r"shape \(4,\), expected \(h, w\)"),
+    ],
+)
+def test_what_is_not_a_mask(small, mask, message):
+    with pytest.raises(ValueError, match=message):
+        small.mask_to_logits(mask)
+
+
+def test_none_is_an_image_without_prompts(small):
+    images = [picture(96, 96), picture(96, 96)]
+    for none in (None, []):
+        inputs = small(images, input_points=[[[[1, 2]]], none], input_boxes=[[[1, 2, 3, 4]], none])
+        assert inputs["input_labels"].tolist() == [[[1]], [[-10]]]
+        assert inputs["input_boxes"].tolist() == [[[1, 2, 3, 4]], [[0] * 4]]
+    with pytest.raises(ValueError, match="input_points are None for all images; leave them out"):
+        small(images, input_points=[None, None])
+
+
+def test_inputs_are_a_dictionary_with_attributes(small):
+    inputs = small(picture(96, 96), return_tensors="np")
+    assert inputs.pixel_values is inputs["pixel_values"]
+    doubled = jax.tree.map(lambda array: 2 * array, inputs)
+    assert np.array_equal(doubled.original_sizes, [[192, 192]])
+    with pytest.raises(AttributeError, match="no attribute 'to'; leave it out"):
+        inputs.to("cuda")

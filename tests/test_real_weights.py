@@ -126,6 +126,7 @@ def vit_h_onnx(tmp_path_factory):
         requirement="sam-serve==1.1.0",
         sha256="10db467798545deabba69dad274365f70cac96fc4db70b3662673fe6b395eda7",
         member="sam_serve-1.1.0",
+        backend="hatchling.build",
     )
     with needs_package_index():
         archive = download_package(package, tmp_path_factory.mktemp("sam_serve"))

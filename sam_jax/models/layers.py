@@ -32,7 +32,16 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         x = _normalize(x.astype(jnp.float32), self.eps)
-        return (x * self.scale + self.bias).astype(self.dtype)
+        scale, bias = (align(v[...].astype(x.dtype), x) for v in (self.scale, self.bias))
+        return (x * scale + bias).astype(self.dtype)
+
+
+def align(vector: Float[Array, "*last"], x: Float[Array, "*shape"]) -> Float[Array, "*full"]:
+    """`vector` with axes of one before its own, as many as `x` has more.
+
+    So that it is broadcast where users have JAX's `numpy_rank_promotion` refuse to.
+    """
+    return vector.reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -142,7 +151,7 @@ class PatchConv(nnx.Module):
         x = jnp.swapaxes(x, -4, -3).reshape(*batch, h // p, w // p, p * p * i)
         kernel = self.kernel[...].astype(self.dtype).reshape(p * p * i, o)
         bias = self.bias[...].astype(self.dtype)
-        return rowwise(lambda patches: patches @ kernel + bias, x)
+        return rowwise(lambda patches: patches @ kernel + bias[None], x)
 
 
 class UpscaleConv(nnx.Module):
@@ -164,7 +173,8 @@ class UpscaleConv(nnx.Module):
         i, _, _, o = self.kernel.shape
         kernel = self.kernel[...].astype(self.dtype).reshape(i, 4 * o)
         x = rowwise(lambda pixels: pixels.astype(self.dtype) @ kernel, x)
-        return x.reshape(*x.shape[:-1], 2, 2, o) + self.bias[...].astype(self.dtype)
+        x = x.reshape(*x.shape[:-1], 2, 2, o)
+        return x + align(self.bias[...].astype(self.dtype), x)
 
 
 def join_pixels(x: Float[Array, "h w *pixels_of_pixels c"]) -> Float[Array, "rows columns c"]:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
-from sam_jax.models.layers import LayerNorm, Linear, UpscaleConv, gelu, join_pixels, relu
+from sam_jax.models.layers import LayerNorm, Linear, UpscaleConv, align, gelu, join_pixels, relu
 from sam_jax.models.two_way_transformer import TwoWayTransformer
 
 
@@ -70,7 +70,7 @@ class MaskDecoder(nnx.Module):
             hq_token_only: see `predict_masks`.
             image_is_shared: see `TwoWayTransformer`.
         """
-        outputs = self.outputs(multimask_output)
+        outputs = output_slice(multimask_output)
         iou_token, mask_tokens, image_embedding = self.attend(
             image_embedding,
             image_pe,
@@ -86,12 +86,6 @@ class MaskDecoder(nnx.Module):
             mask_tokens, image_embedding, outputs, hq_features, hq_token_only
         )
         return masks, self.predict_iou(iou_token)[outputs]
-
-    def outputs(self, multimask_output: bool | None) -> slice:
-        """Which mask tokens count: the first for unambiguous prompts, the others for the rest."""
-        if multimask_output is None:
-            return slice(None)
-        return slice(1, None) if multimask_output else slice(0, 1)
 
     def image_features(
         self, image_embedding: Float[Array, "g g all"]
@@ -134,7 +128,8 @@ class MaskDecoder(nnx.Module):
         hq = range(1 + len(self.mask_tokens), len(output_tokens))
         # Without a mask prompt nothing here depends on the prompt, and no vmap batches it.
         grid = image_embedding.shape
-        keys = image_embedding.astype(self.dtype) + dense.astype(self.dtype)
+        dense = align(dense, image_embedding).astype(self.dtype)
+        keys = image_embedding.astype(self.dtype) + dense
         tokens, keys = self.transformer(
             keys.reshape(-1, grid[-1]),
             image_pe.astype(self.dtype).reshape(-1, grid[-1]),
@@ -172,7 +167,17 @@ class MaskDecoder(nnx.Module):
         if self.hq is None:
             return masks
         hq_mask = self.hq.mask(mask_tokens[-1], join_pixels(upscaled), hq_features)
-        return hq_mask + (jnp.zeros_like(masks) if hq_token_only else masks)
+        return hq_mask[None] + (jnp.zeros_like(masks) if hq_token_only else masks)
+
+
+def output_slice(multimask_output: bool | None) -> slice:
+    """Which mask tokens count: the first for unambiguous prompts, the others for the rest.
+
+    A function, since `nnx.tabulate` takes methods that return arrays alone.
+    """
+    if multimask_output is None:
+        return slice(None)
+    return slice(1, None) if multimask_output else slice(0, 1)
 
 
 class Upscaling(nnx.Module):

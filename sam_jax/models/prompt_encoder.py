@@ -19,11 +19,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sam_jax.config import SamConfig
-from sam_jax.models.layers import Buffer, LayerNorm, PatchConv, gelu
+from sam_jax.idioms import WithAdvice
+from sam_jax.models.layers import Buffer, LayerNorm, PatchConv, align, gelu
 from sam_jax.ops.prompts import NOT_A_POINT, PADDING
 
 
-class PromptEncoder(nnx.Module):
+class PromptEncoder(WithAdvice, nnx.Module):
     """Embeds one prompt. Everything but the mask's convolutions is float32, whatever `dtype` is."""
 
     def __init__(self, config: SamConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
@@ -52,12 +53,12 @@ class PromptEncoder(nnx.Module):
         encoding = self.pe_layer((points.astype(jnp.float32) + 0.5) / self.image_size)
         kinds = jnp.concatenate([p[...] for p in self.point_embeddings]).astype(jnp.float32)
         # A sum of one row, so that its gradient is a matmul; -1 and -10 select none.
-        chosen = labels[:, None] == jnp.arange(len(kinds))
+        chosen = labels[:, None] == jnp.arange(len(kinds))[None]
         # In full float32, whatever a GPU or TPU would make of it.
         chosen = chosen.astype(jnp.float32)
         tokens = encoding + jnp.matmul(chosen, kinds, precision=jax.lax.Precision.HIGHEST)
-        label = labels[:, None]
-        tokens = jnp.where(label == NOT_A_POINT, self.not_a_point_embed[...], tokens)
+        label, not_a_point = labels[:, None], self.not_a_point_embed[...].astype(jnp.float32)
+        tokens = jnp.where(label == NOT_A_POINT, not_a_point, tokens)
         return jnp.where(label == PADDING, 0.0, tokens), labels != PADDING
 
     def embed_mask(self, mask: Float[Array, "side side"] | None) -> Float[Array, "*grid c"]:
@@ -94,7 +95,7 @@ class PositionEmbeddingRandom(nnx.Module):
         sin(a + b) = sin a cos b + cos a sin b, and so for the cosine: as exact, and on a CPU the
         sines of all positions would be a tenth of a click's time.
         """
-        a, b = self._angles(x[:, None], 0), self._angles(y[:, None, None], 1)
+        a, b = self._angles(x[None, :, None], 0), self._angles(y[:, None, None], 1)
         sin_a, cos_a, sin_b, cos_b = jnp.sin(a), jnp.cos(a), jnp.sin(b), jnp.cos(b)
 
         def join(sines, cosines):
@@ -105,7 +106,7 @@ class PositionEmbeddingRandom(nnx.Module):
 
     def _angles(self, coords: Float[Array, "*batch 1"], axis: int) -> Float[Array, "*batch half"]:
         gaussian = self.positional_encoding_gaussian_matrix[...].astype(jnp.float32)
-        return 2 * jnp.pi * ((2 * coords - 1) * gaussian[axis])
+        return 2 * jnp.pi * ((2 * coords - 1) * align(gaussian[axis], coords))
 
 
 class MaskDownscaling(nnx.Module):

@@ -18,16 +18,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from sam_jax.config import SamConfig, ViTConfig
+from sam_jax.idioms import WithAdvice, unknown_attribute
 from sam_jax.models.mask_decoder import MaskDecoder
 from sam_jax.models.prompt_encoder import PromptEncoder
 from sam_jax.models.tiny_vit import TinyViT
 from sam_jax.models.vit import ImageEncoderViT
+from sam_jax.ops.arrays import as_array
 from sam_jax.ops.attention import Implementation, check_implementation
-from sam_jax.ops.prompts import PADDING, check_values, count_bucket, join_prompts, pad_axis
+from sam_jax.ops.prompts import (
+    MASK_HINT,
+    PADDING,
+    check_ends,
+    check_logits,
+    check_values,
+    concrete,
+    count_bucket,
+    join_prompts,
+    pad_axis,
+    warn_outside,
+)
 
 
 class SamImageSegmentationOutput(NamedTuple):
@@ -40,8 +53,14 @@ class SamImageSegmentationOutput(NamedTuple):
     iou_scores: Array
     pred_masks: Array
 
+    def __getitem__(self, key):
+        return getattr(self, key) if key in self._fields else tuple.__getitem__(self, key)
 
-class Sam(nnx.Module):
+    def __getattr__(self, name: str):
+        raise unknown_attribute(self, name)
+
+
+class Sam(WithAdvice, nnx.Module):
     """Segment Anything.
 
     Args:
@@ -81,6 +100,18 @@ class Sam(nnx.Module):
             self.mask_decoder = MaskDecoder(config, dtype=dtype, rngs=rngs)
         self.config = config
 
+    image_format = "RGB"
+
+    @property
+    def mask_threshold(self) -> float:
+        """The logit above which a pixel belongs to a mask."""
+        return self.config.mask_threshold
+
+    @property
+    def device(self) -> Any:
+        """Where the parameters are: a device of JAX, or their sharding over several."""
+        return self.mask_decoder.iou_token[...].device
+
     def encode_image(
         self,
         pixel_values: Float[Array, "b h w rgb"],
@@ -104,7 +135,7 @@ class Sam(nnx.Module):
                 of no ViT or without keys.
         """
         size = self.config.image_size
-        _check_shape("pixel_values", pixel_values, (None, size, size, 3))
+        pixel_values = _check_shape("pixel_values", pixel_values, (None, size, size, 3))
         if drop_path_rate == 0:
             return self.image_encoder(pixel_values, remat=remat)
         if not isinstance(self.config.image_encoder, ViTConfig) or keys is None:
@@ -152,9 +183,19 @@ class Sam(nnx.Module):
             platform: where it will run ("cpu", "cuda", ...), if not on JAX's default backend.
 
         Raises:
-            ValueError: for another number of masks, for `hq_token_only` of no SAM-HQ, and for
-                `prompts_at_once` below 1.
+            TypeError: for anything but arrays.
+            ValueError: for another shape of embeddings, another number of masks, for
+                `hq_token_only` of another model than a SAM-HQ, and for `prompts_at_once` below 1;
+                and, unless they are traced, for labels of a list without an end.
         """
+        grid, channels = self.config.image_embedding_size, self.config.image_embedding_channels
+        image_embeddings = _check_shape(
+            "image_embeddings", image_embeddings, (None, grid, grid, channels)
+        )
+        points, labels = as_array(points, "points"), as_array(labels, "labels")
+        masks = None if masks is None else as_array(masks, "masks")
+        if (known := concrete(labels)) is not None:
+            check_ends(known)
         image_pe = self.prompt_encoder.get_dense_pe()
 
         def one_prompt(image_features, points, labels, mask, similarity, target):
@@ -176,7 +217,7 @@ class Sam(nnx.Module):
             )
 
         if hq_token_only and not self.config.hq:
-            raise ValueError("hq_token_only is True, but the model is no SAM-HQ")
+            raise ValueError("hq_token_only is True, but the model is not a SAM-HQ")
         if prompts_at_once is not None and prompts_at_once < 1:
             raise ValueError(f"prompts_at_once is {prompts_at_once}, expected at least 1, or None")
         if masks is not None and masks.shape[1] not in (1, points.shape[1]):
@@ -216,15 +257,15 @@ class Sam(nnx.Module):
 
     def __call__(
         self,
-        pixel_values: ArrayLike | None = None,
-        input_points: ArrayLike | None = None,
-        input_labels: ArrayLike | None = None,
-        input_boxes: ArrayLike | None = None,
-        input_masks: ArrayLike | None = None,
-        image_embeddings: ArrayLike | None = None,
+        pixel_values: Any = None,
+        input_points: Any = None,
+        input_labels: Any = None,
+        input_boxes: Any = None,
+        input_masks: Any = None,
+        image_embeddings: Any = None,
         multimask_output: bool = True,
-        attention_similarity: ArrayLike | None = None,
-        target_embedding: ArrayLike | None = None,
+        attention_similarity: Any = None,
+        target_embedding: Any = None,
         hq_token_only: bool = False,
         original_sizes: Any = None,
         reshaped_input_sizes: Any = None,
@@ -233,7 +274,8 @@ class Sam(nnx.Module):
         """The masks that the prompts ask for: Hugging Face's `SamModel.forward`.
 
         Arguments and outputs are those of `transformers`, but `pixel_values` are channels last,
-        masks may be given per prompt, and points labelled -10 are ignored exactly.
+        masks may be given per prompt, and points labelled -10 are ignored exactly. Arrays may be of
+        any library that has `__array__` or DLPack.
 
         Args:
             pixel_values: [b, size, size, 3], of `SamProcessor`, channels last. Give these or
@@ -252,7 +294,8 @@ class Sam(nnx.Module):
             target_embedding: broadcasts to [b, p, tokens, c].
             hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
             original_sizes: not used, nor are the following: they let `model(**inputs)` pass on all
-                that the processor returns.
+                that the processor returns, whose prompts it has checked. Without them, prompts
+                outside the model's input are warned of.
             reshaped_input_sizes: not used.
             labels: not used.
 
@@ -271,15 +314,20 @@ class Sam(nnx.Module):
             raise ValueError("give either pixel_values or image_embeddings, and not both")
         grid, channels = self.config.image_embedding_size, self.config.image_embedding_channels
         if pixel_values is not None:
-            self._check_pixels(pixel_values)
+            pixel_values = self._check_pixels(pixel_values)
         else:
-            _check_shape("image_embeddings", image_embeddings, (None, channels, grid, grid))
-        self._check_prompts(input_points, input_labels, input_boxes, input_masks)
+            shape = None, channels, grid, grid
+            image_embeddings = _check_shape("image_embeddings", image_embeddings, shape)
+        input_points, input_labels, input_boxes, input_masks = self._check_prompts(
+            input_points, input_labels, input_boxes, input_masks
+        )
+        if reshaped_input_sizes is None:
+            self._warn_outside(input_points, input_labels, input_boxes)
         graphdef, params = nnx.split(self)
         if image_embeddings is None:
-            image_embeddings = encode_image(graphdef, params, pixel_values)
+            image_embeddings = encode_image(graphdef, params, _to_device(pixel_values))
         else:
-            image_embeddings = jnp.moveaxis(jnp.asarray(image_embeddings), 1, -1)
+            image_embeddings = jnp.moveaxis(_to_device(image_embeddings), 1, -1)
         batch = image_embeddings.shape[0]
         if input_points is not None or input_boxes is not None:
             points, point_labels = join_prompts(input_points, input_labels, input_boxes)
@@ -299,6 +347,7 @@ class Sam(nnx.Module):
         elif not isinstance(points, jax.Array):
             points, point_labels, input_masks = pad_prompts(points, point_labels, input_masks)
 
+        points, point_labels, input_masks = map(_to_device, (points, point_labels, input_masks))
         masks, scores = decode(
             graphdef,
             params,
@@ -315,22 +364,22 @@ class Sam(nnx.Module):
             masks, scores = _first_prompts(masks, count), _first_prompts(scores, count)
         return SamImageSegmentationOutput(iou_scores=scores, pred_masks=masks)
 
-    def get_image_embeddings(self, pixel_values: ArrayLike) -> Float[Array, "b c g g"]:
+    def get_image_embeddings(self, pixel_values: Any) -> Float[Array, "b c g g"]:
         """Image embeddings of [b, size, size, 3] pixels, channels first as in `transformers`.
 
         Raises:
             TypeError: for what is no array of floats.
             ValueError: for pixels of another shape.
         """
-        self._check_pixels(pixel_values)
+        pixel_values = _to_device(self._check_pixels(pixel_values))
         return jnp.moveaxis(encode_image(*nnx.split(self), pixel_values), -1, 1)
 
     def get_prompt_embeddings(
         self,
-        input_points: ArrayLike | None = None,
-        input_labels: ArrayLike | None = None,
-        input_boxes: ArrayLike | None = None,
-        input_masks: ArrayLike | None = None,
+        input_points: Any = None,
+        input_labels: Any = None,
+        input_boxes: Any = None,
+        input_masks: Any = None,
     ) -> tuple[Float[Array, "b p t c"] | None, Float[Array, "_ c g g"]]:
         """The prompt encoder's sparse and dense embeddings, shaped as in `transformers`.
 
@@ -341,18 +390,21 @@ class Sam(nnx.Module):
         Raises:
             TypeError, ValueError: as `__call__` for prompts.
         """
-        self._check_prompts(input_points, input_labels, input_boxes, input_masks)
+        input_points, input_labels, input_boxes, input_masks = self._check_prompts(
+            input_points, input_labels, input_boxes, input_masks
+        )
         points = labels = None
         if input_points is not None or input_boxes is not None:
             points, labels = join_prompts(input_points, input_labels, input_boxes)
-        sparse, dense = encode_prompts(*nnx.split(self), points, labels, input_masks)
+        arrays = map(_to_device, (points, labels, input_masks))
+        sparse, dense = encode_prompts(*nnx.split(self), *arrays)
         if input_masks is None and points is not None:
             dense = jnp.broadcast_to(dense, (len(points), *dense.shape[1:]))
         return sparse, dense
 
     def get_image_wide_positional_embeddings(self) -> Float[Array, "1 c g g"]:
         """The positional encoding of the image embedding's grid, channels first."""
-        return jnp.moveaxis(self.prompt_encoder.get_dense_pe(), -1, 0)[None]
+        return encode_positions(*nnx.split(self))
 
     def _fitting_prompts(self, images: int) -> int:
         """How many prompts of each image are computed together on a GPU or TPU."""
@@ -366,12 +418,21 @@ class Sam(nnx.Module):
 
     def _check_pixels(self, pixel_values):
         size = self.config.image_size
-        _check_shape("pixel_values", pixel_values, (None, size, size, 3))
+        if isinstance(pixel_values, (list, tuple)) and all(
+            isinstance(image, dict) for image in pixel_values
+        ):
+            raise TypeError(
+                "pixel_values are a list of dictionaries, as of segment_anything's batched_input; "
+                "call model(**processor(images, input_points=..., input_boxes=...)), then "
+                "processor.post_process_masks"
+            )
+        pixel_values = _check_shape("pixel_values", pixel_values, (None, size, size, 3))
         if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
             raise TypeError(
                 f"pixel_values are {pixel_values.dtype}, expected floats, normalised as by "
                 "SamProcessor"
             )
+        return pixel_values
 
     def _broadcast_guidance(self, similarity, target, prompts: tuple[int, ...]):
         """PerSAM's two arguments as `decode` takes them, for labels of the shape `prompts`."""
@@ -390,14 +451,20 @@ class Sam(nnx.Module):
         return similarity, target
 
     def _check_prompts(self, points, labels, boxes, masks):
-        mask_size = self.config.mask_size
-        for name, array, shape in (
-            ("input_points", points, (None, None, None, 2)),
-            ("input_boxes", boxes, (None, None, 4)),
-            ("input_masks", masks, (None, None, mask_size, mask_size)),
-        ):
-            if array is not None:
-                _check_shape(name, array, shape)
+        """The prompts as arrays of numpy or JAX."""
+        points, labels, boxes, masks = (
+            None if array is None else as_array(array, name)
+            for name, array in (
+                ("input_points", points),
+                ("input_labels", labels),
+                ("input_boxes", boxes),
+                ("input_masks", masks),
+            )
+        )
+        if points is not None:
+            _check_shape("input_points", points, (None, None, None, 2))
+        if boxes is not None:
+            _check_shape("input_boxes", boxes, (None, None, 4))
         if labels is not None:
             if points is None:
                 raise ValueError("input_labels are given without input_points")
@@ -408,19 +475,23 @@ class Sam(nnx.Module):
                 f"there must be one box per prompt: input_points have shape {points.shape}, "
                 f"input_boxes {boxes.shape}"
             )
-        if (
-            masks is not None
-            and prompts is not None
-            and masks.shape[1] not in (1, prompts.shape[1])
-        ):
-            raise ValueError(
-                f"input_masks have shape {masks.shape}: expected one mask per image, or one for "
-                f"each of its {prompts.shape[1]} prompts"
-            )
-        check_values(*(_concrete(array) for array in (points, labels, boxes)))
-        # Masks on a device are not fetched for this.
-        if isinstance(masks, np.ndarray) and not np.isfinite(masks).all():
-            raise ValueError("input_masks hold logits that are not finite")
+        if masks is not None:
+            shape = None, None, self.config.mask_size, self.config.mask_size
+            _check_shape("input_masks", masks, shape, MASK_HINT)
+            check_logits(masks, "input_masks")
+            if prompts is not None and masks.shape[1] not in (1, prompts.shape[1]):
+                raise ValueError(
+                    f"input_masks have shape {masks.shape}: expected one mask per image, or one "
+                    f"for each of its {prompts.shape[1]} prompts"
+                )
+        check_values(*(concrete(array) for array in (points, labels, boxes)))
+        return points, labels, boxes, masks
+
+    def _warn_outside(self, points, labels, boxes):
+        points, labels, boxes = (concrete(array) for array in (points, labels, boxes))
+        size, frame = (self.config.image_size,) * 2, "model's input (SamProcessor scales them)"
+        warn_outside(points, labels, None, size, "input_points", frame)
+        warn_outside(None, None, boxes, size, "input_boxes", frame)
 
 
 def _map(function: Callable, arrays: PyTree, at_once: int | None) -> PyTree:
@@ -431,29 +502,44 @@ def _map(function: Callable, arrays: PyTree, at_once: int | None) -> PyTree:
     return jax.lax.map(function, arrays, batch_size=None if at_once == 1 else at_once)
 
 
-def _check_shape(name: str, array, expected: tuple[int | None, ...]) -> None:
-    if not hasattr(array, "__array_namespace__"):
-        raise TypeError(f"{name} are a {type(array).__name__}, expected a numpy or JAX array")
-    fits = len(array.shape) == len(expected) and all(
-        e is None or e == a for a, e in zip(array.shape, expected, strict=True)
-    )
-    if not fits:
-        shape = ", ".join("any" if e is None else str(e) for e in expected)
-        raise ValueError(f"{name} have shape {tuple(array.shape)}, expected ({shape})")
+def _check_shape(
+    name: str, array: Any, expected: tuple[int | None, ...], hint: str = ""
+) -> np.ndarray | Array:
+    """The array as numpy's or JAX's, if it has the shape."""
+    array = as_array(array, name)
+
+    def fits(shape):
+        return len(shape) == len(expected) and all(
+            e is None or e == a for a, e in zip(shape, expected, strict=True)
+        )
+
+    shape = tuple(array.shape)
+    if not fits(shape):
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        if len(shape) == 4 and fits((shape[0], *shape[2:], shape[1])):
+            hint = "they are channels first: use np.moveaxis(array, 1, -1)"
+        elif len(shape) == 4 and fits((shape[0], shape[3], *shape[1:3])):
+            hint = "they are channels last: use np.moveaxis(array, -1, 1)"
+        elif fits((1, *shape)):
+            hint = "one alone is array[None]"
+        raise ValueError(
+            f"{name} have shape {shape}, expected ({wanted}){f'; {hint}' if hint else ''}"
+        )
+    return array
 
 
-def _check_broadcast(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
+def _to_device(array: Any) -> Any:
+    """numpy's arrays on JAX's default device: explicitly, as `jax.transfer_guard` asks for."""
+    return jax.device_put(array) if isinstance(array, np.ndarray) else array
+
+
+def _check_broadcast(name: str, array: Any, shape: tuple[int, ...]) -> Array:
     """The array with leading axes of one up to the number of `shape`, which it broadcasts to."""
-    array = jnp.asarray(array)
+    array = _to_device(as_array(array, name))
     full = (1,) * (len(shape) - array.ndim) + array.shape
     if len(full) != len(shape) or any(a not in (1, n) for a, n in zip(full, shape, strict=True)):
         raise ValueError(f"{name} has shape {array.shape}, expected one that broadcasts to {shape}")
     return array.reshape(full)
-
-
-def _concrete(array):
-    """The array, or None if it is traced and so has no values to look at."""
-    return None if isinstance(array, jax.core.Tracer) else array
 
 
 def _first_prompts(array: Array, count: int) -> Array:
@@ -461,7 +547,7 @@ def _first_prompts(array: Array, count: int) -> Array:
     if isinstance(array, jax.core.Tracer):
         return array[:, :count]
     # By way of the host: a slice on the device would be a new program for each count.
-    return jax.device_put(np.asarray(array)[:, :count], array.sharding)
+    return jax.device_put(jax.device_get(array)[:, :count], array.sharding)
 
 
 def pad_prompts(
@@ -513,6 +599,13 @@ def encode_prompts(
         return sparse, jnp.broadcast_to(dense, (1, len(dense), encoder.grid, encoder.grid))
     dense = jax.vmap(encoder.embed_mask)(masks.reshape(-1, *masks.shape[2:]))
     return sparse, jnp.moveaxis(dense, -1, 1)
+
+
+@jax.jit
+def encode_positions(graphdef: nnx.GraphDef, params: PyTree) -> Float[Array, "1 c g g"]:
+    """The positional encoding of the image embedding's grid, channels first, compiled."""
+    positions = nnx.merge(graphdef, params).prompt_encoder.get_dense_pe()
+    return jnp.moveaxis(positions, -1, 0)[None]
 
 
 @functools.partial(jax.jit, static_argnames=("multimask_output", "hq_token_only"))

@@ -15,11 +15,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sam_jax.config import SamConfig
+from sam_jax.idioms import WithAdvice
 from sam_jax.models.layers import (
     Buffer,
     LayerNorm,
     Linear,
     Neck,
+    align,
     call_block,
     gelu,
     join_windows,
@@ -31,7 +33,7 @@ from sam_jax.ops.attention import softmax
 _EPS = 1e-5  # of batch norms and of layer norms outside the neck: PyTorch's default
 
 
-class TinyViT(nnx.Module):
+class TinyViT(WithAdvice, nnx.Module):
     """Normalised pixels to image embeddings.
 
     `norm_head` and `head` are the classifier that the encoder was first trained with. SAM has no
@@ -122,14 +124,14 @@ class ConvBN(nnx.Module):
             for v in (self.kernel, self.scale, self.bias, self.mean, self.var)
         )
         scale = scale * jax.lax.rsqrt(var + _EPS)
-        kernel = (kernel * scale).astype(self.dtype)
+        kernel = (kernel * align(scale, kernel)).astype(self.dtype)
         bias = (bias - mean * scale).astype(self.dtype)
         x = x.astype(self.dtype)
         if self.depthwise:
-            return _depthwise_conv(x, kernel, self.stride) + bias
+            return _depthwise_conv(x, kernel, self.stride) + align(bias, x)
         if kernel.shape[0] == 1:
-            return rowwise(lambda rows: rows @ kernel[0, 0] + bias, x)
-        return _halving_conv(x, kernel) + bias
+            return rowwise(lambda rows: rows @ kernel[0, 0] + bias[None], x)
+        return _halving_conv(x, kernel) + align(bias, x)
 
 
 @jax.custom_jvp
@@ -210,7 +212,7 @@ def _padded_sum(x, kernel):
     for i, row in enumerate(_taps(kernel)):
         for j, tap in enumerate(row):
             edges = (0, 0), (size - 1 - i, i), (size - 1 - j, j), (0, 0)
-            total = total + jnp.pad(x.astype(jnp.float32) * tap, edges)
+            total = total + jnp.pad(x.astype(jnp.float32) * tap[None, None, None], edges)
     pad = size // 2
     return total[:, pad : pad + h, pad : pad + w].astype(x.dtype)
 
@@ -254,7 +256,7 @@ def _shifted_sum(padded, taps, stride):
         for j in range(size):
             end = (b, i + (out_h - 1) * stride + 1, j + (out_w - 1) * stride + 1, c)
             shifted = jax.lax.slice(padded, (0, i, j, 0), end, (1, stride, stride, 1))
-            total = total + shifted.astype(jnp.float32) * taps[i][j]
+            total = total + shifted.astype(jnp.float32) * align(taps[i][j], shifted)
     return total.astype(padded.dtype)
 
 
@@ -327,7 +329,7 @@ class Attention(nnx.Module):
 
         # The bias of |row distance| r and |column distance| c is entry r * window + c.
         row, column = jnp.divmod(jnp.arange(n), window)
-        index = abs(row[:, None] - row) * window + abs(column[:, None] - column)
+        index = abs(row[:, None] - row[None]) * window + abs(column[:, None] - column[None])
         bias = self.attention_biases[...].astype(jnp.float32)[:, index]
 
         # XLA computes a batch of products on one core of a CPU, and two batches at once.

@@ -14,8 +14,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
-from sam_jax.models.layers import MLP, LayerNorm, Linear, kernel_of, relu
+from sam_jax.models.layers import MLP, LayerNorm, Linear, align, kernel_of, relu
 from sam_jax.ops.attention import softmax
+
+# Logits of one attention that are held together: 256 MB in float32. A prompt of 1,000 points has
+# half as many; with 10,000 points all at once would be 9 GB.
+_MAX_LOGITS = 2**26
 
 
 class TwoWayTransformer(nnx.Module):
@@ -175,12 +179,30 @@ class Attention(nnx.Module):
             self._transposed(linear, x).reshape(self.num_heads, -1, x.shape[0])
             for linear, x in ((self.k_proj, k), (self.v_proj, v))
         )
-        logits = jnp.einsum("qhd,hdk->hqk", q, k, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + bias
-        weights = softmax(logits).astype(v.dtype)
-        out = jnp.einsum("hqk,hdk->qhd", weights, v)
+
+        def attend(q):
+            logits = jnp.einsum("qhd,hdk->hqk", q, k, preferred_element_type=jnp.float32)
+            if bias is not None:
+                logits = logits + align(bias, logits)
+            weights = softmax(logits).astype(v.dtype)
+            return jnp.einsum("hqk,hdk->qhd", weights, v)
+
+        at_once = self._queries_at_once(q.shape[0], k.shape[-1])
+        if at_once is None or (bias is not None and bias.ndim > 1):
+            out = attend(q)
+        else:
+            out = jax.lax.map(lambda one: attend(one[None])[0], q, batch_size=at_once)
         return self.out_proj(out.reshape(out.shape[0], inner))
+
+    def _queries_at_once(self, queries, keys):
+        """How many queries' logits are held together; None for all, as but for thousands of points.
+
+        `jax.export` may leave the number of tokens open, too.
+        """
+        if not (isinstance(queries, int) and isinstance(keys, int)):
+            return None
+        at_once = _MAX_LOGITS // (self.num_heads * keys)
+        return None if queries <= at_once else max(at_once, 1)
 
     def _regroups(self, few, many):
         """Whether so few tokens and so many positions are worth it."""
@@ -200,14 +222,14 @@ class Attention(nnx.Module):
             logits = logits + bias.transpose(1, 0, 2)
         weights = softmax(logits).astype(q.dtype).reshape(q.shape[0], k.shape[0])
         out = self.v_proj(weights @ v.astype(q.dtype)).reshape(-1, self.num_heads, q.shape[-1])
-        return self.out_proj((out * self._own_channels()).sum(1))
+        return self.out_proj((out * self._own_channels()[None]).sum(1))
 
     def _few_keys(self, q, k, v, bias, regroup):
         k = self._rows_per_head(self._scaled(self.k_proj(k)))
         dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
         if regroup:
             logits = dot(q.astype(k.dtype), self._project_back(self.q_proj, k).T)
-            logits = logits + dot(k, self._bias(self.q_proj))
+            logits = logits + dot(k, self._bias(self.q_proj))[None]
         else:
             logits = dot(self.q_proj(q), k.T)
         logits = logits.reshape(q.shape[0], -1, self.num_heads)
@@ -216,7 +238,8 @@ class Attention(nnx.Module):
             logits = logits + bias.transpose(1, 2, 0)
         weights = softmax(logits, 1).astype(k.dtype).reshape(q.shape[0], k.shape[0])
         v = self._rows_per_head(self.v_proj(v))
-        return weights @ (v @ kernel_of(self.out_proj).astype(k.dtype)) + self._bias(self.out_proj)
+        out = weights @ (v @ kernel_of(self.out_proj).astype(k.dtype))
+        return out + self._bias(self.out_proj)[None]
 
     def _transposed(self, linear, x):
         """`linear(x).T`."""
@@ -230,11 +253,11 @@ class Attention(nnx.Module):
         """[heads, inner]: 1 where a channel belongs to the head."""
         inner = self.q_proj.out_features
         channels = jnp.repeat(jnp.arange(self.num_heads), inner // self.num_heads)
-        return (jnp.arange(self.num_heads)[:, None] == channels).astype(self.q_proj.dtype)
+        return (jnp.arange(self.num_heads)[:, None] == channels[None]).astype(self.q_proj.dtype)
 
     def _rows_per_head(self, x):
         """[n, inner] -> [n * heads, inner]: a row for each head, zero in the others' channels."""
-        return (x[:, None] * self._own_channels()).reshape(-1, x.shape[-1])
+        return (x[:, None] * self._own_channels()[None]).reshape(-1, x.shape[-1])
 
     def _project_back(self, linear, x):
         """`x @ W.T`: then `_project_back(linear, x) @ y.T` is `x @ linear(y).T` less its bias."""

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sam_jax.config import SamConfig, ViTConfig
+from sam_jax.idioms import WithAdvice
 from sam_jax.models.layers import (
     MLP,
     LayerNorm,
@@ -27,7 +28,7 @@ from sam_jax.models.layers import (
 from sam_jax.ops.attention import Implementation, rel_pos_attention
 
 
-class ImageEncoderViT(nnx.Module):
+class ImageEncoderViT(WithAdvice, nnx.Module):
     """Normalised pixels to image embeddings."""
 
     def __init__(

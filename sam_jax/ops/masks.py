@@ -159,7 +159,7 @@ def _measure_tiles(
         some_columns = slice_(full.columns, (j * side, start), (side, window))
         logits = dot(slice_(some_rows, (zero, start), (side, window)), some_columns.T)
         ys, xs = i * side + pixel, j * side + pixel
-        inside = (ys < full.size[0])[:, None] & (xs < full.size[1])
+        inside = (ys < full.size[0])[:, None] & (xs < full.size[1])[None]
         on = inside & (logits > threshold)
         places = (on.any(0), xs), (on.any(1), ys)
         low = jnp.stack([jnp.where(any_on, at, far).min() for any_on, at in places])

@@ -5,15 +5,24 @@ until the one compiled call, and traced prompts stay traced.
 """
 
 import reprlib
+import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int, Num
+
+from sam_jax.ops.arrays import as_array
 
 # Labels of points; see models/prompt_encoder.py for what each becomes.
 BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 0, 1, 2, 3
 NOT_A_POINT, PADDING = -1, -10
-LABELS = (PADDING, NOT_A_POINT, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)
+
+MASK_HINT = "SamProcessor.mask_to_logits(mask) makes them of a mask of the image's size"
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 def join_prompts(
@@ -27,15 +36,15 @@ def join_prompts(
     (0, 0) with label -1. `points` without `labels` are foreground.
 
     Raises:
-        TypeError: for what is no array.
+        TypeError: for anything but arrays.
         ValueError: if there are neither points nor boxes.
     """
-    given = [array for array in (points, labels, boxes) if array is not None]
     if points is None and boxes is None:
         raise ValueError("there are neither points nor boxes to join")
-    if wrong := [type(a).__name__ for a in given if not hasattr(a, "__array_namespace__")]:
-        raise TypeError(f"prompts are given as {wrong[0]}, expected numpy or JAX arrays")
-    xp = _namespace(given)
+    points, labels, boxes = (
+        None if array is None else as_array(array, "prompts") for array in (points, labels, boxes)
+    )
+    xp = _namespace([array for array in (points, labels, boxes) if array is not None])
     points, labels, boxes = (
         None if array is None else xp.asarray(array) for array in (points, labels, boxes)
     )
@@ -65,7 +74,7 @@ def check_values(
     boxes: Num[Any, "*batch 4"] | None,
     where: str = "prompts",
 ) -> None:
-    """Refuses prompts that mean nothing, on arrays that are not traced.
+    """Refuses prompts that mean nothing, on numpy arrays.
 
     Raises:
         ValueError: for coordinates that are not finite, unknown labels, and boxes inside out.
@@ -74,7 +83,6 @@ def check_values(
         # What float32 cannot hold becomes infinite later.
         if array is None:
             continue
-        array = np.asarray(array)
         fine = abs(array) < 1e30
         if not fine.all():
             rows = array[~fine.all(axis=-1)]
@@ -82,19 +90,114 @@ def check_values(
                 f"{where} hold numbers that are not finite or too large: {rows[0].tolist()}"
                 + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
             )
-    if labels is not None and (unknown := sorted(set(np.unique(labels).tolist()) - set(LABELS))):
+    known = {PADDING, NOT_A_POINT, BACKGROUND, FOREGROUND}
+    if labels is not None and (unknown := sorted(set(np.unique(labels).tolist()) - known)):
+        hint = "give each object a prompt of its own"
+        if {BOX_TOP_LEFT, BOX_BOTTOM_RIGHT} & set(unknown):
+            hint = "if they are a box's corners, give the box as a box (box, boxes, input_boxes); "
+            hint += "if they number objects, give each object a prompt of its own"
         raise ValueError(
             f"{where} have labels {reprlib.repr(unknown)}; known are 1 (foreground), 0 "
-            "(background), -1 (not a point), 2 and 3 (a box's corners) and -10 (padding)"
+            f"(background), -1 (not a point) and -10 (padding); {hint}"
         )
     if boxes is not None:
-        boxes = np.asarray(boxes)
         wrong = (boxes[..., 2] < boxes[..., 0]) | (boxes[..., 3] < boxes[..., 1])
         if wrong.any():
             raise ValueError(
                 f"{where} hold {boxes[wrong][0].tolist()}, expected x0, y0, x1, y1 with x0 <= x1 "
-                "and y0 <= y1"
+                "and y0 <= y1; if they are x, y, width, height, add x and y to the last two"
             )
+
+
+def warn_outside(
+    points: Num[Any, "*batch n 2"] | None,
+    labels: Num[Any, "*batch n"] | None,
+    boxes: Num[Any, "*batch 4"] | None,
+    size: tuple[int, int],
+    where: str,
+    frame: str = "image",
+) -> None:
+    """Warns, once a call, of coordinates that are legal but hardly meant; numpy arrays.
+
+    Those are outside the image by more than a pixel, or all of them fractions of it, or those of a
+    point with label -1, which says that there is no point.
+
+    Args:
+        points: x and y.
+        labels: of the points; None for foreground.
+        boxes: x0, y0, x1, y1.
+        size: (h, w) of the frame.
+        where: what the coordinates are called.
+        frame: what they are pixels of.
+    """
+    height, width = size
+    parts = []
+    if points is not None and labels is not None:
+        if ((labels == NOT_A_POINT) & (points != 0).any(-1)).any():
+            _warn(f"{where} have label -1, which is not a point; 0 is background")
+        points = points[labels >= 0]
+    for array in (points, boxes):
+        if array is not None:
+            parts.append(np.reshape(array, (-1, 2)))
+    coords = np.concatenate(parts) if parts else np.zeros((0, 2))
+    outside = ((coords < -1) | (coords > (width + 1, height + 1))).any(1)
+    pixels = f"x and y in pixels of the {frame}, of width {width} and height {height}"
+    if outside.any():
+        x, y = coords[outside][0].tolist()
+        more = f" and {outside.sum() - 1} more" if outside.sum() > 1 else ""
+        swapped = "; are they y, x?" if (coords[:, ::-1] <= (width, height)).all() else ""
+        _warn(f"{where} hold ({x:g}, {y:g}){more}, outside; expected {pixels}{swapped}")
+    fractions = (coords >= 0) & (coords <= 1)
+    if len(coords) and fractions.all() and (coords % 1).any() and min(size) > 16:
+        x, y = coords[0].tolist()
+        _warn(f"{where} hold ({x:g}, {y:g}): are they fractions? Expected {pixels}")
+
+
+def _warn(message: str) -> None:
+    """A warning at the line that calls the package."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith((_PACKAGE, "<")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def check_logits(masks: Any, where: str) -> None:
+    """Refuses masks that are not logits; looks at the values of numpy arrays alone.
+
+    Raises:
+        ValueError: for binary masks, and numbers that are not finite.
+    """
+    values = masks if isinstance(masks, np.ndarray) else np.zeros(0)  # not fetched from a device
+    top = values.max(initial=0)
+    if masks.dtype.kind in "biu" or (top in (1, 255) and ((values == 0) | (values == top)).all()):
+        raise ValueError(
+            f"{where} ({masks.dtype}) looks like a binary mask, expected low-resolution logits as "
+            f"of an earlier prediction; {MASK_HINT}"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"{where} holds logits that are not finite")
+
+
+def check_ends(labels: Int[np.ndarray, "*batch n"]) -> None:
+    """Refuses lists of labelled points that lack the end with which SAM was trained.
+
+    Raises:
+        ValueError: for a list of points with neither a box's corners nor a point labelled -1.
+    """
+    points = np.isin(labels, (BACKGROUND, FOREGROUND)).any(-1)
+    ends = np.isin(labels, (NOT_A_POINT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)).any(-1)
+    if (points & ~ends).any():
+        raise ValueError(
+            "the points of a prompt have no end, which SAM expects: a point labelled -1, or a "
+            "box's corners; make them by sam_jax.ops.prompts.join_prompts(points, labels, boxes)"
+        )
+
+
+def concrete(array: Any) -> np.ndarray | None:
+    """The array's values, or None if there is none, or it is traced and has none."""
+    if array is None or isinstance(array, jax.core.Tracer):
+        return None
+    return jax.device_get(array)
 
 
 def _namespace(arrays: list) -> Any:

@@ -59,6 +59,22 @@ def mask_resize_matrix(
     return matrix
 
 
+def area_resize_matrix(
+    mask_size: int, image_size: int, input_size: int, original_size: int
+) -> Float[np.ndarray, "mask_size original_size"]:
+    """One axis of the way back: image -> padded square -> low-resolution mask, by area.
+
+    Each pixel of the low-resolution mask is the mean of what it covers of the image; those beyond
+    the image are zero. Arguments as of `mask_resize_matrix`; float64.
+    """
+    edges = np.arange(mask_size + 1) * (image_size / mask_size) * (original_size / input_size)
+    edges = np.minimum(edges, original_size)
+    # How much of the image lies before each edge of a pixel of the mask, pixel by pixel.
+    before = np.clip(edges[:, None] - np.arange(original_size), 0, 1)
+    covered = np.diff(before, axis=0)
+    return covered / np.maximum(covered.sum(1, keepdims=True), 1e-12)
+
+
 def size_bucket(size: int) -> int:
     """The smallest of 256, 384, 512, 768, 1024, 1536, ... that is at least `size`."""
     power = 256

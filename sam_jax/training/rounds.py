@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sam_jax.models.mask_decoder import output_slice
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, NOT_A_POINT, PADDING
 from sam_jax.training.losses import LossWeights, MaskLosses, mask_losses, resize_logits
@@ -112,7 +113,7 @@ def _decode(model, image, image_pe, points, labels, previous, step):
     image_embedding, hq_features = image
     sparse, sparse_mask = encoder(points, labels)
     dense = jnp.where(step > 0, encoder.embed_mask(previous), encoder.embed_mask(None))
-    outputs = decoder.outputs(None)
+    outputs = output_slice(None)
     iou_token, mask_tokens, keys = decoder.attend(
         image_embedding, image_pe, sparse, sparse_mask, dense, outputs
     )

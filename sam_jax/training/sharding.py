@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -112,7 +111,7 @@ def gather(tree: PyTree, mesh: Mesh) -> PyTree:
 def merge(graphdef: nnx.GraphDef, trained: PyTree, frozen: PyTree, mesh: Mesh) -> Sam:
     """The model of parameters that are spread over devices, whole on this host's first device."""
     parts = gather((trained, frozen), mesh)
-    return nnx.merge(graphdef, *jax.tree.map(jnp.asarray, parts))
+    return nnx.merge(graphdef, *jax.device_put(parts))
 
 
 def _identity(x):

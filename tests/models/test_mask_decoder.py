@@ -6,6 +6,7 @@ from flax import nnx
 from reference import SMALL, assert_close, meta_sam, normal, ours, run, tensor, to_torch
 
 from sam_jax.models.layers import gelu, join_pixels
+from sam_jax.models.mask_decoder import output_slice
 
 pytestmark = pytest.mark.optimised
 
@@ -61,7 +62,7 @@ def test_heads(pair):
 def test_scores_need_no_mask(pair):
     """The IoU head reads one token only: everything-mode filters before it upscales."""
     _, decoder = pair
-    outputs = decoder.outputs(multimask_output=True)
+    outputs = output_slice(multimask_output=True)
     iou_token, _, _ = decoder.attend(EMBEDDING, PE, SPARSE, REAL, DENSE, outputs)
     _, scores = decoder(EMBEDDING, PE, SPARSE, REAL, DENSE, True)
     assert_close(decoder.predict_iou(iou_token)[outputs], scores)

@@ -24,6 +24,8 @@ from reference import (
 from sam_jax.checkpoints.params import build_model, flat_params
 from sam_jax.checkpoints.torch_names import torch_name
 from sam_jax.config import mobile_sam
+from sam_jax.models import sam as sam_module
+from sam_jax.models import two_way_transformer
 from sam_jax.models.layers import Buffer
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import join_prompts
@@ -167,7 +169,8 @@ def test_mask_per_prompt(model, embeddings):
 def test_prompts_at_once_change_nothing(model, embeddings, masks):
     """Whether mapped, in groups or, as on a GPU or TPU, all together."""
     image_embeddings = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
-    arguments = jax.tree.map(jnp.asarray, (image_embeddings, POINTS, LABELS, masks))
+    points, labels = join_prompts(POINTS, LABELS, None)
+    arguments = jax.tree.map(jnp.asarray, (image_embeddings, points, labels, masks))
     expected = model.decode(*arguments)
     for prompts_at_once in (1, 2, 64):
         found = model.decode(*arguments, prompts_at_once=prompts_at_once)
@@ -431,7 +434,7 @@ def test_parameters_kept_in_bfloat16():
 @pytest.mark.usefixtures("unchecked")
 def test_masks_must_fit_the_prompts(model, embeddings):
     for masks in (np.where(MASKS > 8, np.nan, MASKS), np.where(MASKS > 8, np.inf, MASKS)):
-        with pytest.raises(ValueError, match="input_masks hold logits that are not finite"):
+        with pytest.raises(ValueError, match="input_masks holds logits that are not finite"):
             model(image_embeddings=embeddings.numpy(), input_masks=masks)
     points, labels = join_prompts(POINTS, LABELS, None)
     with pytest.raises(ValueError, match="one per image, or one for each of its 3 prompts"):
@@ -443,7 +446,7 @@ def test_pixels_must_be_normalised_floats(model):
     for call in (model, model.get_image_embeddings):
         with pytest.raises(TypeError, match="pixel_values are uint8, expected floats"):
             call(np.zeros((1, 96, 96, 3), np.uint8))
-        with pytest.raises(TypeError, match="pixel_values are a str, expected a numpy or JAX"):
+        with pytest.raises(TypeError, match="pixel_values are a str, expected an array"):
             call("photo.jpg")
 
 
@@ -615,3 +618,52 @@ def test_gradients(config, attention):
     unused = {n for n, g in expected.items() if g is None}
     assert unused == {n for n in expected if ".head." in n or ".norm_head." in n}
     assert compared == len(expected) - len(unused)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
+    last = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
+    with pytest.raises(ValueError, match=r"image_embeddings have shape .*channels first"):
+        model.decode(embeddings.numpy(), *join_prompts(POINTS, LABELS, None))
+    with pytest.raises(ValueError, match=r"image_embeddings have shape .*channels last"):
+        model(image_embeddings=last, input_points=POINTS)
+    for points, labels in ((POINTS, LABELS), (jnp.asarray(POINTS), jnp.asarray(LABELS))):
+        with pytest.raises(ValueError, match=r"no end, .*join_prompts\(points, labels, boxes\)"):
+            model.decode(last, points, labels)
+    for masks in (MASKS > 0, (MASKS > 0).astype(np.float32)):
+        with pytest.raises(ValueError, match=r"input_masks .* looks like a binary mask"):
+            model(image_embeddings=embeddings.numpy(), input_masks=masks)
+    with pytest.raises(TypeError, match="batched_input; call model"):
+        model([{"image": torch.zeros(3, 96, 96)}])
+    with pytest.warns(UserWarning, match=r"input_points hold \(450, 20\), outside.*SamProcessor"):
+        model(image_embeddings=embeddings.numpy()[:1], input_points=np.array([[[[450.0, 20]]]]))
+
+
+def test_tables_of_flax_leave_a_model_as_it_was(model, pixels):
+    expected = model(pixels, input_points=POINTS).iou_scores
+    for options in ({}, {"multimask_output": False}):
+        wide = {"console_kwargs": {"width": 200}}
+        table = nnx.tabulate(model, jnp.asarray(pixels), depth=1, **wide, **options)
+        assert "mask_decoder" in table
+    assert "mask_decoder=MaskDecoder(" in str(model)
+    assert np.array_equal(model(pixels, input_points=POINTS).iou_scores, expected)
+
+
+def test_memory_of_thousands_of_points_in_a_prompt(model, embeddings, monkeypatch):
+    """A tenth of the 4 GB that all logits of 16,384 tokens' self-attention would take."""
+    shapes = ((1, 12, 12, 32), jnp.float32), ((1, 1, 2**14, 2), jnp.float32)
+    shapes = *shapes, ((1, 1, 2**14), jnp.int32)
+    shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    graphdef, state = nnx.split(model)
+    program = sam_module.decode.lower(graphdef, state, *shapes, None, multimask_output=True)
+    assert program.compile().memory_analysis().temp_size_in_bytes < 1.5e9
+
+    def scores():
+        image_embeddings = embeddings.numpy()[:1]
+        return model(image_embeddings=image_embeddings, input_points=POINTS[:1]).iou_scores
+
+    expected = scores()
+    monkeypatch.setattr(two_way_transformer, "_MAX_LOGITS", 100)
+    jax.clear_caches()
+    assert_close(scores(), expected)
+    jax.clear_caches()

@@ -36,7 +36,7 @@ def test_points_without_labels_are_foreground():
 def test_nothing_to_join():
     with pytest.raises(ValueError, match="neither points nor boxes"):
         join_prompts(None, None, None)
-    with pytest.raises(TypeError, match="prompts are given as list, expected numpy or JAX arrays"):
+    with pytest.raises(TypeError, match="prompts are a list, expected an array"):
         join_prompts([[1, 2]], [1], None)
 
 

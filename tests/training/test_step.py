@@ -266,6 +266,24 @@ def test_training_under_jaxs_strict_switches(what):
         assert len(jax.tree.leaves(tuned)) == len(jax.tree.leaves(model))
 
 
+def test_a_tiny_vits_step_promotes_nothing():
+    """Traced only: promotions show then, and its gradients compile long."""
+    size, side = SMALL_TINY.image_size, SMALL_TINY.mask_size
+    batch = {
+        "pixel_values": np.zeros((2, size, size, 3), np.float32),
+        "masks": np.zeros((2, 1, side, side), bool),
+        "boxes": np.zeros((2, 1, 4), np.float32),
+        "valid": np.ones((2, 1), np.float32),
+    }
+    tx, _ = Optimizer().make(EVERYTHING, 10)
+    model = ours(meta_sam(SMALL_TINY), SMALL_TINY)
+    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    state = init_state(trained, tx)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        step = compile_step(state, tx, Recipe(rounds=2, remat=True))
+        step.trace(graphdef, state, frozen, batch, jax.random.key(0))
+
+
 def test_accumulation_changes_nothing(model):
     batch = batch_of(4)
     expected, _ = compiled_gradients(model, False, RECIPE)

@@ -1,0 +1,58 @@
+"""Arrays of any library as numpy's: whatever has `__array__` or DLPack, and lists of such."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is an array of some library: it has `__array__` or DLPack."""
+    return hasattr(value, "__array__") or hasattr(value, "__dlpack__")
+
+
+def as_numpy(value: Any, name: str) -> np.ndarray:
+    """An array, or nested lists of numbers or arrays, as a numpy array of its own dtype.
+
+    A tensor of PyTorch leaves its gradient behind.
+
+    Raises:
+        TypeError: for an array that cannot be read from here, such as one on a GPU of PyTorch.
+        ValueError: for lists of different lengths.
+    """
+    if isinstance(value, jax.Array):
+        return jax.device_get(value)  # an explicit transfer, which `jax.transfer_guard` allows
+    if isinstance(value, (list, tuple)):
+        return np.asarray([as_numpy(v, name) if _holds_array(v) else v for v in value])
+    if not is_array(value):
+        return np.asarray(value)
+    try:
+        value = value.detach() if hasattr(value, "detach") else value
+        return np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
+    except (TypeError, RuntimeError, BufferError) as error:
+        raise TypeError(
+            f"{name} is a {type(value).__module__}.{type(value).__name__} that cannot be read as "
+            f"a numpy array: {error}"
+        ) from error
+
+
+def as_array(value: Any, name: str) -> np.ndarray | jax.Array:
+    """The array itself if it is numpy's or JAX's, which may be traced; others as numpy's.
+
+    Raises:
+        TypeError: for anything else, also for lists.
+    """
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return value
+    if not is_array(value):
+        raise TypeError(
+            f"{name} are a {type(value).__name__}, expected an array: numpy's, JAX's, PyTorch's on "
+            "a CPU, or another with __array__ or DLPack"
+        )
+    return as_numpy(value, name)
+
+
+def _holds_array(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_array, value))
+    return is_array(value)

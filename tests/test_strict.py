@@ -1,0 +1,87 @@
+"""Inference under all of JAX's strict switches at once."""
+
+import contextlib
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from reference import SMALL, SMALL_TINY
+
+from sam_jax import Sam, SamAutomaticMaskGenerator, SamPredictor, pipeline
+from sam_jax.ops.prompts import join_prompts
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+MASK = np.zeros((60, 90), bool)
+MASK[10:40, 20:70] = True
+
+
+@pytest.fixture
+def strict():
+    with contextlib.ExitStack() as stack:
+        for switch in (
+            jax.numpy_rank_promotion("raise"),
+            jax.numpy_dtype_promotion("strict"),
+            jax.transfer_guard("disallow"),
+            jax.debug_nans(True),
+            jax.enable_checks(True),
+            jax.checking_leaks(),
+        ):
+            stack.enter_context(switch)
+        yield
+
+
+@pytest.fixture(
+    params=[SMALL, SMALL_TINY, dataclasses.replace(SMALL, hq=True)], ids=["vit", "tiny_vit", "hq"]
+)
+def model(request):
+    return Sam(request.param, rngs=nnx.Rngs(0))  # Flax's own initializers do not pass
+
+
+def test_inference(model, strict):
+    predictor = SamPredictor(model)
+    predictor.set_image(IMAGE)
+    # A ragged batch, whose padding is masked by -inf in every softmax.
+    masks, _, logits = predictor.predict_batch(
+        [[[3, 4]], [[30, 40], [5, 6]]], [[1], [1, 0]], multimask_output=False
+    )
+    assert masks.shape == (2, 1, 60, 90)
+    masks, _, _ = predictor.predict(
+        box=[1, 2, 30, 40],
+        mask_input=predictor.processor.mask_to_logits(MASK),
+        multimask_output=False,
+        return_logits=True,
+    )
+    assert np.isfinite(masks).all()
+    predictor.predict(mask_input=logits[0], multimask_output=False)
+    predictor.set_image_embedding(predictor.get_image_embedding(), predictor.original_size)
+
+    inputs = predictor.processor([IMAGE, IMAGE[:50]], input_points=[[[[3, 4]]], [[[5, 6]]]])
+    outputs = model(**inputs)
+    predictor.processor.post_process_masks(
+        outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    )
+    model.get_prompt_embeddings(inputs["input_points"])
+    model.get_image_wide_positional_embeddings()
+
+    graphdef, state = nnx.split(model)
+    points, labels = join_prompts(inputs["input_points"], inputs["input_labels"], None)
+
+    @jax.jit
+    def masks_of(state, *arrays):
+        sam = nnx.merge(graphdef, state)
+        pixels, points, labels = arrays
+        return sam.decode(sam.encode_image(pixels), points, labels)
+
+    masks, _ = masks_of(state, *jax.device_put((inputs["pixel_values"], points, labels)))
+    assert np.allclose(masks, jax.device_get(outputs.pred_masks), atol=1e-4)
+
+
+def test_everything_mode(model, strict):
+    everything = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
+    generator = SamAutomaticMaskGenerator(
+        model, points_per_side=2, crop_n_layers=1, min_mask_region_area=5, **everything
+    )
+    generator.generate(IMAGE)
+    pipeline(model=model, points_per_crop=2, **everything)(IMAGE)
