@@ -329,16 +329,11 @@ class SamAutomaticMaskGenerator(WithAdvice):
         every = [(np.arange(len(crop.grid)), np.zeros(len(crop.grid), int)) for crop in crops]
         total, measured = -(-max(len(crop.grid) for crop in crops) // self.points_per_batch), []
 
-        def report(done: int) -> None:
-            if on_batch is not None and done:
-                jax.block_until_ready(measured[done - 1])
-                on_batch(done, total)
-
         for points in self._batches(crops, every, self.points_per_batch):
             measured.append(_measure(*state, spread_frames, points, **static))
-            # The one before is waited for: if `on_batch` raises, only this one is still computed.
-            report(len(measured) - 1)
-        report(len(measured))
+            if on_batch is not None:
+                jax.block_until_ready(measured[-1])
+                on_batch(len(measured), total)
         measured = jax.device_get(measured)
         chosen = []
         for i, crop in enumerate(crops):

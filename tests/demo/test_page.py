@@ -202,7 +202,7 @@ def test_page(browser, address, downloads, model, turned, plain):
     # Everything, which another click ends.
     page.side(32)
     page.press("all")
-    page.wait(lambda: "of 256 steps" in page.find("#status").text)
+    page.wait(lambda: "of 128 steps" in page.find("#status").text)
     with page.change():
         page.mouse(MIDDLE)
     page.wait(lambda: not page.find("#status").text)

@@ -163,9 +163,9 @@ def test_everything(model, picture, image, monkeypatch):
     )
     progress = []
     found = demo.find_everything(model, picture, 9, lambda *step: progress.append(step))
-    # 81 points, 4 at a time; then the masks.
-    assert progress[:21] == [(i + 1, 21) for i in range(21)]
-    assert set(progress[21:]) == {(21, 21)}
+    # 81 points, 8 at a time; then the masks.
+    assert progress[:11] == [(i + 1, 11) for i in range(11)]
+    assert set(progress[11:]) == {(11, 11)}
     generator = SamAutomaticMaskGenerator(
         model, 9, pred_iou_thresh=0, stability_score_thresh=0, output_mode="coco_rle"
     )
