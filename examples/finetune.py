@@ -196,6 +196,12 @@ def run(config: Config) -> int:
             f"same command to resume from step {step}"
         )
         return 128 + (interrupts.received or signal.SIGINT)
+    if not updates:
+        why = f": {too_small(prepare)}" if dropped else ""
+        raise ValueError(
+            f"none of the {config.steps} steps had an object to train on, so no model is "
+            f"written{why}"
+        )
     with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
         best = checkpointing.load_state(checkpoints, state, best=True)
     for name, chosen in {"model": state, "best": best if held_out else None}.items():

@@ -30,7 +30,7 @@ from sam_jax.folder import (
     find_pictures,
     generate_folder,
     generate_with_ray,
-    subfolders,
+    passed_over,
 )
 from sam_jax.image import load_image
 from sam_jax.mask_generator import SamAutomaticMaskGenerator, check_arguments, check_scores
@@ -206,7 +206,7 @@ def generate(args: Generate) -> None:
             them.
     """
     pictures = find_pictures(args.input)
-    if any(path.resolve() == args.output.resolve() for path in args.input):
+    if any(os.path.realpath(path) == os.path.realpath(args.output) for path in args.input):
         raise ValueError(f"--output {args.output} is an input, too; choose another folder")
     if args.segmentation == "polygons" and args.format != "coco":
         raise ValueError("--segmentation polygons is for --format coco")
@@ -231,10 +231,8 @@ def generate(args: Generate) -> None:
     failures: list[str] = []
     with lock_folder(args.output):
         todo = results.begin(settings, pictures)
-        skipped = [p for p in subfolders(args.input) if p.resolve() != args.output.resolve()]
-        if skipped:
-            names = f"{skipped[0]}{f' and {len(skipped) - 1} more' if skipped[1:] else ''}"
-            _say(f"subfolders are passed over, give them as inputs of their own: {names}")
+        for line in passed_over(args.input, args.output):
+            _say(line)
         if todo:
             _say_what_crops_take(grids)
         try:

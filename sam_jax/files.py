@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path.parent) as folder:
         temporary = folder / path.name
-        try:
+        with _naming(path):
             yield temporary
             # On the disk before it has its name: a power failure leaves nothing half either.
             for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
@@ -41,10 +41,17 @@ def replacing(path: Path) -> Iterator[Path]:
                     with file.open("rb") as opened:
                         os.fsync(opened.fileno())
             os.replace(temporary, path)
-        except OSError as error:
-            if error.errno is not None and error.filename is None:
-                error.filename = str(path)
-            raise
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An OSError in here that names no file, such as of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -59,7 +66,8 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=_TEMPORARY))
         descriptor = _lock_new(folder)
     try:
-        yield folder
+        with _naming(parent):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)

@@ -11,6 +11,7 @@ import errno
 import functools
 import itertools
 import json
+import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -204,7 +205,7 @@ def find_pictures(inputs: Iterable[Path]) -> list[Path]:
                     f"{file} would be written as {file.stem!r}, a name of ours; rename it"
                 )
             other = pictures.setdefault(file.stem, file)
-            if other.resolve() != file.resolve():
+            if os.path.realpath(other) != os.path.realpath(file):
                 raise ValueError(
                     f"{other} and {file} would both be written as {file.stem!r}; rename one, or "
                     "give them separately with another output"
@@ -212,8 +213,7 @@ def find_pictures(inputs: Iterable[Path]) -> list[Path]:
     if not inputs:
         raise ValueError("there is no input, expected images or folders of images")
     if not pictures:
-        skipped = subfolders(inputs)
-        hint = f"; its subfolders are inputs of their own: {skipped[0]}" if skipped else ""
+        hint = "".join(f"; {line}" for line in passed_over(inputs))
         raise ValueError(f"there is no image in {', '.join(map(str, inputs))}{hint}")
     return list(pictures.values())
 
@@ -229,15 +229,24 @@ def _images_of(folder: Path) -> list[Path]:
     )
 
 
-def subfolders(inputs: Iterable[Path]) -> list[Path]:
-    """The folders in the folders given, in which `find_pictures` finds nothing, sorted."""
-    return [
+def passed_over(inputs: Iterable[Path], output: Path | None = None) -> list[str]:
+    """What there is to say of what lies in the folders given and is not an image of theirs."""
+    there = [
         path
         for folder in inputs
         if folder.is_dir()
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and not path.name.startswith(".")
+        for path in sorted(set(folder.iterdir()).difference(_images_of(folder)))
+        if not path.name.startswith(".") and path != output
     ]
+    kinds = {
+        "subfolders are passed over, give them as inputs of their own": lambda path: path.is_dir(),
+        "files without the name of an image that can be read are passed over": os.path.isfile,
+    }
+    lines = []
+    for what, is_kind in kinds.items():
+        if paths := list(filter(is_kind, there)):
+            lines.append(f"{what}: {paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''}")
+    return lines
 
 
 def generate_folder(
@@ -379,10 +388,10 @@ def _rows_of_ray(ray, worker: tuple, pictures: Sequence[Path]) -> Iterator[dict[
         num_gpus=1 if gpus else None,
         scheduling_strategy="SPREAD",
     )
-    outcomes: collections.Counter[str] = collections.Counter()
+    outcomes = set()
     for row in rows.iter_rows():
-        outcomes[row["outcome"]] += 1
-        if outcomes["error"] or (outcomes["lost"] >= _TRIES and not outcomes["worked"]):
+        outcomes.add(row["outcome"])
+        if "error" in outcomes or outcomes == {"unmade"}:
             raise ValueError(f"the run on Ray failed at {row['picture']}: {row['problem']}")
         yield row
 
@@ -407,21 +416,28 @@ class _Worker:
         return SamAutomaticMaskGenerator(sam, **self.options)
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
-        """Adds to the row `outcome` ("worked", "lost", or an "error" that ends the run)."""
+        """Adds to the row `outcome` and `problem`.
+
+        The outcome is "worked"; "lost", if the image's workers died, or "unmade", if they did so
+        before they had a generator; or an "error" that ends the run.
+        """
         picture, problems = Path(row["absolute"]), []
         tries = self.tries / picture.name
         try:
             if not self.results.is_finished(picture):
-                if tries.exists() and tries.stat().st_size >= _TRIES:
+                made = tries.read_bytes() if tries.exists() else b""  # a byte for each try
+                if len(made) >= _TRIES:
                     problem = (
                         f"its worker died at each of {_TRIES} tries (killed, or out of memory); "
                         "try it without --ray"
                     )
-                    return {**row, "outcome": "lost", "problem": problem}
-                with tries.open("ab") as file:
-                    file.write(b".")
+                    outcome = "lost" if b"+" in made else "unmade"
+                    return {**row, "outcome": outcome, "problem": problem}
+                tries.write_bytes(made + b"-")
+                generator = self.generator
+                tries.write_bytes(made + b"+")
                 generate_folder(
-                    self.generator,
+                    generator,
                     [picture],
                     self.results,
                     on_image=lambda: None,
@@ -473,7 +489,12 @@ def _read_ids(file: Path) -> list[tuple[str, int]]:
     """
     try:
         ids = [(str(name), int(count)) for name, count in read_json(file)]
-    except (OSError, ValueError, TypeError):  # nothing was joined yet, or it is damaged
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        OverflowError,
+    ):  # nothing was joined yet, or it is damaged
         return []
     return ids if all(count >= 0 for _, count in ids) else []
 

@@ -256,13 +256,16 @@ def test_a_run_that_is_stopped_or_extended_is_as_one(cells, model, tmp_path, mon
 
 
 def test_a_stopped_script_prints_no_traceback(cells, model, tmp_path):
-    script = KILLED.replace("SIGKILL", "SIGINT").replace("step == 7", "step == 5")
+    """As by a scheduler, which signals the processes that read, too."""
+    script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.killpg(0, signal.SIGTERM)")
+    script = script.replace("step == 7", "step == 5")
     command = [sys.executable, "-c", script, EXAMPLES / "finetune.py", tmp_path / "run"]
-    command = [*map(str, command), *arguments(cells, model, tmp_path / "run")]
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 130, found.stderr
+    command = [*command, *arguments(cells, model, tmp_path / "run", "--workers", "1")]
+    command = [*map(str, command)]
+    found = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert found.returncode == 143, found.stderr
     assert "Traceback" not in found.stderr
-    assert found.stderr.splitlines()[-1].endswith("rerun the same command to resume from step 5")
+    assert "rerun the same command to resume from step 5\n" in found.stderr
 
 
 def test_one_run_in_a_folder(cells, model, tmp_path):
@@ -299,7 +302,14 @@ def test_objects_that_are_too_small(model, tmp_path, capfd):
     assert not (run / "metrics.jsonl").exists()
     assert not (run / "embeddings").exists()
 
-    options = [*write_squares(tmp_path, 80, *[4] * 6), "--rounds", "1", "--ema-decay", "0.5"]
+    # The one object that is large enough is not the first's step.
+    options = write_squares(tmp_path, 80, *[4] * 6)
+    with pytest.raises(ValueError, match="none of the 1 steps had an object .*no model is written"):
+        finetune.main(config_of(tmp_path, model, tmp_path / "short", *options, "--steps", "1"))
+    assert not (tmp_path / "short" / "model").exists()
+
+    capfd.readouterr()
+    options = [*options, "--rounds", "1", "--ema-decay", "0.5"]
     assert finetune.main(config_of(tmp_path, model, run, *options)) == 0
     found, captured = lines(run), capfd.readouterr()
     assert [x["objects_used"] + x["objects_dropped"] for x in found] == [1] * STEPS

@@ -417,8 +417,9 @@ def test_what_is_no_image_and_what_lies_deeper(run, photos, tmp_path):
     assert message is None
     assert printed.out.startswith("3 of 3 pictures")
     assert f"as inputs of their own: {photos / 'inner.png'} and 1 more\n" in printed.err
+    assert f"that can be read are passed over: {photos / 'data.h5'} and 5 more\n" in printed.err
     (tmp_path / "outer" / "inner").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"no image in .*outer; its subfolders are inputs of"):
+    with pytest.raises(ValueError, match=r"no image in .*outer; subfolders are passed over, giv"):
         find_pictures([tmp_path / "outer"])
 
 
@@ -426,13 +427,14 @@ def test_one_that_cannot_be_written_does_not_stop_the_rest(run, photos, tmp_path
     longest = "x" * 251 + ".png"  # with .json it is longer than a name may be
     (photos / "wide.png").rename(photos / longest)
     (photos / "gone.png").symlink_to("nowhere")
+    (photos / "loop.png").symlink_to("loop.png")
     (tmp_path / "out/parts").mkdir(parents=True)
     (tmp_path / "out/sam_jax.json").write_text("{}")
     message, printed = run("--format", "coco")
-    assert message.startswith("sam-jax: 2 failed:\n")
+    assert message.startswith("sam-jax: 3 failed:\n")
     assert f"{longest}: [Errno 36] File name too long" in message
     assert f"{photos / 'gone.png'}: [Errno 2] No such file or directory" in message
-    assert printed.out.startswith("2 of 4 pictures")
+    assert printed.out.startswith("2 of 5 pictures")
     images = json.loads((tmp_path / "out/annotations.json").read_text())["images"]
     assert [image["file_name"] for image in images] == ["small.png", "tall.png"]
     assert {p.stem for p in (tmp_path / "out/parts").iterdir()} == {"small", "tall"}

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -169,10 +170,13 @@ def _remove_damaged_descriptions(folder: Path) -> None:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     try:
                         good = is_good(read_json(step / name))
-                    except (ValueError, KeyError, TypeError):
+                    except (IsADirectoryError, OverflowError, ValueError, KeyError, TypeError):
                         good = False
                     if not good:
-                        (step / name).unlink()
+                        if (step / name).is_dir():
+                            shutil.rmtree(step / name)
+                        else:
+                            (step / name).unlink()
                         warnings.warn(f"{step / name} was damaged, and is removed", stacklevel=3)
     multihost_utils.sync_global_devices("checked the checkpoints")
 

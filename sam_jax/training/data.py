@@ -457,39 +457,43 @@ def batches(
         if not absl.flags.FLAGS.is_parsed():
             absl.flags.FLAGS.mark_as_parsed()  # grain's workers look at flags, parsed or not
         options = grain.MultiprocessingOptions(num_workers=workers)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_parent)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent)
     return dataset
 
 
 def check_objects(source: Source, prepare: Prepare | None, seed: int = 0) -> None:
     """Makes sure that there is an object to train or to evaluate on, by reading until the first.
 
-    At most 1,000 images are read, evenly spaced, so that it takes a minute or two at the worst.
+    At most 1,000 images are read, in random order, so that it takes a minute or two at the worst.
+    If there is none in so many of a larger source, that is a warning.
 
     Args:
         source: examples.
         prepare: as for `batches`; None for evaluation, which takes objects of any size.
-        seed: of what is random in `prepare`.
+        seed: of the order, and of what is random in `prepare`.
 
     Raises:
-        ValueError: if there is none, or an example cannot be read; if all objects are too small
+        ValueError: if there is none in the whole source, or an example cannot be read; if all objects are too small
             for the target grid, the message says what to do.
     """
     rng, dropped = np.random.default_rng(seed), False
     read = min(len(source), _LOOKED_AT)
     # Where crops are random, an object that one misses another may show.
     tries = read if prepare is None or not prepare.augments else max(read, _LOOKED_AT // 10)
-    reader = _Reader(source, prepare or _any_object)
+    reader, order = _Reader(source, prepare or _any_object), rng.permutation(len(source))[:read]
     for i in range(tries):
-        example = reader(i % read * len(source) // read, rng)
+        example = reader(int(order[i % read]), rng)
         if example["valid"].any():
             return
         dropped |= example["dropped"] > 0
-    if prepare is None or not dropped:
-        raise ValueError(f"none of the {read} images that were read has an object")
-    raise ValueError(
-        f"no object of the {read} images that were read can be trained on: {too_small(prepare)}"
-    )
+    message = f"none of the {read} images that were read has an object"
+    if prepare is not None and dropped:
+        message = (
+            f"no object of the {read} images that were read can be trained on: {too_small(prepare)}"
+        )
+    if read == len(source):
+        raise ValueError(message)
+    warnings.warn(f"{message} (the other {len(source) - read} were not read)", stacklevel=2)
 
 
 def too_small(prepare: Prepare) -> str:
@@ -536,9 +540,10 @@ def _any_object(example: Example, _: np.random.Generator) -> Example:
     return {"valid": np.array([found]), "dropped": 0}
 
 
-def _leave_interrupts_to_the_parent(*_: int) -> None:
-    """Ctrl-C reaches all processes of a terminal, but only the parent can end a run in order."""
+def _leave_signals_to_the_parent(*_: int) -> None:
+    """Terminals and schedulers signal all processes, but only the parent can end a run in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[tuple], list[str]]:

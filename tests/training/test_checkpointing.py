@@ -117,13 +117,19 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, pattern, how):
         ("metrics/metrics", b""),
         ("metrics/metrics", b"{}"),
         ("metrics/metrics", b'{"miou": "x"}'),
+        ("metrics/metrics", b'{"miou": 1%s}' % (b"0" * 400)),
+        ("metrics/metrics", None),
     ],
 )
 def test_a_damaged_description_takes_no_state_along(tmp_path, name, content):
     with open_checkpoints(tmp_path) as checkpoints:
         for step in (4, 8):
             save_state(checkpoints, state_of(step, step / 7), miou=step / 10)
-    (tmp_path / "8" / name).write_bytes(content)
+    if content is None:
+        (tmp_path / "8" / name).unlink()
+        (tmp_path / "8" / name).mkdir()
+    else:
+        (tmp_path / "8" / name).write_bytes(content)
     with pytest.warns(UserWarning, match=f"{tmp_path / '8' / name} was damaged"):
         assert_same(last(tmp_path), state_of(8, 8 / 7))
     with open_checkpoints(tmp_path) as checkpoints:

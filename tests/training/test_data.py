@@ -821,9 +821,12 @@ def test_a_source_without_objects_is_refused():
     # A random crop often misses it.
     check_objects([tiny], Prepare(SMALL, 4, SIDE, scale_range=(4, 4)))
     source = Read([empty] * 5000)
-    with pytest.raises(ValueError, match="none of the 1000 images"):
+    with pytest.warns(UserWarning, match=r"none of the 1000 images.* \(the other 4000 were not"):
         check_objects(source, None)
     assert source.count == 1000
+    # Every fifth image has an object, wherever one begins to count.
+    for first in range(5):
+        check_objects([[tiny, empty][(i - first) % 5 > 0] for i in range(5000)], None)
 
 
 class Bad(list):
