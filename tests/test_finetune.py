@@ -304,7 +304,9 @@ def test_objects_that_are_too_small(model, tmp_path, capfd):
 
     # The one object that is large enough is not the first's step.
     options = write_squares(tmp_path, 80, *[4] * 6)
-    with pytest.raises(ValueError, match="none of the 1 steps had an object .*no model is written"):
+    with pytest.raises(
+        ValueError, match=r"none of the 1 steps had an object .*no model is written"
+    ):
         finetune.main(config_of(tmp_path, model, tmp_path / "short", *options, "--steps", "1"))
     assert not (tmp_path / "short" / "model").exists()
 

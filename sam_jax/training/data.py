@@ -473,8 +473,8 @@ def check_objects(source: Source, prepare: Prepare | None, seed: int = 0) -> Non
         seed: of the order, and of what is random in `prepare`.
 
     Raises:
-        ValueError: if there is none in the whole source, or an example cannot be read; if all objects are too small
-            for the target grid, the message says what to do.
+        ValueError: if there is none in the whole source, or an example cannot be read; if all
+            objects are too small for the target grid, the message says what to do.
     """
     rng, dropped = np.random.default_rng(seed), False
     read = min(len(source), _LOOKED_AT)
