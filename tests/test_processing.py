@@ -3,6 +3,7 @@ import os
 
 import cv2
 import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import skimage.data
