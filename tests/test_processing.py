@@ -2,8 +2,8 @@ import dataclasses
 import os
 
 import cv2
-import jax.numpy as jnp
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import skimage.data
