@@ -17,17 +17,13 @@ from PIL import (
     UnidentifiedImageError,
 )
 
+from sam_jax.decoders import FORMATS as FORMATS
+from sam_jax.decoders import check_decoder
 from sam_jax.ops.arrays import as_numpy, is_array
 
 # A PIL image, a path, a file's content, or an array of any library: see `load_image`.
 ImageInput = Any
 
-# Formats that Pillow decodes by libraries in this process. It reads others by running programs: EPS
-# by Ghostscript, whatever the file is called.
-FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI"),
-    *("SGI", "TGA", "TIFF", "WEBP"),
-)
 _OTHERWISE = (
     "read it with another library, scikit-image for instance, scale its values to 0 to "
     "255, and give them as a uint8 array or in a new file"
@@ -151,21 +147,6 @@ def _pixels(image: Image.Image, name: str) -> np.ndarray:
         return np.asarray(image.convert(between).convert("RGB"))
     except Exception as error:  # whatever Pillow's decoders meet in a damaged file
         raise ValueError(f"{name} cannot be read: {error}") from error
-
-
-def check_decoder(image: Image.Image) -> None:
-    """Refuses a PIL image whose pixels a program would have to decode.
-
-    Raises:
-        ValueError: for a file that was opened, but not read, of another format than `FORMATS`.
-    """
-    is_file = isinstance(image, ImageFile.ImageFile)
-    is_decoded = is_file and not image.tile and not isinstance(image, ImageFile.StubImageFile)
-    if is_file and not is_decoded and image.format not in (*FORMATS, "MPO"):
-        raise ValueError(
-            f"the image's format is {image.format}, expected one of {', '.join(FORMATS)}; if you "
-            "trust it, give image.convert('RGB')"
-        )
 
 
 def _check_readable(image: Image.Image) -> None:

@@ -16,8 +16,9 @@ from PIL import Image
 
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
+from sam_jax.decoders import DecoderError
 from sam_jax.idioms import WithAdvice, unknown_attribute
-from sam_jax.image import ImageInput, check_decoder, load_image
+from sam_jax.image import ImageInput, load_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops.arrays import as_numpy
 from sam_jax.ops.prompts import (
@@ -151,9 +152,14 @@ class SamProcessor(WithAdvice):
             result["labels"] = self._segmentation_labels(segmentation_maps, sizes)
         return result
 
-    def input_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
-        """(h, w) of a picture of that (h, w) once it is resized to the model's image size."""
-        return self._fit(original_size, self.config.image_size)
+    def input_size(self, original_size: Any) -> tuple[int, int]:
+        """(h, w) of a picture of that (h, w) once it is resized to the model's image size.
+
+        Raises:
+            ValueError: for what is no size.
+        """
+        (size,) = check_sizes([original_size], 1, "original_size")
+        return self._fit(size, self.config.image_size)
 
     def _fit(self, original_size: tuple[int, int], side: int) -> tuple[int, int]:
         """(h, w) of a picture of that (h, w) within a square of `side`, which it may fill."""
@@ -164,20 +170,24 @@ class SamProcessor(WithAdvice):
         # At least a pixel, so that a hair-thin picture does not vanish.
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
-    def scale_coords(
-        self, coords: Float[np.ndarray, "*batch 2"], original_size: tuple[int, int]
-    ) -> Float[np.ndarray, "*batch 2"]:
-        """(x, y) in pixels of a picture of (h, w) -> in pixels of the model's input; float32."""
-        (height, width), (new_height, new_width) = original_size, self.input_size(original_size)
-        scale = np.array([new_width / width, new_height / height])
-        return (np.asarray(coords, np.float64) * scale).astype(np.float32)
+    def scale_coords(self, coords: Any, original_size: Any) -> Float[np.ndarray, "*batch 2"]:
+        """(x, y) in pixels of a picture of (h, w) -> in pixels of the model's input; float32.
 
-    def preprocess(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "size size 3"]:
+        Raises:
+            TypeError, ValueError: for what are no numbers, or no size.
+        """
+        ((height, width),) = check_sizes([original_size], 1, "original_size")
+        new_height, new_width = self.input_size((height, width))
+        scale = np.array([new_width / width, new_height / height])
+        return (to_numbers(coords, "coords") * scale).astype(np.float32)
+
+    def preprocess(self, image: ImageInput) -> Float[np.ndarray, "size size 3"]:
         """Resizes, normalises, then pads with zeros at the bottom and right."""
         return self.normalize(self.resize(image))
 
-    def resize(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "height width 3"]:
-        """The image at its `input_size`, by PIL's bilinear filter."""
+    def resize(self, image: ImageInput) -> UInt8[np.ndarray, "height width 3"]:
+        """The image at its `input_size`, by PIL's bilinear filter; takes what `load_image` does."""
+        image = load_image(image)
         height, width = self.input_size(image.shape[:2])
         if (height, width) == image.shape[:2]:
             return image
@@ -317,9 +327,6 @@ class SamProcessor(WithAdvice):
             maps = [maps]
         if len(maps) != len(sizes):
             raise ValueError(f"there are {len(sizes)} images, but {len(maps)} segmentation_maps")
-        for given in maps:
-            if isinstance(given, Image.Image):
-                check_decoder(given)
         side = self.config.mask_size
         labels = np.zeros((len(maps), side, side), np.int64)
         for i, (given, size) in enumerate(zip(maps, sizes, strict=True)):
@@ -485,6 +492,8 @@ def to_numbers(values: Any, where: str) -> np.ndarray:
             hint = "; convert strings by float" if array.dtype.kind in "US" else ""
             raise ValueError(array.dtype.name)
         return array.astype(np.float64)
+    except DecoderError:
+        raise
     except (ValueError, OverflowError) as error:
         raise ValueError(
             f"{where} are {reprlib.repr(values)}, expected numbers in lists of equal lengths{hint}"
@@ -507,7 +516,7 @@ def _point_lists(points, labels, images: int) -> tuple[list, list]:
         # one among nested ones is no prompt.
         one = not nested
         if len(prompts):
-            one = _depth(prompts) <= 2 and any(map(np.size, prompts))
+            one = _depth(prompts) <= 2 and any(as_numpy(p, where).size for p in prompts)
         if one:
             prompts = [prompts]
         if kinds is None:

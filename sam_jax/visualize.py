@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sam_jax.image import ImageInput, load_image
-from sam_jax.ops.arrays import as_numpy
+from sam_jax.ops.arrays import as_numpy, is_array
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.processing import check_boxes, check_points
 
@@ -87,7 +87,7 @@ def overlay(
     coords, labels = check_points(point_coords, point_labels, "point_coords")
     boxes = check_boxes(boxes, "boxes")
     pixels = load_image(image).astype(np.float32)
-    for i, mask in enumerate(masks):
+    for i, mask in enumerate(as_numpy(masks, "masks") if is_array(masks) else masks):
         mask = _check_mask(mask, f"masks[{i}]")
         color = np.array(COLORS[i % len(COLORS)], np.float32)
         if mask.shape != pixels.shape[:2]:

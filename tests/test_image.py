@@ -1,3 +1,4 @@
+import collections
 import contextlib
 import io
 import json
@@ -137,6 +138,12 @@ def train_on(path):
     return open_source(folder / "coco.json", folder)[0]
 
 
+def predict(**prompt):
+    predictor = SamPredictor(Sam(SMALL, rngs=nnx.Rngs(0)))
+    predictor.set_image(np.zeros((9, 9, 3), np.uint8))
+    predictor.predict(**prompt)
+
+
 ROUTES = {
     "load_image": load_image,
     "processor": SamProcessor(SMALL),
@@ -146,14 +153,24 @@ ROUTES = {
     "labels": lambda image: SamProcessor(SMALL)(
         np.zeros((9, 9, 3), np.uint8), segmentation_maps=image
     ),
+    "mask": SamProcessor(SMALL).mask_to_logits,
+    "mask_input": lambda image: predict(mask_input=image),
+    "mask_inputs": lambda image: predict(mask_input=[image]),
+    "nested": lambda image: SamProcessor(SMALL).mask_to_logits(collections.deque([(image,)])),
+    "overlaid": lambda image: overlay(np.zeros((9, 9, 3), np.uint8), [image]),
+    "masks": lambda image: SamProcessor(SMALL).post_process_masks([image], [[9, 9]], [[9, 9]]),
+    "points": lambda image: SamProcessor(SMALL)(
+        np.zeros((9, 9, 3), np.uint8), input_points=[[[image]]]
+    ),
     "training": train_on,
     "command": lambda image: cli.segment(cli.Segment(image, point=["1,1"])),
     "page": lambda image: open_picture(Sam(SMALL, rngs=nnx.Rngs(0)), image.read_bytes()),
 }
 
 
+FILES = "load_image", "processor", "predictor", "pipeline", "overlay", "training", "command", "page"
 WAYS = [
-    *((route, name) for route in ROUTES if route != "labels" for name in ("a.jpg", "a.eps")),
+    *((route, name) for route in FILES for name in ("a.jpg", "a.eps")),
     *((route, "opened") for route in ROUTES if route not in ("training", "command", "page")),
 ]
 

@@ -2,6 +2,7 @@ import dataclasses
 import os
 
 import cv2
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -63,6 +64,15 @@ def test_inference(model, strict):
         outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
     )
     model.get_prompt_embeddings(inputs["input_points"])
+    for prompts in ({}, {"input_boxes": np.array([[[1, 2, 30, 40]]] * 2)}):
+        arrays = jax.device_put({**inputs, **prompts})
+        found = model(**arrays)
+        model.get_prompt_embeddings(arrays["input_points"], input_boxes=arrays.get("input_boxes"))
+        arrays.pop("input_labels")
+        model(**arrays)
+        if not prompts:
+            pairs = zip(*jax.device_get((found, outputs)), strict=True)
+            assert all(np.allclose(a, b, atol=1e-4) for a, b in pairs)
     model.get_image_wide_positional_embeddings()
 
     graphdef, state = nnx.split(model)
@@ -76,6 +86,18 @@ def test_inference(model, strict):
 
     masks, _ = masks_of(state, *jax.device_put((inputs["pixel_values"], points, labels)))
     assert np.allclose(masks, jax.device_get(outputs.pred_masks), atol=1e-4)
+
+
+def test_guidance_of_another_dtype(strict):
+    with jax.transfer_guard("allow"), jax.numpy_dtype_promotion("standard"):
+        model = Sam(SMALL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    grid, dim = SMALL.image_embedding_size, SMALL.prompt_embed_dim
+    model(
+        image_embeddings=np.ones((1, dim, grid, grid), np.float32),
+        input_points=np.ones((1, 1, 1, 2), np.float32),
+        target_embedding=np.ones((1, 1, 1, dim), np.float32),
+        attention_similarity=np.ones((1, 1, 1, grid * grid), np.float32),
+    )
 
 
 def test_everything_mode(model, strict):

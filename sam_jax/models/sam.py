@@ -32,7 +32,7 @@ from sam_jax.ops.attention import Implementation, check_implementation
 from sam_jax.ops.prompts import (
     MASK_HINT,
     PADDING,
-    check_ends,
+    check_joined,
     check_logits,
     check_values,
     concrete,
@@ -41,6 +41,8 @@ from sam_jax.ops.prompts import (
     pad_axis,
     warn_outside,
 )
+
+JOIN_HINT = "join_prompts(points, labels, boxes) of sam_jax.ops.prompts makes points and labels"
 
 
 class SamImageSegmentationOutput(NamedTuple):
@@ -183,19 +185,23 @@ class Sam(WithAdvice, nnx.Module):
             platform: where it will run ("cpu", "cuda", ...), if not on JAX's default backend.
 
         Raises:
-            TypeError: for anything but arrays.
-            ValueError: for another shape of embeddings, another number of masks, for
-                `hq_token_only` of another model than a SAM-HQ, and for `prompts_at_once` below 1;
-                and, unless they are traced, for labels of a list without an end.
+            TypeError: for anything but arrays, and for dtypes of something else.
+            ValueError: for shapes that do not fit, for `hq_token_only` of another model than a
+                SAM-HQ, and for `prompts_at_once` below 1; and, unless they are traced, for values
+                that `join_prompts` would not give, and masks that are no logits.
         """
         grid, channels = self.config.image_embedding_size, self.config.image_embedding_channels
         image_embeddings = _check_shape(
             "image_embeddings", image_embeddings, (None, grid, grid, channels)
         )
-        points, labels = as_array(points, "points"), as_array(labels, "labels")
-        masks = None if masks is None else as_array(masks, "masks")
-        if (known := concrete(labels)) is not None:
-            check_ends(known)
+        points, labels, masks, attention_similarity, target_embedding = self._check_joined(
+            image_embeddings.shape[0],
+            points,
+            labels,
+            masks,
+            attention_similarity,
+            target_embedding,
+        )
         image_pe = self.prompt_encoder.get_dense_pe()
 
         def one_prompt(image_features, points, labels, mask, similarity, target):
@@ -220,11 +226,6 @@ class Sam(WithAdvice, nnx.Module):
             raise ValueError("hq_token_only is True, but the model is not a SAM-HQ")
         if prompts_at_once is not None and prompts_at_once < 1:
             raise ValueError(f"prompts_at_once is {prompts_at_once}, expected at least 1, or None")
-        if masks is not None and masks.shape[1] not in (1, points.shape[1]):
-            raise ValueError(
-                f"masks have shape {masks.shape}: expected one per image, or one for each of its "
-                f"{points.shape[1]} prompts"
-            )
         mask_per_prompt = masks is not None and masks.shape[1] == points.shape[1]
         if masks is not None and not mask_per_prompt:
             masks = masks[:, 0]
@@ -434,13 +435,18 @@ class Sam(WithAdvice, nnx.Module):
             )
         return pixel_values
 
+    def _similarity_shape(self, points: int) -> tuple[int, int, int]:
+        """Heads, tokens and pixels of a prompt with so many points, a box's corners included."""
+        decoder, grid = self.config.mask_decoder, self.config.image_embedding_size
+        tokens = 1 + (decoder.num_multimask_outputs + 1) + self.config.hq + points
+        return decoder.num_heads, tokens, grid * grid
+
     def _broadcast_guidance(self, similarity, target, prompts: tuple[int, ...]):
         """PerSAM's two arguments as `decode` takes them, for labels of the shape `prompts`."""
         batch, count, n = prompts
-        decoder, grid = self.config.mask_decoder, self.config.image_embedding_size
-        tokens = 1 + (decoder.num_multimask_outputs + 1) + self.config.hq + n
+        heads, tokens, pixels = self._similarity_shape(n)
         if similarity is not None:
-            full = (batch * count, decoder.num_heads, tokens, grid * grid)
+            full = (batch * count, heads, tokens, pixels)
             similarity = _check_broadcast("attention_similarity", similarity, full)
             shape = (*full[:1], *similarity.shape[1:3], *full[3:])
             similarity = jnp.broadcast_to(similarity, shape).reshape(batch, count, *shape[1:])
@@ -486,6 +492,37 @@ class Sam(WithAdvice, nnx.Module):
                 )
         check_values(*(concrete(array) for array in (points, labels, boxes)))
         return points, labels, boxes, masks
+
+    def _check_joined(self, images, points, labels, masks, similarity, target):
+        """The arguments of `decode` for so many images as arrays of numpy or JAX."""
+        points = _check_shape("points", points, (images, None, None, 2), JOIN_HINT)
+        labels = _check_shape("labels", labels, points.shape[:-1], JOIN_HINT)
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise TypeError(f"labels are {labels.dtype}, expected integers; {JOIN_HINT}")
+        if not jnp.isdtype(points.dtype, ("real floating", "integral")):
+            raise TypeError(f"points are {points.dtype}, expected floats; {JOIN_HINT}")
+        check_joined(concrete(points), concrete(labels))
+        prompts, side = points.shape[1], self.config.mask_size
+        if masks is not None:
+            masks = _check_shape("masks", masks, (images, None, side, side), MASK_HINT)
+            check_logits(masks, "masks")
+            if masks.shape[1] not in (1, prompts):
+                raise ValueError(
+                    f"masks have shape {masks.shape}: expected one per image, or one for each of "
+                    f"its {prompts} prompts"
+                )
+        if similarity is not None:
+            heads, tokens, pixels = self._similarity_shape(points.shape[2])
+            shape = images, prompts, None, None, pixels
+            similarity = _check_shape("attention_similarity", similarity, shape)
+            shape = images, prompts, heads, tokens, pixels
+            similarity = _check_broadcast("attention_similarity", similarity, shape)
+        if target is not None:
+            _, tokens, _ = self._similarity_shape(points.shape[2])
+            shape = images, prompts, None, self.config.prompt_embed_dim
+            target = _check_shape("target_embedding", target, shape)
+            target = _check_broadcast("target_embedding", target, (*shape[:2], tokens, shape[3]))
+        return points, labels, masks, similarity, target
 
     def _warn_outside(self, points, labels, boxes):
         points, labels, boxes = (concrete(array) for array in (points, labels, boxes))

@@ -64,6 +64,7 @@ class TwoWayTransformer(nnx.Module):
                 or a loop), so that what the first block makes of it alone is computed once.
         """
         if target_embedding is not None:
+            target_embedding = target_embedding.astype(tokens.dtype)
             tokens = tokens + target_embedding
         queries, keys = tokens, image_embedding
         for i, layer in enumerate(self.layers):

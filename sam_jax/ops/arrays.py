@@ -1,9 +1,15 @@
 """Arrays of any library as numpy's: whatever has `__array__` or DLPack, and lists of such."""
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from PIL import Image
+
+from sam_jax.decoders import check_decoder
 
 
 def is_array(value: Any) -> bool:
@@ -14,15 +20,17 @@ def is_array(value: Any) -> bool:
 def as_numpy(value: Any, name: str) -> np.ndarray:
     """An array, or nested lists of numbers or arrays, as a numpy array of its own dtype.
 
-    A tensor of PyTorch leaves its gradient behind.
+    A tensor of PyTorch leaves its gradient behind. A PIL image is an array, too.
 
     Raises:
         TypeError: for an array that cannot be read from here, such as one on a GPU of PyTorch.
-        ValueError: for lists of different lengths.
+        ValueError: for lists of different lengths, and as `check_decoder`.
     """
     if isinstance(value, jax.Array):
         return jax.device_get(value)  # an explicit transfer, which `jax.transfer_guard` allows
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Image.Image):
+        check_decoder(value)  # numpy would decode it, whatever that runs
+    if _is_list(value):
         return np.asarray([as_numpy(v, name) if _holds_array(v) else v for v in value])
     if not is_array(value):
         return np.asarray(value)
@@ -30,6 +38,9 @@ def as_numpy(value: Any, name: str) -> np.ndarray:
         value = value.detach() if hasattr(value, "detach") else value
         return np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
     except (TypeError, RuntimeError, BufferError) as error:
+        if hasattr(value, "__dlpack__"):  # of a dtype that JAX has and numpy lacks: bfloat16
+            with contextlib.suppress(Exception):
+                return jax.device_get(jnp.from_dlpack(value))
         raise TypeError(
             f"{name} is a {type(value).__module__}.{type(value).__name__} that cannot be read as "
             f"a numpy array: {error}"
@@ -53,6 +64,11 @@ def as_array(value: Any, name: str) -> np.ndarray | jax.Array:
 
 
 def _holds_array(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
+    if _is_list(value):
         return any(map(_holds_array, value))
-    return is_array(value)
+    return is_array(value) or isinstance(value, Image.Image)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether numpy would look into it for numbers, arrays and images."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))

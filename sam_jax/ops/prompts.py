@@ -45,23 +45,27 @@ def join_prompts(
         None if array is None else as_array(array, "prompts") for array in (points, labels, boxes)
     )
     xp = _namespace([array for array in (points, labels, boxes) if array is not None])
+    # Explicitly to the device, as `jax.transfer_guard` asks for; jnp.full would not be.
+    put = np.asarray if xp is np else jax.device_put
     points, labels, boxes = (
-        None if array is None else xp.asarray(array) for array in (points, labels, boxes)
+        None if array is None else put(array) for array in (points, labels, boxes)
     )
+
+    def fill(value, shape):
+        return xp.broadcast_to(put(value), shape)
+
     parts = []
     if points is not None:
         if labels is None:
-            labels = xp.full(points.shape[:-1], FOREGROUND, dtype=xp.int32)
+            labels = fill(np.int32(FOREGROUND), points.shape[:-1])
         parts.append((xp.astype(points, xp.float32), xp.astype(labels, xp.int32)))
         if boxes is None:
             last = (*points.shape[:-2], 1)
-            parts.append(
-                (xp.zeros((*last, 2), dtype=xp.float32), xp.full(last, NOT_A_POINT, dtype=xp.int32))
-            )
+            parts.append((fill(np.float32(0), (*last, 2)), fill(np.int32(NOT_A_POINT), last)))
     if boxes is not None:
         corners = xp.reshape(xp.astype(boxes, xp.float32), (*boxes.shape[:-1], 2, 2))
-        kinds = xp.asarray([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], dtype=xp.int32)
-        parts.append((corners, xp.broadcast_to(kinds, corners.shape[:-1])))
+        kinds = np.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], np.int32)
+        parts.append((corners, fill(kinds, corners.shape[:-1])))
     return (
         xp.concat([p for p, _ in parts], axis=-2),
         xp.concat([label for _, label in parts], axis=-1),
@@ -162,12 +166,19 @@ def _warn(message: str) -> None:
 
 
 def check_logits(masks: Any, where: str) -> None:
-    """Refuses masks that are not logits; looks at the values of numpy arrays alone.
+    """Refuses masks that are not logits.
+
+    The dtype is checked always, the values of numpy arrays, and of JAX's up to a MiB (four of SAM's
+    masks): more is not fetched from a device.
 
     Raises:
         ValueError: for binary masks, and numbers that are not finite.
     """
-    values = masks if isinstance(masks, np.ndarray) else np.zeros(0)  # not fetched from a device
+    values = None
+    if isinstance(masks, np.ndarray) or (masks.size * masks.dtype.itemsize <= 2**20):
+        values = concrete(masks)
+    if values is None:
+        values = np.zeros(0)
     top = values.max(initial=0)
     if masks.dtype.kind in "biu" or (top in (1, 255) and ((values == 0) | (values == top)).all()):
         raise ValueError(
@@ -178,15 +189,28 @@ def check_logits(masks: Any, where: str) -> None:
         raise ValueError(f"{where} holds logits that are not finite")
 
 
-def check_ends(labels: Int[np.ndarray, "*batch n"]) -> None:
-    """Refuses lists of labelled points that lack the end with which SAM was trained.
+def check_joined(
+    points: Num[np.ndarray, "*b n 2"] | None, labels: Int[np.ndarray, "*b n"] | None
+) -> None:
+    """Refuses lists of labelled points that `join_prompts` would not make; None is not known.
 
     Raises:
-        ValueError: for a list of points with neither a box's corners nor a point labelled -1.
+        ValueError: for coordinates that are not finite, unknown labels, half a box, and a list of
+            points without the end with which SAM was trained, a box or a point labelled -1.
     """
-    points = np.isin(labels, (BACKGROUND, FOREGROUND)).any(-1)
+    check_values(points, None, None, "points")
+    if labels is None:
+        return
+    first, second = labels == BOX_TOP_LEFT, labels == BOX_BOTTOM_RIGHT
+    check_values(None, np.where(first | second, PADDING, labels), None, "labels")
+    if (first.sum(-1) != second.sum(-1)).any():
+        raise ValueError(
+            "labels hold one corner of a box (2 or 3) without the other; join_prompts(points, "
+            "labels, boxes) of sam_jax.ops.prompts makes both"
+        )
+    inside = np.isin(labels, (BACKGROUND, FOREGROUND)).any(-1)
     ends = np.isin(labels, (NOT_A_POINT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)).any(-1)
-    if (points & ~ends).any():
+    if (inside & ~ends).any():
         raise ValueError(
             "the points of a prompt have no end, which SAM expects: a point labelled -1, or a "
             "box's corners; make them by sam_jax.ops.prompts.join_prompts(points, labels, boxes)"

@@ -620,6 +620,44 @@ def test_gradients(config, attention):
     assert compared == len(expected) - len(unused)
 
 
+BAD_POINTS = {
+    "boolean masks": ({"masks": np.ones((2, 1, 48, 48), bool)}, "looks like a binary mask"),
+    "uint8 masks": ({"masks": np.ones((2, 1, 48, 48), np.uint8)}, "looks like a binary mask"),
+    "binary floats": ({"masks": np.ones((2, 1, 48, 48), np.float32)}, "looks like a binary mask"),
+    "large masks": ({"masks": np.ones((2, 1, 96, 96), np.float32)}, "masks have shape .*to_logits"),
+    "no prompt axis of masks": ({"masks": MASKS[:, 0]}, "masks have shape"),
+    "label 7": ({"labels": np.full((2, 3, 5), 7)}, r"labels have labels \[7\]"),
+    "half a box": ({"labels": np.full((2, 3, 5), 2)}, "one corner of a box .* without the other"),
+    "float labels": ({"labels": np.ones((2, 3, 5))}, "labels are float.*, expected integers"),
+    "NaN": ({"points": np.full((2, 3, 5, 2), np.nan)}, "points hold numbers that are not finite"),
+    "boolean points": ({"points": np.ones((2, 3, 5, 2), bool)}, "points are bool"),
+    "lengths": ({"labels": np.ones((2, 3, 4), int)}, "labels have shape .*join_prompts"),
+    "no prompt axis": ({"points": np.ones((2, 5, 2))}, "points have shape"),
+    "images": ({"points": np.ones((1, 3, 5, 2))}, r"points have shape .* expected \(2, any"),
+    "similarity": (
+        {"attention_similarity": np.ones((2, 3, 4, 9, 144))},
+        "attention_similarity has shape",
+    ),
+    "target": ({"target_embedding": np.ones((2, 1, 1, 32))}, "target_embedding have shape"),
+}
+VALUES = "binary floats", "label 7", "half a box", "NaN"
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", BAD_POINTS)
+def test_what_join_prompts_would_not_give(model, kind):
+    wrong, message = BAD_POINTS[kind]
+    points, labels = join_prompts(POINTS, LABELS, None)
+    right = {"image_embeddings": np.zeros((2, 12, 12, 32), np.float32)}
+    right |= {"points": points, "labels": labels}
+    for arguments in (right | wrong, jax.tree.map(jnp.asarray, right | wrong)):
+        with pytest.raises((TypeError, ValueError), match=message):
+            model.decode(**arguments)
+    if kind not in VALUES:  # of which a trace knows nothing
+        with pytest.raises((TypeError, ValueError), match=message):
+            jax.eval_shape(lambda arguments: model.decode(**arguments), right | wrong)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
     last = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
@@ -630,7 +668,8 @@ def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
     for points, labels in ((POINTS, LABELS), (jnp.asarray(POINTS), jnp.asarray(LABELS))):
         with pytest.raises(ValueError, match=r"no end, .*join_prompts\(points, labels, boxes\)"):
             model.decode(last, points, labels)
-    for masks in (MASKS > 0, (MASKS > 0).astype(np.float32)):
+    binary = (MASKS > 0).astype(np.float32)
+    for masks in (MASKS > 0, binary, jnp.asarray(binary), binary.astype(int)):
         with pytest.raises(ValueError, match=r"input_masks .* looks like a binary mask"):
             model(image_embeddings=embeddings.numpy(), input_masks=masks)
     with pytest.raises(TypeError, match="batched_input; call model"):
