@@ -8,6 +8,7 @@ import dataclasses
 import io
 import math
 import re
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 from PIL import Image
-from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from sam_jax.image import load_image, open_image
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
@@ -141,13 +142,11 @@ def _check_cost(head: Image.Image, content: bytes) -> None:
             f"the JPEG has {scans} scans, expected at most {SCANS}; save the image again, as a PNG "
             "for instance"
         )
-    if head.format == "TIFF":
-        sides = [head.tag_v2.get(tag, 1) for tag in (TILEWIDTH, TILELENGTH)]
-        if not all(isinstance(side, int) for side in sides) or math.prod(sides) > PIXELS:
-            raise ValueError(
-                f"the TIFF has tiles of {sides[0]} x {sides[1]} pixels, expected at most "
-                f"{PIXELS // 10**6} million pixels; save the image again, as a PNG for instance"
-            )
+    if head.format == "TIFF" and not _has_small_tiles(head, content):
+        raise ValueError(
+            f"the TIFF has tiles of more than {PIXELS // 10**6} million pixels, or of an unclear "
+            "size; save the image again, as a PNG for instance"
+        )
 
 
 def _count_scans(content: bytes) -> int:
@@ -159,6 +158,26 @@ def _count_scans(content: bytes) -> int:
         scans += found[1] == b"\xda"
         position = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
     return scans
+
+
+def _has_small_tiles(head: TiffImageFile, content: bytes) -> bool:
+    """Whether the tiles of a TIFF, if it has any, are small for sure.
+
+    Of several tags Pillow takes the last and the decoder the first, and the decoder knows more
+    types: so each is to be there once, and a plain number.
+    """
+    order, is_big = "<" if content[:1] == b"I" else ">", content[2:4] in (b"+\0", b"\0+")
+    (start,) = struct.unpack_from(order + "IQ"[is_big], content, 8 if is_big else 4)
+    (count,) = struct.unpack_from(order + "HQ"[is_big], content, start)
+    entry, start = struct.Struct(order + ("HHI4x", "HHQ8x")[is_big]), start + (8 if is_big else 2)
+    count = min(count, (len(content) - start) // entry.size)
+    entries = entry.iter_unpack(content[start : start + count * entry.size])
+    tags = [found for found in entries if found[0] in (TILEWIDTH, TILELENGTH)]
+    if not all(kind in (3, 4) and length == 1 for _, kind, length in tags):  # SHORT or LONG
+        return False
+    if sorted(tag for tag, *_ in tags) not in ([], [TILEWIDTH, TILELENGTH]):
+        return False
+    return not tags or head.tag_v2[TILEWIDTH] * head.tag_v2[TILELENGTH] <= PIXELS
 
 
 def add_point(visit: Visit, x: float, y: float, label: int) -> Visit:

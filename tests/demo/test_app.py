@@ -434,7 +434,7 @@ def test_one_address_cannot_fill_the_queue(small, photo, monkeypatch):
 
 def test_slow_uploads_end(small, photo):
     """Those that are slower than a limit, though some of it always comes; others do not."""
-    limits = Limits(body_seconds=0.5, body_rate=20_000)
+    limits = Limits(body_seconds=2, body_rate=20_000)
     with launched(small, limits, seconds=0.5) as site:
 
         def trickle(content, size):
@@ -481,7 +481,7 @@ def test_stopping_is_quiet(small, photo, endless, monkeypatch, caplog, work):
             time.sleep(0.3)
         started = time.monotonic()
         server.close()
-        assert time.monotonic() - started < (3 if work == "image" else 1)
+        assert time.monotonic() - started < 10
     assert not caplog.records
 
 
