@@ -489,12 +489,7 @@ def _read_ids(file: Path) -> list[tuple[str, int]]:
     """
     try:
         ids = [(str(name), int(count)) for name, count in read_json(file)]
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        OverflowError,
-    ):  # nothing was joined yet, or it is damaged
+    except (OSError, ValueError, TypeError, OverflowError):  # there is none yet, or it is damaged
         return []
     return ids if all(count >= 0 for _, count in ids) else []
 

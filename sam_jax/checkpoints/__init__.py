@@ -31,6 +31,7 @@ from sam_jax.checkpoints.params import (
 from sam_jax.checkpoints.sources import HF_FILES, find_weights, locate, read_index
 from sam_jax.checkpoints.torch_file import (
     CheckpointError,
+    clip,
     read_tensors,
     write_safetensors,
     write_torch,
@@ -146,7 +147,7 @@ def read_state_dict(name_or_path: str | os.PathLike) -> dict[str, np.ndarray]:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if left_out:
-        parts = " and ".join(map(repr, left_out))
+        parts = " and ".join(repr(clip(part)) for part in left_out)
         warnings.warn(f"{path}: the tensors' names have {parts}, which is left out", stacklevel=2)
     return tensors
 
@@ -258,7 +259,13 @@ def _torch_config(path: Path, tensors: dict[str, np.ndarray]) -> SamConfig:
     file = folder / "config.json"
     if detect_format(tensors) != "hf" or not file.is_file():
         return infer_config(tensors)
-    values = _read_json(file)
+    try:
+        values = _read_json(file)
+    except CheckpointError as error:
+        if path.is_dir():
+            raise
+        warnings.warn(f"{error}; the tensors' shapes tell the configuration", stacklevel=3)
+        return infer_config(tensors)
     model_type = values.get("model_type")
     is_sam = model_type in ("sam", "sam_hq") or (model_type is None and "vision_config" in values)
     if not is_sam:

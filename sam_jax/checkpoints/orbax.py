@@ -10,9 +10,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
+from typing import Any
 
 import jax
 import numpy as np
+import tensorstore
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
@@ -29,6 +32,9 @@ _NAME_BYTES = 64
 # How much larger than its files a checkpoint may be: weights hardly compress, and Orbax allocates
 # whatever size a file declares.
 _MOST_COMPRESSED, _ALWAYS_ALLOWED = 100, 256 << 20
+# An array is saved as one chunk; whoever saves it anew from many devices makes some per device.
+_MOST_CHUNKS = 4096
+_CODECS = {"sharding_indexed", "bytes", "zstd", "crc32c"}  # others allocate what the data asks for
 
 
 def save(
@@ -119,6 +125,7 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
     config = load_config(path)
     size = _size(path / PARAMS)
     try:
+        _check_layout(path / PARAMS)  # before Orbax opens an array
         metadata = ocp.metadata(path / PARAMS).metadata  # None if it is damaged
         if not metadata or not all(hasattr(array, "shape") for array in metadata.values()):
             raise ValueError("its metadata is damaged, or that of no flat dictionary of arrays")
@@ -137,6 +144,48 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
         return ocp.load(path / PARAMS), config
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def _check_layout(folder: Path) -> None:
+    """Refuses chunks larger than their array: the process aborts when they cannot be allocated.
+
+    Raises:
+        Exception: of any type, for what is damaged or laid out in another way than `save` does it.
+    """
+    state = folder / "state"
+    if list(folder.rglob("_METADATA")) != [state / "_METADATA"]:
+        raise ValueError("expected its metadata in state/_METADATA alone")
+    kind = read_json(state / "_METADATA")
+    if not (kind["use_ocdbt"] is kind["use_zarr3"] is True):
+        raise ValueError("expected arrays in OCDBT and zarr 3")
+    base = {"driver": "file", "path": f"{state}/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    for key in store.list().result():
+        if key.endswith(b"/zarr.json"):
+            layout = read_json(bytes(store[key]))
+            fits = _fits(layout["shape"], layout["chunk_grid"]["configuration"])
+            if not (fits and all(_codec_fits(layout["shape"], c) for c in layout["codecs"])):
+                raise ValueError(
+                    f"the chunks in {short(key.decode())} do not fit its shape, or its codecs "
+                    f"are not among {', '.join(sorted(_CODECS))}"
+                )
+
+
+def _codec_fits(shape: list[int], codec: dict[str, Any]) -> bool:
+    if codec["name"] != "sharding_indexed":
+        return codec["name"] in _CODECS
+    values = codec["configuration"]
+    inner = [*values["codecs"], *values.get("index_codecs", [])]
+    return _fits(shape, values) and all(_codec_fits(shape, codec) for codec in inner)
+
+
+def _fits(shape: list[int], grid: dict[str, Any]) -> bool:
+    chunk = grid["chunk_shape"]
+    return (
+        len(chunk) == len(shape)
+        and all(type(n) is int and 1 <= n <= size for n, size in zip(chunk, shape, strict=True))
+        and math.prod(-(-size // n) for n, size in zip(chunk, shape, strict=True)) <= _MOST_CHUNKS
+    )
 
 
 def _size(folder: Path) -> int:
@@ -165,8 +214,8 @@ def _save_params(
     batch, size = {}, 0
     for name, value in params.items():
         # Positions are encoded in float32 whatever the rest is.
-        short = not name.endswith("positional_encoding_gaussian_matrix")
-        batch[name] = _to_numpy(value, dtype if short else None)
+        cast = not name.endswith("positional_encoding_gaussian_matrix")
+        batch[name] = _to_numpy(value, dtype if cast else None)
         size += batch[name].nbytes
         if size >= _BATCH_BYTES:
             ocp.partial.save(path, batch)

@@ -1,5 +1,6 @@
 """A model's parameters as a flat dictionary: `{"image_encoder.neck.conv1.kernel": array, ...}`."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from sam_jax.checkpoints.torch_file import CheckpointError
+from sam_jax.checkpoints.torch_file import CheckpointError, clip, listed
 from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.models.sam import Sam
 from sam_jax.ops.attention import Implementation
@@ -89,19 +90,33 @@ def check_tensors(
 
     Raises:
         CheckpointError: listing every tensor that is missing, misshapen, no float or left over.
+            More than ten below a part that the model does not have, such as `ema.`, are one line.
     """
+    own = {_part(name) for name in expected}
+    foreign = collections.Counter(part for name in found if (part := _part(name)) not in own)
+    foreign = {part: count for part, count in foreign.items() if count > 10}
     problems = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
     for name, tensor in found.items():
         if name not in expected:
-            problems.append(f"left over: {name} {tensor.shape}")
+            if _part(name) not in foreign:
+                problems.append(f"left over: {clip(name)} {tensor.shape}")
         elif tensor.shape != expected[name]:
             problems.append(f"misshapen: {name} is {tensor.shape}, expected {expected[name]}")
         elif not _is_float(tensor) and not name.endswith("num_batches_tracked"):
             problems.append(f"no floats: {name} is {tensor.dtype}")
+    problems += [
+        f"left over: {count} tensors whose names begin with '{clip(part)}.', which no part of the "
+        "model is called"
+        for part, count in foreign.items()
+    ]
     if problems:
         raise CheckpointError(
             f"the tensors do not fit the model, {len(problems)} do not:\n  " + "\n  ".join(problems)
         )
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def check_finite(params: Mapping[str, np.ndarray | jax.Array]) -> None:
@@ -112,10 +127,9 @@ def check_finite(params: Mapping[str, np.ndarray | jax.Array]) -> None:
     """
     bad = [k for k, v in params.items() if _is_float(v) and not np.isfinite(v).all()]
     if bad:
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise CheckpointError(
-            f"{len(bad)} of {len(params)} parameters hold NaN or infinity: {', '.join(bad[:10])}"
-            f"{more}. Training that diverged leaves such a checkpoint; use an earlier one"
+            f"{len(bad)} of {len(params)} parameters hold NaN or infinity: {listed(bad)}. "
+            "Training that diverged leaves such a checkpoint; use an earlier one"
         )
 
 

@@ -6,6 +6,7 @@ beside the weights becomes an inert placeholder.
 The arrays are views of the memory-mapped file, so only what is used of them costs memory.
 """
 
+import itertools
 import math
 import mmap
 import os
@@ -13,7 +14,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,18 +68,32 @@ _WEIGHTS = ["model", "state_dict", "model_state_dict", "model_state", "module", 
 # A SAM with its optimizer has a hundredth of that; these take seconds.
 _MAX_OPCODES = 4_000_000
 _MAX_NAME = 1000
+# By strides of 0 a small file can stand for any number of elements.
+_MOST_EXPANDED, _ALWAYS_ALLOWED = 100, 256 << 20
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: what it is, what was expected, what to do."""
 
 
+def clip(name: str) -> str:
+    """A name from a file for a message: some have megabytes."""
+    return name if len(name) <= 200 else f"{name[:90]}...{name[-90:]}"
+
+
+def listed(names: Collection[str]) -> str:
+    """The first ten names, and how many more there are."""
+    first = ", ".join(map(clip, itertools.islice(names, 10)))
+    return f"{first} and {len(names) - 10} more" if len(names) > 10 else first
+
+
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads every tensor of a torch (`torch.save`, version 1.6 or later) or safetensors file.
 
-    The kind of file is told by its content, not by its name. A state dict that lies one level
-    down, under "model", "state_dict", "model_state_dict", "model_state", "module", "network" or
-    "net", is read; what lies beside it is not interpreted, whatever it is.
+    The kind of file is told by its content, not by its name. A state dict may lie one or two levels
+    down: of several that are a SAM's, one under "model", "state_dict", "model_state_dict",
+    "model_state", "module", "network" or "net" is read. What lies beside the tensors is not
+    interpreted, whatever it is.
 
     Returns:
         Name -> array, in the file's order, with the file's shapes and dtypes (float64, float32,
@@ -154,7 +169,7 @@ def _read_torch(file: BinaryIO) -> dict[str, np.ndarray]:
 
     def entry(name: str) -> memoryview:
         if name not in entries:
-            raise CheckpointError(f"the zip lacks its entry {name!r}. {_RESAVE}")
+            raise CheckpointError(f"the zip lacks its entry {clip(name)!r}. {_RESAVE}")
         return _stored_bytes(data, entries[name])
 
     if f"{root}/byteorder" in entries and entry(f"{root}/byteorder") != b"little":
@@ -167,15 +182,24 @@ def _read_torch(file: BinaryIO) -> dict[str, np.ndarray]:
             case _:
                 raise CheckpointError(f"refers to data in an unknown way. {_RESAVE}")
         if kind not in _TORCH_DTYPES:
-            return _Placeholder(kind)
-        dtype, content = _TORCH_DTYPES[kind], entry(f"{root}/data/{key}")
+            return _Placeholder(kind, "its type is not read")
+        dtype = _TORCH_DTYPES[kind]
+        try:
+            content = entry(f"{root}/data/{key}")
+        except CheckpointError as error:  # which matters for a weight only
+            return _Placeholder("a tensor", str(error))
         if len(content) != elements * dtype.itemsize:
-            raise CheckpointError(
-                f"storage {key!r} has {len(content)} bytes, but claims {elements} of {dtype}."
-            )
+            problem = f"has {len(content)} bytes, but claims {elements} of {dtype}"
+            return _Placeholder("a tensor", f"storage {clip(key)!r} {problem}")
         return _Storage(dtype, elements, content)
 
-    return _state_dict(_unpickle(bytes(entry(pickles[0])), storage))
+    tensors = _state_dict(_unpickle(bytes(entry(pickles[0])), storage))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > max(_MOST_EXPANDED * len(data), _ALWAYS_ALLOWED):
+        raise CheckpointError(
+            f"{len(data):,} bytes, which cannot be tensors of {size:,}: they repeat their storage."
+        )
+    return tensors
 
 
 def _stored_bytes(data: memoryview, info: zipfile.ZipInfo) -> memoryview:
@@ -186,7 +210,7 @@ def _stored_bytes(data: memoryview, info: zipfile.ZipInfo) -> memoryview:
         or info.flag_bits & 0x1  # encrypted
     ):
         raise CheckpointError(
-            f"the zip's entry {info.filename!r} is compressed or encrypted, and torch does "
+            f"the zip's entry {clip(info.filename)!r} is compressed or encrypted, and torch does "
             f"neither. {_RESAVE}"
         )
     # The local header may be longer than the table of contents tells: torch pads it to align data.
@@ -196,7 +220,9 @@ def _stored_bytes(data: memoryview, info: zipfile.ZipInfo) -> memoryview:
         start = info.header_offset + 30 + name_length + extra_length
         if start + info.file_size <= len(data):
             return data[start : start + info.file_size]
-    raise CheckpointError(f"the zip's entry {info.filename!r} is damaged. Fetch the file again.")
+    raise CheckpointError(
+        f"the zip's entry {clip(info.filename)!r} is damaged. Fetch the file again."
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,6 +233,7 @@ class _Placeholder:
     """
 
     name: str
+    problem: str | None = None  # of a tensor: why it is none here
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,12 +401,16 @@ def _call(name: str, arguments: tuple) -> object:
         storage, offset, size, stride = arguments[:4]
         if isinstance(storage, _Placeholder):
             return storage
-        return _tensor(_expect(storage, _Storage), offset, size, stride)
+        try:
+            return _tensor(_expect(storage, _Storage), offset, size, stride)
+        except ValueError as error:
+            return _Placeholder("a tensor", str(error))
     if name in _REBUILD_PARAMETERS and arguments:
         if isinstance(arguments[0], _Placeholder):
             return arguments[0]
         return _expect(arguments[0], np.ndarray)
-    return _Placeholder(name)
+    is_tensor = name.startswith("torch._utils._rebuild_")
+    return _Placeholder(name, "its type is not read" if is_tensor else None)
 
 
 def _tensor(storage: _Storage, offset: object, size: object, stride: object) -> np.ndarray:
@@ -397,8 +428,7 @@ def _tensor(storage: _Storage, offset: object, size: object, stride: object) -> 
         )
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     elements = math.prod(size)
-    # The second: by strides of 0 a small storage can stand for any number of elements.
-    if elements and (last >= storage.elements or elements > storage.elements):
+    if elements and last >= storage.elements:
         raise CheckpointError(
             f"a tensor of size {size}, stride {stride} and offset {offset} reaches outside its "
             f"storage of {storage.elements} elements."
@@ -414,19 +444,68 @@ def _tensor(storage: _Storage, offset: object, size: object, stride: object) -> 
 
 
 def _state_dict(root: object) -> dict[str, np.ndarray]:
-    if isinstance(root, dict):
-        root = next((root[key] for key in _WEIGHTS if isinstance(root.get(key), dict)), root)
     if not isinstance(root, dict):
         raise CheckpointError(f"expected a dict of tensors, not {_kind(root)}. {_RESAVE}")
-    for key, value in root.items():
+    found = _choose(_dicts_of_tensors(root))
+    # What is no tensor has no place in a model; which of its tensors are missing is told later.
+    tensors = {k: v for k, v in found.items() if isinstance(k, str) and _is_tensor(v)}
+    for key, value in tensors.items() or root.items():
         if not isinstance(key, str):
             raise CheckpointError(f"expected tensors by name, but a key is {_kind(key)}. {_RESAVE}")
         if not isinstance(value, np.ndarray):
+            problem = getattr(value, "problem", None)
             raise CheckpointError(
-                f"expected tensors by name, but entry {key!r} is {_kind(value)}; nothing was run. "
-                f"{_RESAVE}"
+                f"expected tensors by name, but entry {clip(key)!r} is {_kind(value)}"
+                f"{f' ({problem})' if problem else ''}; nothing was run. {_RESAVE}"
             )
-    return root
+    return tensors
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, np.ndarray) or getattr(value, "problem", None) is not None
+
+
+def _dicts_of_tensors(root: dict) -> dict[tuple[str, ...], dict]:
+    """Those of the root and of two levels below that hold a tensor, by their keys; each once."""
+    found, seen, level = {}, {id(root)}, {(): root}
+    for _ in range(3):
+        below = {}
+        for place, values in level.items():
+            for key, value in values.items():
+                if not isinstance(key, str):
+                    continue
+                if _is_tensor(value):
+                    found[place] = values
+                elif isinstance(value, dict) and id(value) not in seen:
+                    seen.add(id(value))
+                    below[(*place, key)] = value
+        level = below
+    return found
+
+
+def _choose(found: dict[tuple[str, ...], dict]) -> dict:
+    """The weights: a SAM's rather than others, under a known name rather than at the top.
+
+    Raises:
+        CheckpointError: if there are several, none of them in a known place.
+    """
+
+    def is_sam(values: dict) -> bool:
+        names = [name for name in values if isinstance(name, str)]
+        return any("_encoder." in name and "patch_embed." in name for name in names)
+
+    found = {place: values for place, values in found.items() if is_sam(values)} or found
+    known = [place for place in found if place and place[-1] in _WEIGHTS]
+    known.sort(key=lambda place: (len(place), _WEIGHTS.index(place[-1])))
+    if () in found:
+        known.append(())
+    if len(found) > 1 and not known:
+        places = [repr(".".join(place)) for place in found]
+        raise CheckpointError(
+            f"there are several dicts of tensors, under {listed(places)}. In torch, save one of "
+            f"them alone: torch.save(torch.load(path)[key], new_path)."
+        )
+    return found[known[0]] if known else next(iter(found.values()), {})
 
 
 def _expect(value: object, kind: type) -> Any:
@@ -555,13 +634,15 @@ def _read_safetensors(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
             continue
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             dtypes = " ".join(_SAFETENSORS_DTYPES)
-            raise CheckpointError(f"entry {name!r} is {entry['dtype']}; expected one of {dtypes}.")
+            raise CheckpointError(
+                f"entry {clip(name)!r} is {entry['dtype']}; expected one of {dtypes}."
+            )
         begin, end = entry["data_offsets"]
         dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
         try:
             tensors[name] = np.ndarray(entry["shape"], dtype, buffer=body[begin:end])
         except ValueError as error:
-            raise CheckpointError(f"entry {name!r}: {error}") from error
+            raise CheckpointError(f"entry {clip(name)!r}: {error}") from error
     return tensors
 
 

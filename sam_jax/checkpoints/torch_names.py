@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from sam_jax.checkpoints.params import check_tensors
-from sam_jax.checkpoints.torch_file import CheckpointError
+from sam_jax.checkpoints.torch_file import CheckpointError, clip, listed
 from sam_jax.config import (
     MaskDecoderConfig,
     PromptEncoderConfig,
@@ -342,6 +342,8 @@ def strip_prefix(tensors: Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
         CheckpointError: if some names have the SAM's prefix and others do not, or if two become
             one.
     """
+    # The counter of torch.optim.swa_utils.AveragedModel stands beside its `module.`.
+    tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] != "n_averaged"}
     plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     left_out = sorted({part for name in tensors for part in _WRAPPERS.findall(name)})
     if len(plain) < len(tensors):
@@ -356,10 +358,10 @@ def strip_prefix(tensors: Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
     others = [name for name in plain if not name.startswith(prefix)]
     if others:
         raise CheckpointError(
-            f"the names of a SAM's tensors begin with {' and '.join(map(repr, prefixes))}, but "
-            f"{len(others)} of the {len(plain)} tensors do not begin with {prefix!r}, such as "
-            f"{others[0]!r}. In torch, save the SAM alone: torch.save(model.{prefix}state_dict(), "
-            "path)"
+            f"the names of a SAM's tensors begin with {listed([repr(p) for p in prefixes])}, but "
+            f"{len(others)} of the {len(plain)} tensors do not begin with {clip(prefix)!r}, such "
+            f"as {clip(others[0])!r}. In torch, save the SAM alone, from the module that the names "
+            f"begin in: torch.save(whole.{clip(prefix)}state_dict(), path)"
         )
     plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
     return plain, [*left_out, prefix]
@@ -381,7 +383,7 @@ def detect_format(tensors: Tensors) -> Format:
         return "meta"
     if any(name.startswith("vision_encoder.patch_embed.") for name in tensors):
         return "hf"
-    some = ", ".join(sorted(tensors)[:5])
+    some = ", ".join(map(clip, sorted(tensors)[:5]))
     raise CheckpointError(
         f"these are no tensors of a SAM: {len(tensors)} tensors, such as {some or 'none at all'}; "
         "expected Meta's names (image_encoder.patch_embed...) or Hugging Face's "

@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,10 +94,11 @@ class Limits:
     visitors: int = 50  # whose images are kept, about 10 MB each
     forget: float = 3600  # seconds without a request after which a visitor's image is dropped
     recent: float = 600  # seconds within which no newcomer from the same address takes its place
-    requests: tuple[int, int] = (100, 4)  # running and waiting: in all, and of one visitor
-    uploads: tuple[int, int] = (8, 4)  # in memory: in all, and from one address
+    requests: tuple[int, ...] = (100, 16, 4)  # at work: in all, from one address, of one visitor
+    bodies: tuple[int, ...] = (128, 16)  # of these that are still coming: in all, from one address
+    uploads: tuple[int, ...] = (16, 4)  # in memory: in all, from one address
     body_seconds: float = 10  # within which a part of a body must come
-    upload_seconds: float = 120  # within which an image must
+    body_rate: int = 100_000  # bytes per second of a body, at the least, after these seconds
 
 
 @dataclass
@@ -126,7 +127,8 @@ class Demo:
         self.model, self.hosts, self.limits = model, hosts, limits
         self.visitors: dict[str, Visitor] = {}
         self._turns = _Turns()
-        self._uploads, self._requests = _Shares(*limits.uploads), _Shares(*limits.requests)
+        self._bodies, self._requests = _Shares(*limits.bodies), _Shares(*limits.requests)
+        self._uploads = _Shares(*limits.uploads)
         # Of each kind one at a time, in the order in which they come.
         self._clicks, self._images, self._finder = (ThreadPoolExecutor(1) for _ in range(3))
         routes = [
@@ -175,16 +177,26 @@ class Demo:
             return _error(403, "the request comes from another site")
         return None
 
-    @contextlib.contextmanager
-    def _visiting(self, request: Request) -> Iterator[Visitor]:
-        """The visitor who makes the request."""
+    def _visitor(self, token: str) -> Visitor:
         self._forget()
-        token = request.headers.get("x-session", "")
         if not _TOKEN.fullmatch(token) or token not in self.visitors:
             raise HTTPException(410, _GONE)
-        with self._requests.take(token):
-            self.visitors[token].used = time.monotonic()
-            yield self.visitors[token]
+        return self.visitors[token]
+
+    @contextlib.asynccontextmanager
+    async def _visiting(
+        self, request: Request, limits: dict[str, tuple[int, int]]
+    ) -> AsyncIterator[tuple[Visitor, dict[str, int]]]:
+        """The visitor who makes the request, and the request's numbers."""
+        token, address = request.headers.get("x-session", ""), request.client.host
+        self._visitor(token)
+        # What has not come yet takes no share of the work from others.
+        with self._bodies.take(address):
+            numbers = await self._numbers(request, limits)
+        with self._requests.take(address, token):
+            visitor = self._visitor(token)
+            visitor.used = time.monotonic()
+            yield visitor, numbers
 
     def _forget(self) -> None:
         oldest = time.monotonic() - self.limits.forget
@@ -195,43 +207,45 @@ class Demo:
         self.visitors.pop(token).stop.set()
 
     def _make_room(self, address: str) -> None:
-        """For another visitor: who longest did nothing goes, at the address that has the most."""
+        """For another visitor: who longest did nothing goes, at an address that has the most.
+
+        Unless it did something lately, and its address would not have more than the other's.
+        """
         if len(self.visitors) < self.limits.visitors:
             return
         count = Counter(visitor.address for visitor in self.visitors.values())
-        most = max(count, key=count.get)
-        theirs = [token for token, v in self.visitors.items() if v.address == most]
+        most = max(count.values())
+        theirs = [token for token, v in self.visitors.items() if count[v.address] == most]
         token = min(theirs, key=lambda token: self.visitors[token].used)
         idle = time.monotonic() - self.visitors[token].used
-        if count[address] == count[most] and idle < self.limits.recent:
+        if most <= count[address] + 1 and idle < self.limits.recent:
             raise HTTPException(503, _BUSY)
         self._drop(token)
 
-    async def _body(self, request: Request, kind: str, most: int, seconds: float) -> bytes:
-        """The whole body, if it has so many bytes at the most and comes within so many seconds."""
+    async def _body(self, request: Request, kind: str, most: int) -> bytes:
+        """The whole body, if it has so many bytes at the most and comes fast enough."""
         if request.headers.get("content-type") != kind:
             raise HTTPException(415, f"expected the Content-Type {kind}")
         too_large = HTTPException(413, f"expected at most {most} bytes")
         if int(request.headers.get("content-length", 0)) > most:
             raise too_large
-        body, chunks = bytearray(), request.stream()
+        limits, body, now = self.limits, bytearray(), asyncio.get_running_loop().time
+        started = now()
         try:
-            async with asyncio.timeout(seconds):
-                while True:
-                    async with asyncio.timeout(self.limits.body_seconds):
-                        chunk = await anext(chunks, None)
-                    if chunk is None:
-                        return bytes(body)
+            async with asyncio.timeout(limits.body_seconds) as end:
+                async for chunk in request.stream():
                     body += chunk
                     if len(body) > most:
                         raise too_large
+                    expected = started + len(body) / limits.body_rate
+                    end.reschedule(min(now(), expected) + limits.body_seconds)
+            return bytes(body)
         except TimeoutError as error:
             raise HTTPException(408, "the request did not come in time") from error
 
     async def _numbers(self, request: Request, limits: dict[str, tuple[int, int]]) -> dict:
         """The body: JSON with just these names, and whole numbers within the limits."""
-        most, seconds = self.limits.json_bytes, self.limits.body_seconds
-        body = await self._body(request, "application/json", most, seconds)
+        body = await self._body(request, "application/json", self.limits.json_bytes)
         try:
             numbers = read_json(body)
         except ValueError as error:
@@ -272,9 +286,8 @@ class Demo:
         self._forget()
         limits, address = self.limits, request.client.host
         token = request.headers.get("x-session", "")
-        kind = "application/octet-stream"
         with self._uploads.take(address):
-            content = await self._body(request, kind, limits.max_bytes, limits.upload_seconds)
+            content = await self._body(request, "application/octet-stream", limits.max_bytes)
             picture, url = await self._run(request, self._images, work, content)
         if token in self.visitors:
             self._drop(token)
@@ -299,8 +312,7 @@ class Demo:
             return _show(visit)
 
         async def endpoint(request: Request) -> Response:
-            with self._visiting(request) as visitor:
-                numbers = await self._numbers(request, limits)
+            async with self._visiting(request, limits) as (visitor, numbers):
                 visitor.stop.set()
                 shown = await self._run(request, self._clicks, work, visitor, numbers)
                 return JSONResponse(shown)
@@ -323,8 +335,7 @@ class Demo:
             return _encode(Image.fromarray(mask), "png")
 
         async def endpoint(request: Request) -> Response:
-            with self._visiting(request) as visitor:
-                await self._numbers(request, {})
+            async with self._visiting(request, {}) as (visitor, _):
                 shown = visitor.visit, visitor.found
                 file = await self._run(request, self._images, work, *shown)
                 return Response(file, media_type=_SAVED[kind])
@@ -334,8 +345,8 @@ class Demo:
     async def _everything(self, request: Request) -> Response:
         """Finds everything in the image, unless the visitor leaves or does something else."""
         limits = {"points_per_side": POINTS_PER_SIDE}
-        with self._visiting(request) as visitor:
-            side = (await self._numbers(request, limits))["points_per_side"]
+        async with self._visiting(request, limits) as (visitor, numbers):
+            side = numbers["points_per_side"]
             visitor.stop.set()
             visitor.stop = stop = threading.Event()
             visitor.progress, visit = (0, 0), visitor.visit
@@ -362,7 +373,7 @@ class Demo:
 
     async def _progress(self, request: Request) -> Response:
         """How many batches of everything mode are done, and how many there are."""
-        with self._visiting(request) as visitor:
+        async with self._visiting(request, {}) as (visitor, _):
             return JSONResponse(visitor.progress)
 
 
@@ -391,20 +402,27 @@ class _Turns:
 
 
 class _Shares:
-    """How much is taken of something, of which there is so much, and for each so much."""
+    """How much is taken of something, of which there is so much, and for each so much.
 
-    def __init__(self, total: int, each: int):
-        self._total, self._each, self._taken = total, each, Counter()
+    Who takes may be known by several names, such as an address and a token; for each name in turn
+    there is a limit.
+    """
+
+    def __init__(self, total: int, *each: int):
+        self._total, self._each, self._taken, self._all = total, each, Counter(), 0
 
     @contextlib.contextmanager
-    def take(self, who: str) -> Iterator[None]:
-        if self._taken.total() >= self._total or self._taken[who] >= self._each:
+    def take(self, *who: str) -> Iterator[None]:
+        limits = zip(who, self._each, strict=True)
+        if self._all >= self._total or any(self._taken[name] >= each for name, each in limits):
             raise HTTPException(503, _BUSY)
-        self._taken[who] += 1
+        self._all += 1
+        self._taken.update(who)
         try:
             yield
         finally:
-            self._taken[who] -= 1
+            self._all -= 1
+            self._taken.subtract(who)
             self._taken += Counter()  # forgets those who have none
 
 

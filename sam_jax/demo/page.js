@@ -47,10 +47,12 @@ function update(state) {
   if (state) stage.show(state);
   else session = null;
   const scores = state?.scores ?? [], marked = Boolean(state && (state.points.length || state.box));
+  // What the model predicts may be a little more than 1.
+  const texts = scores.map((score) => Math.min(score, 1).toFixed(2));
   candidates.forEach((candidate, i) => {
     candidate.disabled = i >= scores.length;
     candidate.checked = i < scores.length && i === state.chosen;
-    candidate.nextElementSibling.textContent = i < scores.length ? scores[i].toFixed(2) : "–";
+    candidate.nextElementSibling.textContent = texts[i] ?? "–";
   });
   $("next").disabled = scores.length < 2;
   $("undo").disabled = !marked;

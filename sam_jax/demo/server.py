@@ -150,6 +150,10 @@ class Connection(H11Protocol):
         if self.idle:
             self.transport.abort()
 
+    def shutdown(self) -> None:
+        """When the server stops: as if the client left, which ends what is done for it."""
+        self.transport.abort()
+
     def on_response_complete(self) -> None:  # noqa: D102
         self._timer.cancel()
         self._wait()

@@ -7,6 +7,7 @@ everything here takes and gives; nothing is changed in place and nothing is glob
 import dataclasses
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 from PIL import Image
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
 from sam_jax.image import load_image, open_image
 from sam_jax.mask_generator import SamAutomaticMaskGenerator
@@ -26,9 +28,11 @@ from sam_jax.predictor import SamPredictor
 from sam_jax.processing import SamProcessor
 from sam_jax.visualize import ALPHA, COLORS, outline
 
-# Of these the decoders read as many pixels as the head of the file says, and no more.
+# The cost of decoding these grows with the pixels that the head of the file says, and with the size
+# of the file, but for what `_check_cost` refuses.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
-PIXELS = 50_000_000  # the most that an image may have
+PIXELS = 50_000_000  # the most that an image may have, or a tile of a TIFF, which is decoded whole
+SCANS = 50  # of a JPEG, each of which goes through all pixels; progressive ones have about 10
 MARKS = 31  # the most points and boxes: more would compile again, and each keeps 256 KB
 SHOWN = 1600  # pixels along the longest side of the image that the browser gets
 
@@ -120,6 +124,7 @@ def open_picture(model: Sam, content: bytes) -> tuple[Picture, Image.Image]:
                     f"the image has {head.width} x {head.height} pixels, expected at most "
                     f"{PIXELS // 10**6} million; make it smaller first"
                 )
+            _check_cost(head, content)
     array = load_image(file)
     predictor = SamPredictor(model)
     predictor.set_image(array)
@@ -127,6 +132,33 @@ def open_picture(model: Sam, content: bytes) -> tuple[Picture, Image.Image]:
     shown = Image.fromarray(array)
     shown.thumbnail((SHOWN, SHOWN))
     return picture, shown
+
+
+def _check_cost(head: Image.Image, content: bytes) -> None:
+    """Refuses files of few pixels that take long to decode, or much memory."""
+    if head.format in ("JPEG", "MPO") and (scans := _count_scans(content)) > SCANS:
+        raise ValueError(
+            f"the JPEG has {scans} scans, expected at most {SCANS}; save the image again, as a PNG "
+            "for instance"
+        )
+    if head.format == "TIFF":
+        sides = [head.tag_v2.get(tag, 1) for tag in (TILEWIDTH, TILELENGTH)]
+        if not all(isinstance(side, int) for side in sides) or math.prod(sides) > PIXELS:
+            raise ValueError(
+                f"the TIFF has tiles of {sides[0]} x {sides[1]} pixels, expected at most "
+                f"{PIXELS // 10**6} million pixels; save the image again, as a PNG for instance"
+            )
+
+
+def _count_scans(content: bytes) -> int:
+    """How many scans a JPEG has, or the first image of an MPO."""
+    scans = position = 0
+    # The markers of segments, which begin with their length; those within a scan's data have none.
+    marker = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+    while (found := marker.search(content, position)) and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        position = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+    return scans
 
 
 def add_point(visit: Visit, x: float, y: float, label: int) -> Visit:

@@ -206,6 +206,16 @@ def test_a_config_of_something_else_beside_a_file_is_left_alone(hf, tmp_path, va
     assert load_config(tmp_path / "model.safetensors") == HF
 
 
+@pytest.mark.parametrize("content", ["[1, 2]", "{", "", "[" * 1000, " " * (2**20 + 1)])
+def test_a_config_that_is_none_beside_a_file_is_left_alone_with_a_warning(hf, tmp_path, content):
+    hf.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.warns(UserWarning, match=r"config\.json .*; the tensors' shapes tell the config"):
+        assert load_config(tmp_path / "model.safetensors") == HF
+    with pytest.raises(CheckpointError, match=r"config\.json "):
+        load_config(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
 def test_a_preprocessor_that_is_none_is_named(hf, tmp_path, name):
     hf.save_pretrained(tmp_path)

@@ -187,11 +187,58 @@ def test_a_forged_shape_is_refused_before_it_is_allocated(tmp_path, saved, confi
     for name, shape in param_shapes(forged).items():
         if shape != param_shapes(SMALL)[name]:
             key = f"{name}/zarr.json".encode()
-            store[key] = json.dumps({**json.loads(store[key]), "shape": shape}).encode()
+            set_chunks(shape)(layout := {**json.loads(store[key]), "shape": shape})
+            store[key] = json.dumps(layout).encode()
     message = r"misshapen: .*\(65536, 65536\)"
     if config_agrees:
         message = r"has [\d,]+ bytes, which cannot be the 8,[\d,]+ that it declares"
     with pytest.raises(CheckpointError, match=message):
+        orbax.load(tmp_path / "model")
+
+
+def set_chunks(shape):
+    def change(layout):
+        sharding = layout["codecs"][0]["configuration"]
+        layout["chunk_grid"]["configuration"]["chunk_shape"] = sharding["chunk_shape"] = shape
+
+    return change
+
+
+def set_inner_chunks(layout):
+    layout["codecs"][0]["configuration"]["chunk_shape"] = [1, 1]
+
+
+def set_codec(layout):
+    layout["codecs"][0]["configuration"]["codecs"][1] = {"name": "blosc", "configuration": {}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(set_chunks, ([2**40, 144], [48, 288], [True, 1], [48])),
+        set_inner_chunks,
+        set_codec,
+        lambda layout: layout.pop("codecs"),
+    ],
+)
+def test_forged_chunks_are_refused_before_they_are_allocated(tmp_path, saved, change):
+    shutil.copytree(saved, tmp_path / "model")
+    place = f"file://{tmp_path / 'model/params/state'}/"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result()
+    key = f"{KERNEL}/zarr.json".encode()
+    change(layout := json.loads(store[key]))
+    store[key] = json.dumps(layout).encode()
+    with pytest.raises(CheckpointError, match=r"chunks in .* do not fit its shape|'codecs'"):
+        orbax.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("key", ["use_ocdbt", "use_zarr3"])
+def test_arrays_in_another_place_are_refused(tmp_path, saved, key):
+    """Whose chunks nobody looked at."""
+    shutil.copytree(saved, tmp_path / "model")
+    file = tmp_path / "model/params/state/_METADATA"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: False}))
+    with pytest.raises(CheckpointError, match="expected arrays in OCDBT and zarr 3"):
         orbax.load(tmp_path / "model")
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -147,11 +148,11 @@ def test_prefixes(name, plain, left_out):
     [
         (
             ["sam.image_encoder.patch_embed.x", "head.weight"],
-            r"begin with 'sam\.', but 1 of the 2 .*'head\.weight'.*model\.sam\.state_dict",
+            r"begin with 'sam\.', but 1 of the 2 .*'head\.weight'.*whole\.sam\.state_dict",
         ),
         (
             ["student.image_encoder.patch_embed.x", "teacher.image_encoder.patch_embed.x"],
-            r"begin with 'student\.' and 'teacher\.', but 1 of the 2",
+            r"begin with 'student\.', 'teacher\.', but 1 of the 2",
         ),
         (
             ["image_encoder.patch_embed.x", "module.image_encoder.patch_embed.x"],
@@ -162,6 +163,23 @@ def test_prefixes(name, plain, left_out):
 def test_prefixes_that_are_not_common(names, message):
     with pytest.raises(CheckpointError, match=message):
         strip_prefix(dict.fromkeys(names, np.zeros(3)))
+
+
+def test_the_counter_of_an_average_is_left_out():
+    names = ["module.image_encoder.patch_embed.x", "n_averaged"]
+    plain, left_out = strip_prefix(dict.fromkeys(names, np.zeros(3)))
+    assert (list(plain), left_out) == (["image_encoder.patch_embed.x"], ["module."])
+
+
+def test_a_second_model_is_named_by_its_prefix():
+    tensors = state_dict(meta_sam(SMALL))
+    tensors |= {f"ema.{name}": tensor for name, tensor in tensors.items()}
+    tensors["z" * 10**6] = np.zeros(3, np.float32)
+    plain, _ = strip_prefix(tensors)
+    with pytest.raises(CheckpointError, match=r"2 do not") as caught:
+        from_torch(plain, SMALL, param_shapes(SMALL))
+    assert re.search(r"left over: \d+ tensors whose names begin with 'ema\.'", str(caught.value))
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("start", ["", "image_encoder.", "vision_encoder."])

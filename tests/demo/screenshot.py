@@ -15,7 +15,7 @@ from PIL import Image
 
 
 def main(output: Path = Path("demo.png")) -> None:
-    """Clicks on the astronaut twice, then on her helmet as background, and takes the image."""
+    """Clicks on the astronaut's suit and hair, then on her helmet as background."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         Image.fromarray(skimage.data.astronaut()).save(folder / "photo.png")
@@ -23,7 +23,7 @@ def main(output: Path = Path("demo.png")) -> None:
             browser.set_window_size(1200, 980)
             page = Page(browser, address, folder)
             page.drop(folder / "photo.png")
-            for place in ((0.44, 0.25), (0.3, 0.7)):
+            for place in ((0.35, 0.62), (0.45, 0.08)):
                 with page.change():
                     page.mouse(place)
             with page.change():

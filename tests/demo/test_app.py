@@ -357,7 +357,11 @@ def test_visitors_are_dropped(small, photo):
         assert [one.post("open", photo).status_code for one in many] == [200, 200, 503]
         [one.open(photo) for one in many[:1]]  # again, as a newcomer: nothing is free
         assert many[0].session is None
-        assert Visitor(site, "127.0.0.2").post("open", photo).status_code == 200
+        assert Visitor(site, "127.0.0.2").post("open", photo).status_code == 503
+        assert alone.post("undo").status_code == 200
+        assert Visitor(site, "127.0.0.3").post("open", photo).status_code == 200
+        # Each has one: those who come from yet other addresses take nobody's place.
+        assert Visitor(site, "127.0.0.4").post("open", photo).status_code == 503
         assert alone.post("undo").status_code == 200
     with launched(small, Limits(visitors=3, recent=0)) as site:
         many = [Visitor(site) for _ in range(4)]
@@ -375,7 +379,7 @@ def test_one_visitor_cannot_fill_the_queue(small, photo, monkeypatch):
         assert may.wait(20)
         return original(*arguments)
 
-    with launched(small, Limits(requests=(4, 3))) as site, ThreadPoolExecutor() as threads:
+    with launched(small, Limits(requests=(4, 4, 3))) as site, ThreadPoolExecutor() as threads:
         one, other = Visitor(site), Visitor(site)
         one.open(photo)
         other.open(photo)
@@ -390,6 +394,95 @@ def test_one_visitor_cannot_fill_the_queue(small, photo, monkeypatch):
         may.set()
         assert [one.result(20).status_code for one in waiting] == [200] * 4
         assert other.post("undo").status_code == 200
+
+
+def test_one_address_cannot_fill_the_queue(small, photo, monkeypatch):
+    """However many visitors it is, and whatever it does not send."""
+    may, original = threading.Event(), visit.answer
+
+    def slow(*arguments):
+        assert may.wait(20)
+        return original(*arguments)
+
+    limits = Limits(requests=(4, 3, 2), bodies=(8, 3))
+    with (
+        launched(small, limits) as site,
+        ThreadPoolExecutor() as threads,
+        contextlib.ExitStack() as stack,
+    ):
+        many, other = [Visitor(site) for _ in range(4)], Visitor(site, "127.0.0.2")
+        for one in (*many, other):
+            one.open(photo)
+        for one in many[:3]:
+            head = f"POST /undo HTTP/1.1\r\nHost: {site.split('/')[2]}\r\nContent-Length: 2\r\n"
+            head += f"Content-Type: application/json\r\nX-Session: {one.session}\r\n\r\n"
+            stack.enter_context(raw(site, head))
+        time.sleep(0.3)
+        assert many[3].post("undo").status_code == 503
+        assert other.post("undo").status_code == 200
+        stack.close()
+        time.sleep(0.3)
+        monkeypatch.setattr(app, "answer", slow)
+        waiting = [threads.submit(one.post, "point", CLICK) for one in many[:3]]
+        time.sleep(0.3)
+        assert many[3].post("undo").status_code == 503
+        waiting.append(threads.submit(other.post, "point", CLICK))
+        time.sleep(0.3)
+        may.set()
+        assert [one.result(20).status_code for one in waiting] == [200] * 4
+
+
+def test_slow_uploads_end(small, photo):
+    """Those that are slower than a limit, though some of it always comes; others do not."""
+    limits = Limits(body_seconds=0.5, body_rate=20_000)
+    with launched(small, limits, seconds=0.5) as site:
+
+        def trickle(content, size):
+            for i in range(0, len(content), size):
+                yield content[i : i + size]
+                time.sleep(0.1)
+
+        started = time.monotonic()
+        with contextlib.suppress(httpx.HTTPError):  # closed, while it still sends
+            assert Visitor(site).post("open", trickle(photo, 200)).status_code == 408
+        assert time.monotonic() - started < 8
+        assert Visitor(site).post("open", trickle(photo, 2500)).status_code == 200
+
+
+@pytest.mark.parametrize("work", ["everything", "image", "body"])
+def test_stopping_is_quiet(small, photo, endless, monkeypatch, caplog, work):
+    """Whatever is done meanwhile."""
+    running = threading.Event()
+
+    def slow(*_):
+        running.set()
+        time.sleep(2)
+        raise ValueError
+
+    with (
+        ThreadPoolExecutor() as threads,
+        contextlib.ExitStack() as clients,
+        contextlib.ExitStack() as server,
+    ):
+        site = server.enter_context(launched(small))
+        guest = Visitor(site)
+        guest.open(photo)
+        if work == "everything":
+            threads.submit(guest.post, "everything", {"points_per_side": 4})
+            assert endless.running.wait(20)
+        if work == "image":
+            monkeypatch.setattr(app, "open_picture", slow)
+            threads.submit(guest.post, "open", photo)
+            assert running.wait(20)
+        if work == "body":
+            head = f"POST /open HTTP/1.1\r\nHost: {site.split('/')[2]}\r\nContent-Length: 9\r\n"
+            head += "Content-Type: application/octet-stream\r\n\r\nabc"
+            clients.enter_context(raw(site, head))
+            time.sleep(0.3)
+        started = time.monotonic()
+        server.close()
+        assert time.monotonic() - started < (3 if work == "image" else 1)
+    assert not caplog.records
 
 
 def test_uploads_in_memory_are_few(small, photo):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pycocotools.mask
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from reference import SMALL, meta_sam, ours
 
 from sam_jax import SamAutomaticMaskGenerator, SamPredictor
@@ -253,6 +253,28 @@ def test_too_large(model, monkeypatch, pixels):
     monkeypatch.setattr(demo, "load_image", None)
     with pytest.raises(ValueError, match=r"has 101 x 1 pixels, expected at most|exceeds limit of"):
         demo.open_picture(model, photo)
+
+
+def test_scans_are_few(model, monkeypatch):
+    """Each goes through all pixels; what only looks like one is within a segment, or after all."""
+    noise, like_one = Image.effect_noise((64, 64), 50), b"\xff\xda" * 99
+    photo = file(noise, "jpeg", progressive=True, comment=like_one)
+    last = photo[photo.rindex(b"\xff\xda") : -2]
+    assert demo.open_picture(model, photo + like_one)[0].size == (64, 64)
+    monkeypatch.setattr(demo, "load_image", None)
+    with pytest.raises(ValueError, match=r"the JPEG has \d\d scans, expected at most 50; save"):
+        demo.open_picture(model, photo[:-2] + last * 50 + photo[-2:])
+
+
+def test_tiles_are_small(model, monkeypatch):
+    """They are decoded whole, however small the image is."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in {256: 64, 257: 64, 259: 8, 322: 20_000, 323: 20_000, 324: 8, 325: 1}.items():
+        tags[tag] = value
+    tags.save(photo := io.BytesIO())
+    monkeypatch.setattr(demo, "load_image", None)
+    with pytest.raises(ValueError, match="the TIFF has tiles of 20000 x 20000 pixels, expected"):
+        demo.open_picture(model, photo.getvalue())
 
 
 def test_no_picture(model):
