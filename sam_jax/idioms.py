@@ -3,27 +3,35 @@
 Idioms that can work do. For the others there is advice in the error; `docs/migrating.md` lists all.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 _NO_DEVICES = "leave it out: JAX computes on the GPU or TPU that is there"
 _NUMPY = "leave it out: the arrays are numpy's, which the model takes and moves itself"
 
-# By class, then by attribute.
+_DEVICES = dict.fromkeys(("to", "cuda", "cpu"), _NO_DEVICES)
+_MODULE = {  # of the model and of its three parts
+    **_DEVICES,
+    **dict.fromkeys(("half", "float", "bfloat16"), "use from_pretrained(name, dtype=jnp.bfloat16)"),
+    **dict.fromkeys(
+        ("parameters", "named_parameters"),
+        "use nnx.state(model, nnx.Param), or split_model(model, rules) of "
+        "sam_jax.training.parameters to train",
+    ),
+    "requires_grad_": "use split_model(model, rules) of sam_jax.training.parameters",
+    "zero_grad": "leave it out: jax.grad returns gradients",
+    "state_dict": "use nnx.state(model), or save_pretrained(model, folder)",
+    "load_state_dict": "use from_pretrained(path)",
+}
+_STEPS = "leave it out: processor.resize(image) and processor.normalize(image) are the steps"
+
+# By class, or by function for its arguments; then by name.
 ADVICE = {
     "Sam": {
-        **dict.fromkeys(("to", "cuda", "cpu"), _NO_DEVICES),
-        **dict.fromkeys(
-            ("half", "float", "bfloat16"), "use from_pretrained(name, dtype=jnp.bfloat16)"
-        ),
-        **dict.fromkeys(
-            ("parameters", "named_parameters"),
-            "use nnx.state(model, nnx.Param), or split_model(model, rules) of "
-            "sam_jax.training.parameters to train",
-        ),
-        "requires_grad_": "use split_model(model, rules) of sam_jax.training.parameters",
-        "zero_grad": "leave it out: jax.grad returns gradients",
-        "state_dict": "use nnx.state(model), or save_pretrained(model, folder)",
-        "load_state_dict": "use from_pretrained(path)",
+        **_MODULE,
+        **dict.fromkeys(("pixel_mean", "pixel_std"), "use model.config.pixel_mean and pixel_std"),
         "save_pretrained": "use sam_jax.save_pretrained(model, folder)",
         "from_pretrained": "use sam_jax.from_pretrained(name)",
         "forward": "call the model: model(**inputs)",
@@ -32,21 +40,47 @@ ADVICE = {
         "vision_encoder": "use image_encoder, or get_image_embeddings(pixel_values)",
         "shared_image_embedding": "use get_image_wide_positional_embeddings()",
     },
-    "ImageEncoderViT": {"img_size": "use model.config.image_size"},
-    "TinyViT": {"img_size": "use model.config.image_size"},
+    "Sam.__call__": {
+        "return_dict": "leave it out: the outputs are a named tuple",
+        **dict.fromkeys(
+            ("output_attentions", "output_hidden_states"), "leave it out: they are not kept"
+        ),
+    },
+    "ImageEncoderViT": {**_MODULE, "img_size": "use model.config.image_size"},
+    "TinyViT": {**_MODULE, "img_size": "use model.config.image_size"},
+    "MaskDecoder": _MODULE,
     "PromptEncoder": {
+        **_MODULE,
         "embed_dim": "use model.config.prompt_embed_dim",
         "image_embedding_size": "use model.config.image_embedding_size, one number",
         "input_image_size": "use model.config.image_size, one number",
     },
     "SamPredictor": {
+        **_DEVICES,
+        "from_pretrained": "use SamPredictor(from_pretrained(name))",
         "set_torch_image": "use set_image(image) with the image as it is, or set_image_embedding",
     },
+    "Transform": {
+        "apply_image_torch": "use apply_image(image), of an image [h, w, 3]",
+        "target_length": "use predictor.config.image_size",
+        "get_preprocess_shape": "use predictor.processor.input_size((height, width))",
+    },
     "SamAutomaticMaskGenerator": {
+        **_DEVICES,
+        "from_pretrained": "use SamAutomaticMaskGenerator(from_pretrained(name))",
         "predictor": "make a SamPredictor(model)",
         "postprocess_small_regions": "give min_mask_region_area to the generator",
     },
+    "SamProcessor.__call__": {
+        "padding": "leave it out: ragged prompts are padded",
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_pad"), _STEPS),
+    },
+    "SamProcessor.post_process_masks": {
+        "return_tensors": "leave it out: the masks are numpy's",
+        "pad_size": "leave it out: it is that of the model",
+    },
     "SamProcessor": {
+        "save_pretrained": "use save_pretrained(model, folder), which saves all that it needs",
         "generate_crop_boxes": "use SamAutomaticMaskGenerator(model, crop_n_layers=...)",
         "filter_masks": "use SamAutomaticMaskGenerator(model, pred_iou_thresh=...)",
         "post_process_for_mask_generation": "use SamAutomaticMaskGenerator(model)",
@@ -56,10 +90,10 @@ ADVICE = {
     "SamInputs": {"to": _NUMPY},
     "SamImageSegmentationOutput": {
         "to_tuple": "it is a tuple",
-        "keys": "use its _fields",
         "to": _NO_DEVICES,
     },
     "MaskGenerationPipeline": {
+        "device": "use pipe.model.device",
         "image_processor": "use SamProcessor(pipeline.model.config)",
     },
     "pipeline": {
@@ -77,11 +111,14 @@ ADVICE = {
             "use from_pretrained(checkpoint)",
         ),
         **dict.fromkeys(
-            ("SamModel", "SamHQModel", "AutoModel", "AutoModelForMaskGeneration"),
+            (
+                *("SamModel", "SamHQModel", "SamVisionModel", "SamHQVisionModel"),
+                *("AutoModel", "AutoModelForMaskGeneration"),
+            ),
             "use from_pretrained(name)",
         ),
         **dict.fromkeys(
-            ("AutoProcessor", "SamImageProcessor", "SamHQProcessor"),
+            ("AutoProcessor", "SamImageProcessor", "SamImageProcessorFast", "SamHQProcessor"),
             "use SamProcessor.from_pretrained(name)",
         ),
         "ResizeLongestSide": "use SamPredictor(model).transform",
@@ -93,13 +130,40 @@ ADVICE = {
 class WithAdvice:
     """A class whose unknown attributes raise `unknown_attribute`."""
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Of most classes there is no such thing.
+
+        Raises:
+            AttributeError: with what to write instead.
+        """
+        raise unknown_attribute(cls, "from_pretrained")
+
     def __getattr__(self, name: str) -> Any:
         raise unknown_attribute(self, name)
 
 
 def unknown_attribute(owner: Any, name: str) -> AttributeError:
     """The error for an attribute that is not there, with advice where it has a counterpart."""
-    kind = type(owner).__name__
+    kind = owner.__name__ if isinstance(owner, type) else type(owner).__name__
+    message = f"{kind!r} object has no attribute {name!r}{_advice(kind, name)}"
+    return AttributeError(message, name=name, obj=owner)
+
+
+def with_advice(function: Callable) -> Callable:
+    """The function, of which unknown keyword arguments raise a TypeError with advice."""
+    known, kind = inspect.signature(function).parameters, function.__qualname__
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{kind} has no argument {name!r}{_advice(kind, name)}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _advice(kind: str, name: str) -> str:
     advice = ADVICE.get(kind, {}).get(name)
-    message = f"{kind!r} object has no attribute {name!r}"
-    return AttributeError(f"{message}; {advice}" if advice else message, name=name, obj=owner)
+    return f"; {advice}" if advice else ""

@@ -290,7 +290,12 @@ class SamPredictor(WithAdvice):
             "boxes": boxes,
             "mask_input": mask_input,
         }
-        given = {name: value for name, value in given.items() if value is not None}
+        # Iterating over a JAX array would compile a slice for each shape.
+        given = {
+            name: as_numpy(value, name) if is_array(value) else value
+            for name, value in given.items()
+            if value is not None
+        }
         counts = {}
         for name, value in given.items():
             if np.ndim(value) == 0 if is_array(value) else not isinstance(value, Sequence):
@@ -313,12 +318,8 @@ class SamPredictor(WithAdvice):
 
         coords = labels = None
         if point_coords is not None:
-            # Iterating over a JAX array would compile a slice for each shape.
-            lists = [
-                as_numpy(x, "point_coords") if is_array(x) else x
-                for x in (point_coords, point_labels)
-            ]
-            checked = [check_points(c, k, "point_coords") for c, k in zip(*lists, strict=True)]
+            pairs = zip(given["point_coords"], given["point_labels"], strict=True)
+            checked = [check_points(c, k, "point_coords") for c, k in pairs]
             length = max(len(c) for c, _ in checked)
             coords = np.zeros((count, length, 2))
             labels = np.full((count, length), PADDING, np.int32)
@@ -355,7 +356,7 @@ class SamPredictor(WithAdvice):
             raise RuntimeError("no picture is set; call set_image (or set_image_embedding) first")
 
 
-class Transform:
+class Transform(WithAdvice):
     """What `segment_anything` calls `ResizeLongestSide`, on arrays of any library; gives numpy's.
 
     Sizes are (h, w) of the image.
@@ -366,7 +367,7 @@ class Transform:
 
     def apply_image(self, image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
         """The image at the size at which the model sees it."""
-        return self._processor.resize(load_image(image))
+        return self._processor.resize(image)
 
     def apply_coords(self, coords: Any, original_size: Any) -> Float[np.ndarray, "*batch 2"]:
         """(x, y) from pixels of the image to pixels of the model's input, float32."""

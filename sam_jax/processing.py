@@ -17,7 +17,7 @@ from PIL import Image
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.decoders import DecoderError
-from sam_jax.idioms import WithAdvice, unknown_attribute
+from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
 from sam_jax.image import ImageInput, load_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops.arrays import as_numpy
@@ -67,6 +67,7 @@ class SamProcessor(WithAdvice):
         """The processor for a checkpoint; arguments as of `sam_jax.from_pretrained`."""
         return cls(with_preprocessing(load_config(name_or_path), preprocessing))
 
+    @with_advice
     def __call__(
         self,
         images: ImageInput | Sequence[ImageInput],
@@ -193,8 +194,9 @@ class SamProcessor(WithAdvice):
             return image
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
-    def normalize(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "size size 3"]:
+    def normalize(self, image: ImageInput) -> Float[np.ndarray, "size size 3"]:
         """Normalises a picture that fits the model's input, then pads it."""
+        image = load_image(image)
         height, width = image.shape[:2]
         size = self.config.image_size
         if self.config.normalization == "min_max":
@@ -206,6 +208,7 @@ class SamProcessor(WithAdvice):
         pixels[:height, :width] = (image.astype(np.float32) - mean) / std
         return pixels
 
+    @with_advice
     def post_process_masks(
         self,
         masks: Any,
@@ -302,10 +305,15 @@ class SamProcessor(WithAdvice):
         Raises:
             ValueError: for other shapes and values.
         """
-        inside = to_numbers(mask, "mask")
+        inside, array = to_numbers(mask, "mask"), as_numpy(mask, "mask")
         if inside.ndim < 2 or inside.size == 0:
             raise ValueError(f"mask has shape {inside.shape}, expected (h, w) or several of them")
-        whole = as_numpy(mask, "mask").dtype.kind in "iu"
+        if array.ndim == 3 and array.shape[2] in (1, 3, 4) and array.shape[1] >= 16:
+            raise ValueError(
+                f"mask has shape {array.shape}, which looks like (h, w, channels), expected (h, w) "
+                "or several of them; use mask[..., 0]"
+            )
+        whole = array.dtype.kind in "iu"
         if whole and inside.max() == 255:
             inside = inside / 255
         if not ((inside >= 0) & (inside <= 1)).all() or (whole and (inside % 1).any()):

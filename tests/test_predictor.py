@@ -707,10 +707,30 @@ def test_arrays_of_other_libraries(predictor):
     assert masks[0].shape == (1, 3, *SIZE)
     embeddings = model.encode_image(batch["pixel_values"])
     points, labels = join_prompts(batch["input_points"], batch["input_labels"], None)
-    model.decode(torch.tensor(np.array(embeddings)), torch.tensor(points), torch.tensor(labels))
+    model.decode(
+        torch.tensor(np.array(embeddings)).to(torch.bfloat16),
+        torch.tensor(points),
+        torch.tensor(labels),
+        target_embedding=torch.zeros(1, 1, 1, SMALL.prompt_embed_dim),
+        attention_similarity=torch.zeros(1, 1, 1, 1, SMALL.image_embedding_size**2),
+    )
     SamAutomaticMaskGenerator(model, points_per_side=1).generate(image)
     assert np.array_equal(load_image(image), picture())
     overlay(image, torch.tensor(masks[0][0]))
+
+    class OnlyDLPack:
+        def __init__(self, array):
+            self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
+
+    processor = predictor.processor
+    for kind in (torch.Tensor.clone, OnlyDLPack):
+        assert np.array_equal(processor.preprocess(kind(image)), inputs.pixel_values[0])
+        assert processor.input_size(kind(torch.tensor([60, 96]))) == (60, 96)
+        size = kind(torch.tensor(SIZE))
+        found = processor.scale_coords(kind(coords.detach()), size)
+        assert np.array_equal(found, processor.scale_coords(POINTS, SIZE))
+        overlay(kind(image), kind(torch.tensor(masks[0][0])))
+        predictor.predict_batch(kind(coords.detach()[None]), kind(torch.tensor(LABELS)[None]))
     for wrong, message in (
         (torch.zeros((2, 3, 40, 50), dtype=torch.uint8), "list.*channels last"),
         (torch.zeros((3, 40, 50), dtype=torch.uint8), "channels first"),

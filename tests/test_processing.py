@@ -582,6 +582,9 @@ def test_a_mask_becomes_logits_and_back(size, resize, image_size):
         (np.array([[0, 1, 2]]), "mask holds .*of a map of labels give map == label"),
         (np.array([[-3.5, 8.2]]), "of logits logits > 0"),
         (np.zeros(4), r"shape \(4,\), expected \(h, w\)"),
+        (np.zeros((60, 90, 1)), r"looks like \(h, w, channels\).*use mask\[..., 0\]"),
+        (np.zeros((60, 90, 3), np.uint8), r"looks like \(h, w, channels\)"),
+        ([[1, 2], [3]], "expected numbers in lists of equal lengths"),
     ],
 )
 def test_what_is_not_a_mask(small, mask, message):

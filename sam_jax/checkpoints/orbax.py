@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
 from sam_jax.checkpoints.params import check_depth, check_tensors, param_shapes
-from sam_jax.checkpoints.torch_file import CheckpointError
+from sam_jax.checkpoints.torch_file import CheckpointError, clip
 from sam_jax.config import SamConfig
 from sam_jax.files import read_json, replacing
 
@@ -166,7 +165,7 @@ def _check_layout(folder: Path) -> None:
             fits = _fits(layout["shape"], layout["chunk_grid"]["configuration"])
             if not (fits and all(_codec_fits(layout["shape"], c) for c in layout["codecs"])):
                 raise ValueError(
-                    f"the chunks in {short(key.decode())} do not fit its shape, or its codecs "
+                    f"the chunks in {clip(key.decode())} do not fit its shape, or its codecs "
                     f"are not among {', '.join(sorted(_CODECS))}"
                 )
 

@@ -11,11 +11,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
+from sam_jax.idioms import WithAdvice
 from sam_jax.models.layers import LayerNorm, Linear, UpscaleConv, align, gelu, join_pixels, relu
 from sam_jax.models.two_way_transformer import TwoWayTransformer
 
 
-class MaskDecoder(nnx.Module):
+class MaskDecoder(WithAdvice, nnx.Module):
     """The two-way transformer between output tokens and image, and the heads that read it."""
 
     def __init__(self, config: SamConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from sam_jax.config import SamConfig, ViTConfig
-from sam_jax.idioms import WithAdvice, unknown_attribute
+from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
 from sam_jax.models.mask_decoder import MaskDecoder
 from sam_jax.models.prompt_encoder import PromptEncoder
 from sam_jax.models.tiny_vit import TinyViT
@@ -56,7 +56,26 @@ class SamImageSegmentationOutput(NamedTuple):
     pred_masks: Array
 
     def __getitem__(self, key):
-        return getattr(self, key) if key in self._fields else tuple.__getitem__(self, key)
+        return self._asdict()[key] if isinstance(key, str) else tuple.__getitem__(self, key)
+
+    def __contains__(self, key):
+        return isinstance(key, str) and key in self._fields
+
+    def keys(self):
+        """The names, as of a dictionary."""
+        return self._asdict().keys()
+
+    def values(self):
+        """The arrays, likewise."""
+        return self._asdict().values()
+
+    def items(self):
+        """The names with their arrays, likewise."""
+        return self._asdict().items()
+
+    def get(self, key: str, default: Any = None):
+        """The array of a name, likewise."""
+        return self._asdict().get(key, default)
 
     def __getattr__(self, name: str):
         raise unknown_attribute(self, name)
@@ -108,6 +127,11 @@ class Sam(WithAdvice, nnx.Module):
     def mask_threshold(self) -> float:
         """The logit above which a pixel belongs to a mask."""
         return self.config.mask_threshold
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the computation."""
+        return jnp.dtype(self.mask_decoder.dtype)
 
     @property
     def device(self) -> Any:
@@ -256,6 +280,7 @@ class Sam(WithAdvice, nnx.Module):
         images = image_embeddings, shared_masks, prompts
         return _map(one_image, images, images_at_once)
 
+    @with_advice
     def __call__(
         self,
         pixel_values: Any = None,

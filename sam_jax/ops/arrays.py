@@ -40,6 +40,7 @@ def as_numpy(value: Any, name: str) -> np.ndarray:
     except (TypeError, RuntimeError, BufferError) as error:
         if hasattr(value, "__dlpack__"):  # of a dtype that JAX has and numpy lacks: bfloat16
             with contextlib.suppress(Exception):
+                value = value.contiguous() if hasattr(value, "contiguous") else value
                 return jax.device_get(jnp.from_dlpack(value))
         raise TypeError(
             f"{name} is a {type(value).__module__}.{type(value).__name__} that cannot be read as "
