@@ -565,9 +565,9 @@ def _map(function: Callable, arrays: PyTree, at_once: int | None) -> PyTree:
 
 
 def _check_shape(
-    name: str, array: Any, expected: tuple[int | None, ...], hint: str = ""
+    name: str, array: Any, expected: tuple[Any, ...], hint: str = ""
 ) -> np.ndarray | Array:
-    """The array as numpy's or JAX's, if it has the shape."""
+    """The array as numpy's or JAX's, if it has the shape; None is any size."""
     array = as_array(array, name)
 
     def fits(shape):

@@ -174,11 +174,10 @@ def check_logits(masks: Any, where: str) -> None:
     Raises:
         ValueError: for binary masks, and numbers that are not finite.
     """
-    values = None
-    if isinstance(masks, np.ndarray) or (masks.size * masks.dtype.itemsize <= 2**20):
-        values = concrete(masks)
-    if values is None:
-        values = np.zeros(0)
+    values = np.zeros(0)
+    traced = isinstance(masks, jax.core.Tracer)
+    if isinstance(masks, np.ndarray) or (not traced and masks.nbytes <= 2**20):
+        values = jax.device_get(masks)
     top = values.max(initial=0)
     if masks.dtype.kind in "biu" or (top in (1, 255) and ((values == 0) | (values == top)).all()):
         raise ValueError(
