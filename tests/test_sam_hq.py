@@ -306,7 +306,7 @@ def test_everything_mode_has_the_originals_masks(original, model):
 
 def test_other_models_have_no_token_of_their_own():
     plain = dataclasses.replace(HQ, hq=False)
-    with pytest.raises(ValueError, match="hq_token_only is True, but the model is no SAM-HQ"):
+    with pytest.raises(ValueError, match="hq_token_only is True, but the model is not a SAM-HQ"):
         ours(meta_sam(plain), plain)(
             np.zeros((1, 96, 96, 3), np.float32), POINTS, LABELS, hq_token_only=True
         )

@@ -120,7 +120,7 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
     Raises:
         CheckpointError: if a part is missing or damaged, or does not fit the configuration.
     """
-    path = Path(path).absolute()
+    path = Path(os.path.abspath(path))  # without "..", which tensorstore refuses
     config = load_config(path)
     size = _size(path / PARAMS)
     try:

@@ -65,9 +65,10 @@ def files(folder):
 
 
 def test_load_gives_what_was_saved_to_the_bit(saved, params):
-    loaded, config = orbax.load(saved)
-    assert_same(loaded, params)
-    assert config == SMALL
+    for path in (saved, saved / ".." / saved.name):
+        loaded, config = orbax.load(path)
+        assert_same(loaded, params)
+        assert config == SMALL
     assert orbax.load_config(saved) == SMALL
     assert orbax.is_checkpoint(saved)
 

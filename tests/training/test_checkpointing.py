@@ -1,3 +1,4 @@
+import gc
 import resource
 import shutil
 import signal
@@ -73,8 +74,15 @@ def damage(folder, pattern, how):
         file.write_bytes(data[: len(data) // 2] if how == "half" else how)
 
 
-# After an error, Orbax's other reads find its event loop closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.fixture
+def quiet_orbax(monkeypatch):
+    """After an error, Orbax's other reads and writes find its event loop closed, and say so."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    yield
+    gc.collect()
+
+
+@pytest.mark.usefixtures("quiet_orbax")
 @pytest.mark.parametrize(
     ("pattern", "how"),
     [
@@ -137,9 +145,9 @@ def test_a_damaged_description_takes_no_state_along(tmp_path, name, content):
     assert_same(last(tmp_path), state_of(9, 1.0))
 
 
-def test_a_full_disk(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("quiet_orbax")
+def test_a_full_disk(tmp_path):
     """A limit of file sizes stands for it; what was written before is still there."""
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # of Orbax's threads
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     noise = jax.random.normal(jax.random.key(0), (400, 400))  # cannot be compressed
