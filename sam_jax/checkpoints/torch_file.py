@@ -68,6 +68,13 @@ _WEIGHTS = ["model", "state_dict", "model_state_dict", "model_state", "module", 
 # A SAM with its optimizer has a hundredth of that; these take seconds.
 _MAX_OPCODES = 4_000_000
 _MAX_NAME = 1000
+# What `torch.save` before version 1.6 begins with, as a pickle; and types whose storages are passed
+# over by their size.
+_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_OTHER_SIZES = {"torch.ComplexFloatStorage": 8, "torch.ComplexDoubleStorage": 16}
+# What genops raises for bytes that are no pickle, and pops and look-ups for an ill-formed one.
+# DeprecationWarning, where warnings are errors: genops on a name with a stray backslash.
+_PICKLE_ERRORS = ValueError, IndexError, KeyError, TypeError, OverflowError, DeprecationWarning
 # By strides of 0 a small file can stand for any number of elements.
 _MOST_EXPANDED, _ALWAYS_ALLOWED = 100, 256 << 20
 
@@ -88,7 +95,7 @@ def listed(names: Collection[str]) -> str:
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads every tensor of a torch (`torch.save`, version 1.6 or later) or safetensors file.
+    """Reads every tensor of a torch (`torch.save`, of any version) or safetensors file.
 
     The kind of file is told by its content, not by its name. A state dict may lie one or two levels
     down: of several that are a SAM's, one under "model", "state_dict", "model_state_dict",
@@ -114,6 +121,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         try:
             if head.startswith(b"PK\x03\x04"):
                 return _read_torch(file)
+            if head.startswith(b"\x80") and _MAGIC in head:
+                return _read_legacy_torch(file)
             if head[8:9] == b"{":  # the header's length in 8 bytes, then JSON
                 return _read_safetensors(path, file)
             raise CheckpointError(_what_else(head))
@@ -129,8 +138,8 @@ def _what_else(head: bytes) -> str:
         return "this is a Git LFS pointer, not the file that it stands for. Run `git lfs pull`."
     if head.startswith(b"\x80"):
         return (
-            "this is a bare pickle: a torch checkpoint from before torch 1.6, or no checkpoint. "
-            "In torch, re-save it: torch.save(torch.load(path, map_location='cpu'), new_path)."
+            f"this is a bare pickle, which torch did not write; expected {_EXPECTED}. Where it was "
+            "made, save its tensors: torch.save(model.state_dict(), path)."
         )
     if head.lstrip().startswith(b"<"):
         return (
@@ -145,6 +154,24 @@ def _map(file: BinaryIO) -> memoryview:
 
 
 # ---- torch files, reading --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Placeholder:
+    """Stands for what the pickle names, or makes by that name; it is never imported, made or run.
+
+    Compared and hashed by identity, so that no file chooses its hash.
+    """
+
+    name: str
+    problem: str | None = None  # of a tensor: why it is none here
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: np.dtype
+    elements: int
+    content: memoryview
 
 
 def _read_torch(file: BinaryIO) -> dict[str, np.ndarray]:
@@ -193,11 +220,91 @@ def _read_torch(file: BinaryIO) -> dict[str, np.ndarray]:
             return _Placeholder("a tensor", f"storage {clip(key)!r} {problem}")
         return _Storage(dtype, elements, content)
 
-    tensors = _state_dict(_unpickle(bytes(entry(pickles[0])), storage))
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    if size > max(_MOST_EXPANDED * len(data), _ALWAYS_ALLOWED):
+    return _tensors(bytes(entry(pickles[0])), storage, len(data))
+
+
+def _read_legacy_torch(file: BinaryIO) -> dict[str, np.ndarray]:
+    """The format before torch 1.6.
+
+    Five pickles (a number, a version, the machine, the object, the keys of its storages), then for
+    each key the number of its elements, in 8 bytes, and they themselves.
+    """
+    data, ends = _map(file), [0]
+    for _ in range(5):
+        ends.append(_end_of_pickle(data.obj, ends[-1]))
+    _, _, machine, tree, keys = (bytes(data[start:end]) for start, end in itertools.pairwise(ends))
+    machine = _unpickle(machine, _no_storage)
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise CheckpointError(f"written on a big-endian machine. {_RESAVE}")
+    kinds: dict[str, str] = {}
+
+    def note_kind(persistent_id: object) -> _Placeholder:
+        kind, key, _ = _legacy_storage(persistent_id)
+        kinds[key] = kind
+        return _Placeholder("a tensor")
+
+    _unpickle(tree, note_kind)
+    keys = _unpickle(keys, _no_storage)
+    if not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        raise CheckpointError("the list of its storages is damaged. Fetch the file again.")
+    contents, position = {}, ends[-1]
+    for key in keys:
+        kind = kinds.get(key)
+        size = _TORCH_DTYPES[kind].itemsize if kind in _TORCH_DTYPES else _OTHER_SIZES.get(kind)
+        if size is None:
+            raise CheckpointError(f"a storage is {kind}, whose size is not known. {_RESAVE}")
+        elements = int.from_bytes(data[position : position + 8], "little")
+        contents[key] = data[position + 8 : position + 8 + elements * size]
+        position += 8 + elements * size
+        if position > len(data):
+            raise CheckpointError("the file ends within a tensor. Fetch it again.")
+
+    def storage(persistent_id: object) -> _Storage | _Placeholder:
+        kind, key, elements = _legacy_storage(persistent_id)
+        if kind not in _TORCH_DTYPES:
+            return _Placeholder(kind, "its type is not read")
+        if key not in contents or len(contents[key]) != elements * _TORCH_DTYPES[kind].itemsize:
+            return _Placeholder("a tensor", f"storage {clip(key)!r} is not as long as it claims")
+        return _Storage(_TORCH_DTYPES[kind], elements, contents[key])
+
+    return _tensors(tree, storage, len(data))
+
+
+def _legacy_storage(persistent_id: object) -> tuple[str, str, int]:
+    match persistent_id:
+        case ("storage", _Placeholder(name=kind), str(key), str(), int(elements), None):
+            return kind, key, elements
+    raise CheckpointError(f"refers to data in an unknown way. {_RESAVE}")
+
+
+def _no_storage(_: object) -> _Placeholder:
+    raise CheckpointError(f"refers to data where there is none. {_RESAVE}")
+
+
+def _end_of_pickle(file: mmap.mmap, start: int) -> int:
+    """Where a pickle ends; of a mapped file, which allocates no more than there is."""
+    file.seek(start)
+    try:
+        for count, _ in enumerate(pickletools.genops(file)):
+            if count == _MAX_OPCODES:
+                raise CheckpointError(f"holds more than {_MAX_OPCODES:,} values. {_RESAVE}")
+    except CheckpointError:
+        raise
+    except _PICKLE_ERRORS as error:
         raise CheckpointError(
-            f"{len(data):,} bytes, which cannot be tensors of {size:,}: they repeat their storage."
+            f"the pickle is damaged ({error!r}). Fetch the file again."
+        ) from error
+    return file.tell()
+
+
+def _tensors(
+    pickled: bytes, storage: Callable[[object], _Storage | _Placeholder], file_size: int
+) -> dict[str, np.ndarray]:
+    tensors = _state_dict(_unpickle(pickled, storage))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > max(_MOST_EXPANDED * file_size, _ALWAYS_ALLOWED):
+        raise CheckpointError(
+            f"{file_size:,} bytes, which cannot be tensors of {size:,}: they repeat their storage."
         )
     return tensors
 
@@ -225,24 +332,6 @@ def _stored_bytes(data: memoryview, info: zipfile.ZipInfo) -> memoryview:
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Placeholder:
-    """Stands for what the pickle names, or makes by that name; it is never imported, made or run.
-
-    Compared and hashed by identity, so that no file chooses its hash.
-    """
-
-    name: str
-    problem: str | None = None  # of a tensor: why it is none here
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    dtype: np.dtype
-    elements: int
-    content: memoryview
-
-
 def _unpickle(pickled: bytes, storage: Callable[[object], _Storage | _Placeholder]) -> object:
     """Interprets the opcodes that Python's pickle module writes, in time linear in their number.
 
@@ -255,16 +344,7 @@ def _unpickle(pickled: bytes, storage: Callable[[object], _Storage | _Placeholde
         return _run_pickle(pickled, storage)
     except CheckpointError:
         raise
-    # What genops raises for bytes that are no pickle, and pops and look-ups for an ill-formed one.
-    # DeprecationWarning, where warnings are errors: genops on a name with a stray backslash.
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        OverflowError,
-        DeprecationWarning,
-    ) as error:
+    except _PICKLE_ERRORS as error:
         raise CheckpointError(
             f"the pickle is damaged ({error!r}). Fetch the file again."
         ) from error

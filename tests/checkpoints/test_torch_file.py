@@ -1,5 +1,6 @@
 import argparse
 import collections
+import contextlib
 import datetime
 import enum
 import functools
@@ -433,10 +434,32 @@ def test_what_a_file_is_instead(tmp_path, content, message):
     assert str(caught.value).startswith(f"{tmp_path / 'x.pth'}: ")
 
 
-def test_a_torch_file_from_before_1_6_tells_the_cure(tmp_path):
-    torch.save({"w": torch.ones(2)}, tmp_path / "x", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"before torch 1\.6.*torch\.save\(torch\.load"):
-        read_tensors(tmp_path / "x")
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_files_from_before_torch_1_6(tmp_path, protocol):
+    """Pickles and storages in a row. As torch reads them, or refused, wherever they are damaged."""
+    tensors = {"a": torch.randn(3, 4), "b": torch.randn(9).bfloat16(), "c": torch.arange(7)}
+    tensors["view"] = tensors["a"].t()
+    beside = {"epoch": 3, "steps": collections.Counter({3: 1}), "z": torch.zeros(3).cfloat()}
+    path, old = tmp_path / "x", {"_use_new_zipfile_serialization": False}
+    torch.save({"model": tensors, **beside}, path, pickle_protocol=protocol, **old)
+    found, expected = read_tensors(path), torch.load(path, weights_only=False)["model"]
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert str(found[name].dtype) == str(tensor.dtype).removeprefix("torch.")
+        assert np.array_equal(found[name].astype(np.float64), tensor.double().numpy())
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    with pytest.raises(CheckpointError, match=r"ends within a tensor\. Fetch it again"):
+        read_tensors(write_bytes(path, content[:-1]))
+    for position in rng.integers(0, len(content), 500):
+        damaged = bytearray(content)
+        damaged[position] = rng.integers(256)
+        with contextlib.suppress(CheckpointError):
+            read_tensors(write_bytes(path, damaged))
+
+
+def write_bytes(path, content):
+    path.write_bytes(content)
+    return path
 
 
 @pytest.mark.parametrize("write", [write_torch, write_safetensors])
