@@ -6,6 +6,7 @@ beside the weights becomes an inert placeholder.
 The arrays are views of the memory-mapped file, so only what is used of them costs memory.
 """
 
+import contextlib
 import itertools
 import math
 import mmap
@@ -14,7 +15,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -284,16 +285,9 @@ def _no_storage(_: object) -> _Placeholder:
 def _end_of_pickle(file: mmap.mmap, start: int) -> int:
     """Where a pickle ends; of a mapped file, which allocates no more than there is."""
     file.seek(start)
-    try:
-        for count, _ in enumerate(pickletools.genops(file)):
-            if count == _MAX_OPCODES:
-                raise CheckpointError(f"holds more than {_MAX_OPCODES:,} values. {_RESAVE}")
-    except CheckpointError:
-        raise
-    except _PICKLE_ERRORS as error:
-        raise CheckpointError(
-            f"the pickle is damaged ({error!r}). Fetch the file again."
-        ) from error
+    with _reading_pickle():
+        for _ in _opcodes(file):
+            pass
     return file.tell()
 
 
@@ -340,14 +334,29 @@ def _unpickle(pickled: bytes, storage: Callable[[object], _Storage | _Placeholde
     opcode. Here names are data, only what makes a tensor is called (`_call`), attributes are
     dropped, and the rest becomes placeholders.
     """
-    try:
+    with _reading_pickle():
         return _run_pickle(pickled, storage)
+
+
+@contextlib.contextmanager
+def _reading_pickle() -> Iterator[None]:
+    """Says that the pickle is damaged, whatever is raised by what it does."""
+    try:
+        yield
     except CheckpointError:
         raise
     except _PICKLE_ERRORS as error:
         raise CheckpointError(
             f"the pickle is damaged ({error!r}). Fetch the file again."
         ) from error
+
+
+def _opcodes(pickled: bytes | mmap.mmap) -> Iterator[tuple]:
+    """Those of `pickletools.genops`, of which there may be so many."""
+    for count, opcode in enumerate(pickletools.genops(pickled)):
+        if count == _MAX_OPCODES:
+            raise CheckpointError(f"holds more than {_MAX_OPCODES:,} values. {_RESAVE}")
+        yield opcode
 
 
 def _run_pickle(pickled: bytes, storage: Callable[[object], _Storage | _Placeholder]) -> object:
@@ -386,9 +395,7 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], _Storage | _Placehol
             raise ValueError(f"a name has {len(name)} characters")
         stack.append(_Placeholder(name))
 
-    for count, (opcode, argument, position) in enumerate(pickletools.genops(pickled)):
-        if count == _MAX_OPCODES:
-            raise CheckpointError(f"holds more than {_MAX_OPCODES:,} values. {_RESAVE}")
+    for opcode, argument, position in _opcodes(pickled):
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
