@@ -26,7 +26,7 @@ from PIL import Image
 from sam_jax.config import SamConfig
 from sam_jax.files import read_json
 from sam_jax.image import read_stored, turn
-from sam_jax.ops.masks import check_rle, mask_to_box, rle_area, rle_decode, rle_uncompress
+from sam_jax.ops.masks import check_rle, mask_to_box, rle_decode, rle_uncompress
 from sam_jax.ops.prompts import pad_axis
 from sam_jax.processing import SamProcessor
 
@@ -115,7 +115,7 @@ class _AnnotatedImages:
                 name = f"image {_label(image_id)}: {_annotation_name(annotation_id, number)}"
                 problems.append(f"{name}: its segmentation cannot be read: {error}")
         _report(problems, f"{path} has bad annotations", self.bad_annotations)
-        return {"image": image, "masks": RunLengths([rle for rle in rles if rle_area(rle)], size)}
+        return {"image": image, "masks": RunLengths(rles, size)}
 
     def _pixels(self, image_id: Any, path: Path, size: tuple[int, int]) -> np.ndarray:
         """The image that is annotated, turned or as stored."""
@@ -146,7 +146,7 @@ class _AnnotatedImages:
 class CocoInstances(_AnnotatedImages):
     """The images of a COCO instance file that have objects.
 
-    Polygons and run lengths, compressed or not. Crowds and masks without a pixel are left out.
+    Polygons and run lengths, compressed or not. Crowds are left out.
 
     Masks are of the pixels as an image file stores them, as in pycocotools: an EXIF orientation is
     not applied, and you are warned once if it might have to be. If the file's `info` has

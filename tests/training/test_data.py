@@ -93,8 +93,9 @@ def test_coco_is_read_as_pycocotools_does(coco):
     np.testing.assert_array_equal(example["masks"], np.array(expected, bool))
     np.testing.assert_array_equal(example["masks"][1], rectangle(*RECTANGLES[1]))
     assert [source.image_id(i) for i in range(3)] == [10, 11, 12]
-    # A crowd is none of its objects, nor what has no area.
-    assert source[1]["masks"].shape == (0, H, W)
+    # A crowd is not an object. A mask without a pixel is one, and is counted as too small.
+    assert source[1]["masks"].shape == (1, H, W) and not np.any(source[1]["masks"])
+    assert prepared(source[1])["dropped"] == 1
     assert source[2]["masks"].shape == (2, H, W)
 
 
@@ -290,7 +291,7 @@ def as_float(entry, *names):
     ],
 )
 def test_whole_numbers_are_taken_and_what_is_not_used_is_not_looked_at(coco, edit):
-    expected = [3, 0, 2]
+    expected = [3, 1, 2]
     change(coco, edit)
     assert list(counts_of(CocoInstances(coco / "coco.json", coco)).values()) == expected
 
@@ -426,9 +427,9 @@ def test_values_of_another_type_are_named_and_refused_or_left_out(coco, edit, me
         found = counts_of(CocoInstances(coco / "coco.json", coco, "skip"))
     assert message in str(warned[0].message)
     if "annotation" in message:
-        assert found == {10: 2, 11: 0, 12: 2}
+        assert found == {10: 2, 11: 1, 12: 2}
     else:  # whose annotations are left out with it
-        assert found == {11: 0, 12: 2}
+        assert found == {11: 1, 12: 2}
 
 
 def test_long_lists_are_cut(coco):
