@@ -19,8 +19,8 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
 from sam_jax import from_pretrained
+from sam_jax.checkpoints.names import Format, to_torch
 from sam_jax.checkpoints.params import build_model, flat_params, param_shapes
-from sam_jax.checkpoints.torch_names import Format, to_torch
 from sam_jax.config import vit_b, vit_h, vit_l
 from sam_jax.models.sam import Sam
 from sam_jax.ops import attention

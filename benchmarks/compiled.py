@@ -31,11 +31,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.common import VITS, check_at_least_one
-from sam_jax.mask_generator import _Frame, _measure, _padded_size, _Points, _points_at_once
+from sam_jax.automatic.device import Frame, Points, measure, points_at_once, size_to_pad_to
 from sam_jax.models.sam import Sam, decode, encode_image
 from sam_jax.ops import attention
-from sam_jax.ops.masks import full_size
-from sam_jax.training.parameters import EVERYTHING, adamw, split_model
+from sam_jax.ops.mask_statistics import full_size
+from sam_jax.training.rules import EVERYTHING, adamw, split_model
 from sam_jax.training.step import Recipe, init_state, train_step
 
 PACKAGES = (
@@ -134,19 +134,19 @@ def decoder(mesh: Mesh, model: Sam, batch: int):
 
 def everything(mesh: Mesh, model: Sam, batch: int):
     """A batch of points of everything-mode, measured at the size of a photo of 12 megapixels."""
-    at_once = _points_at_once(PROMPTS, "gpu")
+    at_once = points_at_once(PROMPTS, "gpu")
     size, input_size = (3000, 4000), (768, 1024)
-    frame = _Frame(
-        full_size(256, 1024, input_size, size, _padded_size(max(size)), at_once.tile),
+    frame = Frame(
+        full_size(256, 1024, input_size, size, size_to_pad_to(max(size)), at_once.tile),
         np.zeros(3, np.float32),
     )
-    points = _Points(
+    points = Points(
         np.zeros((PROMPTS, 2), np.float32), np.zeros(PROMPTS, np.int32), np.array(PROMPTS, np.int32)
     )
     embedding = shape(1, 64, 64, 256, dtype=jnp.bfloat16)
     frame, points = jax.tree.map(lambda x: shape(1, *x.shape, dtype=x.dtype), (frame, points))
     arguments = *nnx.split(model), embedding, frame, points
-    return compiled(mesh, _measure, *arguments, mesh=mesh, at_once=at_once)
+    return compiled(mesh, measure, *arguments, mesh=mesh, at_once=at_once)
 
 
 PARTS = {"encoder": encoder, "training": training, "decoder": decoder, "everything": everything}

@@ -30,23 +30,21 @@ from PIL import Image
 from pycocotools.mask import frPyObjects
 
 from benchmarks.common import RANDOM_ENCODER, VITS, in_pytorch, model_of, photos
-from sam_jax.mask_generator import SamAutomaticMaskGenerator
+from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 from sam_jax.models.layers import split_keys
 from sam_jax.models.sam import Sam, decode, encode_image
 from sam_jax.ops.attention import rel_pos_attention
 from sam_jax.ops.prompts import join_prompts
 from sam_jax.predictor import SamPredictor
-from sam_jax.training.parameters import EVERYTHING, adamw, split_model
-from sam_jax.training.rounds import _first_prompt
+from sam_jax.training.interactive import _first_prompt
+from sam_jax.training.rules import EVERYTHING, adamw, split_model
 from sam_jax.training.step import Recipe, compile_step, init_state
 
-sys.path.extend(
-    str(Path(__file__).parents[1] / folder) for folder in ("convert", "tests", "tests/training")
-)
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("convert", "tests/helpers"))
 ALONE = ""  # or why ours is
 try:
     import torch
-    from test_losses import torch_loss
+    from torch_losses import torch_loss
     from torch_reference import hf_mask_generation, import_reference
 
     for package in ("segment_anything", "mobile_sam"):

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from sam_jax.checkpoints.names import to_torch
 from sam_jax.checkpoints.params import param_shapes
-from sam_jax.checkpoints.torch_file import read_tensors, write_torch
-from sam_jax.checkpoints.torch_names import to_torch
+from sam_jax.checkpoints.tensor_files import read_tensors
+from sam_jax.checkpoints.torch_write import write_torch
 from sam_jax.config import vit_h
 
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 from browser import Page, open_browser, running_demo
 from visitor import Visitor
 

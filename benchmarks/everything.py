@@ -34,7 +34,7 @@ from benchmarks.common import (
     photos,
     timed,
 )
-from sam_jax.mask_generator import SamAutomaticMaskGenerator
+from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 
 sys.path.append(str(Path(__file__).parents[1] / "convert"))
 import torch_reference

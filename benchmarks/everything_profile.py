@@ -23,11 +23,11 @@ from flax import nnx
 
 from benchmarks.common import timed
 from sam_jax import SamAutomaticMaskGenerator, SamProcessor, from_pretrained
-from sam_jax.mask_generator import _attend, _points_at_once
+from sam_jax.automatic.device import _attend, points_at_once
 from sam_jax.models.mask_decoder import output_slice
 from sam_jax.models.sam import encode_image
 from sam_jax.ops.boxes import build_point_grid
-from sam_jax.ops.masks import full_size, mask_statistics
+from sam_jax.ops.mask_statistics import full_size, mask_statistics
 
 POINTS, REPEAT = 64, 5
 
@@ -53,7 +53,7 @@ def main() -> None:
     graphdef, params = nnx.split(model)
     pixels = processor.preprocess(photo)[None]
     embedding = encode_image(graphdef, params, pixels)[0]
-    at_once, _, _, tile = _points_at_once(64, "cpu")
+    at_once, _, _, tile = points_at_once(64, "cpu")
     grid = build_point_grid(int(POINTS**0.5)) * np.array(photo.shape[1::-1])
     coords = processor.scale_coords(grid, photo.shape[:2])
 

@@ -36,7 +36,7 @@ def measure(dtype: str, remat: bool) -> dict:
     from benchmarks.convert_memory import read_status
     from sam_jax.config import vit_b
     from sam_jax.models.sam import Sam
-    from sam_jax.training.parameters import EVERYTHING, adamw, split_model
+    from sam_jax.training.rules import EVERYTHING, adamw, split_model
     from sam_jax.training.step import Recipe, compile_step, init_state
 
     model = Sam(vit_b(), dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))

@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 
 from sam_jax.checkpoints import load_params, write_checkpoint
-from sam_jax.checkpoints.torch_names import Format
+from sam_jax.checkpoints.names import Format
 
 
 @dataclasses.dataclass

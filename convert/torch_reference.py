@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from PIL import Image
 
-from sam_jax.config import SamConfig, ViTConfig, to_hf
+from sam_jax.checkpoints.hf_config import to_hf
+from sam_jax.config import SamConfig, ViTConfig
 
 
 def _resize(image, size):

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 import tyro
 
-from sam_jax.checkpoints import from_pretrained, load_params, orbax, read_state_dict
-from sam_jax.checkpoints.sources import locate
-from sam_jax.checkpoints.torch_names import detect_format, infer_config
+from sam_jax.checkpoints import from_pretrained, load_params, native, read_state_dict
+from sam_jax.checkpoints.download import locate
+from sam_jax.checkpoints.infer_config import infer_config
+from sam_jax.checkpoints.names import detect_format
 from sam_jax.config import Preprocessing, SamConfig, TinyViTConfig, with_preprocessing
 
 
@@ -45,7 +46,7 @@ def main(args: Args) -> None:
         check_verifiable(args.checkpoint)
     params, config = load_params(args.checkpoint)
     config = with_preprocessing(config, args.preprocessing)
-    orbax.save(args.output, params, config, args.dtype)
+    native.save(args.output, params, config, args.dtype)
     count = sum(v.size for v in params.values())
     print(f"{args.output}: {len(params)} arrays, {count:,} numbers")
     if args.verify:
@@ -54,7 +55,7 @@ def main(args: Args) -> None:
 
 def check_verifiable(checkpoint: str) -> None:
     """Raises ValueError, before anything is written, if there is nothing to compare with."""
-    if orbax.is_checkpoint(locate(checkpoint)):
+    if native.is_checkpoint(locate(checkpoint)):
         raise ValueError(
             f"--verify compares with PyTorch's model, but {checkpoint} is a folder of sam_jax "
             "already; give the PyTorch checkpoint, or leave --verify out"

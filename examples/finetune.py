@@ -32,23 +32,16 @@ from tqdm import tqdm
 from sam_jax import from_pretrained, save_pretrained
 from sam_jax.checkpoints.params import digest, flat_params
 from sam_jax.config import SamConfig
-from sam_jax.files import lock_folder, read_json, write_json
-from sam_jax.folder import keep_settings
+from sam_jax.evaluation.clicks import draw_clicks, evaluate
+from sam_jax.files import keep_settings, lock_folder, read_json, write_json
 from sam_jax.training import checkpointing, sharding
-from sam_jax.training.data import (
-    BadAnnotations,
-    Prepare,
-    batches,
-    check_objects,
-    fingerprint,
-    open_source,
-    too_small,
-)
+from sam_jax.training.datasets import BadAnnotations, fingerprint, open_source
 from sam_jax.training.embeddings import CachedEmbeddings
-from sam_jax.training.evaluate import draw_clicks, evaluate
+from sam_jax.training.loader import batches, check_objects
 from sam_jax.training.lora import add_lora, merge_lora, save_lora
-from sam_jax.training.parameters import TABLES, Optimizer, layer_decay, split_model, updates_made
+from sam_jax.training.rules import TABLES, Optimizer, layer_decay, split_model, updates_made
 from sam_jax.training.step import Recipe, check_recipe, compile_step, init_state
+from sam_jax.training.transform import Prepare, too_small
 
 try:
     import grain  # noqa: F401

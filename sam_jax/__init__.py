@@ -10,13 +10,13 @@ Where to read on: `models/sam.py` for the model (and its functional way in, for 
 `ops/` for the maths, `checkpoints/torch_names.py` for what each weight is called elsewhere.
 """
 
+from sam_jax.automatic.generator import SamAutomaticMaskGenerator
+from sam_jax.automatic.hf_pipeline import pipeline
 from sam_jax.checkpoints import CheckpointError, from_pretrained, save_pretrained
 from sam_jax.config import SamConfig
 from sam_jax.idioms import ADVICE
 from sam_jax.image import load_image
-from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.models.sam import Sam
-from sam_jax.pipeline import pipeline
 from sam_jax.predictor import SamPredictor
 from sam_jax.processing import SamProcessor
 

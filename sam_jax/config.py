@@ -11,9 +11,12 @@ from typing import Any, Literal, get_args, get_origin
 
 Preprocessing = Literal["medsam"]
 
+
 # The largest number, and the most layers or outputs, that a configuration may have: more than any
 # model's, and few enough for one from a forged file to be compared with the tensors in seconds.
-_MOST, _MOST_LAYERS = 65_536, 128
+MAX_SIZE, _MOST_LAYERS = 65_536, 128
+
+
 _LAYERS = ("depth", "depths", "transformer_depth", "iou_head_depth", "num_multimask_outputs")
 
 
@@ -25,8 +28,8 @@ def _check_types(config: Any) -> None:
     """
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        most = _MOST_LAYERS if f.name in _LAYERS else _MOST
-        if not _fits(value, f.type, most=most):
+        most = _MOST_LAYERS if f.name in _LAYERS else MAX_SIZE
+        if not fits(value, f.type, most=most):
             kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
             limit = f" up to {most}" if "int" in kind or "float" in kind else ""
             raise ValueError(
@@ -34,16 +37,17 @@ def _check_types(config: Any) -> None:
             )
 
 
-def _fits(value: Any, hint: Any, least: int = 1, most: int = _MOST) -> bool:
+def fits(value: Any, hint: Any, least: int = 1, most: int = MAX_SIZE) -> bool:
+    """Whether a value is of the type, and not too large."""
     if hint is int:
         return type(value) is int and least <= value <= most
     if hint is float:
         return type(value) in (int, float) and abs(value) <= most  # which NaN is not
     if get_origin(hint) is tuple:
         kind = get_args(hint)[0]
-        return isinstance(value, tuple) and all(_fits(v, kind, 0, most) for v in value)
+        return isinstance(value, tuple) and all(fits(v, kind, 0, most) for v in value)
     if get_origin(hint) is UnionType:
-        return any(_fits(value, kind, least, most) for kind in get_args(hint))
+        return any(fits(value, kind, least, most) for kind in get_args(hint))
     return isinstance(value, hint)
 
 
@@ -129,11 +133,11 @@ class TinyViTConfig:
                     f"multiples of the heads, which {dim} is not of {heads}"
                 )
         ratios = self.mlp_ratio, self.mbconv_expand_ratio
-        if min(ratios) * min(self.embed_dims) < 1 or max(ratios) * max(self.embed_dims) > _MOST:
+        if min(ratios) * min(self.embed_dims) < 1 or max(ratios) * max(self.embed_dims) > MAX_SIZE:
             raise ValueError(
                 f"mlp_ratio is {self.mlp_ratio} and mbconv_expand_ratio is "
                 f"{self.mbconv_expand_ratio}, expected ratios that leave a channel of "
-                f"{min(self.embed_dims)} and make at most {_MOST} of {max(self.embed_dims)}"
+                f"{min(self.embed_dims)} and make at most {MAX_SIZE} of {max(self.embed_dims)}"
             )
 
     @property
@@ -274,7 +278,7 @@ class SamConfig:
         Raises:
             ValueError: for a key that this version does not know, or a value that no model has.
         """
-        _check_mapping(values, "config")
+        check_mapping(values, "config")
         values = {k: v for k, v in values.items() if k != "model_type"}
         kind = values.pop("image_encoder_type", None)
         if not isinstance(kind, str) or kind not in _ENCODERS:
@@ -295,13 +299,14 @@ class SamConfig:
 _ENCODERS = {"vit": ViTConfig, "tiny_vit": TinyViTConfig}
 
 
-def _check_mapping(values: Any, where: str) -> None:
+def check_mapping(values: Any, where: str) -> None:
+    """Raises ValueError for anything but a mapping."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} is {short(values)}, expected names and values")
 
 
 def _build(cls, values: Any, where: str):
-    _check_mapping(values, where)
+    check_mapping(values, where)
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known, key=short):
         raise ValueError(f"{where} has unknown keys {short(unknown)}; known: {sorted(known)}")
@@ -368,220 +373,3 @@ def with_preprocessing(config: SamConfig, name: Preprocessing | None) -> SamConf
     if name not in get_args(Preprocessing):
         raise ValueError(f"preprocessing is {name!r}, expected 'medsam' or None")
     return dataclasses.replace(config, resize="square", normalization="min_max")
-
-
-def from_hf(values: Any, preprocessor: Any = None) -> SamConfig:
-    """The configuration that a Hugging Face `SamConfig` (its `config.json`) describes.
-
-    Args:
-        values: of `config.json`. What it leaves out takes the defaults of `transformers` (SlimSAM's
-            names little more than `mlp_dim`).
-        preprocessor: of `preprocessor_config.json`, or what `processor_config.json` has under
-            "image_processor", for the mean and deviation of pixels.
-
-    Raises:
-        ValueError: if it describes another kind of model, or something that SAM does not have.
-    """
-    _check_mapping(values, "config.json")
-    model_type = values.get("model_type", "sam")
-    if model_type not in ("sam", "sam_hq"):
-        raise ValueError(
-            f"config.json describes a {short(model_type)} model, expected model_type 'sam' or "
-            "'sam_hq'"
-        )
-    names = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
-    vision, prompt, decoder = parts = [values.get(name) or {} for name in names]
-    for name, part in zip(names, parts, strict=True):
-        _check_mapping(part, f"{name} of config.json")
-
-    embed_dim = vision.get("hidden_size", 768)
-    depth = vision.get("num_hidden_layers", 12)
-    image_size = vision.get("image_size", 1024)
-    patch_size = vision.get("patch_size", 16)
-    out_chans = vision.get("output_channels", 256)
-    mlp_ratio = vision.get("mlp_ratio", 4.0)
-    indexes = vision.get("global_attn_indexes", (2, 5, 8, 11))
-    indexes = tuple(indexes) if isinstance(indexes, list) else indexes
-    # What is computed with below.
-    for name, value, hint, kind in (
-        ("hidden_size", embed_dim, int, "one positive integer"),
-        ("num_hidden_layers", depth, int, "one positive integer"),
-        ("image_size", image_size, int, "one positive integer"),
-        ("patch_size", patch_size, int, "one positive integer"),
-        ("output_channels", out_chans, int, "one positive integer"),
-        ("mlp_ratio", mlp_ratio, float, "one number"),
-        ("global_attn_indexes", indexes, tuple[int, ...], "a list of indices"),
-    ):
-        if not _fits(value, hint):
-            raise ValueError(
-                f"vision_config.{name} is {short(value)}, expected {kind}, up to {_MOST}"
-            )
-    expected = {
-        "vision_config.hidden_act": (vision.get("hidden_act", "gelu"), "gelu"),
-        "vision_config.num_channels": (vision.get("num_channels", 3), 3),
-        "vision_config.num_pos_feats": (vision.get("num_pos_feats", 128), out_chans // 2),
-        "prompt_encoder_config.hidden_act": (prompt.get("hidden_act", "gelu"), "gelu"),
-        "prompt_encoder_config.hidden_size": (prompt.get("hidden_size", 256), out_chans),
-        "prompt_encoder_config.image_size": (prompt.get("image_size", 1024), image_size),
-        "prompt_encoder_config.patch_size": (prompt.get("patch_size", 16), patch_size),
-        "prompt_encoder_config.num_point_embeddings": (prompt.get("num_point_embeddings", 4), 4),
-        "mask_decoder_config.hidden_act": (decoder.get("hidden_act", "relu"), "relu"),
-        "mask_decoder_config.hidden_size": (decoder.get("hidden_size", 256), out_chans),
-    }
-    if model_type == "sam_hq":
-        expected["mask_decoder_config.vit_dim"] = decoder.get("vit_dim", 768), embed_dim
-    wrong = [
-        f"{name} is {short(got)}, not {want!r}"
-        for name, (got, want) in expected.items()
-        if got != want
-    ]
-    if wrong:
-        raise ValueError("this SamConfig cannot be represented: " + "; ".join(wrong))
-
-    mlp_dim = vision.get("mlp_dim")
-    mean, std = _pixel_statistics(preprocessor or {}, image_size)
-    return SamConfig(
-        image_encoder=ViTConfig(
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=vision.get("num_attention_heads", 12),
-            mlp_dim=int(embed_dim * mlp_ratio) if mlp_dim is None else mlp_dim,
-            # The default has indices beyond few layers, of which transformers takes no notice.
-            global_attn_indexes=tuple(i for i in indexes if i < depth),
-            patch_size=patch_size,
-            window_size=vision.get("window_size", 14),
-            qkv_bias=vision.get("qkv_bias", True),
-            use_abs_pos=vision.get("use_abs_pos", True),
-            use_rel_pos=vision.get("use_rel_pos", True),
-            layer_norm_eps=vision.get("layer_norm_eps", 1e-6),
-        ),
-        prompt_encoder=PromptEncoderConfig(
-            mask_in_chans=prompt.get("mask_input_channels", 16),
-            layer_norm_eps=prompt.get("layer_norm_eps", 1e-6),
-        ),
-        mask_decoder=MaskDecoderConfig(
-            transformer_depth=decoder.get("num_hidden_layers", 2),
-            num_heads=decoder.get("num_attention_heads", 8),
-            mlp_dim=decoder.get("mlp_dim", 2048),
-            attention_downsample_rate=decoder.get("attention_downsample_rate", 2),
-            num_multimask_outputs=decoder.get("num_multimask_outputs", 3),
-            iou_head_depth=decoder.get("iou_head_depth", 3),
-            iou_head_hidden_dim=decoder.get("iou_head_hidden_dim", 256),
-            layer_norm_eps=decoder.get("layer_norm_eps", 1e-6),
-        ),
-        image_size=image_size,
-        prompt_embed_dim=out_chans,
-        pixel_mean=mean,
-        pixel_std=std,
-        hq=model_type == "sam_hq",
-    )
-
-
-def _pixel_statistics(preprocessor: Any, image_size: int) -> tuple[tuple, tuple]:
-    """Mean and deviation of pixels from 0 to 255 that a `preprocessor_config.json` stands for."""
-    _check_mapping(preprocessor, "the image processor's configuration")
-    expected = {
-        "size": {"longest_edge": image_size},
-        "do_resize": True,
-        "resample": 2,  # PIL's bilinear
-        "do_pad": True,
-    }
-    for name, value in expected.items():
-        if preprocessor.get(name, value) != value:
-            raise ValueError(
-                f"the image processor has {name} {short(preprocessor[name])}, expected {value!r}"
-            )
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if preprocessor.get("do_normalize", True):
-        mean = preprocessor.get("image_mean", (0.485, 0.456, 0.406))
-        std = preprocessor.get("image_std", (0.229, 0.224, 0.225))
-    scale = 1.0
-    if preprocessor.get("do_rescale", True):
-        scale = preprocessor.get("rescale_factor", 1 / 255)
-    for name, values in (("image_mean", mean), ("image_std", std), ("rescale_factor", [scale])):
-        numbers = tuple(values) if isinstance(values, list) else values
-        if not _fits(numbers, tuple[float, ...]):
-            raise ValueError(f"the image processor has {name} {short(values)}, expected numbers")
-    if scale <= 0:
-        raise ValueError(f"the image processor has rescale_factor {scale}, expected more than 0")
-    return tuple(round(m / scale, 6) for m in mean), tuple(round(s / scale, 6) for s in std)
-
-
-def to_hf_preprocessor(config: SamConfig) -> dict[str, Any]:
-    """The Hugging Face `preprocessor_config.json` of a model."""
-    return {
-        "image_processor_type": "SamImageProcessor",
-        "image_mean": [m / 255 for m in config.pixel_mean],
-        "image_std": [s / 255 for s in config.pixel_std],
-        "rescale_factor": 1 / 255,
-        "size": {"longest_edge": config.image_size},
-        "pad_size": {"height": config.image_size, "width": config.image_size},
-        "mask_size": {"longest_edge": config.mask_size},
-        "mask_pad_size": {"height": config.mask_size, "width": config.mask_size},
-    }
-
-
-def to_hf(config: SamConfig) -> dict[str, Any]:
-    """The Hugging Face `config.json` of a SAM with a ViT encoder; `from_hf` is the inverse.
-
-    Raises:
-        ValueError: for a TinyViT, which `transformers` has no class for, and for a threshold of
-            masks other than 0 or pictures prepared in another way than SAM's, which it has no place
-            for.
-    """
-    if (config.resize, config.normalization) != ("longest_side", "statistics"):
-        raise ValueError(
-            f"resize is {config.resize!r} and normalization is {config.normalization!r}, but "
-            "Hugging Face's configuration has no place for them: its models resize the longest "
-            "side and normalise by mean and deviation"
-        )
-    if config.mask_threshold != 0:
-        raise ValueError(
-            f"mask_threshold is {config.mask_threshold}, but Hugging Face's configuration has no "
-            "place for it: its models have 0"
-        )
-    encoder, prompt, decoder = config.image_encoder, config.prompt_encoder, config.mask_decoder
-    if not isinstance(encoder, ViTConfig):
-        raise ValueError(
-            "Hugging Face's SamModel has no TinyViT encoder; write the Meta format instead"
-        )
-    sizes = {"image_size": config.image_size, "patch_size": encoder.patch_size}
-    values = {
-        "model_type": "sam_hq" if config.hq else "sam",
-        "architectures": ["SamHQModel" if config.hq else "SamModel"],
-        "vision_config": {
-            **sizes,
-            "hidden_size": encoder.embed_dim,
-            "output_channels": config.prompt_embed_dim,
-            "num_hidden_layers": encoder.depth,
-            "num_attention_heads": encoder.num_heads,
-            "mlp_dim": encoder.mlp_dim,
-            "global_attn_indexes": list(encoder.global_attn_indexes),
-            "window_size": encoder.window_size,
-            "num_pos_feats": config.prompt_embed_dim // 2,
-            "qkv_bias": encoder.qkv_bias,
-            "use_abs_pos": encoder.use_abs_pos,
-            "use_rel_pos": encoder.use_rel_pos,
-            "layer_norm_eps": encoder.layer_norm_eps,
-        },
-        "prompt_encoder_config": {
-            **sizes,
-            "hidden_size": config.prompt_embed_dim,
-            "mask_input_channels": prompt.mask_in_chans,
-            "layer_norm_eps": prompt.layer_norm_eps,
-        },
-        "mask_decoder_config": {
-            "hidden_size": config.prompt_embed_dim,
-            "num_hidden_layers": decoder.transformer_depth,
-            "num_attention_heads": decoder.num_heads,
-            "mlp_dim": decoder.mlp_dim,
-            "attention_downsample_rate": decoder.attention_downsample_rate,
-            "num_multimask_outputs": decoder.num_multimask_outputs,
-            "iou_head_depth": decoder.iou_head_depth,
-            "iou_head_hidden_dim": decoder.iou_head_hidden_dim,
-            "layer_norm_eps": decoder.layer_norm_eps,
-        },
-    }
-    if config.hq:
-        values["mask_decoder_config"]["vit_dim"] = encoder.embed_dim
-    return values

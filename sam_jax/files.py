@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import functools
 import json
+import mmap
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -214,3 +215,53 @@ def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
     text = json.dumps(value, indent=indent, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n")
+
+
+def keep_settings(file: Path, settings: dict[str, Any], has_results: bool) -> None:
+    """Writes the settings of a run, or compares them with those of its results.
+
+    Raises:
+        ValueError: for other settings than those of the results; the message names them.
+    """
+    settings = json.loads(json.dumps(settings))
+    if not has_results:
+        write_json(file, settings, indent=2)
+        return
+    try:
+        earlier = read_json(file)
+        other = [k for k in {**earlier, **settings} if earlier.get(k) != settings.get(k)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file.parent} has results, but their {file.name} cannot be read: {error}"
+        ) from error
+    if other:
+        names = ", ".join(f"{k} was {earlier.get(k)!r} and is {settings.get(k)!r}" for k in other)
+        raise ValueError(f"{file.parent} has results of other settings: {names}")
+
+
+def map_file(file: BinaryIO) -> memoryview:
+    """The bytes of a file, mapped."""
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def check_new(path: str | os.PathLike) -> None:
+    """Refuses a path at which there is something already.
+
+    Raises:
+        FileExistsError: if there is.
+    """
+    if os.path.lexists(Path(path).expanduser()):
+        raise FileExistsError(f"{path} exists already; choose another folder or remove it first")
+
+
+@contextmanager
+def appearing(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write to, which takes its place if nothing is raised."""
+    path = Path(path).expanduser().absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        folder = Path(temporary, path.name)
+        folder.mkdir()
+        yield folder
+        check_new(path)
+        folder.rename(path)

@@ -18,9 +18,9 @@ _MODULE = {  # of the model and of its three parts
     **dict.fromkeys(
         ("parameters", "named_parameters"),
         "use nnx.state(model, nnx.Param), or split_model(model, rules) of "
-        "sam_jax.training.parameters to train",
+        "sam_jax.training.rules to train",
     ),
-    "requires_grad_": "use split_model(model, rules) of sam_jax.training.parameters",
+    "requires_grad_": "use split_model(model, rules) of sam_jax.training.rules",
     "zero_grad": "leave it out: jax.grad returns gradients",
     "state_dict": "use nnx.state(model), or save_pretrained(model, folder)",
     "load_state_dict": "use from_pretrained(path)",

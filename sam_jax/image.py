@@ -17,9 +17,9 @@ from PIL import (
     UnidentifiedImageError,
 )
 
+from sam_jax.arrays import as_numpy, is_array
 from sam_jax.decoders import FORMATS as FORMATS
 from sam_jax.decoders import check_decoder
-from sam_jax.ops.arrays import as_numpy, is_array
 
 # A PIL image, a path, a file's content, or an array of any library: see `load_image`.
 ImageInput = Any

@@ -9,13 +9,20 @@ from flax import nnx
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from sam_jax.arrays import as_numpy, is_array
+from sam_jax.errors import NonFiniteError
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
 from sam_jax.models.sam import Sam, decode, encode_image, pad_prompts
-from sam_jax.ops.arrays import as_numpy, is_array
-from sam_jax.ops.prompts import MASK_HINT, PADDING, check_logits, join_prompts, warn_outside
-from sam_jax.processing import (
-    SamProcessor,
+from sam_jax.ops.prompts import (
+    MASK_HINT,
+    PADDING,
+    check_logits,
+    join_prompts,
+    warn_outside,
+)
+from sam_jax.processing import SamProcessor
+from sam_jax.validation import (
     check_boxes,
     check_embedding,
     check_model,
@@ -380,3 +387,12 @@ class Transform(WithAdvice):
         return self.apply_coords(boxes.reshape(-1, 2, 2), original_size).reshape(boxes.shape)
 
     apply_coords_torch, apply_boxes_torch = apply_coords, apply_boxes
+
+
+def check_scores(iou: Float[np.ndarray, "..."]) -> None:
+    """Raises NonFiniteError for predicted IoUs that are NaN or infinite, of which no mask comes."""
+    if not np.isfinite(iou).all():
+        raise NonFiniteError(
+            "the model predicts IoUs that are NaN or infinite: its weights are damaged, or too "
+            "large for the dtype; check the checkpoint, or try float32"
+        )

@@ -14,22 +14,26 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
+from sam_jax.arrays import as_numpy
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
-from sam_jax.decoders import DecoderError
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
 from sam_jax.image import ImageInput, load_image
-from sam_jax.models.sam import Sam
-from sam_jax.ops.arrays import as_numpy
 from sam_jax.ops.prompts import (
-    FOREGROUND,
     PADDING,
-    check_values,
     count_bucket,
     pad_axis,
     warn_outside,
 )
 from sam_jax.ops.resize import area_resize_matrix, mask_resize_matrix, resize_masks, size_bucket
+from sam_jax.validation import (
+    box_lists,
+    check_counts,
+    check_sizes,
+    pad_nested,
+    point_lists,
+    to_numbers,
+)
 
 
 class SamProcessor(WithAdvice):
@@ -126,7 +130,7 @@ class SamProcessor(WithAdvice):
         if input_labels is not None and input_points is None:
             raise ValueError("input_labels are given without input_points")
         if input_points is not None:
-            points, labels = _point_lists(input_points, input_labels, len(arrays))
+            points, labels = point_lists(input_points, input_labels, len(arrays))
             for i, (size, of_image, kinds) in enumerate(zip(sizes, points, labels, strict=True)):
                 if of_image:
                     every = np.concatenate(of_image), np.concatenate(kinds)
@@ -135,12 +139,12 @@ class SamProcessor(WithAdvice):
                 [self.scale_coords(p, size) for p in prompts]
                 for prompts, size in zip(points, sizes, strict=True)
             ]
-            result["input_points"] = _pad_nested(points, 0, np.float32, (2,))
-            result["input_labels"] = _pad_nested(labels, PADDING, np.int32, ())
+            result["input_points"] = pad_nested(points, 0, np.float32, (2,))
+            result["input_labels"] = pad_nested(labels, PADDING, np.int32, ())
         if input_boxes is not None:
-            boxes = _box_lists(input_boxes, len(arrays))
+            boxes = box_lists(input_boxes, len(arrays))
             if input_points is not None:
-                _check_counts(points, boxes)
+                check_counts(points, boxes)
             for i, (of_image, size) in enumerate(zip(boxes, sizes, strict=True)):
                 warn_outside(None, None, of_image, size, f"input_boxes[{i}]")
             boxes = [
@@ -387,220 +391,3 @@ def _resized_masks(masks, rows, columns, threshold):
 @jax.jit
 def _resized_logits(masks, rows, columns):
     return resize_masks(masks, rows, columns)
-
-
-def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """One prompt's points [n, 2] and labels [n] as float64 and int32.
-
-    Raises:
-        ValueError: for shapes that do not fit, coordinates that are not finite, unknown labels.
-    """
-    coords = to_numbers(coords, where)
-    if coords.size == 0:
-        coords = coords.reshape(0, 2)
-    if coords.ndim != 2 or coords.shape[1] != 2:
-        hint = ""
-        if coords.ndim == 1 and coords.size == 2:
-            hint = "; one point is [[x, y]]"
-        if coords.ndim == 3:
-            hint = "; several prompts are for predict_batch, or input_points of the processor"
-        raise ValueError(
-            f"{where} have shape {coords.shape}, expected (n, 2): x and y of each point{hint}"
-        )
-    if labels is None:
-        labels = np.full(len(coords), FOREGROUND)
-    labels = to_numbers(labels, f"the labels of {where}")
-    if labels.shape != coords.shape[:1]:
-        raise ValueError(
-            f"{where} are {len(coords)} points, but their labels have shape {labels.shape}; "
-            "expected one label per point"
-        )
-    check_values(coords, labels, None, where)
-    return coords, labels.astype(np.int32)
-
-
-def check_boxes(boxes: Any, where: str) -> np.ndarray:
-    """Boxes [n, 4] as float64.
-
-    Raises:
-        ValueError: for another shape, coordinates that are not finite, and boxes inside out.
-    """
-    boxes = to_numbers(boxes, where)
-    if boxes.size == 0:
-        boxes = boxes.reshape(0, 4)
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        hint = "; one box is [[x0, y0, x1, y1]]" if boxes.shape == (4,) else ""
-        raise ValueError(
-            f"{where} have shape {boxes.shape}, expected (n, 4): x0, y0, x1, y1 of each box{hint}"
-        )
-    check_values(None, None, boxes, where)
-    return boxes
-
-
-def check_model(model: Any) -> None:
-    """Raises TypeError for what is no model, a checkpoint's name for one."""
-    if not isinstance(model, Sam):
-        raise TypeError(
-            f"the model is {reprlib.repr(model)}, expected a Sam, as from_pretrained gives"
-        )
-
-
-def check_sizes(sizes: Any, images: int, where: str) -> list[tuple[int, int]]:
-    """(h, w) of each picture.
-
-    Raises:
-        ValueError: for another number of sizes, and for what is no positive integer.
-    """
-    array = to_numbers(sizes, where)
-    whole = np.isfinite(array).all() and (array >= 1).all() and not (array % 1).any()
-    if array.shape != (images, 2) or not whole:
-        raise ValueError(
-            f"{where} are {reprlib.repr(array.tolist())}, expected one positive (h, w) per image, "
-            f"{images} in all"
-        )
-    return [(int(height), int(width)) for height, width in array]
-
-
-def check_embedding(embedding: Any, config: SamConfig) -> Float[np.ndarray, "g g c"]:
-    """An image embedding [1, c, g, g] as saved, float32 with its channels last.
-
-    Raises:
-        ValueError: for another shape, and for numbers that are not finite.
-    """
-    grid, channels = config.image_embedding_size, config.image_embedding_channels
-    embedding = to_numbers(embedding, "the embedding").astype(np.float32)
-    if embedding.shape != (1, channels, grid, grid):
-        hint = ""
-        if embedding.shape == (1, grid, grid, channels):
-            hint = "; it is channels last, as of encode_image: use np.moveaxis(embedding, -1, 1)"
-        if embedding.shape == (channels, grid, grid):
-            hint = "; use embedding[None]"
-        raise ValueError(
-            f"the embedding has shape {embedding.shape}, expected {(1, channels, grid, grid)}{hint}"
-        )
-    if not np.isfinite(embedding).all():
-        raise ValueError("the embedding holds numbers that are not finite")
-    return np.moveaxis(embedding[0], 0, -1)
-
-
-def to_numbers(values: Any, where: str) -> np.ndarray:
-    """Numbers in lists of equal lengths, or in an array, as float64.
-
-    Raises:
-        TypeError: for an array that cannot be read from here; see `as_numpy`.
-        ValueError: for anything else.
-    """
-    hint = ""
-    try:
-        array = as_numpy(values, where)
-        if array.dtype.kind == "O":  # numpy would make NaN of None
-            hint = "; None is not a number: leave the prompt out" if None in array.flat else ""
-            raise ValueError("objects")
-        if array.dtype.kind in "USc":
-            hint = "; convert strings by float" if array.dtype.kind in "US" else ""
-            raise ValueError(array.dtype.name)
-        return array.astype(np.float64)
-    except DecoderError:
-        raise
-    except (ValueError, OverflowError) as error:
-        raise ValueError(
-            f"{where} are {reprlib.repr(values)}, expected numbers in lists of equal lengths{hint}"
-        ) from error
-
-
-def _point_lists(points, labels, images: int) -> tuple[list, list]:
-    """Nested points and labels, checked: for each image its prompts' coordinates and labels."""
-    points = _per_image("input_points", points, images, "[image][prompt][point][xy]")
-    points = _without_none("input_points", points)
-    if labels is None:
-        labels = [None] * images
-    else:
-        labels = _per_image("input_labels", labels, images, "[image][prompt][point]")
-    all_points, all_labels = [], []
-    nested = max(map(_depth, points)) > 2
-    for i, (prompts, kinds) in enumerate(zip(points, labels, strict=True)):
-        where = f"input_points[{i}]"
-        # One prompt: [point][xy]. A list of empty lists are prompts without points, and an empty
-        # one among nested ones is no prompt.
-        one = not nested
-        if len(prompts):
-            one = _depth(prompts) <= 2 and any(as_numpy(p, where).size for p in prompts)
-        if one:
-            prompts = [prompts]
-        if kinds is None:
-            kinds = [None] * len(prompts)
-        elif _depth(kinds) <= 1 and (one or len(kinds)):  # likewise: [point]
-            kinds = [kinds]
-        if len(kinds) != len(prompts):
-            raise ValueError(
-                f"{where} are {len(prompts)} prompts, but input_labels[{i}] are of {len(kinds)}"
-            )
-        checked = [
-            check_points(p, k, f"{where}[{j}]")
-            for j, (p, k) in enumerate(zip(prompts, kinds, strict=True))
-        ]
-        all_points.append([p for p, _ in checked])
-        all_labels.append([k for _, k in checked])
-    return all_points, all_labels
-
-
-def _box_lists(boxes, images: int) -> list[np.ndarray]:
-    """Nested boxes, checked: for each image its boxes [n, 4]."""
-    boxes = _without_none(
-        "input_boxes", _per_image("input_boxes", boxes, images, "[image][box][4]")
-    )
-    lists = [check_boxes(b, f"input_boxes[{i}]") for i, b in enumerate(boxes)]
-    if not any(map(len, lists)):
-        raise ValueError("input_boxes hold no box; leave them out if there is none")
-    return lists
-
-
-def _check_counts(points: list, boxes: list) -> None:
-    for i, (prompts, rows) in enumerate(zip(points, boxes, strict=True)):
-        if len(prompts) != len(rows):
-            raise ValueError(
-                f"input_points[{i}] are {len(prompts)} prompts, but there are {len(rows)} boxes in "
-                f"input_boxes[{i}]; expected one for each prompt"
-            )
-
-
-def _per_image(name: str, values, images: int, nesting: str) -> list:
-    if not isinstance(values, (list, tuple)):
-        values = as_numpy(values, name)
-    if _depth(values) < 1 or len(values) != images:
-        raise ValueError(
-            f"{name} are for {len(values) if _depth(values) else 'no'} images, but there are "
-            f"{images}; expected them nested {nesting}"
-        )
-    return list(values)
-
-
-def _without_none(name: str, values: list) -> list:
-    """None for an image as no prompts.
-
-    Raises:
-        ValueError: if no image has any.
-    """
-    if all(value is None for value in values):
-        raise ValueError(f"{name} are None for all images; leave them out")
-    return [() if value is None else value for value in values]
-
-
-def _depth(values) -> int:
-    """How deep lists or arrays are nested, where they are deepest."""
-    if isinstance(values, np.ndarray) or hasattr(values, "ndim"):
-        return values.ndim
-    if not isinstance(values, (list, tuple)):
-        return 0
-    return 1 + max((_depth(v) for v in values), default=0)
-
-
-def _pad_nested(lists: list[list[np.ndarray]], value, dtype, shape) -> np.ndarray:
-    """Per image a list of arrays [n, *shape] -> one array [images, prompts, points, *shape]."""
-    prompts = max(len(p) for p in lists)
-    points = max((len(a) for p in lists for a in p), default=0)
-    result = np.full((len(lists), prompts, points, *shape), value, dtype)
-    for i, arrays in enumerate(lists):
-        for j, array in enumerate(arrays):
-            result[i, j, : len(array)] = array
-    return result

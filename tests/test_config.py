@@ -8,6 +8,7 @@ import pytest
 import transformers
 from reference import SMALL, SMALL_TINY
 
+from sam_jax.checkpoints.hf_config import from_hf, to_hf
 from sam_jax.checkpoints.params import param_shapes
 from sam_jax.config import (
     MaskDecoderConfig,
@@ -15,10 +16,8 @@ from sam_jax.config import (
     SamConfig,
     TinyViTConfig,
     ViTConfig,
-    from_hf,
     lite_medsam,
     mobile_sam,
-    to_hf,
     vit_b,
     vit_h,
     vit_l,

@@ -20,13 +20,14 @@ from reference import SHALLOW, meta_sam, ours
 
 from sam_jax import from_pretrained, save_pretrained
 from sam_jax.checkpoints.params import flat_params
+from sam_jax.evaluation.clicks import evaluate
 from sam_jax.files import lock_folder
 from sam_jax.training.checkpointing import open_checkpoints
-from sam_jax.training.data import Prepare, open_source
-from sam_jax.training.evaluate import evaluate
+from sam_jax.training.datasets import open_source
 from sam_jax.training.log import MetricsLog
 from sam_jax.training.lora import load_lora
-from sam_jax.training.parameters import EVERYTHING, Optimizer, layer_decay
+from sam_jax.training.rules import EVERYTHING, Optimizer, layer_decay
+from sam_jax.training.transform import Prepare
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import finetune

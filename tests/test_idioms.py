@@ -14,7 +14,7 @@ from PIL import Image
 from reference import SMALL
 
 import sam_jax
-from sam_jax.training.parameters import DECODER_ONLY, split_model
+from sam_jax.training.rules import DECODER_ONLY, split_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
 ROWS = re.findall(r"^\| (`.+`) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)

@@ -17,7 +17,7 @@ from reference import SMALL
 from sam_jax import Sam, SamPredictor, SamProcessor, cli, pipeline
 from sam_jax.demo.visit import open_picture
 from sam_jax.image import FORMATS, load_image, read_stored
-from sam_jax.training.data import open_source
+from sam_jax.training.datasets import open_source
 from sam_jax.visualize import overlay
 
 REMEDY = "read it with another library, .* give them as a uint8 array or in a new file"

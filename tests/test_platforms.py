@@ -12,9 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from reference import SMALL, SMALL_TINY, flash_attentions, lowered_for_cuda
 
-from sam_jax.mask_generator import _encode
+from sam_jax.automatic.device import encode
 from sam_jax.models.sam import Sam
-from sam_jax.training.parameters import EVERYTHING, adamw, split_model
+from sam_jax.training.rules import EVERYTHING, adamw, split_model
 from sam_jax.training.step import Recipe, init_state, train_step
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -160,7 +160,7 @@ def test_flash_attention_is_the_default_of_nvidia(nvidia, vit, bits):
     mesh = Mesh(np.array(jax.devices()[:1]), ("images",))
     with jax.enable_x64(bits == 64):
         pixels = shape(1, 512, 512, 3)
-        text = lowered_for_cuda(_encode, *nnx.split(vit), pixels, mesh=mesh)
+        text = lowered_for_cuda(encode, *nnx.split(vit), pixels, mesh=mesh)
     assert flash_attentions(text) == {kind: (count, 0) for kind, count in FLASH[nvidia].items()}
     assert "x4096x4096x" not in text
 

@@ -16,9 +16,9 @@ from PIL import Image
 from reference import SMALL, assert_close, mask_iou, meta_sam, ours
 
 import sam_jax.processing
+from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 from sam_jax.config import with_preprocessing
 from sam_jax.image import load_image
-from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.models import sam as sam_module
 from sam_jax.ops.prompts import count_bucket, join_prompts
 from sam_jax.ops.resize import size_bucket

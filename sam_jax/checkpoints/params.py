@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from sam_jax.checkpoints.torch_file import CheckpointError, clip, listed
 from sam_jax.config import SamConfig, ViTConfig
+from sam_jax.errors import CheckpointError, clip, listed
 from sam_jax.models.sam import Sam
 from sam_jax.ops.attention import Implementation
 from sam_jax.ops.resize import linear_resize_matrix

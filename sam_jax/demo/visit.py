@@ -20,11 +20,11 @@ from jaxtyping import Bool
 from PIL import Image
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
+from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 from sam_jax.image import load_image, open_image
-from sam_jax.mask_generator import SamAutomaticMaskGenerator
 from sam_jax.models.sam import Sam
-from sam_jax.ops.masks import rle_area, rle_compress, rle_decode, rle_encode, rle_uncompress
 from sam_jax.ops.prompts import FOREGROUND
+from sam_jax.ops.rle import rle_area, rle_compress, rle_decode, rle_encode, rle_uncompress
 from sam_jax.predictor import SamPredictor
 from sam_jax.processing import SamProcessor
 from sam_jax.visualize import ALPHA, COLORS, outline

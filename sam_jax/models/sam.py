@@ -21,13 +21,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from sam_jax.arrays import as_array
 from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
 from sam_jax.models.mask_decoder import MaskDecoder
 from sam_jax.models.prompt_encoder import PromptEncoder
 from sam_jax.models.tiny_vit import TinyViT
 from sam_jax.models.vit import ImageEncoderViT
-from sam_jax.ops.arrays import as_array
 from sam_jax.ops.attention import Implementation, check_implementation
 from sam_jax.ops.prompts import (
     MASK_HINT,

@@ -104,3 +104,11 @@ def non_maximum_suppression(
         ious = box_iou(boxes[best], boxes[order]).astype(np.float64)
         order = order[~(ious > iou_threshold)]
     return np.array(kept, np.int64)
+
+
+def mask_to_box(mask: Bool[np.ndarray, "h w"]) -> Int[np.ndarray, "4"]:
+    """x0, y0, x1, y1, the last pixels included; zeros for an empty mask."""
+    xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    if not len(xs):
+        return np.zeros(4, np.int64)
+    return np.array([xs[0], ys[0], xs[-1], ys[-1]])

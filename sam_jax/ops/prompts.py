@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from sam_jax.ops.arrays import as_array
+from sam_jax.arrays import as_array
 
 # Labels of points; see models/prompt_encoder.py for what each becomes.
 BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 0, 1, 2, 3

@@ -15,7 +15,7 @@ from sam_jax.config import SamConfig
 from sam_jax.files import replacing
 from sam_jax.models.sam import Sam, encode_image
 from sam_jax.processing import SamProcessor
-from sam_jax.training.data import Source
+from sam_jax.training.datasets import Source
 
 
 class CachedEmbeddings:
@@ -26,7 +26,7 @@ class CachedEmbeddings:
     stale.
 
     Args:
-        source: examples; see `sam_jax.training.data`.
+        source: examples; see `sam_jax.training.datasets`.
         model: whose image encoder it is.
         folder: of the cache; runs may share it.
         on_image: called after each picture that is made sure of.

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 
-from sam_jax.checkpoints.torch_file import write_safetensors
+from sam_jax.checkpoints.safetensors import write_safetensors
 from sam_jax.files import read_json
 from sam_jax.models.layers import Linear, LoRALinear, kernel_of
 from sam_jax.models.sam import Sam

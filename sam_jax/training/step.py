@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from sam_jax.models.layers import split_keys
 from sam_jax.models.sam import Sam
+from sam_jax.training.interactive import interactive_losses
 from sam_jax.training.losses import LossWeights, MaskLosses, weighted_mean
-from sam_jax.training.prompts import Key
-from sam_jax.training.rounds import interactive_losses
+from sam_jax.training.simulate import Key
 
 
 class Recipe(NamedTuple):
@@ -73,7 +73,7 @@ def batch_losses(
 
     Args:
         model: `nnx.merge(graphdef, trained, frozen)`.
-        batch: of `sam_jax.training.data.batches`.
+        batch: of `sam_jax.training.loader.batches`.
         keys: [b] of `jax.random`, one for each image; its prompts and drop path depend on it.
         recipe: see there.
 
@@ -202,7 +202,7 @@ def train_step(
         graphdef: of `split_model`.
         state: of `init_state` or the step before.
         frozen: of `split_model`.
-        batch: of `sam_jax.training.data.batches`.
+        batch: of `sam_jax.training.loader.batches`.
         key: of the whole run; what a step draws depends on it and on the step's number.
         tx: the optimiser.
         recipe: see there.

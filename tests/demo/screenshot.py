@@ -1,6 +1,6 @@
 """Makes README's image of the demo page.
 
-    PYTHONPATH=tests python tests/demo/screenshot.py
+    PYTHONPATH=tests/helpers python tests/demo/screenshot.py
 
 Takes the default model (MobileSAM), a photo from scikit-image, chromium and chromedriver; writes
 `demo.png`.

@@ -21,8 +21,8 @@ from reference import (
     to_torch,
 )
 
+from sam_jax.checkpoints.names import torch_name
 from sam_jax.checkpoints.params import build_model, flat_params
-from sam_jax.checkpoints.torch_names import torch_name
 from sam_jax.config import mobile_sam
 from sam_jax.models import sam as sam_module
 from sam_jax.models import two_way_transformer

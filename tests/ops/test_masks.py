@@ -9,18 +9,10 @@ import torch.nn.functional as F
 import torch_reference
 from reference import tensor
 
-from sam_jax.ops.masks import (
-    full_size,
-    mask_statistics,
-    mask_to_box,
-    mask_to_polygons,
-    remove_small_regions,
-    rle_area,
-    rle_compress,
-    rle_decode,
-    rle_encode,
-    rle_uncompress,
-)
+from sam_jax.ops.boxes import mask_to_box
+from sam_jax.ops.mask_statistics import full_size, mask_statistics
+from sam_jax.ops.regions import mask_to_polygons, remove_small_regions
+from sam_jax.ops.rle import rle_area, rle_compress, rle_decode, rle_encode, rle_uncompress
 
 pytestmark = pytest.mark.optimised
 

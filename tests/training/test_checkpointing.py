@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sam_jax.training.checkpointing import load_state, not_finite, open_checkpoints, save_state
-from sam_jax.training.parameters import adamw
+from sam_jax.training.rules import adamw
 from sam_jax.training.step import init_state
 
 TX = adamw(1e-3, [(".*", 1.0)])

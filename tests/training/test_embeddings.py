@@ -5,8 +5,8 @@ from reference import SMALL, meta_sam, ours
 
 from sam_jax.config import with_preprocessing
 from sam_jax.predictor import SamPredictor
-from sam_jax.training.data import Prepare
 from sam_jax.training.embeddings import CachedEmbeddings
+from sam_jax.training.transform import Prepare
 
 
 @pytest.fixture(scope="module")

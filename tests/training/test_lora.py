@@ -10,9 +10,9 @@ from reference import SMALL, meta_sam, normal, ours
 
 from sam_jax.checkpoints import save_pretrained
 from sam_jax.checkpoints.params import flat_params
-from sam_jax.checkpoints.torch_file import write_safetensors
+from sam_jax.checkpoints.safetensors import write_safetensors
 from sam_jax.training.lora import add_lora, load_lora, merge_lora, save_lora, unmerge_lora
-from sam_jax.training.parameters import LORA_ONLY, adamw, split_model
+from sam_jax.training.rules import LORA_ONLY, adamw, split_model
 from sam_jax.training.step import Recipe, compile_step, init_state
 
 # Attention of the encoder, and of the decoder in its regrouped forms.

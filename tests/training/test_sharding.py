@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+from batches import batch_of
 from cores import all_cores
 from reference import SHALLOW, meta_sam, ours
-from test_step import batch_of
 
 from sam_jax import save_pretrained
 from sam_jax.training import sharding
@@ -24,7 +24,7 @@ if hosts:
     jax.distributed.initialize(*hosts)
 from sam_jax import from_pretrained
 from sam_jax.training import sharding
-from sam_jax.training.parameters import EVERYTHING, adamw, split_model
+from sam_jax.training.rules import EVERYTHING, adamw, split_model
 from sam_jax.training.step import Recipe, compile_step, init_state
 
 recipe = Recipe(rounds=2, objects_at_once=1, ema_decay=0.9)

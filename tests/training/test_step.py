@@ -7,17 +7,19 @@ import numpy as np
 import optax
 import pytest
 import torch
+from batches import batch_of
 from flax import nnx
 from reference import SHALLOW, SMALL, SMALL_TINY, meta_sam, normal, ours, tensor, to_torch
-from test_losses import masks, torch_loss
+from torch_losses import torch_loss
 
+from sam_jax.checkpoints.names import from_torch
 from sam_jax.checkpoints.params import flat_params, param_shapes
-from sam_jax.checkpoints.torch_names import from_torch
 from sam_jax.models.layers import split_keys
 from sam_jax.training import sharding
+from sam_jax.training.interactive import _first_prompt, interactive_losses
 from sam_jax.training.lora import add_lora
 from sam_jax.training.losses import LossWeights
-from sam_jax.training.parameters import (
+from sam_jax.training.rules import (
     DECODER_ONLY,
     EVERYTHING,
     TABLES,
@@ -26,7 +28,6 @@ from sam_jax.training.parameters import (
     split_model,
     updates_made,
 )
-from sam_jax.training.rounds import _first_prompt, interactive_losses
 from sam_jax.training.step import (
     Recipe,
     batch_losses,
@@ -46,19 +47,6 @@ DEEP = dataclasses.replace(SMALL, image_encoder=dataclasses.replace(SMALL.image_
 @pytest.fixture(scope="module")
 def model():
     return ours(meta_sam(SHALLOW), SHALLOW)
-
-
-def batch_of(count, objects=3, seed=0):
-    rng = np.random.default_rng(seed)
-    low = rng.uniform(0, SIZE / 2, (count, objects, 2))
-    valid = np.ones((count, objects), np.float32)
-    valid[0, -1] = 0
-    return {
-        "pixel_values": np.asarray(normal((count, SIZE, SIZE, 3), seed)),
-        "masks": np.asarray(masks((count, objects, SIDE, SIDE), seed)) > 0,
-        "boxes": np.concatenate([low, low + SIZE / 3], -1).astype(np.float32),
-        "valid": valid,
-    }
 
 
 def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):

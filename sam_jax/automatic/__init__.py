@@ -1,0 +1,6 @@
+"""Automatic mask generation ("everything mode"): of one image, and of many in a folder."""
+
+from sam_jax.automatic.generator import SamAutomaticMaskGenerator
+from sam_jax.automatic.hf_pipeline import MaskGenerationPipeline, pipeline
+
+__all__ = ["MaskGenerationPipeline", "SamAutomaticMaskGenerator", "pipeline"]

@@ -1,0 +1,226 @@
+"""What automatic mask generation computes on the device: points to masks, and their measures."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from sam_jax.models.mask_decoder import output_slice
+from sam_jax.models.sam import Sam
+from sam_jax.ops.mask_statistics import FullSize, MaskStatistics, mask_statistics
+from sam_jax.ops.prompts import join_prompts, pad_axis
+
+
+class AtOnce(NamedTuple):
+    """How many of each are computed together."""
+
+    points: int  # through the transformer
+    upscaled: int  # through the upscaling
+    measured: int  # masks at full size
+    tile: int  # of which a square of this side
+
+
+class Frame(NamedTuple):
+    """How masks become full size and are measured; arrays."""
+
+    full: FullSize
+    limits: Float[Array, "3"]  # of predicted IoU, of logits, offset of the latter for stability
+
+
+class Points(NamedTuple):
+    """A batch of points; arrays."""
+
+    coords: Float[Array, "n 2"]  # in pixels of the model's input
+    which: Int[Array, " n"]  # of a point's masks, to decode one
+    count: Int[Array, ""]  # of points that are no padding
+
+
+class Measured(NamedTuple):
+    """Of every mask of every point; of no meaning for masks whose predicted IoU is too low."""
+
+    iou: Float[Array, "n m"]
+    statistics: MaskStatistics
+
+
+def points_at_once(points_per_batch: int, platform: str) -> AtOnce:
+    """How many of each are computed together on a platform."""
+    if platform == "cpu":
+        # What two points need stays in a CPU's cache; measured in benchmarks/README.md.
+        return AtOnce(2, 1, 1, 64)
+    return AtOnce(points_per_batch, -(-points_per_batch // 4), 3, 256)
+
+
+def size_to_pad_to(size: int) -> int:
+    """4096, or the next power of two."""
+    return max(4096, 1 << (size - 1).bit_length())
+
+
+def _per_image(function: Callable) -> Callable:
+    """Compiles `function(model, *arrays, at_once)` for one image on each device of a mesh.
+
+    The result is called with arrays that have an axis of devices before their own.
+    """
+
+    @functools.partial(jax.jit, static_argnames=("mesh", "at_once"))
+    def compiled(graphdef, params, *arrays, mesh, **static):
+        def one_image(params, *arrays):
+            arrays = jax.tree.map(lambda x: x[0], arrays)
+            result = function(nnx.merge(graphdef, params), *arrays, **static)
+            return jax.tree.map(lambda x: x[None], result)
+
+        images = PartitionSpec(mesh.axis_names)
+        in_specs = (PartitionSpec(), *[images] * len(arrays))
+        # The loops' trip counts differ from device to device, which the check does not allow for.
+        return jax.shard_map(
+            one_image, mesh=mesh, in_specs=in_specs, out_specs=images, check_vma=False
+        )(params, *arrays)
+
+    return compiled
+
+
+@_per_image
+def encode(model: Sam, pixel_values: Float[Array, "h w rgb"]) -> Float[Array, "g g c"]:
+    """The image embedding."""
+    return model.encode_image(pixel_values[None])[0]
+
+
+@_per_image
+def measure(
+    model: Sam,
+    image_embedding: Float[Array, "g g c"],
+    frame: Frame,
+    points: Points,
+    *,
+    at_once: AtOnce,
+) -> Measured:
+    """Predicted IoUs and statistics of the masks of points."""
+    decoder = model.mask_decoder
+    outputs = output_slice(multimask_output=True)
+    embedding, hq_features = decoder.image_features(image_embedding)
+    iou_limit, threshold, offset = frame.limits
+
+    def measure(mask):
+        return mask_statistics(mask, frame.full, threshold, offset)
+
+    def masks_of_point(mask_tokens, keys, wanted):
+        masks = decoder.predict_masks(mask_tokens, keys, outputs, hq_features)
+        return _for_each_wanted(measure, wanted, (masks,), at_once.measured)
+
+    def some_points(real, coords):
+        iou_token, mask_tokens, keys = _attend(model, embedding, coords, outputs)
+        iou = jax.vmap(decoder.predict_iou)(iou_token)[:, outputs]
+        wanted = real[:, None] & ((iou > iou_limit) | (iou_limit <= 0))
+        statistics = _for_each_wanted(
+            masks_of_point, wanted.any(1), (mask_tokens, keys, wanted), at_once.upscaled
+        )
+        return Measured(iou, statistics)
+
+    return _for_some_at_a_time(some_points, (points.coords,), points.count, at_once.points)
+
+
+@_per_image
+def decode(
+    model: Sam,
+    image_embedding: Float[Array, "g g c"],
+    points: Points,
+    *,
+    at_once: AtOnce,
+) -> Float[Array, "n side side"]:
+    """The logits of one mask of each point."""
+    decoder = model.mask_decoder
+    outputs = output_slice(multimask_output=True)
+    embedding, hq_features = decoder.image_features(image_embedding)
+
+    def mask_of_point(mask_tokens, keys, which):
+        return decoder.predict_masks(mask_tokens, keys, outputs, hq_features)[which]
+
+    def some_points(real, coords, which):
+        _, mask_tokens, keys = _attend(model, embedding, coords, outputs)
+        arrays = mask_tokens, keys, which
+        return _for_each_wanted(mask_of_point, real, arrays, at_once.upscaled)
+
+    arrays = points.coords, points.which
+    return _for_some_at_a_time(some_points, arrays, points.count, at_once.points)
+
+
+def _attend(
+    model: Sam,
+    image_embedding: Float[Array, "g g c"],
+    coords: Float[Array, "n 2"],
+    outputs: slice,
+):
+    """What the two-way transformer makes of n prompts of one foreground point each."""
+    image_pe = model.prompt_encoder.get_dense_pe()
+    no_mask = model.prompt_encoder.embed_mask(None)
+
+    def one_prompt(points, labels):
+        sparse, sparse_mask = model.prompt_encoder(points, labels)
+        return model.mask_decoder.attend(
+            image_embedding,
+            image_pe,
+            sparse,
+            sparse_mask,
+            no_mask,
+            outputs,
+            image_is_shared=True,
+        )
+
+    return jax.vmap(one_prompt)(*join_prompts(coords[:, None], None, None))
+
+
+def _for_some_at_a_time(
+    function: Callable, arrays: Sequence[Array], count: Int[Array, ""], size: int
+) -> PyTree:
+    """`function(real, *arrays)` of `size` entries of the arrays at a time, as far as `count`."""
+    total = len(arrays[0])
+    padded = -(-total // size) * size
+    arrays = [pad_axis(x, padded, 0, 0) for x in arrays]
+
+    def call(start):
+        some = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in arrays)
+        return function(start + jnp.arange(size) < count, *some)
+
+    def step(i, results):
+        start = i * size
+        return jax.tree.map(
+            lambda all, some: jax.lax.dynamic_update_slice_in_dim(all, some, start, 0),
+            results,
+            call(start),
+        )
+
+    some = jax.eval_shape(call, 0)
+    results = jax.tree.map(lambda s: jnp.zeros((padded, *s.shape[1:]), s.dtype), some)
+    results = jax.lax.fori_loop(0, -(-count // size), step, results)
+    return jax.tree.map(lambda x: x[:total], results)
+
+
+def _for_each_wanted(
+    function: Callable, wanted: Bool[Array, " n"], arrays: Sequence[Array], size: int
+) -> PyTree:
+    """`function` of each entry of the arrays that is wanted, `size` together.
+
+    Other entries of the result are of no meaning.
+    """
+    n = len(wanted)
+    order = jnp.argsort(~wanted, stable=True)
+    one = jax.eval_shape(function, *(x[0] for x in arrays))
+    results = jax.tree.map(lambda s: jnp.zeros((n, *s.shape), s.dtype), one)
+
+    def step(k, results):
+        if size == 1:
+            index = order[k]
+            entry = (jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in arrays)
+            found = function(*entry)
+        else:
+            # Beyond the end there is nothing to read (the last is read again) or to write.
+            index = jnp.where(k * size + jnp.arange(size) < n, 0, n)
+            index += jax.lax.dynamic_slice_in_dim(jnp.pad(order, (0, size)), k * size, size)
+            found = jax.vmap(function)(*(x[index] for x in arrays))
+        return jax.tree.map(lambda all, some: all.at[index].set(some, mode="drop"), results, found)
+
+    return jax.lax.fori_loop(0, -(-wanted.sum() // size), step, results)

@@ -1,0 +1,476 @@
+"""The one table of names: ours <-> Meta's <-> Hugging Face's, with the change of layout.
+
+Converting is lossless: `from_torch` and `to_torch` only rename and transpose, and both refuse a
+set of tensors that is not exactly the model's.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from sam_jax.checkpoints.params import check_tensors
+from sam_jax.config import (
+    SamConfig,
+    TinyViTConfig,
+    ViTConfig,
+)
+from sam_jax.errors import CheckpointError, clip, listed
+
+Format = Literal["meta", "hf"]
+
+
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a tensor is laid out here and in PyTorch; both ways are views."""
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+def _transpose(*axes: int) -> Layout:
+    inverse = tuple(int(i) for i in np.argsort(axes))
+    return Layout(lambda x: x.transpose(axes), lambda x: x.transpose(inverse))
+
+
+_SAME = Layout(lambda x: x, lambda x: x)
+
+
+_LINEAR = _transpose(1, 0)  # (out, in) -> (in, out)
+
+
+_CONV = _transpose(2, 3, 1, 0)  # (out, in, h, w) -> (h, w, in, out)
+
+
+_UPSCALE = _transpose(0, 2, 3, 1)  # (in, out, h, w) -> (in, h, w, out)
+
+
+# A counter of training steps: PyTorch's are 64 bits wide, JAX's 32.
+_COUNT = Layout(lambda x: x.astype(np.int32), lambda x: x.astype(np.int64))
+
+
+# For each kind of module: our leaf, PyTorch's leaf, layout.
+_LINEAR_LEAVES = (("kernel", "weight", _LINEAR), ("bias", "bias", _SAME))
+
+
+_CONV_LEAVES = (("kernel", "weight", _CONV), ("bias", "bias", _SAME))
+
+
+_UPSCALE_LEAVES = (("kernel", "weight", _UPSCALE), ("bias", "bias", _SAME))
+
+
+_NORM_LEAVES = (("scale", "weight", _SAME), ("bias", "bias", _SAME))
+
+
+_EMBED_LEAVES = (("", "weight", _SAME),)
+
+
+_TENSOR = (("", "", _SAME),)
+
+
+_CONV_BN_LEAVES = (
+    ("kernel", "c.weight", _CONV),
+    ("scale", "bn.weight", _SAME),
+    ("bias", "bn.bias", _SAME),
+    ("mean", "bn.running_mean", _SAME),
+    ("var", "bn.running_var", _SAME),
+    ("num_batches_tracked", "bn.num_batches_tracked", _COUNT),
+)
+
+
+# Our module, Meta's module, Hugging Face's module, what it holds. "#" stands for an index; "@" for
+# the place in a head of linear layers, which Hugging Face calls proj_in, layers.#, proj_out. An
+# empty name means: as ours.
+_VIT = [
+    ("image_encoder.pos_embed", "", "vision_encoder.pos_embed", _TENSOR),
+    (
+        "image_encoder.patch_embed",
+        "image_encoder.patch_embed.proj",
+        "vision_encoder.patch_embed.projection",
+        _CONV_LEAVES,
+    ),
+    ("image_encoder.blocks.#.norm1", "", "vision_encoder.layers.#.layer_norm1", _NORM_LEAVES),
+    ("image_encoder.blocks.#.attn.qkv", "", "vision_encoder.layers.#.attn.qkv", _LINEAR_LEAVES),
+    ("image_encoder.blocks.#.attn.proj", "", "vision_encoder.layers.#.attn.proj", _LINEAR_LEAVES),
+    (
+        "image_encoder.blocks.#.attn.rel_pos_h",
+        "",
+        "vision_encoder.layers.#.attn.rel_pos_h",
+        _TENSOR,
+    ),
+    (
+        "image_encoder.blocks.#.attn.rel_pos_w",
+        "",
+        "vision_encoder.layers.#.attn.rel_pos_w",
+        _TENSOR,
+    ),
+    ("image_encoder.blocks.#.norm2", "", "vision_encoder.layers.#.layer_norm2", _NORM_LEAVES),
+    ("image_encoder.blocks.#.mlp.lin1", "", "vision_encoder.layers.#.mlp.lin1", _LINEAR_LEAVES),
+    ("image_encoder.blocks.#.mlp.lin2", "", "vision_encoder.layers.#.mlp.lin2", _LINEAR_LEAVES),
+]
+
+
+_TINY_VIT = [  # Hugging Face has no such model
+    ("image_encoder.patch_embed.conv1", "image_encoder.patch_embed.seq.0", None, _CONV_BN_LEAVES),
+    ("image_encoder.patch_embed.conv2", "image_encoder.patch_embed.seq.2", None, _CONV_BN_LEAVES),
+    *(
+        (f"image_encoder.layers.#.{part}", "", None, _CONV_BN_LEAVES)
+        for part in (
+            "blocks.#.conv1",
+            "blocks.#.conv2",
+            "blocks.#.conv3",
+            "blocks.#.local_conv",
+            "downsample.conv1",
+            "downsample.conv2",
+            "downsample.conv3",
+        )
+    ),
+    ("image_encoder.layers.#.blocks.#.attn.attention_biases", "", None, _TENSOR),
+    ("image_encoder.layers.#.blocks.#.attn.norm", "", None, _NORM_LEAVES),
+    ("image_encoder.layers.#.blocks.#.attn.qkv", "", None, _LINEAR_LEAVES),
+    ("image_encoder.layers.#.blocks.#.attn.proj", "", None, _LINEAR_LEAVES),
+    ("image_encoder.layers.#.blocks.#.mlp.norm", "", None, _NORM_LEAVES),
+    ("image_encoder.layers.#.blocks.#.mlp.fc1", "", None, _LINEAR_LEAVES),
+    ("image_encoder.layers.#.blocks.#.mlp.fc2", "", None, _LINEAR_LEAVES),
+    ("image_encoder.norm_head", "", None, _NORM_LEAVES),
+    ("image_encoder.head", "", None, _LINEAR_LEAVES),
+]
+
+
+_NECK = [
+    ("image_encoder.neck.conv1", "image_encoder.neck.0", "vision_encoder.neck.conv1", _CONV_LEAVES),
+    (
+        "image_encoder.neck.norm1",
+        "image_encoder.neck.1",
+        "vision_encoder.neck.layer_norm1",
+        _NORM_LEAVES,
+    ),
+    ("image_encoder.neck.conv2", "image_encoder.neck.2", "vision_encoder.neck.conv2", _CONV_LEAVES),
+    (
+        "image_encoder.neck.norm2",
+        "image_encoder.neck.3",
+        "vision_encoder.neck.layer_norm2",
+        _NORM_LEAVES,
+    ),
+]
+
+
+_PROMPT_ENCODER = [
+    (
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        "",
+        "shared_image_embedding.positional_embedding",
+        _TENSOR,
+    ),
+    ("prompt_encoder.point_embeddings.#", "", "prompt_encoder.point_embed.#", _EMBED_LEAVES),
+    ("prompt_encoder.not_a_point_embed", "", "prompt_encoder.not_a_point_embed", _EMBED_LEAVES),
+    ("prompt_encoder.no_mask_embed", "", "prompt_encoder.no_mask_embed", _EMBED_LEAVES),
+    *(
+        (
+            f"prompt_encoder.mask_downscaling.{ours}",
+            f"prompt_encoder.mask_downscaling.{meta}",
+            f"prompt_encoder.mask_embed.{hf}",
+            leaves,
+        )
+        for ours, meta, hf, leaves in (
+            ("conv1", "0", "conv1", _CONV_LEAVES),
+            ("norm1", "1", "layer_norm1", _NORM_LEAVES),
+            ("conv2", "3", "conv2", _CONV_LEAVES),
+            ("norm2", "4", "layer_norm2", _NORM_LEAVES),
+            ("conv3", "6", "conv3", _CONV_LEAVES),
+        )
+    ),
+]
+
+
+_MASK_DECODER = [
+    ("mask_decoder.iou_token", "", "", _EMBED_LEAVES),
+    ("mask_decoder.mask_tokens", "", "", _EMBED_LEAVES),
+    *(
+        (f"mask_decoder.transformer.{attention}.{part}_proj", "", "", _LINEAR_LEAVES)
+        for attention in (
+            "layers.#.self_attn",
+            "layers.#.cross_attn_token_to_image",
+            "layers.#.cross_attn_image_to_token",
+            "final_attn_token_to_image",
+        )
+        for part in ("q", "k", "v", "out")
+    ),
+    *(
+        (
+            f"mask_decoder.transformer.layers.#.norm{i}",
+            "",
+            f"mask_decoder.transformer.layers.#.layer_norm{i}",
+            _NORM_LEAVES,
+        )
+        for i in (1, 2, 3, 4)
+    ),
+    ("mask_decoder.transformer.layers.#.mlp.lin1", "", "", _LINEAR_LEAVES),
+    ("mask_decoder.transformer.layers.#.mlp.lin2", "", "", _LINEAR_LEAVES),
+    (
+        "mask_decoder.transformer.norm_final_attn",
+        "",
+        "mask_decoder.transformer.layer_norm_final_attn",
+        _NORM_LEAVES,
+    ),
+    *(
+        (
+            f"mask_decoder.output_upscaling.{ours}",
+            f"mask_decoder.output_upscaling.{meta}",
+            f"mask_decoder.{hf}",
+            leaves,
+        )
+        for ours, meta, hf, leaves in (
+            ("conv1", "0", "upscale_conv1", _UPSCALE_LEAVES),
+            ("norm", "1", "upscale_layer_norm", _NORM_LEAVES),
+            ("conv2", "3", "upscale_conv2", _UPSCALE_LEAVES),
+        )
+    ),
+    (
+        "mask_decoder.output_hypernetworks_mlps.#.layers.#",
+        "",
+        "mask_decoder.output_hypernetworks_mlps.#.@",
+        _LINEAR_LEAVES,
+    ),
+    (
+        "mask_decoder.iou_prediction_head.layers.#",
+        "",
+        "mask_decoder.iou_prediction_head.@",
+        _LINEAR_LEAVES,
+    ),
+]
+
+
+_HQ = [
+    ("mask_decoder.hq.token", "mask_decoder.hf_token", "mask_decoder.hq_token", _EMBED_LEAVES),
+    (
+        "mask_decoder.hq.mlp.layers.#",
+        "mask_decoder.hf_mlp.layers.#",
+        "mask_decoder.hq_mask_mlp.@",
+        _LINEAR_LEAVES,
+    ),
+    *(
+        (
+            f"mask_decoder.hq.{ours}.{part}",
+            f"mask_decoder.{ours}.{index}",
+            f"mask_decoder.{hf}_{part}",
+            leaves,
+        )
+        for ours, hf in (("compress_vit_feat", "compress_vit"), ("embedding_encoder", "encoder"))
+        for part, index, leaves in (
+            ("conv1", 0, _UPSCALE_LEAVES),
+            ("norm", 1, _NORM_LEAVES),
+            ("conv2", 3, _UPSCALE_LEAVES),
+        )
+    ),
+    *(
+        (
+            f"mask_decoder.hq.{part}",
+            f"mask_decoder.embedding_maskfeature.{index}",
+            f"mask_decoder.mask_{part}",
+            leaves,
+        )
+        for part, index, leaves in (
+            ("conv1", 0, _CONV_LEAVES),
+            ("norm", 1, _NORM_LEAVES),
+            ("conv2", 3, _CONV_LEAVES),
+        )
+    ),
+]
+
+
+# Hugging Face's second name for one tensor: a file may hold either, or both if they are equal.
+_HF_ALIAS = (
+    "prompt_encoder.shared_embedding.positional_embedding",
+    "shared_image_embedding.positional_embedding",
+)
+
+
+def _join(module: str, leaf: str) -> str:
+    return f"{module}.{leaf}" if leaf else module
+
+
+def _leaf_table(rows) -> dict[str, tuple[str, str | None, Layout]]:
+    table = {}
+    for ours, meta, hf, leaves in rows:
+        for our_leaf, torch_leaf, layout in leaves:
+            path = _join(ours, our_leaf)
+            assert path not in table, path
+            table[path] = (
+                _join(meta or ours, torch_leaf),
+                None if hf is None else _join(hf or ours, torch_leaf),
+                layout,
+            )
+    return table
+
+
+_COMMON_ROWS = _NECK + _PROMPT_ENCODER + _MASK_DECODER + _HQ
+
+
+TABLES = {
+    ViTConfig: _leaf_table(_VIT + _COMMON_ROWS),
+    TinyViTConfig: _leaf_table(_TINY_VIT + _COMMON_ROWS),
+}
+
+
+def torch_name(path: str, config: SamConfig, fmt: Format) -> tuple[str, Layout]:
+    """The PyTorch name and the layout of one of our parameters.
+
+    Args:
+        path: ours, such as `image_encoder.blocks.3.attn.qkv.kernel`.
+        config: of the model.
+        fmt: "meta" or "hf".
+
+    Raises:
+        CheckpointError: for a TinyViT in Hugging Face's format.
+    """
+    pattern = re.sub(r"\.\d+(?=\.|$)", ".#", path)
+    meta, hf, layout = TABLES[type(config.image_encoder)][pattern]
+    name = meta if fmt == "meta" else hf
+    if name is None:
+        raise CheckpointError(
+            "Hugging Face's SamModel has no TinyViT encoder; write the Meta format instead"
+        )
+    for index in re.findall(r"\.(\d+)(?=\.|$)", path):
+        if "#" in name:
+            name = name.replace("#", index, 1)
+        else:
+            # The hypernetworks have three layers.
+            depth = config.mask_decoder.iou_head_depth if "iou_prediction_head" in name else 3
+            name = name.replace("@", _head_layer(int(index), depth))
+    return name, layout
+
+
+def _head_layer(index: int, depth: int) -> str:
+    if index == 0:
+        return "proj_in"
+    return "proj_out" if index == depth - 1 else f"layers.{index - 1}"
+
+
+# What PyTorch puts into the names of a module that it wraps: data parallelism, compilation, FSDP,
+# activation checkpointing. No part of a SAM is called so.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+
+
+_FIRST_TENSOR = re.compile(r"((?:.*?\.)?)(?:image|vision)_encoder\.patch_embed\.")
+
+
+def strip_prefix(tensors: Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors by names without what a training script's modules around the SAM put there.
+
+    Left out are PyTorch's wrappers, wherever they stand (`module._orig_mod.`, or
+    `image_encoder._orig_mod.`), and one prefix that all names have (`sam.`, `model.net.`).
+
+    Returns:
+        The tensors, and what was left out of their names.
+
+    Raises:
+        CheckpointError: if some names have the SAM's prefix and others do not, or if two become
+            one.
+    """
+    # The counter of torch.optim.swa_utils.AveragedModel stands beside its `module.`.
+    tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] != "n_averaged"}
+    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    left_out = sorted({part for name in tensors for part in _WRAPPERS.findall(name)})
+    if len(plain) < len(tensors):
+        raise CheckpointError(
+            f"some tensors have one name but for {', '.join(left_out)}, so there are several "
+            "models here. In torch, save one alone: torch.save(model.state_dict(), path)"
+        )
+    prefixes = sorted({m[1] for name in plain if (m := _FIRST_TENSOR.match(name))})
+    if not prefixes or "" in prefixes:
+        return plain, left_out
+    prefix = prefixes[0]
+    others = [name for name in plain if not name.startswith(prefix)]
+    if others:
+        raise CheckpointError(
+            f"the names of a SAM's tensors begin with {listed([repr(p) for p in prefixes])}, but "
+            f"{len(others)} of the {len(plain)} tensors do not begin with {clip(prefix)!r}, such "
+            f"as {clip(others[0])!r}. In torch, save the SAM alone, from the module that the names "
+            f"begin in: torch.save(whole.{clip(prefix)}state_dict(), path)"
+        )
+    plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
+    return plain, [*left_out, prefix]
+
+
+def detect_format(tensors: Tensors) -> Format:
+    """Whether these are tensors of Meta's format or of Hugging Face's, by their names.
+
+    Raises:
+        CheckpointError: if they are of neither.
+    """
+    starts = {name.partition(".")[0] for name in tensors}
+    if starts & {"patch_embed", "image_encoder", "vision_encoder"} and not starts & {
+        "prompt_encoder",
+        "mask_decoder",
+    }:
+        raise CheckpointError("these are the tensors of an image encoder, expected a whole SAM's")
+    if any(name.startswith("image_encoder.patch_embed.") for name in tensors):
+        return "meta"
+    if any(name.startswith("vision_encoder.patch_embed.") for name in tensors):
+        return "hf"
+    some = ", ".join(map(clip, sorted(tensors)[:5]))
+    raise CheckpointError(
+        f"these are no tensors of a SAM: {len(tensors)} tensors, such as {some or 'none at all'}; "
+        "expected Meta's names (image_encoder.patch_embed...) or Hugging Face's "
+        "(vision_encoder.patch_embed...)"
+    )
+
+
+def from_torch(
+    tensors: Tensors, config: SamConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """PyTorch tensors by our parameter paths, in our layout; views where possible.
+
+    Args:
+        tensors: the state dict.
+        config: of the model that they belong to.
+        shapes: our parameters' shapes by path.
+
+    Raises:
+        CheckpointError: listing every tensor that is missing, left over or misshapen.
+    """
+    fmt = detect_format(tensors)
+    tensors = dict(tensors)
+    if fmt == "hf":
+        _settle_alias(tensors)
+    names = {path: torch_name(path, config, fmt) for path in shapes}
+    check_tensors(
+        tensors,
+        {name: _torch_shape(shapes[path], layout) for path, (name, layout) in names.items()},
+    )
+    return {path: layout.to_ours(tensors[name]) for path, (name, layout) in names.items()}
+
+
+def to_torch(
+    params: Mapping[str, ArrayLike], config: SamConfig, fmt: Format
+) -> dict[str, np.ndarray]:
+    """Our parameters by PyTorch names, in PyTorch's layout; the inverse of `from_torch`."""
+    result = {}
+    for path, value in params.items():
+        name, layout = torch_name(path, config, fmt)
+        # A JAX array would not become int64, which PyTorch's counts are.
+        result[name] = layout.to_torch(np.asarray(value))
+    return result
+
+
+def _torch_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    # A zero-stride array has a shape and no memory.
+    return layout.to_torch(np.broadcast_to(np.zeros((), np.int32), shape)).shape
+
+
+def _settle_alias(tensors: dict[str, np.ndarray]) -> None:
+    alias, name = _HF_ALIAS
+    if alias not in tensors:
+        return
+    other = tensors.pop(alias)
+    if not np.array_equal(tensors.setdefault(name, other), other):
+        raise CheckpointError(f"{alias} and {name} are one tensor in the model, but differ here")

@@ -1,0 +1,1 @@
+"""The commands of `sam-jax`: a file for each, its options beside its function."""

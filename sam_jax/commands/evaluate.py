@@ -1,0 +1,41 @@
+"""`sam-jax evaluate`."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from sam_jax.checkpoints import from_pretrained
+from sam_jax.commands.common import DType, say_compiling
+from sam_jax.evaluation.clicks import evaluate as evaluate_model
+from sam_jax.training.datasets import BadAnnotations, open_source
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Compare a model's masks with annotated objects, by the number of clicks and by box.
+
+    Prints mean IoUs over all objects as JSON; see `sam_jax.evaluation`.
+    """
+
+    annotations: tyro.conf.Positional[Path]
+    """A COCO instance file, or a folder of SA-1B."""
+    images: Path | None = None
+    """The COCO file's folder of pictures."""
+    bad_annotations: BadAnnotations = "refuse"
+    """List what is wrong with the file and stop, or leave it out."""
+    model: str = "mobile_sam"
+    """Short name, hub repository, file or folder."""
+    dtype: DType = "float32"
+    """What to compute in; bfloat16 is faster on a GPU or TPU."""
+
+
+def evaluate(args: Evaluate) -> None:
+    """Prints mean IoUs."""
+    source = open_source(args.annotations, args.images, args.bad_annotations)
+    model = from_pretrained(args.model, dtype=args.dtype)
+    say_compiling("the latter for several numbers of objects")
+    with tqdm(total=len(source), unit="image", miniters=1) as bar:
+        print(json.dumps(evaluate_model(model, source, on_image=bar.update), indent=2))

@@ -1,0 +1,63 @@
+"""`sam-jax export`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from sam_jax.checkpoints import from_pretrained
+from sam_jax.commands.common import DType
+from sam_jax.export.to_jax import Platform, export_jax
+from sam_jax.export.to_onnx import export_onnx
+from sam_jax.files import check_new
+
+
+@dataclasses.dataclass
+class Export:
+    """Write the model for programs without sam_jax: for JAX, or in ONNX.
+
+    See `sam_jax.export`, and `examples/load_export.py` and `load_onnx.py` for how to use it.
+    """
+
+    model: tyro.conf.Positional[str]
+    """Short name, hub repository, file or folder."""
+    output: Path
+    """The new folder."""
+    format: Literal["jax", "onnx"] = "jax"
+    """Programs of jax.export, or ONNX."""
+    platforms: tuple[Platform, ...] | None = None
+    """Of jax: to run on; cpu, cuda and tpu if left out."""
+    dtype: DType = "float32"
+    """Of jax: what to compute in."""
+    gradient: bool = False
+    """Of jax: programs that jax.grad can differentiate, once. Writing them takes several times as
+    long."""
+    single_mask: bool = False
+    """Of onnx: one mask instead of four, chosen by the number of points and the scores."""
+
+
+def export(args: Export) -> None:
+    """Writes the folder; see `sam_jax.export`.
+
+    Raises:
+        OSError: for an output that exists or cannot be written.
+        ValueError: for options that do not go together or that the model does not allow, an unknown
+            model, and without the extra `onnx` where it is needed.
+    """
+    check_new(args.output)
+    for_jax = args.platforms is not None or args.dtype != "float32" or args.gradient
+    if args.format == "onnx" and for_jax:
+        raise ValueError(
+            "--platforms, --dtype and --gradient are for --format jax; ONNX is float32, without "
+            "a gradient"
+        )
+    if args.format == "jax" and args.single_mask:
+        raise ValueError("--single-mask is for --format onnx")
+    model = from_pretrained(args.model, dtype=args.dtype)
+    if args.format == "onnx":
+        export_onnx(model, args.output, single_mask=args.single_mask)
+    else:
+        platforms = {} if args.platforms is None else {"platforms": args.platforms}
+        export_jax(model, args.output, **platforms, vjp_order=int(args.gradient))
+    print(args.output)

@@ -1,0 +1,205 @@
+"""`sam-jax generate`."""
+
+import contextlib
+import dataclasses
+import inspect
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from sam_jax.automatic.folder import find_pictures, generate_folder, passed_over
+from sam_jax.automatic.generator import SamAutomaticMaskGenerator
+from sam_jax.automatic.options import check_arguments
+from sam_jax.automatic.ray_cluster import generate_with_ray
+from sam_jax.automatic.results import Format, Results, Segmentation
+from sam_jax.checkpoints import from_pretrained
+from sam_jax.checkpoints.download import MODELS
+from sam_jax.commands.common import DType, say, say_compiling
+from sam_jax.files import lock_folder, read_json
+
+
+@dataclasses.dataclass
+class Generate:
+    """Find the masks of everything in pictures.
+
+    The run can be stopped and started again: pictures that have a result are passed over.
+    """
+
+    input: tyro.conf.Positional[tuple[Path, ...]]
+    """Images and folders of images, whose subfolders are not searched."""
+    output: Path
+    """Folder for the results."""
+    model: str = "mobile_sam"
+    """Short name, hub repository, file or folder."""
+    dtype: DType = "float32"
+    """What to compute in; bfloat16 is faster on a GPU or TPU."""
+    format: Format = "png"
+    """A folder of PNG masks with metadata.csv for each picture, or one annotations.json of COCO's
+    format for all that the output folder has results of."""
+    segmentation: Segmentation = "rle"
+    """How annotations.json holds masks: run lengths, or polygons for programs that read nothing
+    else (about five times the size). It applies to all results in the folder."""
+    overlays: bool = False
+    """Also draw each picture with its masks."""
+    devices: int | None = None
+    """How many devices of this machine to use, one picture on each; all of them if left out."""
+    ray: tuple[str, ...] | None = None
+    """Use the machines of a Ray cluster: the one at this address, or without an address one that
+    runs here or a new one. All machines must see the same folders."""
+    points_per_side: int | None = None
+    """Points along one side of the picture, 32 if left out; their number is its square."""
+    points_per_batch: int = 64
+    """Points decoded by one call; on a GPU or TPU more take more memory."""
+    pred_iou_thresh: float = 0.88
+    """What a mask's predicted IoU must exceed."""
+    stability_score_thresh: float = 0.95
+    """What a mask's stability must reach."""
+    stability_score_offset: float = 1.0
+    """How much higher and lower the thresholds are that stability compares."""
+    box_nms_thresh: float = 0.7
+    """IoU of boxes above which only the better mask stays."""
+    crop_n_layers: int = 0
+    """Layers of crops to look at too, 2^i x 2^i in layer i."""
+    crop_nms_thresh: float = 0.7
+    """Like box_nms_thresh, between crops."""
+    crop_overlap_ratio: float = 512 / 1500
+    """How much of the picture's shorter side the crops of the first layer overlap."""
+    crop_n_points_downscale_factor: int = 1
+    """How many times fewer points per side each further layer has."""
+    point_grids: Path | None = None
+    """JSON file with a list of points [x, y], from 0 to 1, for each layer; instead of
+    points_per_side."""
+    min_mask_region_area: int = 0
+    """Fill holes and drop islands of fewer pixels."""
+
+
+# The fields that say which masks there are: what is in one folder must have them in common.
+_ARGUMENTS = inspect.signature(SamAutomaticMaskGenerator).parameters
+
+
+_GENERATOR = {f.name for f in dataclasses.fields(Generate)} & set(_ARGUMENTS) - {"model"}
+
+
+def generate(args: Generate) -> None:
+    """Writes the results of all pictures; see `sam_jax.automatic`.
+
+    Raises:
+        OSError: for a path that does not exist, a folder that cannot be written to, or a full disk.
+        ValueError: for options that cannot be or do not go together, for results that are there
+            and were made otherwise, for an unknown model, if another run works in the folder, and,
+            when all others are done, for images that cannot be read or written; the message names
+            them.
+    """
+    pictures = find_pictures(args.input)
+    if any(os.path.realpath(path) == os.path.realpath(args.output) for path in args.input):
+        raise ValueError(f"--output {args.output} is an input, too; choose another folder")
+    if args.segmentation == "polygons" and args.format != "coco":
+        raise ValueError("--segmentation polygons is for --format coco")
+    if args.ray is not None and len(args.ray) > 1:
+        raise ValueError(f"--ray is {' '.join(args.ray)!r}, expected one address or none")
+    if args.ray is not None and args.devices is not None:
+        raise ValueError("--devices is for this machine; it cannot be given with --ray")
+    options = {name: getattr(args, name) for name in sorted(_GENERATOR)}
+    if args.point_grids is not None:
+        options["point_grids"] = _read_grids(args.point_grids)
+    elif args.points_per_side is None:
+        options["points_per_side"] = 32
+    grids = check_arguments(**options)
+    model = args.model
+    if model not in MODELS and Path(model).exists():
+        model = str(Path(model).resolve())
+    results = Results(args.output, args.format, args.overlays, args.segmentation)
+    how_many = {"points_per_batch"}
+    settings = {k: v for k, v in options.items() if k not in how_many}
+    settings = {"model": model, "dtype": args.dtype, **settings}
+
+    failures: list[str] = []
+    with lock_folder(args.output):
+        todo = results.begin(settings, pictures)
+        for line in passed_over(args.input, args.output):
+            say(line)
+        if todo:
+            _say_what_crops_take(grids)
+        try:
+            if todo:
+                _generate(args, model, options, results, todo, len(pictures), failures)
+        except BaseException:
+            print("".join(f"{failure}\n" for failure in failures), end="", file=sys.stderr)
+            raise
+        joined, *left_out = results.finish() or [None]
+    print(f"{len(pictures) - len(failures)} of {len(pictures)} pictures in {args.output}")
+    if joined:
+        print(joined)
+    for line in left_out:
+        say(line)
+    if failures:
+        raise ValueError("\n".join([f"{len(failures)} failed:", *failures]))
+
+
+def _generate(args, model, options, results, todo, total, failures) -> None:
+    options["output_mode"] = "uncompressed_rle"
+    done, start, bars = total - len(todo), time.monotonic(), []
+
+    def on_image() -> None:
+        if bars:
+            bars[0].update()
+            return
+        # From here on, so that the rate is that of images for which nothing is compiled.
+        say(f"the first image took {time.monotonic() - start:.1f} s")
+        bar = tqdm(total=total, initial=done + 1, unit="image", miniters=1)
+        bars.append(stack.enter_context(bar))
+
+    def on_failure(picture: Path, problem: str) -> None:
+        failures.append(f"  {picture}: {problem}")
+
+    with contextlib.ExitStack() as stack:
+        if args.ray is not None:
+            say("starting workers, which compile the image encoder and the mask decoder ...")
+            address = args.ray[0] if args.ray else None
+            generate_with_ray(
+                address, model, args.dtype, options, todo, results, on_image, on_failure
+            )
+        else:
+            mesh = Mesh(np.array(_devices(args.devices)), ("images",))
+            sam = from_pretrained(model, dtype=args.dtype)
+            generator = SamAutomaticMaskGenerator(sam, **options, mesh=mesh)
+            say_compiling("once for all images")
+            generate_folder(generator, todo, results, on_image, on_failure)
+
+
+def _say_what_crops_take(grids: list[np.ndarray]) -> None:
+    crops = [4**layer for layer in range(len(grids))]
+    points = [count * len(grid) for count, grid in zip(crops, grids, strict=True)]
+    if len(crops) > 1:
+        low, high = sorted((sum(points) / len(grids[0]), float(sum(crops))))
+        times = f"{high:.0f}" if round(low) == round(high) else f"{low:.1f} to {high:.0f}"
+        say(
+            f"{sum(crops) - 1} crops per image: the encoder runs {sum(crops)} times instead of "
+            f"once, and {sum(points)} points are decoded instead of {points[0]}; expect {times} "
+            "times the time of a run without crops"
+        )
+
+
+def _devices(count: int | None) -> list[jax.Device]:
+    """So many of this machine's, or all."""
+    available = jax.local_devices()
+    count = len(available) if count is None else count
+    if not 1 <= count <= len(available):
+        raise ValueError(f"--devices is {count}, expected 1 to {len(available)}, as many there are")
+    return available[:count]
+
+
+def _read_grids(path: Path) -> list[list]:
+    try:
+        return [np.array(grid, np.float64).tolist() for grid in read_json(path)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"--point-grids {path} is no JSON list of lists of points [x, y]: {error}"
+        ) from error

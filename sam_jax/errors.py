@@ -1,0 +1,23 @@
+"""Exceptions, and how their messages show names from files."""
+
+import itertools
+from collections.abc import Collection
+
+
+class NonFiniteError(ValueError):
+    """A model predicts NaN or infinity."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: what it is, what was expected, what to do."""
+
+
+def clip(name: str) -> str:
+    """A name from a file for a message: some have megabytes."""
+    return name if len(name) <= 200 else f"{name[:90]}...{name[-90:]}"
+
+
+def listed(names: Collection[str]) -> str:
+    """The first ten names, and how many more there are."""
+    first = ", ".join(map(clip, itertools.islice(names, 10)))
+    return f"{first} and {len(names) - 10} more" if len(names) > 10 else first

@@ -1,0 +1,41 @@
+"""What both kinds of export write and need."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from sam_jax.models.sam import Sam
+from sam_jax.models.vit import ImageEncoderViT
+from sam_jax.ops.attention import Implementation
+
+
+def write_config(folder: Path, model: Sam, **more: Any) -> None:
+    """Writes `config.json`: what a program needs to know to use the model."""
+    names = (
+        *("image_size", "mask_size", "mask_threshold"),
+        *("resize", "normalization", "pixel_mean", "pixel_std"),
+    )
+    values = {name: getattr(model.config, name) for name in names}
+    values["dtype"] = str(jnp.dtype(model.mask_decoder.dtype))
+    (folder / "config.json").write_text(json.dumps(values | more, indent=2) + "\n")
+
+
+def vit_blocks(model: Sam) -> list:
+    """The blocks whose attention can be chosen: those of a ViT."""
+    encoder = model.image_encoder
+    return list(encoder.blocks) if isinstance(encoder, ImageEncoderViT) else []
+
+
+def with_attention(
+    model: Sam, choose: Callable[[Implementation | None, tuple[int, int]], Implementation]
+) -> Sam:
+    """The model with another attention, chosen by the one that it names and the grid."""
+    model = nnx.merge(*nnx.split(model))
+    for block in vit_blocks(model):
+        side = block.attn.window or model.config.image_embedding_size
+        block.attn.implementation = choose(block.attn.implementation, (side, side))
+    return model

@@ -1,0 +1,417 @@
+"""Traced JAX functions as ONNX graphs: the operations that SAM consists of, and no others.
+
+`Graph.call` traces a function, walks its jaxpr, and adds a node for each equation. What depends on
+constants alone (folded weights, tables of positions, indices) is computed on the way. Each constant
+is stored once, and only one slice of what repeats along an axis. One size of the inputs may be left
+open, such as the number of points. An operation that is not known here is an error.
+
+Not by jax2onnx: the decoder that it makes (0.13.0, which works with our Orbax, and 0.17.1, which
+needs an older one) is refused by ONNX Runtime, for a linear layer of a vector and for n + 5 tokens
+taken for 5.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import onnx
+from jax.extend import core
+from onnx import helper, numpy_helper
+
+OPSET = 17  # what Meta's own export asks for, and browsers have
+
+
+# Protobuf's limit is 2 GB: the weights of larger models go to a file of their own.
+_LARGEST_FILE = 1 << 30
+
+
+# In bytes. Below this, an array that repeats is kept whole: a node that expands it takes more.
+_SMALL = 1024
+
+
+Tensor = str | np.ndarray  # a name in the graph, or a constant
+
+
+class _Value(NamedTuple):
+    """A traced array. Axes along which it repeats are one long: ONNX broadcasts by itself."""
+
+    tensor: Tensor
+    shape: tuple
+
+
+class Graph:
+    """An ONNX graph in the making."""
+
+    def __init__(self):
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._constants: dict[tuple, tuple[str, np.ndarray]] = {}
+        self._open_sizes: dict[Any, tuple[str, int]] = {}  # a tensor and an axis that have it
+        self._numbers = itertools.count()
+
+    def input(self, name: str, shape: Sequence[int | str]) -> str:
+        """Declares a float32 input; a string in its shape names a size left open."""
+        info = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        self._inputs.append(info)
+        return name
+
+    def node(self, operation: str, *inputs: Tensor, **attributes: Any) -> str:
+        """Adds a node of one output, whose name it returns."""
+        name = f"{operation.lower()}_{next(self._numbers)}"
+        names = [x if isinstance(x, str) else self._constant(x) for x in inputs]
+        self._nodes.append(helper.make_node(operation, names, [name], **attributes))
+        return name
+
+    def cast(self, x: Tensor, dtype: Any) -> str:
+        """Adds a conversion to another dtype."""
+        return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def call(self, function: Callable, *inputs: tuple[str, jax.ShapeDtypeStruct]) -> list[str]:
+        """Adds what a function computes; the names of its results.
+
+        Args:
+            function: of arrays to a tuple of arrays. What it closes over is constant.
+            *inputs: for each argument a tensor of the graph, and its shape and dtype.
+
+        Raises:
+            ValueError: for an operation that is not known here.
+        """
+        closed = jax.make_jaxpr(function)(*(spec for _, spec in inputs))
+        values = [self._value(name, spec.shape) for name, spec in inputs]
+        with jax.default_matmul_precision("highest"):  # of what is computed on the way
+            results = self._run(closed, values)
+        return [
+            self.node("Identity", self._full(value, aval.shape))
+            for value, aval in zip(results, closed.out_avals, strict=True)
+        ]
+
+    def save(self, path: Path, outputs: dict[str, tuple[str, Sequence[int | str]]]) -> None:
+        """Writes the model.
+
+        Args:
+            path: of the file. More than a gigabyte of weights goes to `<file name>.data` beside it.
+            outputs: for the name of each output, all float32, its tensor and its shape.
+        """
+        graph = helper.make_graph(
+            self._nodes
+            + [helper.make_node("Identity", [tensor], [n]) for n, (tensor, _) in outputs.items()],
+            path.stem,
+            self._inputs,
+            [
+                helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+                for name, (_, shape) in outputs.items()
+            ],
+        )
+        opset = helper.make_opsetid("", OPSET)
+        model = helper.make_model(
+            graph,
+            opset_imports=[opset],
+            ir_version=helper.find_min_ir_version_for([opset]),
+            producer_name="sam_jax",
+        )
+        # Last, and one by one, since every message copies its parts.
+        for name, array in self._constants.values():
+            model.graph.initializer.append(numpy_helper.from_array(array, name))
+        size = sum(array.nbytes for _, array in self._constants.values())
+        data = {"save_as_external_data": True, "location": f"{path.name}.data"}
+        onnx.save_model(model, path, **(data if size > _LARGEST_FILE else {}))
+        onnx.checker.check_model(path, full_check=True)
+
+    def _constant(self, array: np.ndarray) -> str:
+        array = np.asarray(array, order="C")
+        content = hashlib.sha256(array.reshape(-1).view(np.uint8)).digest()
+        key = array.dtype, array.shape, content
+        return self._constants.setdefault(key, (f"constant_{len(self._constants)}", array))[0]
+
+    def _value(self, tensor: Tensor, shape: tuple) -> _Value:
+        for axis, size in enumerate(shape):
+            if not isinstance(size, int):
+                self._open_sizes.setdefault(size, (tensor, axis))
+        return _Value(tensor, tuple(shape))
+
+    def _full(self, value: _Value, shape: tuple) -> Tensor:
+        """The tensor, broadcast where that was left to ONNX."""
+        if value.shape == tuple(shape):
+            return value.tensor
+        own = (1,) * (len(shape) - len(value.shape)) + value.shape
+        sizes = [self._size(1 if n == m else n) for n, m in zip(shape, own, strict=True)]
+        return self.node("Expand", value.tensor, self.node("Concat", *sizes, axis=0))
+
+    def _size(self, size) -> Tensor:
+        if isinstance(size, int):
+            return np.array([size])
+        tensor, axis = self._open_sizes[size]
+        return self.node("Shape", tensor, start=axis, end=axis + 1)
+
+    def _run(self, closed: core.ClosedJaxpr, values: Sequence[_Value]) -> list[_Value]:
+        jaxpr = closed.jaxpr
+        known = dict(zip(jaxpr.invars, values, strict=True))
+        known |= zip(jaxpr.constvars, map(_known_value, closed.consts), strict=True)
+
+        def read(atom) -> _Value:
+            if isinstance(atom, core.Literal):
+                return _known_value(np.asarray(atom.val, atom.aval.dtype))
+            return known[atom]
+
+        for equation in jaxpr.eqns:
+            results = self._equation(equation, [read(atom) for atom in equation.invars])
+            known |= zip(equation.outvars, results, strict=True)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
+        name, parameters = equation.primitive.name, equation.params
+        shapes = [atom.aval.shape for atom in equation.invars]
+        all_known = all(isinstance(value.tensor, np.ndarray) for value in values) and all(
+            isinstance(size, int) for shape in shapes for size in shape
+        )
+        inner = parameters.get("jaxpr", parameters.get("call_jaxpr"))
+        translate = _OPERATIONS.get(name)
+        if inner is not None and name in ("jit", "custom_jvp_call"):
+            translate = _FUNCTIONS.get(inner.jaxpr.debug_info.func_name)
+            if translate is None or all_known:
+                return self._run(inner, values)
+        elif name == "broadcast_in_dim":
+            return [_broadcast_in_dim(self, values[0], **parameters)]
+        elif name in _ELEMENTWISE:
+            shape = _broadcast_shapes([value.shape for value in values])
+            if not all_known:
+                tensor = _ELEMENTWISE[name](self, *(v.tensor for v in values), **parameters)
+                return [self._value(tensor, shape)]
+            return _compute(equation, [np.broadcast_to(v.tensor, shape) for v in values])
+        if all_known:
+            arrays = [np.broadcast_to(v.tensor, n) for v, n in zip(values, shapes, strict=True)]
+            return _compute(equation, arrays)
+        if translate is None:
+            raise ValueError(f"JAX's operation {name!r} has no translation to ONNX here")
+        tensors = [self._full(v, shape) for v, shape in zip(values, shapes, strict=True)]
+        results = translate(self, equation, *tensors)
+        results = results if isinstance(results, list) else [results]
+        return [
+            self._value(tensor, var.aval.shape)
+            for tensor, var in zip(results, equation.outvars, strict=True)
+        ]
+
+
+def _known_value(array) -> _Value:
+    """A constant; of an axis along which all slices have the same bits, only one is kept."""
+    array = np.asarray(array)
+    if array.nbytes > _SMALL:
+        bits = array.view(f"u{array.itemsize}")
+        for axis in range(array.ndim):
+            first, second = (bits.take([i], axis, mode="clip") for i in (0, 1))
+            if np.array_equal(first, second) and (bits == first).all():
+                array, bits = array.take([0], axis), first
+    return _Value(array, array.shape)
+
+
+def _compute(equation: core.JaxprEqn, arrays: Sequence[np.ndarray]) -> list[_Value]:
+    result = equation.primitive.bind(*map(jax.numpy.asarray, arrays), **equation.params)
+    return [_known_value(x) for x in (result if equation.primitive.multiple_results else [result])]
+
+
+def _broadcast_shapes(shapes: Sequence[tuple]) -> tuple:
+    """`np.broadcast_shapes`, also of sizes left open."""
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*padded, strict=True))
+
+
+def _broadcast_in_dim(graph, value, *, shape, broadcast_dimensions, **_):
+    sizes, new = [1] * len(shape), sorted(set(range(len(shape))) - set(broadcast_dimensions))
+    for axis, size in zip(broadcast_dimensions, value.shape, strict=True):
+        sizes[axis] = size
+    if isinstance(value.tensor, np.ndarray):
+        return _known_value(np.expand_dims(value.tensor, new))
+    tensor = graph.node("Unsqueeze", value.tensor, np.array(new)) if new else value.tensor
+    return graph._value(tensor, tuple(sizes))
+
+
+_SAME_IN_ONNX = {
+    "add": "Add",
+    "sub": "Sub",
+    "mul": "Mul",
+    "div": "Div",
+    "max": "Max",
+    "eq": "Equal",
+    "exp": "Exp",
+    "sin": "Sin",
+    "cos": "Cos",
+    "stop_gradient": "Identity",
+}
+
+
+# Element by element, broadcast by ONNX's rules.
+_ELEMENTWISE: dict[str, Callable] = {
+    name: lambda graph, *xs, operation=operation, **_: graph.node(operation, *xs)
+    for name, operation in _SAME_IN_ONNX.items()
+} | {
+    "ne": lambda graph, x, y, **_: graph.node("Not", graph.node("Equal", x, y)),
+    "square": lambda graph, x, **_: graph.node("Mul", x, x),
+    "rsqrt": lambda graph, x, **_: graph.node("Reciprocal", graph.node("Sqrt", x)),
+    "select_n": lambda graph, which, no, yes, **_: graph.node("Where", which, yes, no),
+    "convert_element_type": lambda graph, x, *, new_dtype, **_: graph.cast(x, new_dtype),
+}
+
+
+def _permuted(graph, x, order):
+    if isinstance(x, np.ndarray):
+        return x.transpose(order)
+    return x if list(order) == sorted(order) else graph.node("Transpose", x, perm=list(order))
+
+
+def _reshaped(graph, x, old, new):
+    if tuple(old) == tuple(new):
+        return x
+    if isinstance(x, np.ndarray):
+        return x.reshape(new)
+    sizes = [n if isinstance(n, int) else -1 for n in new]
+    return graph.node("Reshape", x, np.array(sizes, np.int64))
+
+
+def _reshape(graph, equation, x):
+    return _reshaped(graph, x, equation.invars[0].aval.shape, equation.outvars[0].aval.shape)
+
+
+def _dot_general(graph, equation, x, y):
+    """As the product of [batch, rows, depth] and [batch, depth, columns]."""
+    summed, batch = equation.params["dimension_numbers"]
+    shapes = [atom.aval.shape for atom in equation.invars]
+    free = [
+        [axis for axis in range(len(shapes[i])) if axis not in (*summed[i], *batch[i])]
+        for i in range(2)
+    ]
+    sizes = [shapes[0][axis] for axis in batch[0]]
+    rows, columns = (math.prod(shapes[i][axis] for axis in free[i]) for i in range(2))
+    depth = math.prod(shapes[0][axis] for axis in summed[0])
+    orders = (*batch[0], *free[0], *summed[0]), (*batch[1], *summed[1], *free[1])
+    x, y = (
+        _reshaped(graph, _permuted(graph, z, order), [shape[axis] for axis in order], new)
+        for z, order, shape, new in zip(
+            (x, y), orders, shapes, ((*sizes, rows, depth), (*sizes, depth, columns)), strict=True
+        )
+    )
+    product, out = graph.node("MatMul", x, y), equation.outvars[0].aval.shape
+    return _reshaped(graph, product, (*sizes, rows, columns), out)
+
+
+def _convolution(graph, equation, x, kernel):
+    parameters = equation.params
+    if set(parameters["lhs_dilation"]) != {1} or parameters["batch_group_count"] != 1:
+        raise ValueError("transposed convolutions have no translation to ONNX here")
+    numbers, padding = parameters["dimension_numbers"], parameters["padding"]
+    result = graph.node(
+        "Conv",
+        _permuted(graph, x, numbers.lhs_spec),  # channels first
+        _permuted(graph, kernel, numbers.rhs_spec),
+        strides=parameters["window_strides"],
+        pads=[before for before, _ in padding] + [after for _, after in padding],
+        dilations=parameters["rhs_dilation"],
+        group=parameters["feature_group_count"],
+    )
+    return _permuted(graph, result, np.argsort(numbers.out_spec).tolist())
+
+
+def _stack(graph, equation, *tensors):
+    axis = equation.params["axis"]
+    tensors = [graph.node("Unsqueeze", x, np.array([axis])) for x in tensors]
+    return graph.node("Concat", *tensors, axis=axis)
+
+
+def _slice(graph, equation, x):
+    old, new = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    axes = np.array([axis for axis in range(len(old)) if old[axis] != new[axis]], np.int64)
+    start, limit = equation.params["start_indices"], equation.params["limit_indices"]
+    steps = equation.params["strides"] or [1] * len(old)
+    start, limit, steps = (np.array(values)[axes] for values in (start, limit, steps))
+    return graph.node("Slice", x, start, limit, axes, steps)
+
+
+def _split(graph, equation, x):
+    ends = np.cumsum(equation.params["sizes"])
+    bounds = zip(ends - equation.params["sizes"], ends, strict=True)
+    axis = np.array([equation.params["axis"]])
+    return [graph.node("Slice", x, np.array([a]), np.array([b]), axis) for a, b in bounds]
+
+
+def _gather(graph, equation, x, start):
+    """Only what JAX makes of `x[..., 1:2]` where another size of x is left open."""
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    if isinstance(start, str) or start.ndim != 1 or numbers.collapsed_slice_dims:
+        raise ValueError("indexing by arrays has no translation to ONNX here")
+    axes, start = np.array(numbers.start_index_map), start.astype(np.int64)
+    return graph.node("Slice", x, start, start + [sizes[axis] for axis in axes], axes)
+
+
+def _pad(graph, equation, x, value):
+    before, after, between = zip(*equation.params["padding_config"], strict=True)
+    if min(before + after) < 0 or any(between):
+        raise ValueError("cropping and spreading pads have no translation to ONNX here")
+    return graph.node("Pad", x, np.array(before + after), value)
+
+
+# What needs its arrays at their full size.
+_OPERATIONS: dict[str, Callable] = {
+    "reshape": _reshape,
+    "squeeze": _reshape,
+    "transpose": lambda graph, eqn, x: _permuted(graph, x, eqn.params["permutation"]),
+    "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
+    "concatenate": lambda graph, eqn, *xs: graph.node("Concat", *xs, axis=eqn.params["dimension"]),
+    "stack": _stack,
+    "slice": _slice,
+    "split": _split,
+    "gather": _gather,
+    "pad": _pad,
+    "reduce_sum": lambda graph, eqn, x: graph.node(
+        "ReduceSum", x, np.array(eqn.params["axes"]), keepdims=0
+    ),
+    "reduce_max": lambda graph, eqn, x: graph.node(
+        "ReduceMax", x, axes=eqn.params["axes"], keepdims=0
+    ),
+}
+
+
+def _softmax(graph, equation, logits):
+    (axis,) = equation.params["call_jaxpr"].jaxpr.eqns[0].params["axes"]
+    return graph.node("Softmax", logits, axis=axis)
+
+
+def _average(graph, equation, logits, v):
+    return graph.node("MatMul", graph.node("Softmax", logits, axis=-1), v)
+
+
+def _gelu(graph, equation, x):
+    """In the order of operations that ONNX Runtime computes in one."""
+    root, one, half = (np.array(n, np.float32) for n in (math.sqrt(2), 1, 0.5))
+    twice_cdf = graph.node("Add", graph.node("Erf", graph.node("Div", x, root)), one)
+    return graph.node("Mul", graph.node("Mul", x, twice_cdf), half)
+
+
+def _conv(graph, equation, x, kernel):
+    given, shape = (atom.aval.shape for atom in equation.invars)
+    out = equation.outvars[0].aval.shape
+    result = graph.node(
+        "Conv",
+        _permuted(graph, x, (0, 3, 1, 2)),
+        _permuted(graph, kernel, (3, 2, 0, 1)),
+        strides=[-(-given[1] // out[1])] * 2,
+        pads=[shape[0] // 2] * 4,
+        group=given[3] // shape[2],
+    )
+    return _permuted(graph, result, (0, 2, 3, 1))
+
+
+# Functions of our models that ONNX, or ONNX Runtime, has operators for: MobileSAM's encoder takes
+# half the time that it takes by their parts.
+_FUNCTIONS: dict[str, Callable] = {
+    "softmax": _softmax,
+    "_average": _average,
+    "_gelu": _gelu,
+    "_depthwise_conv": _conv,
+    "_halving_conv": _conv,
+}

@@ -1,0 +1,77 @@
+"""Run lengths of masks, as COCO has them."""
+
+import numbers
+
+import numpy as np
+import pycocotools.mask
+from jaxtyping import Bool
+
+
+def rle_encode(mask: Bool[np.ndarray, "h w"]) -> dict:
+    """Uncompressed COCO run lengths: column by column, zeros first.
+
+    `{"size": [h, w], "counts": [...]}`, all Python's own integers.
+    """
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    if flat[0]:
+        counts.insert(0, 0)
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def rle_decode(rle: dict) -> Bool[np.ndarray, "h w"]:
+    """The mask of uncompressed run lengths; raises what `check_rle` does."""
+    check_rle(rle)
+    (height, width), counts = rle["size"], rle["counts"]
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T
+
+
+def check_rle(rle: dict) -> None:
+    """Raises ValueError for uncompressed run lengths that are not those of a mask of their size."""
+    (height, width), counts = rle["size"], rle["counts"]
+    if not all(isinstance(count, numbers.Integral) for count in counts):
+        raise ValueError("its run lengths do not fill the mask: expected whole numbers")
+    if sum(counts) != height * width or min(counts, default=0) < 0:
+        raise ValueError(
+            f"its run lengths do not fill the mask: their sum is {sum(counts)} and the smallest "
+            f"{min(counts, default=0)}, expected {height} x {width} and none below 0"
+        )
+
+
+def rle_compress(rle: dict) -> dict:
+    """Run lengths as pycocotools' string, which JSON takes: `{"size": [h, w], "counts": str}`."""
+    compressed = pycocotools.mask.frPyObjects(rle, *rle["size"])
+    return {"size": rle["size"], "counts": compressed["counts"].decode()}
+
+
+def rle_uncompress(rle: dict) -> dict:
+    """The inverse of `rle_compress`, for strings from anywhere.
+
+    pycocotools would read past the end of one that says too little.
+
+    Raises:
+        ValueError: if the string is none of COCO's, or ends within a number.
+    """
+    text = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
+    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    (ends,) = np.nonzero(digits & 32 == 0)  # where it is set, more of the number follows
+    starts = np.append(0, ends + 1)
+    lengths, left = np.diff(starts), len(digits) - starts[-1]
+    if ((digits < 0) | (digits >= 64)).any() or lengths.max(initial=left) > 12:
+        raise ValueError(f"{text[:20]!r} is no string of COCO's run lengths")
+    if left:
+        raise ValueError(f"{text[-20:]!r} ends within a number of COCO's run lengths")
+    place = np.arange(len(digits)) - np.repeat(starts[:-1], lengths)
+    total = np.append(0, np.cumsum((digits & 31) << (5 * place)))
+    counts = np.diff(total[starts]) - np.where(digits[ends] & 16, 1 << (5 * lengths), 0)
+    # From the fourth on, what is written is the difference from the number before the last.
+    counts[1::2] = np.cumsum(counts[1::2])
+    counts[2::2] = np.cumsum(counts[2::2])
+    return {"size": rle["size"], "counts": counts.tolist()}
+
+
+def rle_area(rle: dict) -> int:
+    """The number of pixels in the mask."""
+    return sum(rle["counts"][1::2])

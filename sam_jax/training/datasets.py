@@ -1,0 +1,311 @@
+"""Images with annotated objects: COCO files and folders of SA-1B."""
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import numpy as np
+
+from sam_jax.files import read_json
+from sam_jax.image import read_stored, turn
+from sam_jax.ops.rle import rle_decode
+from sam_jax.training.annotations import (
+    annotation_name,
+    checked_segmentation,
+    coco_entries,
+    id_of,
+    image_entry,
+    json_field,
+    label_of,
+    segmentation_rle,
+    shown,
+)
+
+Example = dict[str, Any]
+
+
+BadAnnotations = Literal["refuse", "skip"]
+
+
+_SHOWN = 10  # bad entries that a message lists
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Examples by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class RunLengths:
+    """Masks [n, h, w] of which only those are decoded that are asked for: SA-1B has 100 a picture.
+
+    A number gives one mask, bool [h, w]; a slice or an array of numbers gives an array of some, and
+    `np.asarray` all.
+    """
+
+    dtype, ndim = np.dtype(bool), 3
+
+    def __init__(self, rles: list[dict], size: tuple[int, int]):
+        self.rles = rles  # uncompressed
+        self.shape = (len(rles), *size)
+
+    def __len__(self) -> int:
+        return len(self.rles)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        chosen = np.arange(len(self))[key]
+        if chosen.ndim == 0:
+            return rle_decode(self.rles[chosen])
+        masks = [rle_decode(self.rles[k]) for k in chosen]
+        return np.array(masks, bool).reshape(-1, *self.shape[1:])
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self[:].astype(dtype or bool, copy=False)
+
+
+class _AnnotatedImages:
+    """Image files and their objects; what `CocoInstances` and `SegmentAnything1B` share.
+
+    Args:
+        name: of the file or folder, for messages.
+        bad_annotations: see `CocoInstances`.
+        exif_orientation: whether the annotations are of images that are turned as EXIF says
+            ("applied") or of the pixels as stored ("ignored", or None if nothing says so).
+        way_out: what to do if None is wrong.
+    """
+
+    def __init__(
+        self,
+        name: Path,
+        bad_annotations: BadAnnotations,
+        exif_orientation: str | None,
+        way_out: str,
+    ):
+        self.name, self.bad_annotations = name, bad_annotations
+        self.exif_orientation, self._way_out = exif_orientation, way_out
+        self._has_warned = False
+
+    def _example(
+        self, image_id: Any, path: Path, size: tuple[int, int], objects: list[tuple]
+    ) -> Example:
+        """The image and its objects: (id, number, segmentation), two of them for messages."""
+        try:
+            image = self._pixels(image_id, path, size)
+        except (OSError, TypeError, ValueError) as error:
+            problem = f"image {label_of(image_id)}: {path}: {error}"
+            _report([problem], "a bad image", self.bad_annotations)
+            return _blank()
+        rles, problems = [], []
+        for annotation_id, number, segmentation in objects:
+            try:
+                rles.append(segmentation_rle(segmentation, size))
+            except ValueError as error:
+                name = f"image {label_of(image_id)}: {annotation_name(annotation_id, number)}"
+                problems.append(f"{name}: its segmentation cannot be read: {error}")
+        _report(problems, f"{path} has bad annotations", self.bad_annotations)
+        return {"image": image, "masks": RunLengths(rles, size)}
+
+    def _pixels(self, image_id: Any, path: Path, size: tuple[int, int]) -> np.ndarray:
+        """The image that is annotated, turned or as stored."""
+        stored, orientation = read_stored(path)
+        turned = turn(stored, orientation)
+        image = turned if self.exif_orientation == "applied" else stored
+        if image.shape[:2] != size:
+            message = f"its size is {list(image.shape[:2])}, but {list(size)} is annotated"
+            if turned.shape[:2] == size:
+                message += (
+                    f"; its EXIF orientation is {orientation}, and its annotations seem to be of "
+                    f"the image turned upright, not of the pixels as stored: {self._way_out}"
+                )
+            raise ValueError(message)
+        is_open = self.exif_orientation is None and orientation != 1
+        if is_open and turned.shape[:2] == size and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{self.name}: image {label_of(image_id)} ({path}) has EXIF orientation "
+                f"{orientation}, and others may have one. Annotations are taken to be of the "
+                "pixels as stored, as in pycocotools. If they are of the image turned upright, "
+                f"{self._way_out}",
+                stacklevel=4,
+            )
+        return np.ascontiguousarray(image)
+
+
+class CocoInstances(_AnnotatedImages):
+    """The images of a COCO instance file that have objects.
+
+    Polygons and run lengths, compressed or not. Crowds are left out.
+
+    Masks are of the pixels as an image file stores them, as in pycocotools: an EXIF orientation is
+    not applied, and you are warned once if it might have to be. If the file's `info` has
+    `"exif_orientation": "applied"`, as what `sam-jax generate` writes does, masks are of the images
+    turned upright, and they are turned when they are read; `"ignored"` says that nothing is to be
+    turned.
+
+    Numbers may be written as 30 or 30.0. Boxes, areas and categories are not used, and not looked
+    at, nor is anything of crowds.
+
+    Args:
+        annotations: the JSON file.
+        images: the folder of its images.
+        bad_annotations: what to do about invalid entries: values of the wrong type, missing
+            images, file names that lead out of the folder, ids that occur twice, empty
+            segmentations, polygons of half a point or outside the image, run lengths of another
+            size than the image's, annotations of no image. "refuse" raises an error that lists
+            them by the ids of image and annotation; "skip" leaves them out with a warning. What
+            only shows when an image is read is treated the same; one that cannot be read at all
+            is blank then, without objects.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if the file is not a COCO instance file, no image in it has an object, or there
+            are invalid entries and they are refused, or for another `bad_annotations`.
+    """
+
+    def __init__(
+        self,
+        annotations: str | Path,
+        images: str | Path,
+        bad_annotations: BadAnnotations = "refuse",
+    ):
+        _check_choice(bad_annotations)
+        content = read_json(Path(annotations))
+        try:
+            parts = (json_field(content, name, list) for name in ("images", "annotations"))
+            self.entries, problems = coco_entries(*parts, Path(images))
+            info = content.get("info")
+            rule = info.get("exif_orientation") if isinstance(info, dict) else None
+            if rule not in (None, "applied", "ignored"):
+                raise ValueError(
+                    f'"exif_orientation" of its info is {shown(rule)}, expected "applied" or '
+                    '"ignored"'
+                )
+        except ValueError as error:
+            raise ValueError(f"{annotations} is not a COCO instance file: {error}") from error
+        way_out = (
+            'set "exif_orientation" in the annotation file\'s "info" to "applied" ("ignored" says '
+            "that they are not)"
+        )
+        super().__init__(Path(annotations), bad_annotations, rule, way_out)
+        _report(problems, f"{annotations} has bad entries", bad_annotations)
+        if not self.entries:
+            raise ValueError(f"no image of {annotations} has an object")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._example(*self.entries[index])
+
+    def image_id(self, index: int) -> int | str:
+        """The id that the file has for the image."""
+        return self.entries[index][0]
+
+
+class SegmentAnything1B(_AnnotatedImages):
+    """A folder of SA-1B: images, and alongside each a JSON file of its masks' run lengths.
+
+    Masks are of the pixels as an image file stores them; you are warned once if one has an EXIF
+    orientation.
+
+    Args:
+        folder: of both.
+        bad_annotations: as for `CocoInstances`, when an image is read.
+
+    Raises:
+        ValueError: if there is no JSON file, or for another `bad_annotations`; when an image is
+            read, if it is missing, or its file is not one of SA-1B.
+    """
+
+    def __init__(self, folder: str | Path, bad_annotations: BadAnnotations = "refuse"):
+        _check_choice(bad_annotations)
+        way_out = "store the image upright, without EXIF orientation"
+        super().__init__(Path(folder), bad_annotations, None, way_out)
+        # Each file is read only when it is its turn: SA-1B has 11 million.
+        self.files = sorted(Path(folder).glob("*.json"))
+        if not self.files:
+            raise ValueError(f"there is no JSON file in {folder}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Example:
+        file = self.files[index]
+        try:
+            content = read_json(file)
+            path, size = image_entry(json_field(content, "image", dict), file.parent)
+            annotations = json_field(content, "annotations", list)
+        except ValueError as error:
+            problem = f"image {label_of(file.stem)}: {file} is not a file of SA-1B: {error}"
+            _report([problem], "a bad image", self.bad_annotations)
+            return _blank()
+        objects, problems = [], []
+        for i, annotation in enumerate(annotations):
+            try:
+                segmentation = checked_segmentation(json_field(annotation, "segmentation"), size)
+                objects.append((annotation.get("id"), i, segmentation))
+            except ValueError as error:
+                name = f"image {label_of(file.stem)}: {annotation_name(id_of(annotation), i)}"
+                problems.append(f"{name}: {error}")
+        _report(problems, f"{file} has bad annotations", self.bad_annotations)
+        return self._example(file.stem, path, size, objects)
+
+    def image_id(self, index: int) -> str:
+        """The name of the image's file."""
+        return self.files[index].stem
+
+
+def open_source(
+    annotations: str | Path,
+    images: str | Path | None = None,
+    bad_annotations: BadAnnotations = "refuse",
+) -> CocoInstances | SegmentAnything1B:
+    """COCO for a file (with its folder of pictures), SA-1B for a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `CocoInstances` and `SegmentAnything1B`; and for a file
+            without a folder of pictures.
+    """
+    if Path(annotations).is_dir():
+        return SegmentAnything1B(annotations, bad_annotations)
+    if images is None:
+        raise ValueError(f"{annotations} is a file of COCO's: its folder of pictures is needed")
+    return CocoInstances(annotations, images, bad_annotations)
+
+
+def fingerprint(annotations: str | Path) -> str:
+    """Tells whether annotations are the same as before, by a file's bytes or a folder's names."""
+    path = Path(annotations)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    names = sorted(file.name for file in path.glob("*.json"))
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def _check_choice(bad_annotations: str) -> None:
+    choices = get_args(BadAnnotations)
+    if bad_annotations not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise ValueError(f"bad_annotations is {bad_annotations!r}, expected {expected}")
+
+
+def _report(problems: list[str], what: str, bad_annotations: BadAnnotations) -> None:
+    if not problems:
+        return
+    shown = [f"  {problem}" for problem in problems[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        shown.append(f"  and {len(problems) - _SHOWN} more")
+    if bad_annotations == "refuse":
+        hint = 'mend them, or leave them out with bad_annotations="skip" (--bad-annotations skip)'
+        raise ValueError("\n".join([f"{what}; {hint}:", *shown]))
+    warnings.warn("\n".join([f"{what}, left out:", *shown]), stacklevel=3)
+
+
+def _blank() -> Example:
+    """Takes the place of a bad image, since examples are counted before they are read."""
+    return {"image": np.zeros((1, 1, 3), np.uint8), "masks": np.zeros((0, 1, 1), bool)}

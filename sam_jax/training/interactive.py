@@ -1,0 +1,121 @@
+"""Interactive training: a prompt, a mask, a click where it is wrong, and so on (paper, appendix A).
+
+For one object of one image, without batch axes: `jax.vmap` adds them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sam_jax.models.mask_decoder import output_slice
+from sam_jax.models.sam import Sam
+from sam_jax.ops.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, FOREGROUND, NOT_A_POINT, PADDING
+from sam_jax.training.losses import LossWeights, MaskLosses, mask_losses, resize_logits
+from sam_jax.training.simulate import Key, next_click, noisy_box, sample_point
+
+PAPER_ROUNDS = 11
+
+
+def interactive_losses(
+    model: Sam,
+    image_embedding: Float[Array, "g g c"],
+    target: Float[Array, "h w"],
+    box: Float[Array, "4"],
+    key: Key,
+    *,
+    rounds: int = PAPER_ROUNDS,
+    box_probability: float = 0.5,
+    weights: LossWeights = LossWeights(),  # noqa: B008
+) -> MaskLosses:
+    """The losses [rounds] of prompting for one object, one round building on the other.
+
+    The first round has a point in the object or its box with noise, as likely. Each later one adds
+    a click where the mask before was wrong, and has that mask's logits as a mask prompt, through
+    which no gradient flows back. Of more than three rounds, two bring no click, the last and one by
+    chance, so that the model learns to make more of its own mask. A point alone is ambiguous and
+    has three candidate masks; everything else has one, also a box, for which the paper has three.
+
+    One `jax.lax.scan`, whose rounds are computed again in the backward pass, so that memory does
+    not depend on their number.
+
+    Args:
+        model: the prompt encoder and the mask decoder are used.
+        image_embedding: of `Sam.encode_image`.
+        target: the object's mask, of the whole model input, at any resolution.
+        box: around it, x0, y0, x1, y1 in pixels of the model's input.
+        key: of `jax.random`; all that is random depends on it.
+        rounds: the paper's number is 11.
+        box_probability: how often the first prompt is the box.
+        weights: see `mask_losses`.
+    """
+    size, side = model.config.image_size, model.config.mask_size
+    image = model.mask_decoder.image_features(image_embedding)
+    image_pe = model.prompt_encoder.get_dense_pe()
+    first_key, idle_key, click_key = jax.random.split(key, 3)
+    inside = target > 0.5
+    points, labels, is_box = _first_prompt(first_key, inside, box, size, box_probability)
+    # Slots for all clicks to come; padding is exact, so that they change nothing until then.
+    points = jnp.pad(points, ((0, rounds - 1), (0, 0)))
+    labels = jnp.pad(labels, (0, rounds - 1), constant_values=PADDING)
+    brings_click = _brings_click(idle_key, rounds)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one_round(carry, step):
+        points, labels, previous = carry
+        masks, scores = _decode(model, image, image_pe, points, labels, previous, step)
+        ambiguous = (step == 0) & ~is_box
+        first = jnp.arange(len(scores)) == 0
+        candidates = jnp.where(ambiguous, ~first, first)
+        losses = mask_losses(masks, scores, target, candidates, weights)
+
+        best = jnp.where(candidates, scores, -jnp.inf).argmax()
+        previous = jax.lax.stop_gradient(masks[best])
+        predicted = resize_logits(previous, target.shape[-1]) > 0
+        point, label = next_click(jax.random.fold_in(click_key, step), predicted, inside, size)
+        label = jnp.where(brings_click[step], label, PADDING)
+        slot = 2 + step  # beyond the end after the last round: dropped
+        return (points.at[slot].set(point), labels.at[slot].set(label), previous), losses
+
+    start = points, labels, jnp.zeros((side, side), jnp.float32)
+    _, losses = jax.lax.scan(one_round, start, jnp.arange(rounds))
+    return losses
+
+
+def _first_prompt(key, inside, box, image_size, box_probability):
+    """Two labelled points, a box's corners or a point and the end of a list; and if it is a box."""
+    choice, point_key, box_key = jax.random.split(key, 3)
+    is_box = jax.random.bernoulli(choice, box_probability)
+    point, _ = sample_point(point_key, inside, image_size)
+    corners = noisy_box(box_key, box, image_size).reshape(2, 2)
+    points = jnp.where(is_box, corners, jnp.stack([point, jnp.zeros_like(point)]))
+    labels = jnp.where(
+        is_box,
+        jnp.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]),
+        jnp.array([FOREGROUND, NOT_A_POINT]),
+    )
+    return points, labels, is_box
+
+
+def _brings_click(key, rounds):
+    """For each round, whether the next one has a new click."""
+    following = jnp.arange(1, rounds + 1)
+    if rounds <= 3:
+        return following < rounds
+    idle = jax.random.randint(key, (), 1, rounds - 1)
+    return (following < rounds - 1) & (following != idle)
+
+
+def _decode(model, image, image_pe, points, labels, previous, step):
+    """All four masks and predicted IoUs of a prompt; from the second round on with a mask."""
+    encoder, decoder = model.prompt_encoder, model.mask_decoder
+    image_embedding, hq_features = image
+    sparse, sparse_mask = encoder(points, labels)
+    dense = jnp.where(step > 0, encoder.embed_mask(previous), encoder.embed_mask(None))
+    outputs = output_slice(None)
+    iou_token, mask_tokens, keys = decoder.attend(
+        image_embedding, image_pe, sparse, sparse_mask, dense, outputs
+    )
+    masks = decoder.predict_masks(mask_tokens, keys, outputs, hq_features)
+    return masks, decoder.predict_iou(iou_token)

@@ -1,0 +1,204 @@
+r"""Which parameters train, and how fast: a table of regular expressions, as in big_vision.
+
+    table = [(r"mask_decoder\..*", 1.0), (r"image_encoder\..*", None)]
+
+gives each parameter the learning-rate scale of the first expression that matches the whole of its
+path, and freezes (`None`) what has none. Paths are those of `sam_jax.checkpoints`, for instance
+`image_encoder.blocks.0.attn.qkv.kernel`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import optax
+from flax import nnx
+from jaxtyping import PyTree
+
+from sam_jax.config import SamConfig, ViTConfig
+from sam_jax.models.sam import Sam
+
+Table = Sequence[tuple[str, float | None]]
+
+
+DECODER_ONLY: Table = ((r"mask_decoder\..*", 1.0), (".*", None))
+
+
+# As SAM-HQ was trained: what it adds to SAM, and nothing else.
+HQ_ONLY: Table = ((r"mask_decoder\.hq\..*", 1.0), (".*", None))
+
+
+EVERYTHING: Table = ((".*", 1.0),)
+
+
+LORA_ONLY: Table = ((r".*\.lora_[ab]", 1.0), (".*", None))
+
+
+TABLES = {
+    "decoder": DECODER_ONLY,
+    "hq": HQ_ONLY,
+    "lora": (LORA_ONLY[0], *DECODER_ONLY),  # and the decoder
+    "everything": EVERYTHING,
+}
+
+
+def learning_rate_scale(path: str, table: Table) -> float | None:
+    """What the table says of a parameter; None, which freezes it, also if it says nothing."""
+    return next((scale for regex, scale in table if re.fullmatch(regex, path)), None)
+
+
+def split_model(model: Sam, table: Table) -> tuple[nnx.GraphDef, PyTree, PyTree]:
+    """The model's structure, the parameters that train, and all others with the buffers.
+
+    Differentiate with respect to the second alone: what is frozen then takes no memory for
+    gradients. `nnx.merge(graphdef, trained, frozen)` gives the model back.
+
+    Raises:
+        ValueError: if an expression of the table matches no parameter, or if nothing trains.
+    """
+    paths = [_path(key) for key, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    for regex, scale in table:
+        if scale is not None and not scale > 0:
+            raise ValueError(f"{regex!r} has scale {scale}, expected above 0, or None to freeze")
+        try:
+            used = any(re.fullmatch(regex, path) for path in paths)
+        except re.error as error:
+            raise ValueError(f"{regex!r} is no regular expression: {error}") from error
+        if not used:
+            raise ValueError(
+                f"{regex!r} matches none of the model's parameters; their paths look like "
+                f"{paths[0]!r} and {paths[-1]!r}"
+            )
+
+    def trains(path, value):
+        is_param = isinstance(value, nnx.Param)
+        return is_param and learning_rate_scale(_path(path), table) is not None
+
+    graphdef, trained, frozen = nnx.split(model, trains, ...)
+    if not jax.tree.leaves(trained):
+        raise ValueError(f"nothing trains: the table {list(table)} freezes every parameter")
+    return graphdef, trained, frozen
+
+
+def layer_decay(config: SamConfig, decay: float) -> Table:
+    """Layer-wise decay of a ViT encoder's learning rate.
+
+    The last block has `decay`, each earlier one a factor `decay` less, patches and positions one
+    less still; everything else 1 (Detectron2's rates for ViTDet). The paper's `decay` is 0.6 for
+    ViT-B and 0.8 for the larger ones (appendix A).
+
+    Raises:
+        ValueError: for an encoder that is no ViT.
+    """
+    if not isinstance(config.image_encoder, ViTConfig):
+        raise ValueError("layer-wise decay is for ViT encoders, and this one is a TinyViT")
+    depth = config.image_encoder.depth
+    blocks = [(rf"image_encoder\.blocks\.{i}\..*", decay ** (depth - i)) for i in range(depth)]
+    stem = (r"image_encoder\.(patch_embed\..*|pos_embed)", decay ** (depth + 1))
+    return [stem, *blocks, (".*", 1.0)]
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    table: Table,
+    *,
+    weight_decay: float = 0.1,
+    clip_norm: float | None = None,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """AdamW whose learning rate is scaled by the table, for the `trained` of `split_model`.
+
+    Kernels decay; biases, norms, tokens and positions do not. As in PyTorch's parameter groups the
+    scale is that of the decay, too.
+
+    Args:
+        learning_rate: of a scale of 1, or a schedule.
+        table: see the head of this file.
+        weight_decay: the paper's is 0.1.
+        clip_norm: largest norm of all gradients together.
+        b1: decay of the gradients' mean.
+        b2: decay of the gradients' squares.
+        eps: added to the root of the squares.
+    """
+    return optax.chain(
+        optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, lambda params: map_with_path(_decays, params)),
+        optax.stateless(lambda updates, _: map_with_path(_scaled(table), updates)),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+class Optimizer(NamedTuple):
+    """AdamW with a warm-up, and then a rate that falls like a cosine to 0, or stays.
+
+    A rate that stays is the same whatever the number of steps is, so that a run can be extended.
+    """
+
+    learning_rate: float = 1e-4  # the highest, after the warm-up
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
+    warmup: int = 20  # steps until then; before a cosine at most half of all
+    weight_decay: float = 0.01  # decay of kernels
+    clip_norm: float = 1.0  # largest norm of all gradients together
+
+    def make(self, table: Table, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """The transformation for `init_state` and `train_step`, and each step's learning rate.
+
+        Raises:
+            ValueError: for numbers that make no sense.
+        """
+        for name, ok, expected in (
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
+            ("warmup", self.warmup >= 0, "0 or more steps"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("clip_norm", self.clip_norm > 0, "above 0"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+        if self.schedule == "constant":
+            rate = optax.warmup_constant_schedule(0.0, self.learning_rate, self.warmup)
+        else:
+            warmup = min(self.warmup, steps // 2)
+            rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
+        options = {"weight_decay": self.weight_decay, "clip_norm": self.clip_norm}
+        return adamw(rate, table, **options), rate
+
+
+def updates_made(opt_state: PyTree) -> int:
+    """The number of updates that an optimizer of `adamw` with a schedule has made.
+
+    The learning rate of the next one is the schedule's at this number, which is below that of the
+    steps if batches had no objects.
+    """
+
+    def of_schedule(path, _):
+        return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
+
+    return int(jax.device_get(optax.tree.get(opt_state, "count", filtering=of_schedule)))
+
+
+def map_with_path(function: Callable, params: PyTree) -> PyTree:
+    """`function(path, leaf)` of every leaf of a state, such as `split_model`'s."""
+
+    def call(key_path, leaf):
+        # Beside the state's keys there is the attribute of the variable that holds the array.
+        names = [k.key for k in key_path if isinstance(k, jax.tree_util.DictKey)]
+        return function(_path(names), leaf)
+
+    return jax.tree_util.tree_map_with_path(call, params)
+
+
+def _decays(path, _):
+    return path.endswith(("kernel", "lora_a", "lora_b"))
+
+
+def _scaled(table):
+    return lambda path, update: learning_rate_scale(path, table) * update
+
+
+def _path(key: Sequence) -> str:
+    return ".".join(map(str, key))

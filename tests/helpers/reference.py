@@ -1,0 +1,180 @@
+"""The PyTorch references with random weights, and our models with the same weights."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch_reference
+import transformers
+from flax import nnx
+
+from sam_jax.checkpoints.names import from_torch
+from sam_jax.checkpoints.params import build_model, param_shapes
+from sam_jax.config import (
+    MaskDecoderConfig,
+    PromptEncoderConfig,
+    SamConfig,
+    TinyViTConfig,
+    ViTConfig,
+)
+
+# Every feature at a small size: windows that need padding, several heads, two kinds of block.
+SMALL = SamConfig(
+    image_encoder=ViTConfig(
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+        mlp_dim=96,
+        global_attn_indexes=(1,),
+        patch_size=8,
+        window_size=5,
+    ),
+    prompt_encoder=PromptEncoderConfig(mask_in_chans=16),
+    mask_decoder=MaskDecoderConfig(num_heads=4, mlp_dim=64, iou_head_hidden_dim=24),
+    image_size=96,
+    prompt_embed_dim=32,
+)
+
+# One block and one layer: for what depends on no depth, since gradients compile long.
+SHALLOW = dataclasses.replace(
+    SMALL,
+    image_encoder=dataclasses.replace(SMALL.image_encoder, depth=1, global_attn_indexes=()),
+    mask_decoder=dataclasses.replace(SMALL.mask_decoder, transformer_depth=1, iou_head_depth=2),
+)
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter and buffer random and none zero, at a scale that keeps activations sane."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if not tensor.is_floating_point() or name.startswith("pixel_"):
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("running_var"):
+                tensor.copy_(0.5 + noise.abs())
+            elif ("norm" in name and name.endswith("weight")) or name.endswith("bn.weight"):
+                tensor.copy_(1 + 0.1 * noise)
+            elif tensor.ndim >= 2 and name.endswith("weight") and "embed." not in name:
+                tensor.copy_(noise / max(tensor[0].numel(), 1) ** 0.5)
+            elif "gaussian" in name or "positional_embedding" in name:
+                tensor.copy_(noise)
+            else:
+                tensor.copy_(0.2 * noise)
+    return module.eval()  # MobileSAM copies its attention biases in this call
+
+
+def meta_sam(config: SamConfig, seed: int = 0):
+    """Meta's `Sam` of this configuration, or MobileSAM's."""
+    return randomise(torch_reference.meta_sam(config), seed)
+
+
+def hf_sam(config: SamConfig, seed: int = 0) -> transformers.SamModel:
+    """Hugging Face's `SamModel` of this configuration."""
+    model = randomise(torch_reference.hf_sam(config), seed)
+    model.tie_weights()
+    return model
+
+
+def mobile_sam_torch(checkpoint):
+    """MobileSAM's `Sam` with the weights of a checkpoint."""
+    sam = torch_reference.meta_sam(MOBILE)
+    sam.load_state_dict(torch.load(checkpoint, weights_only=True))
+    return sam.eval()
+
+
+def ours(module: torch.nn.Module, config: SamConfig, **options):
+    """Our model with the weights of a PyTorch one."""
+    tensors = {k: v.detach().numpy() for k, v in module.state_dict().items()}
+    params = from_torch(tensors, config, param_shapes(config))
+    return build_model(params, config, **options)
+
+
+def run(module, *args, method: str = "__call__"):
+    """Calls a method of one of our modules, compiled."""
+    graphdef, state = nnx.split(module)
+
+    @jax.jit
+    def call(state, *args):
+        return getattr(nnx.merge(graphdef, state), method)(*args)
+
+    return call(state, *args)
+
+
+MOBILE = SamConfig(TinyViTConfig())
+
+# The reference keeps the grid after a stage only if the next is 320 wide.
+SMALL_TINY = dataclasses.replace(
+    SMALL,
+    image_encoder=TinyViTConfig(
+        embed_dims=(16, 32, 48, 320),
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 3, 10),
+        window_sizes=(7, 7, 14, 7),
+        num_classes=10,
+    ),
+    image_size=256,
+    prompt_embed_dim=256,
+)
+
+
+def normal(shape, seed: int = 0, scale: float = 1.0) -> jax.Array:
+    """Random float32 numbers."""
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def tensor(array) -> torch.Tensor:
+    """The same numbers in PyTorch."""
+    return torch.tensor(np.asarray(array))
+
+
+def to_torch(array) -> torch.Tensor:
+    """Channels last [..., h, w, c] -> [..., c, h, w]."""
+    return tensor(np.moveaxis(np.asarray(array), -1, -3))
+
+
+def from_torch_image(tensor: torch.Tensor) -> np.ndarray:
+    """[..., c, h, w] -> channels last."""
+    return np.moveaxis(tensor.detach().numpy(), -3, -1)
+
+
+def assert_close(actual: jax.Array | np.ndarray, expected, tolerance: float = 1e-5) -> None:
+    """The largest difference is at most `tolerance` of the largest expected value."""
+    if isinstance(expected, torch.Tensor):
+        expected = expected.detach().numpy()
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    scale = np.abs(expected).max()
+    assert np.isfinite(expected).all()
+    assert scale > 0
+    difference = np.abs(actual - expected).max() / scale
+    assert difference <= tolerance, f"largest difference {difference:.2e} of the largest value"
+
+
+def mask_iou(actual, expected) -> np.ndarray:
+    """IoU of boolean masks over their last two axes; 1 where both are empty."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    both = (actual & expected).sum((-2, -1))
+    either = (actual | expected).sum((-2, -1))
+    return np.where(either == 0, 1.0, both / np.maximum(either, 1))
+
+
+def lowered_for_cuda(function, *shapes, **static) -> str:
+    """The StableHLO of a jitted function for an NVIDIA GPU."""
+    return function.trace(*shapes, **static).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def flash_attentions(text: str) -> dict[str, tuple[int, int]]:
+    """How many flash attentions of each kind there are, forward and backward."""
+    patterns = {
+        "cudnn": (r"__cudnn\$fmhaSoftmax\b", r"__cudnn\$fmhaSoftmaxBackward\b"),
+        "pallas": ('name = "flash_attention"', 'name = "flash_attention_backward_keys"'),
+    }
+    found = {
+        kind: tuple(len(re.findall(pattern, text)) for pattern in both)
+        for kind, both in patterns.items()
+    }
+    return {kind: counts for kind, counts in found.items() if any(counts)}

@@ -1,0 +1,166 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference import SHALLOW, meta_sam, normal, ours
+
+from sam_jax.training.interactive import _brings_click, interactive_losses
+from sam_jax.training.losses import mask_losses, resize_logits
+from sam_jax.training.simulate import next_click, noisy_box, sample_point
+
+SIZE, SIDE = SHALLOW.image_size, SHALLOW.mask_size
+BOX = jnp.array([20.0, 10.0, 60.0, 70.0])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ours(meta_sam(SHALLOW), SHALLOW)
+
+
+@pytest.fixture(scope="module")
+def embedding():
+    return normal((SHALLOW.image_embedding_size,) * 2 + (SHALLOW.prompt_embed_dim,))
+
+
+def target(side):
+    x, y = np.meshgrid(*[(np.arange(side) + 0.5) * SIZE / side] * 2)
+    return jnp.asarray(((x > 20) & (x < 60) & (y > 10) & (y < 70)).astype(np.float32))
+
+
+def step_by_step(model, embedding, target, key, rounds, is_box):
+    """The same, written as one would use the model: a call of `Sam.decode` for each round."""
+    first, idle, clicks = jax.random.split(key, 3)
+    _, point_key, box_key = jax.random.split(first, 3)
+    if is_box:
+        corners = np.asarray(jax.jit(noisy_box, static_argnums=2)(box_key, BOX, SIZE))
+        prompt = list(zip(corners.reshape(2, 2), (2, 3), strict=True))
+    else:
+        point, _ = jax.jit(sample_point, static_argnums=2)(point_key, target > 0.5, SIZE)
+        prompt = [(point, 1), (np.zeros(2, np.float32), -1)]
+
+    # Compiled once for every number of points, not operation by operation.
+    @functools.partial(jax.jit, static_argnames="multimask_output")
+    def one_round(points, labels, previous, step, multimask_output):
+        masks, scores = model.decode(
+            embedding[None], points, labels, previous, multimask_output=multimask_output
+        )
+        masks, scores = masks[0, 0], scores[0, 0]
+        best = masks[scores.argmax()]
+        big = resize_logits(best, len(target))
+        click = next_click(jax.random.fold_in(clicks, step), big > 0, target > 0.5, SIZE)
+        return mask_losses(masks, scores, target), best[None, None], click
+
+    brings_click, previous, losses = np.asarray(_brings_click(idle, rounds)), None, []
+    for step in range(rounds):
+        points, labels = (np.array(x)[None, None] for x in zip(*prompt, strict=True))
+        loss, previous, (point, label) = one_round(
+            points, labels, previous, step, multimask_output=step == 0 and not is_box
+        )
+        losses.append(loss)
+        if brings_click[step] and label >= 0:
+            prompt.append((point, int(label)))
+    return jax.tree.map(lambda *x: np.stack(x), *losses), len(prompt)
+
+
+@pytest.mark.parametrize(("is_box", "side"), [(False, SIDE), (True, SIZE)])
+def test_rounds_are_calls_of_the_model(model, embedding, is_box, side):
+    key, rounds = jax.random.key(5), 5
+    expected, prompts = step_by_step(model, embedding, target(side), key, rounds, is_box)
+    assert prompts == 2 + 2  # four rounds more, two without a click
+    actual = jax.jit(interactive_losses, static_argnames=("rounds", "box_probability"))(
+        model, embedding, target(side), BOX, key, rounds=rounds, box_probability=float(is_box)
+    )
+    for name, values in actual._asdict().items():
+        assert values.shape == (rounds,)
+        # An IoU may differ by a pixel.
+        atol = 1e-3 if name == "mask_iou" else 1e-6
+        np.testing.assert_allclose(values, getattr(expected, name), rtol=1e-4, atol=atol)
+
+
+def test_schedule_is_the_papers():
+    """Eight clicks in eleven rounds; none in the last and in one by chance."""
+    keys = jax.vmap(jax.random.key)(np.arange(200))
+    schedules = np.asarray(jax.vmap(lambda key: _brings_click(key, 11))(keys))
+    assert (schedules.sum(1) == 8).all()
+    assert not schedules[:, -2:].any()
+    assert set(np.nonzero(~schedules[:, :-2])[1]) == set(range(9))
+    assert np.asarray(_brings_click(jax.random.key(0), 1)).tolist() == [False]
+    assert np.asarray(_brings_click(jax.random.key(0), 3)).tolist() == [True, True, False]
+
+
+def test_box_and_point_are_as_likely(model, embedding):
+    """Where the box's loss is another than a point's, both are seen."""
+    keys = jax.random.split(jax.random.key(1), 8)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def losses(probability):
+        def one(key):
+            return interactive_losses(
+                model, embedding, target(SIDE), BOX, key, rounds=1, box_probability=probability
+            ).total[0]
+
+        return jax.vmap(one)(keys)
+
+    points, boxes, both = (np.asarray(losses(p)) for p in (0.0, 1.0, 0.5))
+    from_box = np.isclose(both, boxes, rtol=1e-5)
+    assert np.isclose(both, points, rtol=1e-5)[~from_box].all()
+    assert 0 < from_box.sum() < 8
+
+
+def test_gradients_reach_every_decoder_parameter(model, embedding):
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, weights):
+        sam = nnx.merge(graphdef, params, rest)
+        losses = interactive_losses(
+            sam, embedding, target(SIDE), BOX, jax.random.key(0), rounds=4, box_probability=0.0
+        )
+        return losses.total @ weights
+
+    def without_part(gradients):
+        return {
+            ".".join(map(str, path))
+            for path, value in gradients
+            if "image_encoder" not in path and not np.abs(value[...]).max() > 0
+        }
+
+    gradients = nnx.to_flat_state(gradient(params, jnp.full(4, 0.25)))
+    zero = without_part(gradients)
+    # A point's rounds have no box, clicks after the first may all be of one kind, and only one of
+    # three candidates is pulled. Softmax is blind to the biases of keys.
+    no_part = r"prompt_encoder\.point_embeddings.*|.*\.k_proj\.bias|.*hypernetworks_mlps\.[123]\..*"
+    assert not {name for name in zero if not re.fullmatch(no_part, name)}
+    assert all(np.isfinite(value[...]).all() for _, value in gradients)
+    # Only the first round uses the three candidates' networks: the later rounds' losses would reach
+    # them by way of the mask prompt alone.
+    later = without_part(nnx.to_flat_state(gradient(params, jnp.array([0.0, 1.0, 1.0, 1.0]))))
+    candidates = re.compile(r".*hypernetworks_mlps\.[123]\..*")
+    assert any(map(candidates.fullmatch, later - zero))
+    names = {".".join(map(str, path)) for path, _ in gradients}
+    assert set(filter(candidates.fullmatch, names)) <= later
+
+
+def test_memory_does_not_grow_with_the_rounds(model, embedding):
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, rounds):
+        sam = nnx.merge(graphdef, params, rest)
+        return interactive_losses(
+            sam, embedding, target(SIDE), BOX, jax.random.key(0), rounds=rounds
+        ).total.mean()
+
+    def kept(rounds):
+        """Bytes that the backward pass needs of the forward pass."""
+        pullback = jax.eval_shape(
+            lambda params: jax.vjp(lambda p: loss(p, rounds), params)[1], params
+        )
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback))
+
+    # What goes from round to round is kept, logits above all; a round's activations are not.
+    assert kept(11) - kept(3) < 8 * 4 * (SIDE**2 * 4)

@@ -1,0 +1,143 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from reference import SMALL, SMALL_TINY, meta_sam, ours
+
+from sam_jax.checkpoints.params import flat_params, param_shapes
+from sam_jax.training.rules import (
+    DECODER_ONLY,
+    EVERYTHING,
+    Optimizer,
+    adamw,
+    layer_decay,
+    learning_rate_scale,
+    split_model,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ours(meta_sam(SMALL), SMALL)
+
+
+def names(state):
+    return {".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
+
+
+def test_split_and_merge(model):
+    graphdef, trained, frozen = split_model(model, DECODER_ONLY)
+    every = set(param_shapes(SMALL))
+    assert names(trained) == {n for n in every if n.startswith("mask_decoder.")}
+    assert names(frozen) == every - names(trained)
+    merged = flat_params(nnx.merge(graphdef, trained, frozen))
+    for name, value in flat_params(model).items():
+        np.testing.assert_array_equal(merged[name], value)
+
+
+def test_buffers_never_train(model):
+    _, trained, frozen = split_model(model, EVERYTHING)
+    assert any("gaussian" in n for n in names(frozen))
+    assert not any("gaussian" in n for n in names(trained))
+    _, trained, frozen = split_model(ours(meta_sam(SMALL_TINY), SMALL_TINY), EVERYTHING)
+    assert all(n.endswith((".mean", ".var")) or "gaussian" in n or "head" in n or "num_b" in n
+               for n in names(frozen))  # fmt: skip
+
+
+def test_the_first_expression_counts():
+    table = [(r"a\..*", None), (r".*\.bias", 0.5), (".*", 1.0)]
+    assert learning_rate_scale("a.bias", table) is None
+    assert learning_rate_scale("b.bias", table) == 0.5
+    assert learning_rate_scale("b.kernel", table) == 1.0
+    assert learning_rate_scale("b.kernel", table[:2]) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([("mask_decoder/.*", 1.0)], r"'mask_decoder/.\*' matches none of the model's parameters"),
+        ([("(", 1.0)], r"'\(' is no regular expression"),
+        ([(".*", 0.0)], "has scale 0.0, expected above 0, or None to freeze"),
+        ([(".*", None)], "nothing trains"),
+    ],
+)
+def test_tables_that_cannot_be(model, table, message):
+    with pytest.raises(ValueError, match=message):
+        split_model(model, table)
+
+
+def test_layer_decay_is_detectron2s():
+    table = layer_decay(SMALL, 0.5)
+    expected = {
+        "image_encoder.pos_embed": 0.125,
+        "image_encoder.patch_embed.kernel": 0.125,
+        "image_encoder.blocks.0.attn.qkv.kernel": 0.25,
+        "image_encoder.blocks.1.norm1.scale": 0.5,
+        "image_encoder.neck.conv1.kernel": 1.0,
+        "mask_decoder.iou_token": 1.0,
+    }
+    for name, scale in expected.items():
+        assert name in param_shapes(SMALL)
+        assert learning_rate_scale(name, table) == scale
+    with pytest.raises(ValueError, match="for ViT encoders, and this one is a TinyViT"):
+        layer_decay(SMALL_TINY, 0.5)
+
+
+def test_scales_decay_and_clipping(model):
+    table = [(r"mask_decoder\..*", 0.1), (r"prompt_encoder\..*", 1.0), (".*", None)]
+    _, trained, _ = split_model(model, table)
+    grads = jax.tree.map(np.ones_like, trained)
+
+    def moves(**options):
+        tx = adamw(1e-2, table, **options)
+        updates, _ = jax.jit(lambda g, p: tx.update(g, tx.init(p), p))(grads, trained)
+        return {".".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(updates)}
+
+    plain = moves(weight_decay=0.0)
+    np.testing.assert_allclose(plain["mask_decoder.iou_token"], -1e-3, rtol=1e-5)
+    np.testing.assert_allclose(plain["prompt_encoder.no_mask_embed"], -1e-2, rtol=1e-5)
+    decayed, parameters = moves(weight_decay=0.5), flat_params(model)
+    for name, value in decayed.items():
+        scale = 1e-3 if name.startswith("mask_decoder") else 1e-2
+        decay = 0.5 * np.asarray(parameters[name]) if name.endswith("kernel") else 0
+        np.testing.assert_allclose(value, plain[name] - scale * decay, rtol=1e-4, atol=1e-8)
+    # A large epsilon shows how large gradients were.
+    clipped = moves(weight_decay=0.0, clip_norm=1e-3, eps=1.0)
+    count = sum(x.size for x in jax.tree.leaves(grads))
+    expected = -1e-2 * 1e-3 / count**0.5
+    np.testing.assert_allclose(clipped["prompt_encoder.no_mask_embed"], expected, rtol=1e-4)
+
+
+def test_kernels_and_adapters_decay():
+    names = "kernel", "lora_a", "lora_b", "bias", "scale", "pos_embed"
+    params = {name: np.ones(2, np.float32) for name in names}
+    tx = adamw(1.0, EVERYTHING, weight_decay=0.5)
+    updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+    assert [float(updates[name][0]) for name in names] == [-0.5, -0.5, -0.5, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 20), (10, 5)])
+def test_the_rate_rises_then_falls(steps, warmup):
+    """A warm-up of 20 steps is at most half of a short run."""
+    constant = Optimizer(learning_rate=0.5, warmup=20, schedule="constant")
+    rates = [constant.make(EVERYTHING, n)[1](np.arange(30)) for n in (steps, 1000)]
+    np.testing.assert_allclose(rates, [np.minimum(np.arange(30) / 40, 0.5)] * 2, rtol=1e-6)
+    _, rate = Optimizer(learning_rate=0.5, warmup=20).make(EVERYTHING, steps)
+    middle = warmup + (steps - warmup) / 2
+    found = [float(rate(step)) for step in (0, warmup / 2, warmup, middle, steps)]
+    np.testing.assert_allclose(found, [0, 0.25, 0.5, 0.25, 0], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001, expected a number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan, expected a number above 0"),
+        ({"warmup": -5}, "warmup is -5, expected 0 or more steps"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1, expected 0 or more"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0, expected above 0"),
+    ],
+)
+def test_optimisers_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        Optimizer(**options).make(EVERYTHING, 10)
