@@ -32,7 +32,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.common import VITS, check_at_least_one
 from sam_jax.automatic.device import Frame, Points, measure, points_at_once, size_to_pad_to
-from sam_jax.models.sam import Sam, decode, encode_image
+from sam_jax.models.compiled import decode, encode_image
+from sam_jax.models.sam import Sam
 from sam_jax.ops import attention
 from sam_jax.ops.mask_statistics import full_size
 from sam_jax.training.rules import EVERYTHING, adamw, split_model

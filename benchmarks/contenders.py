@@ -31,8 +31,9 @@ from pycocotools.mask import frPyObjects
 
 from benchmarks.common import RANDOM_ENCODER, VITS, in_pytorch, model_of, photos
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
+from sam_jax.models.compiled import decode, encode_image
 from sam_jax.models.layers import split_keys
-from sam_jax.models.sam import Sam, decode, encode_image
+from sam_jax.models.sam import Sam
 from sam_jax.ops.attention import rel_pos_attention
 from sam_jax.ops.prompts import join_prompts
 from sam_jax.predictor import SamPredictor

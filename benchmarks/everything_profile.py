@@ -24,8 +24,8 @@ from flax import nnx
 from benchmarks.common import timed
 from sam_jax import SamAutomaticMaskGenerator, SamProcessor, from_pretrained
 from sam_jax.automatic.device import _attend, points_at_once
+from sam_jax.models.compiled import encode_image
 from sam_jax.models.mask_decoder import output_slice
-from sam_jax.models.sam import encode_image
 from sam_jax.ops.boxes import build_point_grid
 from sam_jax.ops.mask_statistics import full_size, mask_statistics
 

@@ -151,15 +151,16 @@ def unknown_attribute(owner: Any, name: str) -> AttributeError:
 
 
 def with_advice(function: Callable) -> Callable:
-    """The function, of which unknown keyword arguments raise a TypeError with advice."""
-    known, kind = inspect.signature(function).parameters, function.__qualname__
+    """The method, of which unknown keyword arguments raise a TypeError with advice."""
+    known = inspect.signature(function).parameters
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(self, *args, **kwargs):
         for name in kwargs:
             if name not in known:
+                kind = f"{type(self).__name__}.{function.__name__}"
                 raise TypeError(f"{kind} has no argument {name!r}{_advice(kind, name)}")
-        return function(*args, **kwargs)
+        return function(self, *args, **kwargs)
 
     return call
 

@@ -13,12 +13,14 @@ from sam_jax.arrays import as_numpy, is_array
 from sam_jax.errors import NonFiniteError
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
-from sam_jax.models.sam import Sam, decode, encode_image, pad_prompts
+from sam_jax.models.compiled import decode, encode_image
+from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import (
     MASK_HINT,
     PADDING,
     check_logits,
     join_prompts,
+    pad_prompts,
     warn_outside,
 )
 from sam_jax.processing import SamProcessor

@@ -115,7 +115,7 @@ def _write_onnx_decoder(graph, model: Sam, path: Path, single_mask: bool) -> Non
             sparse,
             real,
             has_mask * with_mask + (1 - has_mask) * without,
-            None,
+            multimask_output=None,
             hq_features=hq_features,
         )
         return masks[None], scores[None]

@@ -48,6 +48,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
         sparse: Float[Array, "n c"],
         sparse_mask: Bool[Array, " n"],
         dense: Float[Array, "*grid c"],
+        *,
         multimask_output: bool | None,
         attention_similarity: Float[Array, "*heads_and_t g*g"] | None = None,
         target_embedding: Float[Array, "#t c"] | None = None,
@@ -79,9 +80,9 @@ class MaskDecoder(WithAdvice, nnx.Module):
             sparse_mask,
             dense,
             outputs,
-            attention_similarity,
-            target_embedding,
-            image_is_shared,
+            attention_similarity=attention_similarity,
+            target_embedding=target_embedding,
+            image_is_shared=image_is_shared,
         )
         masks = self.predict_masks(
             mask_tokens, image_embedding, outputs, hq_features, hq_token_only
@@ -109,6 +110,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
         sparse_mask: Bool[Array, " n"],
         dense: Float[Array, "*grid c"],
         outputs: slice,
+        *,
         attention_similarity: Float[Array, "*heads_and_t g*g"] | None = None,
         target_embedding: Float[Array, "#t c"] | None = None,
         image_is_shared: bool = False,

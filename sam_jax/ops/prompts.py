@@ -242,3 +242,22 @@ def pad_axis(array, size: int, axis: int, value: int | float):
 def count_bucket(count: int) -> int:
     """The smallest power of two that is at least `count`: 1, 2, 4, 8, ..."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+def pad_prompts(
+    points: Float[Any, "b p n 2"],
+    labels: Int[Any, "b p n"],
+    masks: Float[Any, "b m side side"] | None,
+) -> tuple[Any, Any, Any]:
+    """Prompts padded to the next power of two in number (axis 1) and in length (axis 2).
+
+    Padding points have label -10 and so change nothing; padding prompts are to be dropped from the
+    result.
+    """
+    length = count_bucket(points.shape[2])
+    count = count_bucket(points.shape[1])
+    points = pad_axis(pad_axis(points, length, 2, 0), count, 1, 0)
+    labels = pad_axis(pad_axis(labels, length, 2, PADDING), count, 1, PADDING)
+    if masks is not None and masks.shape[1] > 1:
+        masks = pad_axis(masks, count, 1, 0)
+    return points, labels, masks

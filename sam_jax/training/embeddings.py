@@ -13,7 +13,8 @@ from flax import nnx
 from sam_jax.checkpoints.params import digest, flat_params
 from sam_jax.config import SamConfig
 from sam_jax.files import replacing
-from sam_jax.models.sam import Sam, encode_image
+from sam_jax.models.compiled import encode_image
+from sam_jax.models.sam import Sam
 from sam_jax.processing import SamProcessor
 from sam_jax.training.datasets import Source
 

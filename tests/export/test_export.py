@@ -33,7 +33,7 @@ import sam_jax
 from sam_jax import Sam, SamProcessor, cli, export
 from sam_jax.export.to_jax import export_jax
 from sam_jax.export.to_onnx import export_onnx
-from sam_jax.models.sam import encode_image
+from sam_jax.models.compiled import encode_image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

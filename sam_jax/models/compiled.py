@@ -1,0 +1,77 @@
+"""The model's functions, compiled: pure functions of `nnx.split(model)` and arrays.
+
+At the module's level, so that all models of one kind and size share what is compiled.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree
+
+
+@jax.jit
+def encode_image(
+    graphdef: nnx.GraphDef, params: PyTree, pixel_values: Float[Array, "b h w rgb"]
+) -> Float[Array, "b g g c"]:
+    """`Sam.encode_image` of `nnx.merge(graphdef, params)`, compiled."""
+    return nnx.merge(graphdef, params).encode_image(pixel_values)
+
+
+@jax.jit
+def encode_prompts(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    points: Float[Array, "b p n 2"] | None,
+    labels: Int[Array, "b p n"] | None,
+    masks: Float[Array, "b m side side"] | None,
+) -> tuple[Float[Array, "b p n c"] | None, Float[Array, "_ c g g"]]:
+    """The prompt encoder of `nnx.merge(graphdef, params)` over all prompts, compiled.
+
+    Takes what `join_prompts` gives. The sparse embeddings are None without points; the dense ones
+    are channels first, one for each mask [b * m, c, g, g], or without masks [1, c, g, g].
+    """
+    encoder = nnx.merge(graphdef, params).prompt_encoder
+    sparse = None
+    if points is not None:
+        sparse, _ = jax.vmap(jax.vmap(encoder))(points, labels)
+    if masks is None:
+        dense = encoder.embed_mask(None)[:, None, None]
+        return sparse, jnp.broadcast_to(dense, (1, len(dense), encoder.grid, encoder.grid))
+    dense = jax.vmap(encoder.embed_mask)(masks.reshape(-1, *masks.shape[2:]))
+    return sparse, jnp.moveaxis(dense, -1, 1)
+
+
+@jax.jit
+def encode_positions(graphdef: nnx.GraphDef, params: PyTree) -> Float[Array, "1 c g g"]:
+    """The positional encoding of the image embedding's grid, channels first, compiled."""
+    positions = nnx.merge(graphdef, params).prompt_encoder.get_dense_pe()
+    return jnp.moveaxis(positions, -1, 0)[None]
+
+
+@functools.partial(jax.jit, static_argnames=("multimask_output", "hq_token_only"))
+def decode(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    image_embeddings: Float[Array, "b g g c"],
+    points: Float[Array, "b p n 2"],
+    labels: Int[Array, "b p n"],
+    masks: Float[Array, "b #p 4*g 4*g"] | None,
+    attention_similarity: Float[Array, "b p #heads #t g*g"] | None = None,
+    target_embedding: Float[Array, "b p #t c"] | None = None,
+    *,
+    multimask_output: bool,
+    hq_token_only: bool = False,
+) -> tuple[Float[Array, "b p m 4*g 4*g"], Float[Array, "b p m"]]:
+    """`Sam.decode` of `nnx.merge(graphdef, params)`, compiled."""
+    return nnx.merge(graphdef, params).decode(
+        image_embeddings,
+        points,
+        labels,
+        masks,
+        multimask_output,
+        attention_similarity,
+        target_embedding,
+        hq_token_only=hq_token_only,
+    )

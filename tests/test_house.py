@@ -1,0 +1,74 @@
+"""The house: imports point one way, and a file holds one subject."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "sam_jax"
+# A room imports from rooms of earlier lines.
+LINES = (
+    ("errors", "files", "idioms", "decoders"),
+    ("config", "arrays"),
+    ("ops",),
+    ("models",),
+    ("image", "checkpoints"),
+    ("validation",),
+    ("processing",),
+    ("predictor", "visualize"),
+    ("automatic", "training"),
+    ("evaluation", "export"),
+    ("demo",),
+    ("commands",),
+    ("cli",),
+)
+LINE = {room: number for number, rooms in enumerate(LINES) for room in rooms}
+
+
+def imports(path):
+    """The modules of sam_jax that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (name for name in names if name in MODULES)
+
+
+def name_of(path):
+    parts = ("sam_jax", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {name_of(path): path for path in FILES}
+
+
+def room(module):
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "sam_jax"])
+def test_imports_point_down(name):
+    for other in imports(MODULES[name]):
+        if other != "sam_jax" and room(other) != room(name):
+            assert LINE[room(other)] < LINE[room(name)], f"{name} imports {other}"
+
+
+def test_no_circle():
+    graph = {name: set(imports(path)) - {"sam_jax"} for name, path in MODULES.items()}
+    # A package is there before its modules, whatever it imports of them.
+    for name, others in graph.items():
+        graph[name] = {other for other in others if not f"{name}.".startswith(f"{other}.")}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports in a circle: {' -> '.join(error.args[1])}")
+
+
+def test_no_file_is_long():
+    lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert {name: count for name, count in lines.items() if count >= 450} == {}
