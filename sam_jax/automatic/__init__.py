@@ -2,5 +2,11 @@
 
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 from sam_jax.automatic.hf_pipeline import MaskGenerationPipeline, pipeline
+from sam_jax.automatic.options import MaskGenerationOptions
 
-__all__ = ["MaskGenerationPipeline", "SamAutomaticMaskGenerator", "pipeline"]
+__all__ = [
+    "MaskGenerationOptions",
+    "MaskGenerationPipeline",
+    "SamAutomaticMaskGenerator",
+    "pipeline",
+]

@@ -14,9 +14,10 @@ holds depends on `points_per_batch`, not on how many masks there are.
 
 import copy
 import dataclasses
+import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ from sam_jax.automatic.device import (
     points_at_once,
     size_to_pad_to,
 )
-from sam_jax.automatic.options import OutputMode, check_arguments
+from sam_jax.automatic.options import MaskGenerationOptions
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
 from sam_jax.models.sam import Sam
@@ -68,79 +69,19 @@ class SamAutomaticMaskGenerator(WithAdvice):
 
     Args:
         model: its parameters are taken as they are now; make a new generator after changing them.
-        points_per_side: the grid has as many points squared. Give this or `point_grids`.
-        points_per_batch: how many points are decoded by one call. On a GPU or TPU more take more
-            memory; a CPU works on two at a time whatever it is. Float32 results do not depend on
-            it; those of bfloat16, whose rounding depends on what is computed together, may by a
-            few masks at the thresholds.
-        pred_iou_thresh: a mask's predicted IoU must be larger; 0 lets all pass.
-        stability_score_thresh: a mask's stability must be as large; 0 lets all pass. It is the IoU
-            of the masks that a higher and a lower threshold of the logits give.
-        stability_score_offset: how far these thresholds are from the middle one; not negative.
-        box_nms_thresh: of masks whose boxes have a larger IoU the one of the best predicted IoU
-            stays.
-        crop_n_layers: also look at crops, 2^i x 2^i of them in layer i = 1 to n.
-        crop_nms_thresh: like `box_nms_thresh` between crops, where the smaller crop's mask stays.
-        crop_overlap_ratio: how much of the picture's shorter side the crops of the first layer
-            overlap, 0 to less than 1.
-        crop_n_points_downscale_factor: layer i has as many times fewer points per side, to the
-            power of i.
-        point_grids: for each layer, the whole picture's first, points [n, 2], x and y from 0 to 1.
-        min_mask_region_area: fill holes and drop islands of fewer pixels, if it is not 0.
-        output_mode: how a record holds its mask: "binary_mask", a boolean array;
-            "uncompressed_rle", COCO's run lengths as a list; "coco_rle", as pycocotools' string.
+        args: options in Meta's order.
+        options: those of `MaskGenerationOptions`.
         mesh: of the devices that images are spread over, along all its axes; None for the device
             that the model is on.
 
     Raises:
-        ValueError: for an argument that cannot be; the message says which.
+        ValueError: for an invalid option; the message says which.
     """
 
-    def __init__(
-        self,
-        model: Sam,
-        points_per_side: int | None = 32,
-        points_per_batch: int = 64,
-        pred_iou_thresh: float = 0.88,
-        stability_score_thresh: float = 0.95,
-        stability_score_offset: float = 1.0,
-        box_nms_thresh: float = 0.7,
-        crop_n_layers: int = 0,
-        crop_nms_thresh: float = 0.7,
-        crop_overlap_ratio: float = 512 / 1500,
-        crop_n_points_downscale_factor: int = 1,
-        point_grids: Sequence[Any] | None = None,
-        min_mask_region_area: float = 0,
-        output_mode: OutputMode = "binary_mask",
-        *,
-        mesh: Mesh | None = None,
-    ):
+    def __init__(self, model: Sam, *args: Any, mesh: Mesh | None = None, **options: Any):
         check_model(model)
-        self.point_grids = check_arguments(
-            points_per_side=points_per_side,
-            points_per_batch=points_per_batch,
-            pred_iou_thresh=pred_iou_thresh,
-            stability_score_thresh=stability_score_thresh,
-            stability_score_offset=stability_score_offset,
-            box_nms_thresh=box_nms_thresh,
-            crop_n_layers=crop_n_layers,
-            crop_nms_thresh=crop_nms_thresh,
-            crop_overlap_ratio=crop_overlap_ratio,
-            crop_n_points_downscale_factor=crop_n_points_downscale_factor,
-            point_grids=point_grids,
-            min_mask_region_area=min_mask_region_area,
-            output_mode=output_mode,
-        )
-        self.points_per_batch = points_per_batch
-        self.pred_iou_thresh = pred_iou_thresh
-        self.stability_score_thresh = stability_score_thresh
-        self.stability_score_offset = stability_score_offset
-        self.box_nms_thresh = box_nms_thresh
-        self.crop_n_layers = crop_n_layers
-        self.crop_nms_thresh = crop_nms_thresh
-        self.crop_overlap_ratio = crop_overlap_ratio
-        self.min_mask_region_area = min_mask_region_area
-        self.output_mode = output_mode
+        self.options = MaskGenerationOptions(*args, **options)
+        self.grids = self.options.grids()
         self.mask_threshold = model.config.mask_threshold
 
         self.config = model.config
@@ -148,7 +89,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         self._dtype = model.mask_decoder.dtype
         self._graphdef, params = nnx.split(model)
         # Whole groups of survivors' masks are fetched from the device: small ones waste little.
-        self._kept_at_once = min(points_per_batch, 16)
+        self._kept_at_once = min(self.options.points_per_batch, 16)
         self._place(params, mesh)
 
     def _place(self, params: PyTree, mesh: Mesh | None) -> None:
@@ -159,7 +100,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         self.mesh = mesh
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        self._at_once = points_at_once(self.points_per_batch, mesh.devices.flat[0].platform)
+        self._at_once = points_at_once(self.options.points_per_batch, mesh.devices.flat[0].platform)
 
     def __getstate__(self) -> dict[str, Any]:
         # Devices cannot be pickled: a generator comes back on one device of the process.
@@ -247,9 +188,9 @@ class SamAutomaticMaskGenerator(WithAdvice):
         Raises:
             ValueError: for another shape, and with crops, of which there are no embeddings.
         """
-        if self.crop_n_layers:
+        if layers := self.options.crop_n_layers:
             raise ValueError(
-                f"crop_n_layers is {self.crop_n_layers}, and crops need the picture: call generate"
+                f"crop_n_layers is {layers}, and crops need the picture: call generate"
             )
         embedding = check_embedding(embedding, self.config).astype(self._dtype)
         (size,) = check_sizes([original_size], 1, "original_size")
@@ -263,12 +204,13 @@ class SamAutomaticMaskGenerator(WithAdvice):
         embedding: np.ndarray | None = None,
     ) -> "list[_Crop]":
         """A picture's crops, those first whose masks win over others'."""
-        boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+        boxes, layers = generate_crop_boxes(
+            size, self.options.crop_n_layers, self.options.crop_overlap_ratio
+        )
         order = np.argsort(-1 / box_area(np.array(boxes)), kind="stable")
         found: list[_Found] = []
         return [
-            _Crop(size, boxes[i], self.point_grids[layers[i]], image, embedding, found)
-            for i in order
+            _Crop(size, boxes[i], self.grids[layers[i]], image, embedding, found) for i in order
         ]
 
     def _generate(
@@ -325,9 +267,9 @@ class SamAutomaticMaskGenerator(WithAdvice):
         static = {"mesh": self.mesh, "at_once": self._at_once}
 
         every = [(np.arange(len(crop.grid)), np.zeros(len(crop.grid), int)) for crop in crops]
-        total, measured = -(-max(len(crop.grid) for crop in crops) // self.points_per_batch), []
-
-        for points in self._batches(crops, every, self.points_per_batch):
+        size, measured = self.options.points_per_batch, []
+        total = -(-max(len(crop.grid) for crop in crops) // size)
+        for points in self._batches(crops, every, size):
             measured.append(measure(*state, spread_frames, points, **static))
             if on_batch is not None:
                 jax.block_until_ready(measured[-1])
@@ -368,7 +310,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
         config, input_size = self.config, self.processor.input_size(size)
         tile = self._at_once.tile
         full = full_size(config.mask_size, config.image_size, input_size, size, padded_size, tile)
-        limits = [self.pred_iou_thresh, self.mask_threshold, self.stability_score_offset]
+        options = self.options
+        limits = [options.pred_iou_thresh, self.mask_threshold, options.stability_score_offset]
         return Frame(full, np.array(limits, np.float32))
 
     def _batches(
@@ -404,19 +347,19 @@ class SamAutomaticMaskGenerator(WithAdvice):
         x0, y0, _, _ = crop.box
         box = box + np.array([x0, y0, x0, y0])
         keep = ~is_box_near_crop_edge(box, crop.box, crop.image_size)
-        if self.pred_iou_thresh > 0:
-            keep &= iou > np.float32(self.pred_iou_thresh)
-        if self.stability_score_thresh > 0:
-            keep &= stability >= np.float32(self.stability_score_thresh)
+        if self.options.pred_iou_thresh > 0:
+            keep &= iou > np.float32(self.options.pred_iou_thresh)
+        if self.options.stability_score_thresh > 0:
+            keep &= stability >= np.float32(self.options.stability_score_thresh)
         (index,) = np.nonzero(keep)
-        index = index[non_maximum_suppression(box[index], iou[index], self.box_nms_thresh)]
-        if self.crop_n_layers:
+        index = index[non_maximum_suppression(box[index], iou[index], self.options.box_nms_thresh)]
+        if self.options.crop_n_layers:
             # What earlier crops have found comes first, then this crop's in their order.
             boxes = np.concatenate(
                 [np.array([m.box for m in crop.found]).reshape(-1, 4), box[index]]
             )
             kept = non_maximum_suppression(
-                boxes, -np.arange(len(boxes), dtype=np.float32), self.crop_nms_thresh
+                boxes, -np.arange(len(boxes), dtype=np.float32), self.options.crop_nms_thresh
             )
             index = index[kept[kept >= len(crop.found)] - len(crop.found)]
         point, which = np.divmod(index, measured.iou.shape[1])
@@ -439,7 +382,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
 
     def _records(self, found: "list[_Found]") -> list[dict[str, Any]]:
         found = [dataclasses.replace(mask, rle=mask.rle.result()) for mask in found]
-        if self.min_mask_region_area > 0 and found:
+        if self.options.min_mask_region_area > 0 and found:
             found = self._without_small_regions(found)
         return [
             {
@@ -456,21 +399,21 @@ class SamAutomaticMaskGenerator(WithAdvice):
 
     def _without_small_regions(self, found: "list[_Found]") -> "list[_Found]":
         """Holes filled and islands dropped; of masks that now are the same, the unchanged stay."""
-        masks, scores = [], []
+        options, masks, scores = self.options, [], []
         for one in found:
-            mask, changed = remove_small_regions(rle_decode(one.rle), self.min_mask_region_area)
+            mask, changed = remove_small_regions(rle_decode(one.rle), options.min_mask_region_area)
             if changed:
                 one = dataclasses.replace(one, rle=rle_encode(mask), box=mask_to_box(mask))
             masks.append(one)
             scores.append(float(not changed))
-        threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
+        threshold = max(options.box_nms_thresh, options.crop_nms_thresh)
         boxes = np.array([mask.box for mask in masks])
         return [masks[i] for i in non_maximum_suppression(boxes, np.array(scores), threshold)]
 
     def _segmentation(self, rle: dict) -> Any:
-        if self.output_mode == "binary_mask":
+        if self.options.output_mode == "binary_mask":
             return rle_decode(rle)
-        return rle_compress(rle) if self.output_mode == "coco_rle" else rle
+        return rle_compress(rle) if self.options.output_mode == "coco_rle" else rle
 
 
 @dataclass(frozen=True)
@@ -545,3 +488,13 @@ def _one_ahead(items: Iterator, host: ThreadPoolExecutor) -> Iterator:
 def _xywh(box: Any) -> list[int]:
     x0, y0, x1, y1 = map(int, box)
     return [x0, y0, x1 - x0, y1 - y0]
+
+
+# For `help` and notebooks, which would show *args and **options.
+SamAutomaticMaskGenerator.__signature__ = inspect.Signature(
+    [
+        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Sam),
+        *inspect.signature(MaskGenerationOptions).parameters.values(),
+        inspect.Parameter("mesh", inspect.Parameter.KEYWORD_ONLY, default=None),
+    ]
+)

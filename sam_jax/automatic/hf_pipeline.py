@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
-from sam_jax.automatic.options import check_arguments
+from sam_jax.automatic.options import MaskGenerationOptions, check_number
 from sam_jax.checkpoints import from_pretrained
 from sam_jax.idioms import ADVICE, WithAdvice
 from sam_jax.image import ImageInput, exif_orientation, load_image, turn
@@ -154,7 +154,8 @@ def _generator_arguments(options: dict[str, Any]) -> dict[str, Any]:
     if all_at_once:
         del arguments["points_per_batch"]
     try:
-        check_arguments(**arguments, mask_threshold=options.get("mask_threshold", 0.0))
+        MaskGenerationOptions(**arguments)
+        check_number("mask_threshold", options.get("mask_threshold", 0.0))
     except ValueError as error:
         message = str(error)
         for name, ours in _ARGUMENTS.items():

@@ -1,80 +1,111 @@
-"""The options of automatic mask generation, and their checks."""
+"""The options of automatic mask generation."""
 
 import numbers
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from sam_jax.arrays import as_numpy
-from sam_jax.ops.boxes import (
-    build_point_grid,
-)
+from sam_jax.ops.boxes import build_point_grid
 
 OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
 
 
-def check_arguments(
-    *,
-    points_per_side: int | None = 32,
-    points_per_batch: int = 64,
-    crop_n_layers: int = 0,
-    crop_n_points_downscale_factor: int = 1,
-    crop_overlap_ratio: float = 512 / 1500,
-    point_grids: Sequence[Any] | None = None,
-    output_mode: OutputMode = "binary_mask",
-    **others: float,
-) -> list[np.ndarray]:
-    """Checks arguments of `SamAutomaticMaskGenerator`, without a model; the grids that they mean.
+@dataclass(frozen=True)
+class MaskGenerationOptions:
+    """Options of automatic mask generation, with the names, order and defaults of Meta's.
 
     Raises:
-        ValueError: for what cannot be; the message says which.
+        ValueError: for an invalid value; the message names the option.
     """
-    if (points_per_side is None) == (point_grids is None):
-        raise ValueError(
-            f"points_per_side is {points_per_side} and point_grids is "
-            f"{'None' if point_grids is None else 'given'}, expected exactly one of them"
-        )
-    _check_numbers(crop_overlap_ratio=crop_overlap_ratio, **others)
-    if others.get("stability_score_offset", 1.0) < 0:
-        raise ValueError(
-            f"stability_score_offset is {others['stability_score_offset']}, expected 0 or more"
-        )
-    _check_at_least(1, points_per_batch=points_per_batch)
-    _check_at_least(0, crop_n_layers=crop_n_layers)
-    _check_at_least(1, crop_n_points_downscale_factor=crop_n_points_downscale_factor)
-    if not 0 <= crop_overlap_ratio < 1:
-        raise ValueError(f"crop_overlap_ratio is {crop_overlap_ratio}, expected 0 to below 1")
-    if output_mode not in get_args(OutputMode):
-        raise ValueError(
-            f"output_mode is {output_mode!r}, expected one of {', '.join(get_args(OutputMode))}"
-        )
-    if point_grids is None:
-        _check_at_least(1, points_per_side=points_per_side)
-        sides = [
-            int(points_per_side / crop_n_points_downscale_factor**i)
-            for i in range(crop_n_layers + 1)
-        ]
+
+    points_per_side: int | None = 32
+    """Points along one side of the image; the grid has as many squared. None with point_grids."""
+    points_per_batch: int = 64
+    """Points decoded by one call. On a GPU or TPU more take more memory; a CPU works on two at a
+    time whatever it is. Float32 results do not depend on it; those of bfloat16, whose rounding
+    depends on what is computed together, may differ by a few masks at the thresholds."""
+    pred_iou_thresh: float = 0.88
+    """A mask's predicted IoU must be larger; 0 lets all pass."""
+    stability_score_thresh: float = 0.95
+    """A mask's stability must be at least this; 0 lets all pass. Stability is the IoU of the masks
+    that a higher and a lower threshold of the logits give."""
+    stability_score_offset: float = 1.0
+    """How far these two thresholds are from the middle one; not negative."""
+    box_nms_thresh: float = 0.7
+    """IoU threshold of the box NMS; the mask with the highest predicted IoU wins."""
+    crop_n_layers: int = 0
+    """Layers of crops to segment too: 2^i x 2^i crops in layer i."""
+    crop_nms_thresh: float = 0.7
+    """IoU threshold of the box NMS between crops; the mask of the smaller crop wins."""
+    crop_overlap_ratio: float = 512 / 1500
+    """Overlap of the first layer's crops, as a fraction of the image's shorter side; below 1."""
+    crop_n_points_downscale_factor: int = 1
+    """Points per side are divided by this factor to the power of i in crop layer i."""
+    point_grids: Sequence[Any] | None = None
+    """Points [n, 2] for the image and for each crop layer, x and y from 0 to 1; instead of
+    points_per_side."""
+    min_mask_region_area: float = 0
+    """Fill holes and remove islands of fewer pixels; 0 leaves masks as they are."""
+    output_mode: OutputMode = "binary_mask"
+    """How a record holds its mask: "binary_mask", a boolean array; "uncompressed_rle", COCO's run
+    lengths as a list; "coco_rle", as pycocotools' string."""
+
+    def __post_init__(self):
+        if (self.points_per_side is None) == (self.point_grids is None):
+            raise ValueError(
+                f"points_per_side is {self.points_per_side} and point_grids is "
+                f"{'None' if self.point_grids is None else 'given'}, expected exactly one of them"
+            )
+        for field in fields(self):
+            if field.type is float:
+                check_number(field.name, getattr(self, field.name))
+        if self.stability_score_offset < 0:
+            raise ValueError(
+                f"stability_score_offset is {self.stability_score_offset}, expected 0 or more"
+            )
+        _check_whole("points_per_batch", self.points_per_batch, 1)
+        _check_whole("crop_n_layers", self.crop_n_layers, 0)
+        _check_whole("crop_n_points_downscale_factor", self.crop_n_points_downscale_factor, 1)
+        if not 0 <= self.crop_overlap_ratio < 1:
+            raise ValueError(
+                f"crop_overlap_ratio is {self.crop_overlap_ratio}, expected 0 to below 1"
+            )
+        if self.output_mode not in get_args(OutputMode):
+            raise ValueError(
+                f"output_mode is {self.output_mode!r}, expected one of "
+                f"{', '.join(get_args(OutputMode))}"
+            )
+        self.grids()
+
+    def grids(self) -> list[np.ndarray]:
+        """Points [n, 2] from 0 to 1 for the image and for each crop layer."""
+        layers = self.crop_n_layers + 1
+        if self.point_grids is not None:
+            return _check_grids(self.point_grids, layers)
+        _check_whole("points_per_side", self.points_per_side, 1)
+        factor = self.crop_n_points_downscale_factor
+        sides = [int(self.points_per_side / factor**i) for i in range(layers)]
         if 0 in sides:
             raise ValueError(
-                f"points_per_side {points_per_side} over crop_n_points_downscale_factor "
-                f"{crop_n_points_downscale_factor} leaves no points for layer {sides.index(0)}"
+                f"points_per_side {self.points_per_side} over crop_n_points_downscale_factor "
+                f"{factor} leaves no points for layer {sides.index(0)}"
             )
-        point_grids = [build_point_grid(n) for n in sides]
-    return _check_grids(point_grids, crop_n_layers + 1)
+        return [build_point_grid(side) for side in sides]
 
 
-def _check_numbers(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or np.isnan(value):
-            raise ValueError(f"{name} is {value!r}, expected a number")
+def check_number(name: str, value: Any) -> None:
+    """Raises ValueError for anything but a number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or np.isnan(value):
+        raise ValueError(f"{name} is {value!r}, expected a number")
 
 
-def _check_at_least(least: int, **arguments: Any) -> None:
-    for name, value in arguments.items():
-        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not whole or value < least:
-            raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+def _check_whole(name: str, value: Any, least: int) -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
 
 
 def _check_grids(grids: Sequence[Any], layers: int) -> list[np.ndarray]:

@@ -5,11 +5,10 @@ import functools
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from sam_jax.automatic.folder import generate_folder
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
-from sam_jax.automatic.options import check_arguments
+from sam_jax.automatic.options import MaskGenerationOptions
 from sam_jax.automatic.results import Results, one_line
 from sam_jax.checkpoints import from_pretrained
 from sam_jax.files import temporary_folder
@@ -21,7 +20,7 @@ def generate_with_ray(
     address: str | None,
     model: str,
     dtype: str,
-    options: dict[str, Any],
+    options: MaskGenerationOptions,
     pictures: Sequence[Path],
     results: Results,
     on_image: Callable[[], None],
@@ -37,7 +36,7 @@ def generate_with_ray(
         address: of the cluster; None for one that runs on this machine or a new one.
         model: what `from_pretrained` takes, on every machine.
         dtype: likewise.
-        options: of `SamAutomaticMaskGenerator`.
+        options: of the generators.
         pictures: files.
         results: where to write.
         on_image: as for `generate_folder`.
@@ -47,7 +46,6 @@ def generate_with_ray(
         ValueError: if Ray is not installed, for arguments that cannot be, and if the run fails.
         ConnectionError: if nothing answers at the address.
     """
-    check_arguments(**options)
     try:
         import ray.data
     except ImportError as error:
@@ -117,7 +115,7 @@ class _Worker:
     """
 
     def __init__(
-        self, model: str, dtype: str, options: dict[str, Any], results: Results, tries: Path
+        self, model: str, dtype: str, options: MaskGenerationOptions, results: Results, tries: Path
     ):
         self.model, self.dtype, self.options = model, dtype, options
         self.results, self.tries = results, tries
@@ -126,7 +124,7 @@ class _Worker:
     def generator(self) -> SamAutomaticMaskGenerator:
         """Made at the first picture: where making it kills the worker, that counts as a try."""
         sam = from_pretrained(self.model, dtype=self.dtype)
-        return SamAutomaticMaskGenerator(sam, **self.options)
+        return SamAutomaticMaskGenerator(sam, **vars(self.options))
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
         """Adds to the row `outcome` and `problem`.

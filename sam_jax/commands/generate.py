@@ -1,11 +1,10 @@
 """`sam-jax generate`."""
 
 import contextlib
-import dataclasses
-import inspect
 import os
 import sys
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import jax
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from sam_jax.automatic.folder import find_pictures, generate_folder, passed_over
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
-from sam_jax.automatic.options import check_arguments
+from sam_jax.automatic.options import MaskGenerationOptions, OutputMode
 from sam_jax.automatic.ray_cluster import generate_with_ray
 from sam_jax.automatic.results import Format, Results, Segmentation
 from sam_jax.checkpoints import from_pretrained
@@ -25,8 +24,8 @@ from sam_jax.commands.common import DType, say, say_compiling
 from sam_jax.files import lock_folder, read_json
 
 
-@dataclasses.dataclass
-class Generate:
+@dataclass(frozen=True, kw_only=True)
+class Generate(MaskGenerationOptions):
     """Find the masks of everything in pictures.
 
     The run can be stopped and started again: pictures that have a result are passed over.
@@ -54,37 +53,23 @@ class Generate:
     """Use the machines of a Ray cluster: the one at this address, or without an address one that
     runs here or a new one. All machines must see the same folders."""
     points_per_side: int | None = None
-    """Points along one side of the picture, 32 if left out; their number is its square."""
-    points_per_batch: int = 64
-    """Points decoded by one call; on a GPU or TPU more take more memory."""
-    pred_iou_thresh: float = 0.88
-    """What a mask's predicted IoU must exceed."""
-    stability_score_thresh: float = 0.95
-    """What a mask's stability must reach."""
-    stability_score_offset: float = 1.0
-    """How much higher and lower the thresholds are that stability compares."""
-    box_nms_thresh: float = 0.7
-    """IoU of boxes above which only the better mask stays."""
-    crop_n_layers: int = 0
-    """Layers of crops to look at too, 2^i x 2^i in layer i."""
-    crop_nms_thresh: float = 0.7
-    """Like box_nms_thresh, between crops."""
-    crop_overlap_ratio: float = 512 / 1500
-    """How much of the picture's shorter side the crops of the first layer overlap."""
-    crop_n_points_downscale_factor: int = 1
-    """How many times fewer points per side each further layer has."""
+    """Points along one side of the image, 32 if left out; the grid has as many squared."""
     point_grids: Path | None = None
-    """JSON file with a list of points [x, y], from 0 to 1, for each layer; instead of
-    points_per_side."""
-    min_mask_region_area: int = 0
-    """Fill holes and drop islands of fewer pixels."""
+    """JSON file with a list of points [x, y], from 0 to 1, for the image and for each crop layer;
+    instead of points_per_side."""
+    output_mode: tyro.conf.Suppress[OutputMode] = "uncompressed_rle"
 
+    def __post_init__(self):
+        """Only `options` are checked."""
 
-# The fields that say which masks there are: what is in one folder must have them in common.
-_ARGUMENTS = inspect.signature(SamAutomaticMaskGenerator).parameters
-
-
-_GENERATOR = {f.name for f in dataclasses.fields(Generate)} & set(_ARGUMENTS) - {"model"}
+    def options(self) -> MaskGenerationOptions:
+        """The options, with the grids of the file; raises ValueError for an invalid one."""
+        options = {f.name: getattr(self, f.name) for f in fields(MaskGenerationOptions)}
+        if self.point_grids is not None:
+            options["point_grids"] = _read_grids(self.point_grids)
+        elif self.points_per_side is None:
+            options["points_per_side"] = 32
+        return MaskGenerationOptions(**options)
 
 
 def generate(args: Generate) -> None:
@@ -106,19 +91,14 @@ def generate(args: Generate) -> None:
         raise ValueError(f"--ray is {' '.join(args.ray)!r}, expected one address or none")
     if args.ray is not None and args.devices is not None:
         raise ValueError("--devices is for this machine; it cannot be given with --ray")
-    options = {name: getattr(args, name) for name in sorted(_GENERATOR)}
-    if args.point_grids is not None:
-        options["point_grids"] = _read_grids(args.point_grids)
-    elif args.points_per_side is None:
-        options["points_per_side"] = 32
-    grids = check_arguments(**options)
+    options = args.options()
     model = args.model
     if model not in MODELS and Path(model).exists():
         model = str(Path(model).resolve())
     results = Results(args.output, args.format, args.overlays, args.segmentation)
-    how_many = {"points_per_batch"}
-    settings = {k: v for k, v in options.items() if k not in how_many}
-    settings = {"model": model, "dtype": args.dtype, **settings}
+    # What says which masks there are: all results in a folder must have it in common.
+    settings = {"model": model, "dtype": args.dtype, **vars(options)}
+    del settings["points_per_batch"], settings["output_mode"]
 
     failures: list[str] = []
     with lock_folder(args.output):
@@ -126,7 +106,7 @@ def generate(args: Generate) -> None:
         for line in passed_over(args.input, args.output):
             say(line)
         if todo:
-            _say_what_crops_take(grids)
+            _say_what_crops_take(options.grids())
         try:
             if todo:
                 _generate(args, model, options, results, todo, len(pictures), failures)
@@ -144,7 +124,6 @@ def generate(args: Generate) -> None:
 
 
 def _generate(args, model, options, results, todo, total, failures) -> None:
-    options["output_mode"] = "uncompressed_rle"
     done, start, bars = total - len(todo), time.monotonic(), []
 
     def on_image() -> None:
@@ -169,7 +148,7 @@ def _generate(args, model, options, results, todo, total, failures) -> None:
         else:
             mesh = Mesh(np.array(_devices(args.devices)), ("images",))
             sam = from_pretrained(model, dtype=args.dtype)
-            generator = SamAutomaticMaskGenerator(sam, **options, mesh=mesh)
+            generator = SamAutomaticMaskGenerator(sam, **vars(options), mesh=mesh)
             say_compiling("once for all images")
             generate_folder(generator, todo, results, on_image, on_failure)
 

@@ -178,7 +178,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
         if prompts_at_once is None:
             if (platform or jax.default_backend()) == "cpu":
                 prompts_at_once = images_at_once = 1  # what fits the cache
-            elif all(isinstance(size, int) for size in prompts.points.shape[:2]):  # not in `jax.export`
+            elif all(isinstance(n, int) for n in prompts.points.shape[:2]):  # not in `jax.export`
                 prompts_at_once = 64 if platform else self._fitting_prompts(images)
 
         # A mask that all prompts of an image have in common is embedded once for each.
