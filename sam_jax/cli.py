@@ -19,7 +19,6 @@ _FUNCTIONS = {
     Demo: demo,
 }
 
-
 COMMANDS = {function.__name__: command for command, function in _FUNCTIONS.items()}
 
 

@@ -10,13 +10,9 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 Preprocessing = Literal["medsam"]
-
-
 # The largest number, and the most layers or outputs, that a configuration may have: more than any
 # model's, and few enough for one from a forged file to be compared with the tensors in seconds.
 MAX_SIZE, _MOST_LAYERS = 65_536, 128
-
-
 _LAYERS = ("depth", "depths", "transformer_depth", "iou_head_depth", "num_multimask_outputs")
 
 

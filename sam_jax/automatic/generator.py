@@ -19,8 +19,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,6 +40,7 @@ from sam_jax.automatic.device import (
     size_to_pad_to,
 )
 from sam_jax.automatic.options import MaskGenerationOptions
+from sam_jax.automatic.records import Crop, MaskRecord, Survivors, xywh
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
 from sam_jax.models.sam import Sam
@@ -202,20 +202,18 @@ class SamAutomaticMaskGenerator(WithAdvice):
         size: tuple[int, int],
         image: np.ndarray | None = None,
         embedding: np.ndarray | None = None,
-    ) -> "list[_Crop]":
+    ) -> "list[Crop]":
         """A picture's crops, those first whose masks win over others'."""
         boxes, layers = generate_crop_boxes(
             size, self.options.crop_n_layers, self.options.crop_overlap_ratio
         )
         order = np.argsort(-1 / box_area(np.array(boxes)), kind="stable")
-        found: list[_Found] = []
-        return [
-            _Crop(size, boxes[i], self.grids[layers[i]], image, embedding, found) for i in order
-        ]
+        found: list[MaskRecord] = []
+        return [Crop(size, boxes[i], self.grids[layers[i]], image, embedding, found) for i in order]
 
     def _generate(
         self,
-        groups: "Iterable[list[list[_Crop]]]",
+        groups: "Iterable[list[list[Crop]]]",
         on_batch: Callable[[int, int], None] | None = None,
         on_image: Callable[[], None] | None = None,
     ) -> Iterator[list[dict[str, Any]]]:
@@ -239,8 +237,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
             host.shutdown(cancel_futures=True)
 
     def _turns(
-        self, groups: "Iterable[list[list[_Crop]]]"
-    ) -> "Iterator[tuple[list[_Crop], list[np.ndarray], list[list[_Crop]]]]":
+        self, groups: "Iterable[list[list[Crop]]]"
+    ) -> "Iterator[tuple[list[Crop], list[np.ndarray], list[list[Crop]]]]":
         """A crop for each device that has one, what its encoder takes, and pictures then done."""
         for pictures in groups:
             *turns, last = itertools.zip_longest(*pictures)
@@ -251,7 +249,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
 
     def _add_masks(
         self,
-        crops: "list[_Crop]",
+        crops: "list[Crop]",
         pixels: list[np.ndarray],
         host: ThreadPoolExecutor,
         on_batch: Callable[[int, int], None] | None,
@@ -292,7 +290,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
             for crop, frame, masks, logits in masks_of:
                 for k in range(start, min(start + size, len(masks.point))):
                     rle = host.submit(self._rle, crop, frame, masks.box[k], logits[k - start])
-                    crop.found.append(_Found.of(crop, masks, k, rle))
+                    crop.found.append(MaskRecord.of(crop, masks, k, rle))
             if on_batch is not None:
                 on_batch(total, total)
 
@@ -315,7 +313,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         return Frame(full, np.array(limits, np.float32))
 
     def _batches(
-        self, crops: "list[_Crop]", masks: list[tuple[np.ndarray, np.ndarray]], size: int
+        self, crops: "list[Crop]", masks: list[tuple[np.ndarray, np.ndarray]], size: int
     ) -> "Iterator[Points]":
         """`size` points at a time for each device.
 
@@ -334,7 +332,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
                 batch.append(Points(pad_axis(coords, size, 0, 0), which, count))
             yield self._spread(batch)
 
-    def _choose(self, crop: "_Crop", measured: "Measured") -> "_Chosen":
+    def _choose(self, crop: "Crop", measured: "Measured") -> "Survivors":
         """The masks of a crop that are kept, in the order of the result."""
         count = len(crop.grid)
         iou, box, intersection, union = (
@@ -363,9 +361,9 @@ class SamAutomaticMaskGenerator(WithAdvice):
             )
             index = index[kept[kept >= len(crop.found)] - len(crop.found)]
         point, which = np.divmod(index, measured.iou.shape[1])
-        return _Chosen(point, which, iou[index], np.nan_to_num(stability[index]), box[index])
+        return Survivors(point, which, iou[index], np.nan_to_num(stability[index]), box[index])
 
-    def _rle(self, crop: "_Crop", frame: "Frame", box: np.ndarray, logits: np.ndarray) -> dict:
+    def _rle(self, crop: "Crop", frame: "Frame", box: np.ndarray, logits: np.ndarray) -> dict:
         """Run lengths of a mask at full size."""
         x0, y0, x1, y1 = box
         left, top, _, _ = crop.box
@@ -380,7 +378,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         mask[y0 : y1 + 1, x0 : x1 + 1] = rows @ logits @ columns.T > self.mask_threshold
         return rle_encode(mask)
 
-    def _records(self, found: "list[_Found]") -> list[dict[str, Any]]:
+    def _records(self, found: "list[MaskRecord]") -> list[dict[str, Any]]:
         found = [dataclasses.replace(mask, rle=mask.rle.result()) for mask in found]
         if self.options.min_mask_region_area > 0 and found:
             found = self._without_small_regions(found)
@@ -388,16 +386,16 @@ class SamAutomaticMaskGenerator(WithAdvice):
             {
                 "segmentation": self._segmentation(mask.rle),
                 "area": rle_area(mask.rle),
-                "bbox": _xywh(mask.box),
+                "bbox": xywh(mask.box),
                 "predicted_iou": mask.predicted_iou,
                 "point_coords": [mask.point],
                 "stability_score": mask.stability_score,
-                "crop_box": _xywh(mask.crop_box),
+                "crop_box": xywh(mask.crop_box),
             }
             for mask in found
         ]
 
-    def _without_small_regions(self, found: "list[_Found]") -> "list[_Found]":
+    def _without_small_regions(self, found: "list[MaskRecord]") -> "list[MaskRecord]":
         """Holes filled and islands dropped; of masks that now are the same, the unchanged stay."""
         options, masks, scores = self.options, [], []
         for one in found:
@@ -416,78 +414,12 @@ class SamAutomaticMaskGenerator(WithAdvice):
         return rle_compress(rle) if self.options.output_mode == "coco_rle" else rle
 
 
-@dataclass(frozen=True)
-class _Crop:
-    """A crop of a picture, and what was found in the picture so far."""
-
-    image_size: tuple[int, int]  # (h, w) of the picture
-    box: tuple[int, int, int, int]  # in it: x0, y0, x1, y1
-    grid: np.ndarray  # points [n, 2], x and y from 0 to 1
-    image: np.ndarray | None
-    embedding: np.ndarray | None  # [g, g, c], instead of the image
-    found: "list[_Found]"  # the same list for all crops of a picture
-
-    @property
-    def size(self) -> tuple[int, int]:
-        x0, y0, x1, y1 = self.box
-        return y1 - y0, x1 - x0
-
-    @property
-    def pixels(self) -> np.ndarray:
-        x0, y0, x1, y1 = self.box
-        return np.ascontiguousarray(self.image[y0:y1, x0:x1])
-
-    @property
-    def points(self) -> np.ndarray:
-        """In pixels of the crop."""
-        return self.grid * np.array(self.size[::-1])
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A mask of the result."""
-
-    rle: Any  # the run lengths, or their `Future`
-    box: np.ndarray
-    predicted_iou: float
-    stability_score: float
-    point: list[float]
-    crop_box: tuple[int, int, int, int]
-
-    @classmethod
-    def of(cls, crop: _Crop, chosen: "_Chosen", k: int, rle: Future) -> "_Found":
-        """The k-th of the masks chosen."""
-        return cls(
-            rle=rle,
-            box=chosen.box[k],
-            predicted_iou=float(chosen.iou[k]),
-            stability_score=float(chosen.stability[k]),
-            point=(crop.points[chosen.point[k]] + np.array(crop.box[:2])).tolist(),
-            crop_box=crop.box,
-        )
-
-
-class _Chosen(NamedTuple):
-    """Masks that passed: their points and which masks of these, and what was measured."""
-
-    point: np.ndarray
-    which: np.ndarray
-    iou: np.ndarray
-    stability: np.ndarray
-    box: np.ndarray  # in pixels of the picture
-
-
 def _one_ahead(items: Iterator, host: ThreadPoolExecutor) -> Iterator:
     """The items, each of which is made while the one before is worked on."""
     following = host.submit(next, items, None)
     while (item := following.result()) is not None:
         following = host.submit(next, items, None)
         yield item
-
-
-def _xywh(box: Any) -> list[int]:
-    x0, y0, x1, y1 = map(int, box)
-    return [x0, y0, x1 - x0, y1 - y0]
 
 
 # For `help` and notebooks, which would show *args and **options.

@@ -29,7 +29,6 @@ _ARGUMENTS = {
     "crop_n_points_downscale_factor": ("crop_n_points_downscale_factor",),
 }
 
-
 _OUTPUTS = ("output_rle_mask", "output_bboxes_mask")
 
 

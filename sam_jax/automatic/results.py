@@ -26,23 +26,11 @@ from sam_jax.ops.rle import check_rle, rle_compress, rle_decode, rle_uncompress
 from sam_jax.visualize import overlay
 
 Format = Literal["png", "coco"]
-
-
 Segmentation = Literal["rle", "polygons"]
-
-
 ANNOTATIONS = "annotations.json"
-
-
 _SETTINGS, _PARTS, _OVERLAYS, _IDS = "sam_jax.json", "parts", "overlays", "ids.json"
-
-
 _TABLE, _SOURCE = "metadata.csv", "source.json"
-
-
 RESERVED = (ANNOTATIONS, _SETTINGS, _PARTS, _OVERLAYS, _IDS)
-
-
 _COLUMNS = (
     *("id", "area", "bbox_x0", "bbox_y0", "bbox_w", "bbox_h", "point_input_x", "point_input_y"),
     *("predicted_iou", "stability_score", "crop_box_x0", "crop_box_y0", "crop_box_w", "crop_box_h"),

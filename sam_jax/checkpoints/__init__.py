@@ -21,8 +21,8 @@ from jax.typing import ArrayLike, DTypeLike
 from sam_jax.checkpoints import native
 from sam_jax.checkpoints.download import HF_FILES, find_weights, locate, read_index
 from sam_jax.checkpoints.hf_config import from_hf, to_hf, to_hf_preprocessor
-from sam_jax.checkpoints.infer_config import infer_config
-from sam_jax.checkpoints.names import Format, detect_format, from_torch, strip_prefix, to_torch
+from sam_jax.checkpoints.infer_config import infer_config, strip_prefix
+from sam_jax.checkpoints.names import Format, detect_format, from_torch, to_torch
 from sam_jax.checkpoints.params import (
     build_model,
     check_depth,

@@ -32,22 +32,12 @@ from sam_jax.files import read_json
 # Seconds for the hub to answer a first, small question before it counts as unreachable.
 # (huggingface_hub itself tries six times, for half a minute.)
 _HUB_DEADLINE = 5.0
-
-
 # What holds the weights of a Hugging Face folder; one may be in shards, with an index.
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
 _INDEX = ".index.json"
-
-
 _MAX_INDEX_BYTES = 16 << 20
-
-
 # Beside a model in the cache: its size and time when its sha256 was checked.
 _CHECKED = ".checked"
-
-
 # What is downloaded of a hub repository besides.
 _CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 

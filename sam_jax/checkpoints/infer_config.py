@@ -1,11 +1,12 @@
-"""The configuration that the names and shapes of a checkpoint imply."""
+"""What the names and shapes of a checkpoint imply: its prefix and its configuration."""
 
 import itertools
 import math
+import re
 
 import numpy as np
 
-from sam_jax.checkpoints.names import TABLES, Format, Tensors, detect_format
+from sam_jax.checkpoints.names import TABLES, Format, Tensors
 from sam_jax.config import (
     MaskDecoderConfig,
     PromptEncoderConfig,
@@ -15,7 +16,7 @@ from sam_jax.config import (
     lite_medsam,
     mobile_sam,
 )
-from sam_jax.errors import CheckpointError
+from sam_jax.errors import CheckpointError, clip, listed
 
 
 def infer_config(tensors: Tensors) -> SamConfig:
@@ -148,3 +149,49 @@ def _infer_tiny_vit(shape, count, head_bias: np.ndarray | None) -> TinyViTConfig
         stem_stride=1 if shape("image_encoder.patch_embed.conv1.kernel")[-1] == 1 else 2,
         num_classes=None if head_bias is None else len(head_bias),
     )
+
+
+# What PyTorch puts into the names of a module that it wraps: data parallelism, compilation, FSDP,
+# activation checkpointing. No part of a SAM is called so.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_FIRST_TENSOR = re.compile(r"((?:.*?\.)?)(?:image|vision)_encoder\.patch_embed\.")
+
+
+def strip_prefix(tensors: Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors by names without what a training script's modules around the SAM put there.
+
+    Left out are PyTorch's wrappers, wherever they stand (`module._orig_mod.`, or
+    `image_encoder._orig_mod.`), and one prefix that all names have (`sam.`, `model.net.`).
+
+    Returns:
+        The tensors, and what was left out of their names.
+
+    Raises:
+        CheckpointError: if some names have the SAM's prefix and others do not, or if two become
+            one.
+    """
+    # The counter of torch.optim.swa_utils.AveragedModel stands beside its `module.`.
+    tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] != "n_averaged"}
+    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    left_out = sorted({part for name in tensors for part in _WRAPPERS.findall(name)})
+    if len(plain) < len(tensors):
+        raise CheckpointError(
+            f"some tensors have one name but for {', '.join(left_out)}, so there are several "
+            "models here. In torch, save one alone: torch.save(model.state_dict(), path)"
+        )
+    prefixes = sorted({m[1] for name in plain if (m := _FIRST_TENSOR.match(name))})
+    if not prefixes or "" in prefixes:
+        return plain, left_out
+    prefix = prefixes[0]
+    others = [name for name in plain if not name.startswith(prefix)]
+    if others:
+        raise CheckpointError(
+            f"the names of a SAM's tensors begin with {listed([repr(p) for p in prefixes])}, but "
+            f"{len(others)} of the {len(plain)} tensors do not begin with {clip(prefix)!r}, such "
+            f"as {clip(others[0])!r}. In torch, save the SAM alone, from the module that the names "
+            f"begin in: torch.save(whole.{clip(prefix)}state_dict(), path)"
+        )
+    plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
+    return plain, [*left_out, prefix]

@@ -18,11 +18,9 @@ from sam_jax.config import (
     TinyViTConfig,
     ViTConfig,
 )
-from sam_jax.errors import CheckpointError, clip, listed
+from sam_jax.errors import CheckpointError
 
 Format = Literal["meta", "hf"]
-
-
 Tensors = Mapping[str, np.ndarray]
 
 
@@ -40,39 +38,18 @@ def _transpose(*axes: int) -> Layout:
 
 
 _SAME = Layout(lambda x: x, lambda x: x)
-
-
 _LINEAR = _transpose(1, 0)  # (out, in) -> (in, out)
-
-
 _CONV = _transpose(2, 3, 1, 0)  # (out, in, h, w) -> (h, w, in, out)
-
-
 _UPSCALE = _transpose(0, 2, 3, 1)  # (in, out, h, w) -> (in, h, w, out)
-
-
 # A counter of training steps: PyTorch's are 64 bits wide, JAX's 32.
 _COUNT = Layout(lambda x: x.astype(np.int32), lambda x: x.astype(np.int64))
-
-
 # For each kind of module: our leaf, PyTorch's leaf, layout.
 _LINEAR_LEAVES = (("kernel", "weight", _LINEAR), ("bias", "bias", _SAME))
-
-
 _CONV_LEAVES = (("kernel", "weight", _CONV), ("bias", "bias", _SAME))
-
-
 _UPSCALE_LEAVES = (("kernel", "weight", _UPSCALE), ("bias", "bias", _SAME))
-
-
 _NORM_LEAVES = (("scale", "weight", _SAME), ("bias", "bias", _SAME))
-
-
 _EMBED_LEAVES = (("", "weight", _SAME),)
-
-
 _TENSOR = (("", "", _SAME),)
-
 
 _CONV_BN_LEAVES = (
     ("kernel", "c.weight", _CONV),
@@ -82,8 +59,6 @@ _CONV_BN_LEAVES = (
     ("var", "bn.running_var", _SAME),
     ("num_batches_tracked", "bn.num_batches_tracked", _COUNT),
 )
-
-
 # Our module, Meta's module, Hugging Face's module, what it holds. "#" stands for an index; "@" for
 # the place in a head of linear layers, which Hugging Face calls proj_in, layers.#, proj_out. An
 # empty name means: as ours.
@@ -115,7 +90,6 @@ _VIT = [
     ("image_encoder.blocks.#.mlp.lin2", "", "vision_encoder.layers.#.mlp.lin2", _LINEAR_LEAVES),
 ]
 
-
 _TINY_VIT = [  # Hugging Face has no such model
     ("image_encoder.patch_embed.conv1", "image_encoder.patch_embed.seq.0", None, _CONV_BN_LEAVES),
     ("image_encoder.patch_embed.conv2", "image_encoder.patch_embed.seq.2", None, _CONV_BN_LEAVES),
@@ -142,7 +116,6 @@ _TINY_VIT = [  # Hugging Face has no such model
     ("image_encoder.head", "", None, _LINEAR_LEAVES),
 ]
 
-
 _NECK = [
     ("image_encoder.neck.conv1", "image_encoder.neck.0", "vision_encoder.neck.conv1", _CONV_LEAVES),
     (
@@ -159,7 +132,6 @@ _NECK = [
         _NORM_LEAVES,
     ),
 ]
-
 
 _PROMPT_ENCODER = [
     (
@@ -187,7 +159,6 @@ _PROMPT_ENCODER = [
         )
     ),
 ]
-
 
 _MASK_DECODER = [
     ("mask_decoder.iou_token", "", "", _EMBED_LEAVES),
@@ -246,7 +217,6 @@ _MASK_DECODER = [
     ),
 ]
 
-
 _HQ = [
     ("mask_decoder.hq.token", "mask_decoder.hf_token", "mask_decoder.hq_token", _EMBED_LEAVES),
     (
@@ -283,8 +253,6 @@ _HQ = [
         )
     ),
 ]
-
-
 # Hugging Face's second name for one tensor: a file may hold either, or both if they are equal.
 _HF_ALIAS = (
     "prompt_encoder.shared_embedding.positional_embedding",
@@ -311,8 +279,6 @@ def _leaf_table(rows) -> dict[str, tuple[str, str | None, Layout]]:
 
 
 _COMMON_ROWS = _NECK + _PROMPT_ENCODER + _MASK_DECODER + _HQ
-
-
 TABLES = {
     ViTConfig: _leaf_table(_VIT + _COMMON_ROWS),
     TinyViTConfig: _leaf_table(_TINY_VIT + _COMMON_ROWS),
@@ -351,54 +317,6 @@ def _head_layer(index: int, depth: int) -> str:
     if index == 0:
         return "proj_in"
     return "proj_out" if index == depth - 1 else f"layers.{index - 1}"
-
-
-# What PyTorch puts into the names of a module that it wraps: data parallelism, compilation, FSDP,
-# activation checkpointing. No part of a SAM is called so.
-_WRAPPERS = re.compile(
-    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
-
-
-_FIRST_TENSOR = re.compile(r"((?:.*?\.)?)(?:image|vision)_encoder\.patch_embed\.")
-
-
-def strip_prefix(tensors: Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The tensors by names without what a training script's modules around the SAM put there.
-
-    Left out are PyTorch's wrappers, wherever they stand (`module._orig_mod.`, or
-    `image_encoder._orig_mod.`), and one prefix that all names have (`sam.`, `model.net.`).
-
-    Returns:
-        The tensors, and what was left out of their names.
-
-    Raises:
-        CheckpointError: if some names have the SAM's prefix and others do not, or if two become
-            one.
-    """
-    # The counter of torch.optim.swa_utils.AveragedModel stands beside its `module.`.
-    tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] != "n_averaged"}
-    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    left_out = sorted({part for name in tensors for part in _WRAPPERS.findall(name)})
-    if len(plain) < len(tensors):
-        raise CheckpointError(
-            f"some tensors have one name but for {', '.join(left_out)}, so there are several "
-            "models here. In torch, save one alone: torch.save(model.state_dict(), path)"
-        )
-    prefixes = sorted({m[1] for name in plain if (m := _FIRST_TENSOR.match(name))})
-    if not prefixes or "" in prefixes:
-        return plain, left_out
-    prefix = prefixes[0]
-    others = [name for name in plain if not name.startswith(prefix)]
-    if others:
-        raise CheckpointError(
-            f"the names of a SAM's tensors begin with {listed([repr(p) for p in prefixes])}, but "
-            f"{len(others)} of the {len(plain)} tensors do not begin with {clip(prefix)!r}, such "
-            f"as {clip(others[0])!r}. In torch, save the SAM alone, from the module that the names "
-            f"begin in: torch.save(whole.{clip(prefix)}state_dict(), path)"
-        )
-    plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
-    return plain, [*left_out, prefix]
 
 
 def detect_format(tensors: Tensors) -> Format:

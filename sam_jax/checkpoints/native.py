@@ -25,26 +25,14 @@ from sam_jax.errors import CheckpointError, clip
 from sam_jax.files import read_json, replacing
 
 CONFIG, PARAMS = "config.json", "params"
-
-
 _BATCH_BYTES = 128 << 20
-
-
 MAX_CONFIG_BYTES = 1 << 20
-
-
 _NAME_BYTES = 64
-
-
 # How much larger than its files a checkpoint may be: weights hardly compress, and Orbax allocates
 # whatever size a file declares.
 _MOST_COMPRESSED, _ALWAYS_ALLOWED = 100, 256 << 20
-
-
 # An array is saved as one chunk; whoever saves it anew from many devices makes some per device.
 _MOST_CHUNKS = 4096
-
-
 _CODECS = {"sharding_indexed", "bytes", "zstd", "crc32c"}  # others allocate what the data asks for
 
 

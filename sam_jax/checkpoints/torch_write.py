@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from sam_jax.checkpoints.torch_read import ORDERED_DICT, REBUILD_TENSOR, TORCH_STORAGES
+from sam_jax.checkpoints.unpickle import ORDERED_DICT, REBUILD_TENSOR, TORCH_STORAGES
 from sam_jax.errors import CheckpointError
 from sam_jax.files import replacing
 

@@ -15,9 +15,8 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from sam_jax.demo.limits import BUSY, Limits, Shares, Turns, Visitor
 from sam_jax.demo.visit import (
     Found,
     Picture,
@@ -51,7 +51,6 @@ from sam_jax.files import read_json
 from sam_jax.models.sam import Sam
 
 POINTS_PER_SIDE = 4, 32  # of everything mode, the fewest and the most
-
 _PIXELS = -(10**9), 10**9  # what lies outside the image moves to its edge
 # What changes a visit, and the whole numbers that it takes, each with its limits.
 _CHANGES: dict[str, tuple[Callable[..., Visit], dict[str, tuple[int, int]]]] = {
@@ -61,11 +60,13 @@ _CHANGES: dict[str, tuple[Callable[..., Visit], dict[str, tuple[int, int]]]] = {
     "undo": (undo, {}),
     "clear": (clear, {}),
 }
+
 _FILES = {
     "/": ("page.html", "text/html"),
     **{f"/{name}": (name, "text/javascript") for name in ("page.js", "stage.js")},
     **{f"/{name}": (name, "text/css") for name in ("page.css", "stage.css")},
 }
+
 _SECURITY = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -81,36 +82,7 @@ _SECURITY = {
 _SINGLE = (b"host", b"origin", b"content-type", b"content-length", b"x-session")
 _SAVED = {"png": "image/png", "json": "application/json"}
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
-_BUSY = "the page is busy with other requests; try again in a moment"
 _GONE = "the image was dropped, after a long time or for other visitors; open it again"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much of what the server keeps and does at a time."""
-
-    max_bytes: int = 20 * 10**6  # of an image's file
-    json_bytes: int = 64 * 1024  # of all other bodies
-    visitors: int = 50  # whose images are kept, about 10 MB each
-    forget: float = 3600  # seconds without a request after which a visitor's image is dropped
-    recent: float = 600  # seconds within which no newcomer from the same address takes its place
-    requests: tuple[int, ...] = (100, 16, 4)  # at work: in all, from one address, of one visitor
-    bodies: tuple[int, ...] = (128, 16)  # of these that are still coming: in all, from one address
-    uploads: tuple[int, ...] = (16, 4)  # in memory: in all, from one address
-    body_seconds: float = 10  # within which a part of a body must come
-    body_rate: int = 100_000  # bytes per second of a body, at the least, after these seconds
-
-
-@dataclass
-class Visitor:
-    """One who opened an image; another tab of the same browser is another visitor."""
-
-    address: str
-    visit: Visit
-    used: float
-    found: Found | None = None  # of everything mode, if that is shown
-    stop: threading.Event = field(default_factory=threading.Event)  # ends everything mode
-    progress: tuple[int, int] = (0, 0)
 
 
 class Demo:
@@ -126,9 +98,9 @@ class Demo:
     def __init__(self, model: Sam, hosts: set[str], limits: Limits):
         self.model, self.hosts, self.limits = model, hosts, limits
         self.visitors: dict[str, Visitor] = {}
-        self._turns = _Turns()
-        self._bodies, self._requests = _Shares(*limits.bodies), _Shares(*limits.requests)
-        self._uploads = _Shares(*limits.uploads)
+        self._turns = Turns()
+        self._bodies, self._requests = Shares(*limits.bodies), Shares(*limits.requests)
+        self._uploads = Shares(*limits.uploads)
         # Of each kind one at a time, in the order in which they come.
         self._clicks, self._images, self._finder = (ThreadPoolExecutor(1) for _ in range(3))
         routes = [
@@ -219,7 +191,7 @@ class Demo:
         token = min(theirs, key=lambda token: self.visitors[token].used)
         idle = time.monotonic() - self.visitors[token].used
         if most <= count[address] + 1 and idle < self.limits.recent:
-            raise HTTPException(503, _BUSY)
+            raise HTTPException(503, BUSY)
         self._drop(token)
 
     async def _body(self, request: Request, kind: str, most: int) -> bytes:
@@ -375,55 +347,6 @@ class Demo:
         """How many batches of everything mode are done, and how many there are."""
         async with self._visiting(request, {}) as (visitor, _):
             return JSONResponse(visitor.progress)
-
-
-class _Turns:
-    """Who works in steps waits between them for all others."""
-
-    def __init__(self):
-        self._changed, self._waiting = threading.Condition(), 0
-
-    @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
-        """While this lasts, `wait` does not return."""
-        with self._changed:
-            self._waiting += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._waiting -= 1
-                self._changed.notify_all()
-
-    def wait(self, seconds: float = 5) -> None:
-        """No longer than this, so that the work ends however many others come."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._waiting, seconds)
-
-
-class _Shares:
-    """How much is taken of something, of which there is so much, and for each so much.
-
-    Who takes may be known by several names, such as an address and a token; for each name in turn
-    there is a limit.
-    """
-
-    def __init__(self, total: int, *each: int):
-        self._total, self._each, self._taken, self._all = total, each, Counter(), 0
-
-    @contextlib.contextmanager
-    def take(self, *who: str) -> Iterator[None]:
-        limits = zip(who, self._each, strict=True)
-        if self._all >= self._total or any(self._taken[name] >= each for name, each in limits):
-            raise HTTPException(503, _BUSY)
-        self._all += 1
-        self._taken.update(who)
-        try:
-            yield
-        finally:
-            self._all -= 1
-            self._taken.subtract(who)
-            self._taken += Counter()  # forgets those who have none
 
 
 def _file(name: str, kind: str, limits: Limits) -> Callable:

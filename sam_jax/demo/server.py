@@ -15,7 +15,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sam_jax.checkpoints import from_pretrained
-from sam_jax.demo.app import Demo, Limits
+from sam_jax.demo.app import Demo
+from sam_jax.demo.limits import Limits
 from sam_jax.demo.visit import warm_up
 
 

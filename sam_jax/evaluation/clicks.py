@@ -17,8 +17,6 @@ from sam_jax.training.datasets import Source
 from sam_jax.visualize import overlay
 
 CLICKS = (1, 2, 3, 5)
-
-
 _DRAWN = 16  # objects of a picture: of SA-1B's hundred the eye would tell no more apart
 
 

@@ -24,16 +24,10 @@ from jax.extend import core
 from onnx import helper, numpy_helper
 
 OPSET = 17  # what Meta's own export asks for, and browsers have
-
-
 # Protobuf's limit is 2 GB: the weights of larger models go to a file of their own.
 _LARGEST_FILE = 1 << 30
-
-
 # In bytes. Below this, an array that repeats is kept whole: a node that expands it takes more.
 _SMALL = 1024
-
-
 Tensor = str | np.ndarray  # a name in the graph, or a constant
 
 
@@ -243,8 +237,6 @@ _SAME_IN_ONNX = {
     "cos": "Cos",
     "stop_gradient": "Identity",
 }
-
-
 # Element by element, broadcast by ONNX's rules.
 _ELEMENTWISE: dict[str, Callable] = {
     name: lambda graph, *xs, operation=operation, **_: graph.node(operation, *xs)

@@ -23,11 +23,7 @@ from sam_jax.training.annotations import (
 )
 
 Example = dict[str, Any]
-
-
 BadAnnotations = Literal["refuse", "skip"]
-
-
 _SHOWN = 10  # bad entries that a message lists
 
 

@@ -12,8 +12,6 @@ from sam_jax.training.datasets import Example, Source
 from sam_jax.training.transform import Prepare, too_small
 
 _LOOKED_AT = 1000  # images in which `check_objects` looks for an object
-
-
 _EPOCHS = 2**31  # without end, but for what grain's arithmetic can count
 
 

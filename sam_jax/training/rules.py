@@ -21,20 +21,11 @@ from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.models.sam import Sam
 
 Table = Sequence[tuple[str, float | None]]
-
-
 DECODER_ONLY: Table = ((r"mask_decoder\..*", 1.0), (".*", None))
-
-
 # As SAM-HQ was trained: what it adds to SAM, and nothing else.
 HQ_ONLY: Table = ((r"mask_decoder\.hq\..*", 1.0), (".*", None))
-
-
 EVERYTHING: Table = ((".*", 1.0),)
-
-
 LORA_ONLY: Table = ((r".*\.lora_[ab]", 1.0), (".*", None))
-
 
 TABLES = {
     "decoder": DECODER_ONLY,

@@ -12,8 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND, PADDING
 
 Key = Array
-
-
 _BOX_NOISE, _BOX_NOISE_MAX = 0.1, 20.0  # sd as a share of the side; largest, in pixels
 
 

@@ -11,8 +11,8 @@ from reference import SMALL, SMALL_TINY, hf_sam, meta_sam
 
 from sam_jax import config
 from sam_jax.checkpoints import CheckpointError
-from sam_jax.checkpoints.infer_config import infer_config
-from sam_jax.checkpoints.names import detect_format, from_torch, strip_prefix, to_torch, torch_name
+from sam_jax.checkpoints.infer_config import infer_config, strip_prefix
+from sam_jax.checkpoints.names import detect_format, from_torch, to_torch, torch_name
 from sam_jax.checkpoints.params import param_shapes
 from sam_jax.config import lite_medsam, mobile_sam, vit_b, vit_h, vit_l
 

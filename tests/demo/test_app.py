@@ -16,7 +16,7 @@ from reference import SMALL, meta_sam, ours
 from visitor import Visitor, launched
 
 from sam_jax.demo import app, visit
-from sam_jax.demo.app import Limits
+from sam_jax.demo.limits import Limits
 from sam_jax.demo.server import host_names
 from sam_jax.demo.visit import Found, Visit
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import httpx
 
-from sam_jax.demo.app import Demo, Limits
+from sam_jax.demo.app import Demo
+from sam_jax.demo.limits import Limits
 from sam_jax.demo.server import host_names, running
 
 _USUAL = Limits()

@@ -1,0 +1,76 @@
+"""Crops of an image, and the masks found in them."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A crop of a picture, and what was found in the picture so far."""
+
+    image_size: tuple[int, int]  # (h, w) of the picture
+    box: tuple[int, int, int, int]  # in it: x0, y0, x1, y1
+    grid: np.ndarray  # points [n, 2], x and y from 0 to 1
+    image: np.ndarray | None
+    embedding: np.ndarray | None  # [g, g, c], instead of the image
+    found: "list[MaskRecord]"  # the same list for all crops of a picture
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w) in pixels."""
+        x0, y0, x1, y1 = self.box
+        return y1 - y0, x1 - x0
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The image within the box, uint8 [h, w, 3]."""
+        x0, y0, x1, y1 = self.box
+        return np.ascontiguousarray(self.image[y0:y1, x0:x1])
+
+    @property
+    def points(self) -> np.ndarray:
+        """In pixels of the crop."""
+        return self.grid * np.array(self.size[::-1])
+
+
+@dataclass(frozen=True)
+class MaskRecord:
+    """A mask of the result."""
+
+    rle: Any  # the run lengths, or their `Future`
+    box: np.ndarray
+    predicted_iou: float
+    stability_score: float
+    point: list[float]
+    crop_box: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, crop: Crop, chosen: "Survivors", k: int, rle: Future) -> "MaskRecord":
+        """The k-th of the masks chosen."""
+        return cls(
+            rle=rle,
+            box=chosen.box[k],
+            predicted_iou=float(chosen.iou[k]),
+            stability_score=float(chosen.stability[k]),
+            point=(crop.points[chosen.point[k]] + np.array(crop.box[:2])).tolist(),
+            crop_box=crop.box,
+        )
+
+
+class Survivors(NamedTuple):
+    """Masks that passed: their points and which masks of these, and what was measured."""
+
+    point: np.ndarray
+    which: np.ndarray
+    iou: np.ndarray
+    stability: np.ndarray
+    box: np.ndarray  # in pixels of the picture
+
+
+def xywh(box: Any) -> list[int]:
+    """A box x0, y0, x1, y1 as Meta's records have it: x, y, width and height."""
+    x0, y0, x1, y1 = map(int, box)
+    return [x0, y0, x1 - x0, y1 - y0]

@@ -1,0 +1,295 @@
+"""Runs the pickles of PyTorch checkpoints without a call of what they name.
+
+Only the opcodes and functions that make dictionaries of tensors do anything; anything else becomes
+an inert placeholder.
+"""
+
+import contextlib
+import math
+import mmap
+import pickletools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from sam_jax.errors import CheckpointError
+
+RESAVE = "In torch, re-save the tensors alone: torch.save(model.state_dict(), path)."
+
+TORCH_DTYPES = {
+    "torch.DoubleStorage": np.dtype("<f8"),
+    "torch.FloatStorage": np.dtype("<f4"),
+    "torch.HalfStorage": np.dtype("<f2"),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch.LongStorage": np.dtype("<i8"),
+    "torch.IntStorage": np.dtype("<i4"),
+    "torch.ShortStorage": np.dtype("<i2"),
+    "torch.CharStorage": np.dtype("i1"),
+    "torch.ByteStorage": np.dtype("u1"),
+    "torch.BoolStorage": np.dtype("?"),
+}
+
+TORCH_STORAGES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+ORDERED_DICT = "collections.OrderedDict"
+REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
+_REBUILD_PARAMETERS = (
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+)
+_REBUILD_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"  # a tensor that has attributes
+_TUPLE_SIZES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# A SAM with its optimizer has a hundredth of that; these take seconds.
+_MAX_OPCODES = 4_000_000
+_MAX_NAME = 1000
+# What genops raises for bytes that are no pickle, and pops and look-ups for an ill-formed one.
+# DeprecationWarning, where warnings are errors: genops on a name with a stray backslash.
+_PICKLE_ERRORS = ValueError, IndexError, KeyError, TypeError, OverflowError, DeprecationWarning
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placeholder:
+    """Stands for what the pickle names, or makes by that name; it is never imported, made or run.
+
+    Compared and hashed by identity, so that no file chooses its hash.
+    """
+
+    name: str
+    problem: str | None = None  # of a tensor: why it is none here
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """The numbers of a tensor, or of several, in the file."""
+
+    dtype: np.dtype
+    elements: int
+    content: memoryview
+
+
+def end_of_pickle(file: mmap.mmap, start: int) -> int:
+    """Where a pickle ends; of a mapped file, which allocates no more than there is."""
+    file.seek(start)
+    with _reading_pickle():
+        for _ in _opcodes(file):
+            pass
+    return file.tell()
+
+
+def unpickle(pickled: bytes, storage: Callable[[object], Storage | Placeholder]) -> object:
+    """Interprets the opcodes that Python's pickle module writes, in time linear in their number.
+
+    `pickle.Unpickler` with a restricted `find_class` would still let a file call and modify
+    whatever it may name (BUILD sets attributes, even of functions) and ask for gigabytes in one
+    opcode. Here names are data, only what makes a tensor is called (`_call`), attributes are
+    dropped, and the rest becomes placeholders.
+    """
+    with _reading_pickle():
+        return _run_pickle(pickled, storage)
+
+
+@contextlib.contextmanager
+def _reading_pickle() -> Iterator[None]:
+    """Says that the pickle is damaged, whatever is raised by what it does."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _PICKLE_ERRORS as error:
+        raise CheckpointError(
+            f"the pickle is damaged ({error!r}). Fetch the file again."
+        ) from error
+
+
+def _opcodes(pickled: bytes | mmap.mmap) -> Iterator[tuple]:
+    """Those of `pickletools.genops`, of which there may be so many."""
+    for count, opcode in enumerate(pickletools.genops(pickled)):
+        if count == _MAX_OPCODES:
+            raise CheckpointError(f"holds more than {_MAX_OPCODES:,} values. {RESAVE}")
+        yield opcode
+
+
+def _run_pickle(pickled: bytes, storage: Callable[[object], Storage | Placeholder]) -> object:
+    stack: list = []
+    marks: list[int] = []
+    memo: dict[int, object] = {}
+
+    def pop(count: int) -> tuple:
+        if not 0 <= count <= len(stack):
+            raise IndexError("stack underflow")
+        taken = tuple(stack[len(stack) - count :])
+        del stack[len(stack) - count :]
+        return taken
+
+    def pop_to_mark() -> tuple:
+        return pop(len(stack) - marks.pop())
+
+    def add_to_list(items: tuple) -> None:
+        if not isinstance(stack[-1], Placeholder):
+            _expect(stack[-1], list).extend(items)
+
+    def set_items(flat: tuple) -> None:
+        if isinstance(stack[-1], Placeholder):
+            return
+        # A name alone is kept as a key: integers can be chosen to collide, and a nested tuple can
+        # take for ever to hash.
+        keys = (key if isinstance(key, str) else Placeholder(kind_of(key)) for key in flat[::2])
+        _expect(stack[-1], dict).update(zip(keys, flat[1::2], strict=True))
+
+    def call(function: object, arguments: object) -> None:
+        name = _expect(function, Placeholder).name
+        stack.append(_call(name, _expect(arguments, tuple)))
+
+    def push_global(name: str) -> None:
+        if len(name) > _MAX_NAME:  # a long one could be made from one string any number of times
+            raise ValueError(f"a name has {len(name)} characters")
+        stack.append(Placeholder(name))
+
+    for opcode, argument, position in _opcodes(pickled):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE":
+                stack.append(True)
+            case "NEWFALSE":
+                stack.append(False)
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
+                stack.append(argument)
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
+                stack.append(argument)
+            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
+                stack.append(argument)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "MARK":
+                marks.append(len(stack))
+            case "POP":
+                pop(1)
+            case "POP_MARK":
+                pop_to_mark()
+            case name if name in _TUPLE_SIZES:
+                stack.append(pop(_TUPLE_SIZES[opcode.name]))
+            case "TUPLE":
+                stack.append(pop_to_mark())
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND":
+                add_to_list(pop(1))
+            case "APPENDS":
+                add_to_list(pop_to_mark())
+            case "EMPTY_SET":
+                stack.append(Placeholder("set"))
+            case "ADDITEMS":
+                pop_to_mark()
+            case "FROZENSET":
+                pop_to_mark()
+                stack.append(Placeholder("frozenset"))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "SETITEM":
+                set_items(pop(2))
+            case "SETITEMS":
+                set_items(pop_to_mark())
+            case "GLOBAL":
+                push_global(argument.replace(" ", "."))
+            case "STACK_GLOBAL":
+                module, name = pop(2)
+                push_global(f"{_expect(module, str)}.{_expect(name, str)}")
+            case "BINPERSID":
+                stack.append(storage(*pop(1)))
+            case "REDUCE" | "NEWOBJ":
+                call(*pop(2))
+            case "NEWOBJ_EX":
+                function, arguments, _ = pop(3)
+                call(function, arguments)
+            case "BUILD":  # attributes, such as a state dict's `_metadata`
+                pop(1)
+            case "STOP":
+                return pop(1)[0]
+            case name:  # INST, OBJ, EXT1, ...: nothing has written them for decades
+                raise CheckpointError(
+                    f"the pickle does what torch.save does not ({name} at byte {position}); "
+                    f"nothing was run. {RESAVE}"
+                )
+    raise ValueError("the pickle has no end")
+
+
+def _call(name: str, arguments: tuple) -> object:
+    """The dict or tensor that torch makes by this call, and a placeholder for any other.
+
+    An argument after the ones used is ignored.
+    """
+    if name == ORDERED_DICT and not arguments:
+        return {}
+    if name == _REBUILD_FROM_TYPE and len(arguments) > 2:
+        function, _, inner = arguments[:3]
+        # No other function: calls within calls could be nested without end.
+        if isinstance(function, Placeholder) and function.name == REBUILD_TENSOR:
+            name, arguments = REBUILD_TENSOR, _expect(inner, tuple)
+    if name == REBUILD_TENSOR:
+        if len(arguments) < 4:
+            raise TypeError(f"{name} has {len(arguments)} arguments")
+        storage, offset, size, stride = arguments[:4]
+        if isinstance(storage, Placeholder):
+            return storage
+        try:
+            return _tensor(_expect(storage, Storage), offset, size, stride)
+        except ValueError as error:
+            return Placeholder("a tensor", str(error))
+    if name in _REBUILD_PARAMETERS and arguments:
+        if isinstance(arguments[0], Placeholder):
+            return arguments[0]
+        return _expect(arguments[0], np.ndarray)
+    is_tensor = name.startswith("torch._utils._rebuild_")
+    return Placeholder(name, "its type is not read" if is_tensor else None)
+
+
+def _tensor(storage: Storage, offset: object, size: object, stride: object) -> np.ndarray:
+    """`torch.as_strided` that cannot leave the storage; offset and strides count elements."""
+    plain = (
+        isinstance(size, tuple)
+        and isinstance(stride, tuple)
+        and len(size) == len(stride) <= 64  # numpy's most
+        # type() and not isinstance(): True is an int.
+        and all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride))
+    )
+    if not plain:
+        raise CheckpointError(
+            "a tensor's offset, size or stride is not made of whole numbers from 0 up."
+        )
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    elements = math.prod(size)
+    if elements and last >= storage.elements:
+        raise CheckpointError(
+            f"a tensor of size {size}, stride {stride} and offset {offset} reaches outside its "
+            f"storage of {storage.elements} elements."
+        )
+    itemsize = storage.dtype.itemsize
+    return np.ndarray(
+        size,
+        storage.dtype,
+        buffer=storage.content,
+        offset=offset * itemsize if elements else 0,
+        strides=[step * itemsize for step in stride] if elements else None,
+    )
+
+
+def _expect(value: object, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{kind_of(value)} in the place of {kind.__name__}")
+    return value
+
+
+def kind_of(value: object) -> str:
+    """What messages call a value of the pickle."""
+    if isinstance(value, Placeholder):
+        return value.name
+    return "a tensor" if isinstance(value, np.ndarray) else type(value).__name__
