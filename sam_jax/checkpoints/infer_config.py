@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from sam_jax.checkpoints.names import TABLES, Format, Tensors
+from sam_jax.checkpoints.names import TABLES, Format, Tensors, detect_format
 from sam_jax.config import (
     MaskDecoderConfig,
     PromptEncoderConfig,

@@ -398,12 +398,11 @@ def _conv(graph, equation, x, kernel):
     return _permuted(graph, result, (0, 2, 3, 1))
 
 
-# Functions of our models that ONNX, or ONNX Runtime, has operators for: MobileSAM's encoder takes
-# half the time that it takes by their parts.
+# Functions of the models (`sam_jax.ops.operation`) that ONNX, or ONNX Runtime, has operators for:
+# MobileSAM's encoder takes half the time that it takes by their parts.
 _FUNCTIONS: dict[str, Callable] = {
-    "softmax": _softmax,
-    "_average": _average,
-    "_gelu": _gelu,
-    "_depthwise_conv": _conv,
-    "_halving_conv": _conv,
+    "sam.softmax": _softmax,
+    "sam.average": _average,
+    "sam.gelu": _gelu,
+    "sam.conv": _conv,
 }

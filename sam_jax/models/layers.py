@@ -9,6 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sam_jax.ops.operation import operation
+
 
 class Buffer(nnx.Variable):
     """A tensor of the checkpoint that is saved and converted but never trained.
@@ -77,6 +79,10 @@ class Linear(nnx.Linear):
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         return rowwise(super().__call__, x)
 
+    def weight(self) -> Float[Array, "i o"]:
+        """What the layer multiplies with; attention uses it by itself (`Attention`)."""
+        return self.kernel[...]
+
 
 def rowwise(function, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
     """`function` of [rows, i], on `x` with all axes but the last joined.
@@ -98,38 +104,6 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         return self.lin2(self.activation(self.lin1(x)))
-
-
-class LoRALinear(Linear):
-    """A linear layer whose kernel W counts as W + scale A B (Hu et al. 2022).
-
-    `sam_jax.training.lora` puts it in the place of others.
-    """
-
-    def __init__(self, linear: Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
-        i, o = linear.kernel.shape
-        super().__init__(i, o, use_bias=linear.use_bias, dtype=linear.dtype, rngs=rngs)
-        self.kernel, self.bias = linear.kernel, linear.bias
-        init = nnx.initializers.he_uniform()
-        self.lora_a = nnx.LoRAParam(init(rngs.params(), (i, rank), jnp.float32))
-        self.lora_b = nnx.LoRAParam(jnp.zeros((rank, o), jnp.float32))
-        self.scale = scale
-
-    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        y = super().__call__(x)
-        a, b = (v[...].astype(y.dtype) for v in (self.lora_a, self.lora_b))
-        return y + rowwise(lambda rows: (rows.astype(y.dtype) @ a) @ b * self.scale, x)
-
-    def added(self) -> Float[Array, "i o"]:
-        """scale A B."""
-        a, b = self.lora_a[...], self.lora_b[...]
-        return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST) * self.scale
-
-
-def kernel_of(linear: Linear) -> Float[Array, "i o"]:
-    """What the layer multiplies with, adapters included."""
-    kernel = linear.kernel[...]
-    return kernel + linear.added() if isinstance(linear, LoRALinear) else kernel
 
 
 class PatchConv(nnx.Module):
@@ -214,6 +188,7 @@ def gelu(x: Array) -> Array:
 
 
 @jax.custom_jvp
+@operation("sam.gelu")
 def _gelu(x):
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide)).astype(x.dtype)

@@ -29,6 +29,7 @@ from sam_jax.models.layers import (
     rowwise,
 )
 from sam_jax.ops.attention import softmax
+from sam_jax.ops.operation import operation
 
 _EPS = 1e-5  # of batch norms and of layer norms outside the neck: PyTorch's default
 
@@ -136,6 +137,7 @@ class ConvBN(nnx.Module):
 
 @jax.custom_jvp
 @jax.jit
+@operation("sam.conv")
 def _halving_conv(
     x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]
 ) -> Float[Array, "b h//2 w//2 o"]:
@@ -182,6 +184,7 @@ def _product_by_rows(x, kernel):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 @functools.partial(jax.jit, static_argnums=2)
+@operation("sam.conv")
 def _depthwise_conv(
     x: Float[Array, "b h w c"], kernel: Float[Array, "n n 1 c"], stride: int
 ) -> Float[Array, "b h2 w2 c"]:

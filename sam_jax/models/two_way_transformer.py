@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
-from sam_jax.models.layers import MLP, LayerNorm, Linear, align, kernel_of, relu
+from sam_jax.models.layers import MLP, LayerNorm, Linear, align, relu
 from sam_jax.ops.attention import softmax
 
 # Logits of one attention that are held together: 256 MB in float32. A prompt of 1,000 points has
@@ -239,12 +239,12 @@ class Attention(nnx.Module):
             logits = logits + bias.transpose(1, 2, 0)
         weights = softmax(logits, 1).astype(k.dtype).reshape(q.shape[0], k.shape[0])
         v = self._rows_per_head(self.v_proj(v))
-        out = weights @ (v @ kernel_of(self.out_proj).astype(k.dtype))
+        out = weights @ (v @ self.out_proj.weight().astype(k.dtype))
         return out + self._bias(self.out_proj)[None]
 
     def _transposed(self, linear, x):
         """`linear(x).T`."""
-        kernel, x = kernel_of(linear).astype(linear.dtype), x.astype(linear.dtype)
+        kernel, x = linear.weight().astype(linear.dtype), x.astype(linear.dtype)
         return jnp.einsum("ci,nc->in", kernel, x) + self._bias(linear)[:, None]
 
     def _scaled(self, x):
@@ -262,7 +262,7 @@ class Attention(nnx.Module):
 
     def _project_back(self, linear, x):
         """`x @ W.T`: then `_project_back(linear, x) @ y.T` is `x @ linear(y).T` less its bias."""
-        return x @ kernel_of(linear).astype(x.dtype).T
+        return x @ linear.weight().astype(x.dtype).T
 
     def _bias(self, linear):
         return linear.bias[...].astype(linear.dtype)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sam_jax.ops.flash import flash_attention, flash_lacks
+from sam_jax.ops.operation import operation
 from sam_jax.ops.resize import linear_resize_matrix
 
 Implementation = Literal["xla", "folded", "chunked", "cudnn", "pallas"]
@@ -27,6 +28,7 @@ _QUERY_BLOCK = 512
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@operation("sam.softmax")
 def softmax(logits: Float[Array, "*shape"], axis: int = -1) -> Float[Array, "*shape"]:
     """`jax.nn.softmax` with a derivative that keeps float32's precision.
 
@@ -171,6 +173,7 @@ def _chunked(q, k, v, tables, grid):
 
 
 @jax.custom_jvp
+@operation("sam.average")
 def _average(
     logits: Float[Array, "*batch q k"], v: Float[Array, "*batch k d"]
 ) -> Float[Array, "*batch q d"]:

@@ -14,16 +14,45 @@ import os
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 
 from sam_jax.checkpoints.safetensors import write_safetensors
 from sam_jax.files import read_json
-from sam_jax.models.layers import Linear, LoRALinear, kernel_of
+from sam_jax.models.layers import Linear, rowwise
 from sam_jax.models.sam import Sam
+
+
+class LoRALinear(Linear):
+    """A linear layer whose kernel W counts as W + scale A B."""
+
+    def __init__(self, linear: Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
+        i, o = linear.kernel.shape
+        super().__init__(i, o, use_bias=linear.use_bias, dtype=linear.dtype, rngs=rngs)
+        self.kernel, self.bias = linear.kernel, linear.bias
+        init = nnx.initializers.he_uniform()
+        self.lora_a = nnx.LoRAParam(init(rngs.params(), (i, rank), jnp.float32))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((rank, o), jnp.float32))
+        self.scale = scale
+
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        """x W + scale (x A) B."""
+        y = super().__call__(x)
+        a, b = (v[...].astype(y.dtype) for v in (self.lora_a, self.lora_b))
+        return y + rowwise(lambda rows: (rows.astype(y.dtype) @ a) @ b * self.scale, x)
+
+    def added(self) -> Float[Array, "i o"]:
+        """scale A B."""
+        a, b = self.lora_a[...], self.lora_b[...]
+        return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST) * self.scale
+
+    def weight(self) -> Float[Array, "i o"]:
+        """W + scale A B."""
+        return super().weight() + self.added()
 
 
 def add_lora(
@@ -64,7 +93,7 @@ def merge_lora(model: Sam) -> Sam:
     """The plain model that computes the same: adapters added to the kernels."""
     model = nnx.clone(model)
     for path, linear in _adapted(model).items():
-        _replace(model, path, _plain(linear, kernel_of(linear)))
+        _replace(model, path, _plain(linear, linear.weight()))
     return model
 
 

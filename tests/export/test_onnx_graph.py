@@ -13,6 +13,7 @@ from sam_jax.export.onnx_graph import Graph
 from sam_jax.models.layers import gelu
 from sam_jax.models.tiny_vit import _depthwise_conv, _halving_conv
 from sam_jax.ops.attention import softmax
+from sam_jax.ops.operation import operation
 
 A, B, IMAGE = normal((3, 4, 5), 1), normal((3, 5, 6), 2), normal((2, 7, 8, 4), 3)
 
@@ -101,6 +102,18 @@ def test_functions_that_onnx_has_an_operator_for():
         graph.input("x", shape)
         graph.call(function, ("x", jax.ShapeDtypeStruct(shape, IMAGE.dtype)))
         assert {node.op_type for node in graph._nodes} == {*operators, "Identity"}
+
+
+def test_functions_are_known_by_what_they_are_marked_as():
+    @jax.custom_jvp
+    @operation("sam.gelu")
+    def called_otherwise(x):
+        return x
+
+    graph = Graph()
+    graph.input("x", (3,))
+    graph.call(lambda x: (called_otherwise(x),), ("x", jax.ShapeDtypeStruct((3,), A.dtype)))
+    assert "Erf" in {node.op_type for node in graph._nodes}
 
 
 def test_a_size_left_open(tmp_path):
