@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import matplotlib.patches
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -57,8 +56,10 @@ def show_box(box: Any, ax: Any):
     Raises:
         ValueError: for what is no such box.
     """
+    from matplotlib.patches import Rectangle
+
     ((x0, y0, x1, y1),) = check_boxes([box], "box")
-    rectangle = matplotlib.patches.Rectangle(
+    rectangle = Rectangle(
         (x0, y0), x1 - x0, y1 - y0, edgecolor=np.array(MARKS[1]) / 255, facecolor="none", lw=2
     )
     return ax.add_patch(rectangle)

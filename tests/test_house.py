@@ -1,6 +1,8 @@
-"""The house: imports point one way, and a file holds one subject."""
+"""The house: imports point one way, are light, and a file holds one subject."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sam_jax"
 # A room imports from rooms of earlier lines.
 LINES = (
-    ("errors", "files", "idioms", "decoders"),
+    ("errors", "files", "idioms", "decoders", "types"),
     ("config", "arrays"),
     ("ops",),
     ("models",),
@@ -72,3 +74,20 @@ def test_no_circle():
 def test_no_file_is_long():
     lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     assert {name: count for name, count in lines.items() if count >= 450} == {}
+
+
+@pytest.mark.parametrize("program", ["import sam_jax", "import sam_jax.cli"])
+def test_neither_the_package_nor_help_waits_for_jax(program):
+    """PEP 562: a public name is imported when it is first used."""
+    check = f"import sys; {program}; sys.exit(1 if 'jax' in sys.modules else 0)"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_public_names():
+    import sam_jax
+
+    for name in sam_jax.__all__:
+        assert getattr(sam_jax, name) is not None
+    assert set(sam_jax.__all__) <= set(dir(sam_jax))
+    with pytest.raises(AttributeError, match="nothing"):
+        sam_jax.nothing  # noqa: B018

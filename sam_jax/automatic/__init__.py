@@ -1,12 +1,5 @@
 """Automatic mask generation ("everything mode"): of one image, and of many in a folder."""
 
-from sam_jax.automatic.generator import SamAutomaticMaskGenerator
-from sam_jax.automatic.hf_pipeline import MaskGenerationPipeline, pipeline
-from sam_jax.automatic.options import MaskGenerationOptions
+import lazy_loader
 
-__all__ = [
-    "MaskGenerationOptions",
-    "MaskGenerationPipeline",
-    "SamAutomaticMaskGenerator",
-    "pipeline",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

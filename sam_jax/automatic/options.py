@@ -3,14 +3,12 @@
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from sam_jax.arrays import as_numpy
 from sam_jax.ops.boxes import build_point_grid
-
-OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
+from sam_jax.types import OutputMode
 
 
 @dataclass(frozen=True)
@@ -109,6 +107,8 @@ def _check_whole(name: str, value: Any, least: int) -> None:
 
 
 def _check_grids(grids: Sequence[Any], layers: int) -> list[np.ndarray]:
+    from sam_jax.arrays import as_numpy  # which imports JAX, for which `--help` need not wait
+
     if not hasattr(grids, "__len__"):
         raise ValueError(f"point_grids are {grids!r}, expected a list of arrays [n, 2]")
     if len(grids) != layers:

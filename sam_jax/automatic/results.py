@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pycocotools.mask
@@ -23,10 +23,9 @@ from sam_jax.files import (
 )
 from sam_jax.ops.regions import mask_to_polygons
 from sam_jax.ops.rle import check_rle, rle_compress, rle_decode, rle_uncompress
+from sam_jax.types import ResultsFormat, Segmentation
 from sam_jax.visualize import overlay
 
-Format = Literal["png", "coco"]
-Segmentation = Literal["rle", "polygons"]
 ANNOTATIONS = "annotations.json"
 _SETTINGS, _PARTS, _OVERLAYS, _IDS = "sam_jax.json", "parts", "overlays", "ids.json"
 _TABLE, _SOURCE = "metadata.csv", "source.json"
@@ -52,7 +51,7 @@ class Results:
     """
 
     folder: Path
-    format: Format = "png"
+    format: ResultsFormat = "png"
     overlays: bool = False
     segmentation: Segmentation = "rle"
 

@@ -17,7 +17,6 @@ import numpy as np
 import tensorstore
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
-from orbax.checkpoint import v1 as ocp
 
 from sam_jax.checkpoints.params import check_depth, check_tensors, param_shapes
 from sam_jax.config import SamConfig
@@ -120,6 +119,8 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
     Raises:
         CheckpointError: if a part is missing or damaged, or does not fit the configuration.
     """
+    from orbax.checkpoint import v1 as ocp  # half a second that only this kind of folder takes
+
     path = Path(os.path.abspath(path))  # without "..", which tensorstore refuses
     config = load_config(path)
     size = _size(path / PARAMS)
@@ -209,6 +210,8 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 def _save_params(
     path: Path, params: Mapping[str, np.ndarray | jax.Array], dtype: DTypeLike | None
 ) -> None:
+    from orbax.checkpoint import v1 as ocp
+
     # In batches: Orbax copies all that it is given and holds it, compressed, until the end.
     batch, size = {}, 0
     for name, value in params.items():

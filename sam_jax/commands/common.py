@@ -1,11 +1,8 @@
 """What several commands share."""
 
 import sys
-from typing import Literal
 
 from tqdm import tqdm
-
-DType = Literal["float32", "bfloat16", "float16"]
 
 
 def say(text: str) -> None:

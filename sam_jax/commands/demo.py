@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from sam_jax.commands.common import DType
+from sam_jax.types import DType
 
 
 @dataclasses.dataclass

@@ -7,10 +7,8 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from sam_jax.checkpoints import from_pretrained
-from sam_jax.commands.common import DType, say_compiling
-from sam_jax.evaluation.clicks import evaluate as evaluate_model
-from sam_jax.training.datasets import BadAnnotations, open_source
+from sam_jax.commands.common import say_compiling
+from sam_jax.types import BadAnnotations, DType
 
 
 @dataclasses.dataclass
@@ -34,6 +32,10 @@ class Evaluate:
 
 def evaluate(args: Evaluate) -> None:
     """Prints mean IoUs."""
+    from sam_jax.checkpoints import from_pretrained
+    from sam_jax.evaluation.clicks import evaluate as evaluate_model
+    from sam_jax.training.datasets import open_source
+
     source = open_source(args.annotations, args.images, args.bad_annotations)
     model = from_pretrained(args.model, dtype=args.dtype)
     say_compiling("the latter for several numbers of objects")

@@ -6,11 +6,8 @@ from typing import Literal
 
 import tyro
 
-from sam_jax.checkpoints import from_pretrained
-from sam_jax.commands.common import DType
-from sam_jax.export.to_jax import Platform, export_jax
-from sam_jax.export.to_onnx import export_onnx
 from sam_jax.files import check_new
+from sam_jax.types import DType, Platform
 
 
 @dataclasses.dataclass
@@ -45,6 +42,9 @@ def export(args: Export) -> None:
         ValueError: for options that do not go together or that the model does not allow, an unknown
             model, and without the extra `onnx` where it is needed.
     """
+    from sam_jax.checkpoints import from_pretrained
+    from sam_jax.export import export_jax, export_onnx
+
     check_new(args.output)
     for_jax = args.platforms is not None or args.dtype != "float32" or args.gradient
     if args.format == "onnx" and for_jax:

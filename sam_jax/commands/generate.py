@@ -7,21 +7,14 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import jax
 import numpy as np
 import tyro
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sam_jax.automatic.folder import find_pictures, generate_folder, passed_over
-from sam_jax.automatic.generator import SamAutomaticMaskGenerator
-from sam_jax.automatic.options import MaskGenerationOptions, OutputMode
-from sam_jax.automatic.ray_cluster import generate_with_ray
-from sam_jax.automatic.results import Format, Results, Segmentation
-from sam_jax.checkpoints import from_pretrained
-from sam_jax.checkpoints.download import MODELS
-from sam_jax.commands.common import DType, say, say_compiling
+from sam_jax.automatic.options import MaskGenerationOptions
+from sam_jax.commands.common import say, say_compiling
 from sam_jax.files import lock_folder, read_json
+from sam_jax.types import DType, OutputMode, ResultsFormat, Segmentation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +32,7 @@ class Generate(MaskGenerationOptions):
     """Short name, hub repository, file or folder."""
     dtype: DType = "float32"
     """What to compute in; bfloat16 is faster on a GPU or TPU."""
-    format: Format = "png"
+    format: ResultsFormat = "png"
     """A folder of PNG masks with metadata.csv for each picture, or one annotations.json of COCO's
     format for all that the output folder has results of."""
     segmentation: Segmentation = "rle"
@@ -82,6 +75,10 @@ def generate(args: Generate) -> None:
             when all others are done, for images that cannot be read or written; the message names
             them.
     """
+    from sam_jax.automatic.folder import find_pictures, passed_over
+    from sam_jax.automatic.results import Results
+    from sam_jax.checkpoints.download import MODELS
+
     pictures = find_pictures(args.input)
     if any(os.path.realpath(path) == os.path.realpath(args.output) for path in args.input):
         raise ValueError(f"--output {args.output} is an input, too; choose another folder")
@@ -124,6 +121,13 @@ def generate(args: Generate) -> None:
 
 
 def _generate(args, model, options, results, todo, total, failures) -> None:
+    from jax.sharding import Mesh
+
+    from sam_jax.automatic.folder import generate_folder
+    from sam_jax.automatic.generator import SamAutomaticMaskGenerator
+    from sam_jax.automatic.ray_cluster import generate_with_ray
+    from sam_jax.checkpoints import from_pretrained
+
     done, start, bars = total - len(todo), time.monotonic(), []
 
     def on_image() -> None:
@@ -166,8 +170,10 @@ def _say_what_crops_take(grids: list[np.ndarray]) -> None:
         )
 
 
-def _devices(count: int | None) -> list[jax.Device]:
+def _devices(count: int | None) -> list:
     """So many of this machine's, or all."""
+    import jax
+
     available = jax.local_devices()
     count = len(available) if count is None else count
     if not 1 <= count <= len(available):

@@ -10,13 +10,9 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from sam_jax.checkpoints import from_pretrained
-from sam_jax.commands.common import DType, say_compiling
+from sam_jax.commands.common import say_compiling
 from sam_jax.files import lock_folder, read_json, temporary_folder, write_json
-from sam_jax.image import load_image
-from sam_jax.predictor import SamPredictor, check_scores
-from sam_jax.validation import check_boxes, check_points
-from sam_jax.visualize import overlay
+from sam_jax.types import DType
 
 
 @dataclasses.dataclass
@@ -56,6 +52,11 @@ def segment(args: Segment) -> None:
         ValueError: for prompts that cannot be, an output with files of others' that have the same
             names, an unknown model.
     """
+    from sam_jax.checkpoints import from_pretrained
+    from sam_jax.image import load_image
+    from sam_jax.predictor import SamPredictor, check_scores
+    from sam_jax.visualize import overlay
+
     points, labels = _parse_points(args.point)
     boxes = _parse_boxes(args.box)
     if len(points) == 0 and len(boxes) == 0:
@@ -154,6 +155,8 @@ def _files_of_earlier_run(folder: Path) -> list[str]:
 
 
 def _parse_points(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    from sam_jax.validation import check_points
+
     rows = [_parse_numbers(t, (2, 3), "--point", "X,Y or X,Y,LABEL") for t in texts]
     labels = [row[2] if len(row) == 3 else 1 for row in rows]
     if wrong := [x for x in labels if x not in (0, 1)]:
@@ -162,6 +165,8 @@ def _parse_points(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _parse_boxes(texts: list[str]) -> np.ndarray:
+    from sam_jax.validation import check_boxes
+
     return check_boxes([_parse_numbers(t, (4,), "--box", "X0,Y0,X1,Y1") for t in texts], "--box")
 
 

@@ -1,6 +1,5 @@
 """Evaluation: how good the masks of a model are."""
 
-from sam_jax.evaluation.clicks import draw_clicks, evaluate
-from sam_jax.evaluation.metrics import iou
+import lazy_loader
 
-__all__ = ["draw_clicks", "evaluate", "iou"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -4,7 +4,6 @@ An artefact of `jax.export` is a program, not an archive: JAX promises to run it
 of the next six months (and of the three weeks before). Keep the checkpoint.
 """
 
-from sam_jax.export.to_jax import Platform, export_jax
-from sam_jax.export.to_onnx import export_onnx
+import lazy_loader
 
-__all__ = ["Platform", "export_jax", "export_onnx"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.export
@@ -16,8 +16,7 @@ from sam_jax.export.common import vit_blocks, with_attention, write_config
 from sam_jax.files import appearing, check_new
 from sam_jax.models.sam import Sam
 from sam_jax.ops.attention import fastest
-
-Platform = Literal["cpu", "cuda", "rocm", "tpu"]
+from sam_jax.types import Platform
 
 
 def export_jax(

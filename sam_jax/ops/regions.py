@@ -1,7 +1,6 @@
 """Masks as polygons, and their holes and islands."""
 
 import numpy as np
-import scipy.ndimage
 from jaxtyping import Bool, Int
 
 from sam_jax.ops.boxes import mask_to_box
@@ -109,5 +108,7 @@ def remove_small_regions(
 
 def _regions(mask: Bool[np.ndarray, "h w"]) -> tuple[np.ndarray, np.ndarray]:
     """Labels 1, 2, ... of the regions of the mask, and their sizes."""
+    import scipy.ndimage  # a quarter of a second that few need
+
     labels, count = scipy.ndimage.label(mask, structure=np.ones((3, 3)))
     return labels, np.bincount(labels.ravel(), minlength=count + 1)[1:]

@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
@@ -21,9 +21,9 @@ from sam_jax.training.annotations import (
     segmentation_rle,
     shown,
 )
+from sam_jax.types import BadAnnotations
 
 Example = dict[str, Any]
-BadAnnotations = Literal["refuse", "skip"]
 _SHOWN = 10  # bad entries that a message lists
 
 

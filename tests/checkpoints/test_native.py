@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore
+from orbax.checkpoint import v1 as ocp
 from reference import SMALL, SMALL_TINY
 
 from sam_jax.checkpoints import native
@@ -76,7 +77,7 @@ def test_load_gives_what_was_saved_to_the_bit(saved, params):
 
 def test_many_batches_load_as_one(tmp_path, monkeypatch, params):
     sizes = []
-    save = native.ocp.partial.save
+    save = ocp.partial.save
 
     def count(path, batch):
         sizes.append(sum(v.nbytes for v in batch.values()))
@@ -84,7 +85,7 @@ def test_many_batches_load_as_one(tmp_path, monkeypatch, params):
 
     total = sum(v.nbytes for v in params.values())
     monkeypatch.setattr(native, "_BATCH_BYTES", total // 4)
-    monkeypatch.setattr(native.ocp.partial, "save", count)
+    monkeypatch.setattr(ocp.partial, "save", count)
     native.save(tmp_path / "model", params, SMALL)
     largest = max(v.nbytes for v in params.values())
     assert len(sizes) > 2
@@ -113,13 +114,13 @@ def test_refuses_a_path_that_exists(saved, params):
 
 @pytest.mark.parametrize("step", ["save", "finalize"])
 def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch, params, step):
-    function = getattr(native.ocp.partial, step)
+    function = getattr(ocp.partial, step)
 
     def interrupted(*args):
         function(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(native.ocp.partial, step, interrupted)
+    monkeypatch.setattr(ocp.partial, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         native.save(tmp_path / "model", params, SMALL)
     assert list(tmp_path.iterdir()) == []
@@ -262,7 +263,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, params):
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(native.ocp.partial, "save", full)
+        patch.setattr(ocp.partial, "save", full)
         with pytest.raises(OSError, match=r"^cannot write \S+model: Failed to .* left on device$"):
             native.save(tmp_path / "model", params, SMALL)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -294,7 +295,7 @@ def test_what_a_killed_save_leaves_is_removed_by_the_next(tmp_path, params):
 
 
 def test_parameters_that_are_no_flat_dictionary(tmp_path):
-    native.ocp.save(tmp_path / "params", {"encoder": {"kernel": np.zeros(3)}})
+    ocp.save(tmp_path / "params", {"encoder": {"kernel": np.zeros(3)}})
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict()))
     with pytest.raises(CheckpointError, match="params cannot be read by Orbax"):
         native.load(tmp_path)

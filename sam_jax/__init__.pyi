@@ -1,0 +1,13 @@
+from .automatic import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator
+from .automatic import pipeline as pipeline
+from .checkpoints import from_pretrained as from_pretrained
+from .checkpoints import save_pretrained as save_pretrained
+from .config import SamConfig as SamConfig
+from .errors import CheckpointError as CheckpointError
+from .image import load_image as load_image
+from .models.sam import Sam as Sam
+from .ops.prompts import join_prompts as join_prompts
+from .predictor import SamPredictor as SamPredictor
+from .processing import SamProcessor as SamProcessor
+
+__version__: str

@@ -1,0 +1,3 @@
+from .clicks import draw_clicks as draw_clicks
+from .clicks import evaluate as evaluate
+from .metrics import iou as iou

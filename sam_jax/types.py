@@ -1,0 +1,10 @@
+"""The choices that options and arguments leave, by name."""
+
+from typing import Literal
+
+DType = Literal["float32", "bfloat16", "float16"]  # of the computation
+Platform = Literal["cpu", "cuda", "rocm", "tpu"]  # JAX's names
+OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]  # of a record's mask
+ResultsFormat = Literal["png", "coco"]
+Segmentation = Literal["rle", "polygons"]  # of COCO's annotations
+BadAnnotations = Literal["refuse", "skip"]
