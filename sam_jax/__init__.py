@@ -16,11 +16,15 @@ from sam_jax.idioms import ADVICE
 
 __version__ = "0.1.0"
 
-_public_name, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__all__ = ["__version__", *__all__]
+_public_name, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["__version__"]
 
 
 def __getattr__(name: str):
     if name in ADVICE["sam_jax"]:  # `from sam_jax import name` would hide an AttributeError's text
         raise ImportError(f"sam_jax has no {name}; {ADVICE['sam_jax'][name]}")
     return _public_name(name)
+
+
+def __dir__() -> list[str]:
+    return __all__
