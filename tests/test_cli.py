@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_line(fails, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("Error while serializing: No space left on device (os error 28)")
 
-    monkeypatch.setattr(cli, "from_pretrained", full)
+    monkeypatch.setattr("sam_jax.checkpoints.from_pretrained", full)
     assert "No space left on device" in fails("--point", "60,30")
 
 

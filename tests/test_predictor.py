@@ -19,7 +19,7 @@ import sam_jax.processing
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 from sam_jax.config import with_preprocessing
 from sam_jax.image import load_image
-from sam_jax.models import sam as sam_module
+from sam_jax.models import compiled as sam_module
 from sam_jax.ops.prompts import count_bucket, join_prompts
 from sam_jax.ops.resize import size_bucket
 from sam_jax.predictor import SamPredictor

@@ -18,7 +18,7 @@ from sam_jax.config import (
     TinyViTConfig,
     ViTConfig,
 )
-from sam_jax.errors import CheckpointError
+from sam_jax.errors import CheckpointError, clip
 
 Format = Literal["meta", "hf"]
 Tensors = Mapping[str, np.ndarray]

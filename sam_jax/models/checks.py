@@ -29,9 +29,7 @@ class Prompts(NamedTuple):
     target_embedding: Float[Array, "b p #t c"] | None
 
 
-def check_prompts(
-    config: SamConfig, images: int, points, labels, masks, similarity, target
-) -> Prompts:
+def check_prompts(config: SamConfig, images, points, labels, masks, similarity, target) -> Prompts:
     """The prompts of `Sam.decode` for so many images, as arrays of numpy or JAX."""
     points = check_shape("points", points, (images, None, None, 2), JOIN_HINT)
     labels = check_shape("labels", labels, points.shape[:-1], JOIN_HINT)

@@ -1,5 +1,6 @@
 """Names by which exports know a function, whatever it is called in Python."""
 
+import inspect
 from collections.abc import Callable
 
 
@@ -10,7 +11,7 @@ def operation(name: str) -> Callable[[Callable], Callable]:
     """
 
     def named(function: Callable) -> Callable:
-        function.__name__ = name
+        inspect.unwrap(function).__name__ = name  # which JAX looks for
         return function
 
     return named

@@ -353,7 +353,7 @@ def test_stopping(run, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "generate_folder", stop)
+    monkeypatch.setattr("sam_jax.automatic.folder.generate_folder", stop)
     message, printed = run()
     assert message == 130
     assert printed.err.endswith("sam-jax: stopped\n")

@@ -9,8 +9,8 @@ import torch
 import torch_reference
 from reference import SMALL, SMALL_TINY, hf_sam, meta_sam
 
-from sam_jax import config
 from sam_jax.checkpoints import CheckpointError
+from sam_jax.checkpoints.hf_config import from_hf, to_hf
 from sam_jax.checkpoints.infer_config import infer_config, strip_prefix
 from sam_jax.checkpoints.names import detect_format, from_torch, to_torch, torch_name
 from sam_jax.checkpoints.params import param_shapes
@@ -54,7 +54,7 @@ def test_lite_medsam_is_told_by_its_stem():
 
 @pytest.mark.parametrize("make", [vit_b, vit_h], ids=["vit_b", "vit_h"])
 def test_hugging_faces_sizes_are_recognised_and_complete(make):
-    expected = config.from_hf({**config.to_hf(make()), "mask_decoder_config": {}})
+    expected = from_hf({**to_hf(make()), "mask_decoder_config": {}})
     with torch.device("meta"):
         tensors = shapes_only(torch_reference.hf_sam(expected))
     assert infer_config(tensors) == expected

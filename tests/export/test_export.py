@@ -30,12 +30,12 @@ from reference import (
 from safetensors.numpy import load_file
 
 import sam_jax
-from sam_jax import Sam, SamProcessor, cli, export
-from sam_jax.export.to_jax import export_jax
-from sam_jax.export.to_onnx import export_onnx
+from sam_jax import Sam, SamProcessor, cli
+from sam_jax.checkpoints.params import flat_params
+from sam_jax.export import export_jax, export_onnx, to_jax
 from sam_jax.models.compiled import encode_image
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -191,11 +191,11 @@ def test_each_platform_has_its_fastest_attention(model, monkeypatch):
         asked.add((grid, platform))
         return "folded"
 
-    monkeypatch.setattr(export, "fastest", fastest)
-    params = export.flat_params(model)
+    monkeypatch.setattr(to_jax, "fastest", fastest)
+    params = flat_params(model)
     pixels = jax.ShapeDtypeStruct((1, SMALL.image_size, SMALL.image_size, 3), jnp.float32)
     platforms = ("cpu", "cuda", "tpu")
-    jax.eval_shape(export._by_platform(model, export._encode, platforms), params, pixels)
+    jax.eval_shape(to_jax._by_platform(model, to_jax._encode, platforms), params, pixels)
     assert asked == {(grid, p) for grid in ((5, 5), (12, 12)) for p in platforms}
     assert {block.attn.implementation for block in model.image_encoder.blocks} == {None}
 
@@ -428,7 +428,7 @@ def test_nothing_is_left_half_written(write, model, tmp_path, monkeypatch):
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "_write_config", full)
+    monkeypatch.setattr(f"{write.__module__}.write_config", full)
     monkeypatch.setattr(jax.export, "export", lambda *_, **__: lambda *_: Serialized())
     with pytest.raises(OSError, match="No space left"):
         write(model, tmp_path / "deep" / "out")

@@ -64,5 +64,5 @@ def test_scores_need_no_mask(pair):
     _, decoder = pair
     outputs = output_slice(multimask_output=True)
     iou_token, _, _ = decoder.attend(EMBEDDING, PE, SPARSE, REAL, DENSE, outputs)
-    _, scores = decoder(EMBEDDING, PE, SPARSE, REAL, DENSE, True)
+    _, scores = decoder(EMBEDDING, PE, SPARSE, REAL, DENSE, multimask_output=True)
     assert_close(decoder.predict_iou(iou_token)[outputs], scores)
