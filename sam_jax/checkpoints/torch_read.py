@@ -32,7 +32,13 @@ _WEIGHTS = ["model", "state_dict", "model_state_dict", "model_state", "module", 
 # What `torch.save` before version 1.6 begins with, as a pickle; and types whose storages are passed
 # over by their size.
 MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-_OTHER_SIZES = {"torch.ComplexFloatStorage": 8, "torch.ComplexDoubleStorage": 16}
+_OTHER_SIZES = {
+    "torch.ComplexFloatStorage": 8,
+    "torch.ComplexDoubleStorage": 16,
+    **dict.fromkeys(("torch.QUInt8Storage", "torch.QInt8Storage"), 1),
+    **dict.fromkeys(("torch.QUInt4x2Storage", "torch.QUInt2x4Storage"), 1),
+    "torch.QInt32Storage": 4,
+}
 # By strides of 0 a small file can stand for any number of elements.
 _MOST_EXPANDED, _ALWAYS_ALLOWED = 100, 256 << 20
 

@@ -35,6 +35,7 @@ TORCH_DTYPES = {
 TORCH_STORAGES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 ORDERED_DICT = "collections.OrderedDict"
 REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
+_REBUILD_TENSORS = (REBUILD_TENSOR, "torch._utils._rebuild_tensor")  # the latter of torch 0.1
 _REBUILD_PARAMETERS = (
     "torch._utils._rebuild_parameter",
     "torch._utils._rebuild_parameter_with_state",
@@ -133,10 +134,7 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], Storage | Placeholde
     def set_items(flat: tuple) -> None:
         if isinstance(stack[-1], Placeholder):
             return
-        # A name alone is kept as a key: integers can be chosen to collide, and a nested tuple can
-        # take for ever to hash.
-        keys = (key if isinstance(key, str) else Placeholder(kind_of(key)) for key in flat[::2])
-        _expect(stack[-1], dict).update(zip(keys, flat[1::2], strict=True))
+        _expect(stack[-1], dict).update(zip(map(_key, flat[::2]), flat[1::2], strict=True))
 
     def call(function: object, arguments: object) -> None:
         name = _expect(function, Placeholder).name
@@ -157,9 +155,13 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], Storage | Placeholde
                 stack.append(True)
             case "NEWFALSE":
                 stack.append(False)
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
+            case "BININT" | "BININT1" | "BININT2" | "BINFLOAT":
                 stack.append(argument)
+            case "LONG1" | "LONG4":  # to multiply ever larger ones would take ever longer
+                stack.append(argument if abs(argument) < 2**63 else Placeholder("a large number"))
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
+                stack.append(argument)
+            case "BINSTRING" | "SHORT_BINSTRING":  # by Python 2
                 stack.append(argument)
             case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
                 stack.append(argument)
@@ -222,6 +224,14 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], Storage | Placeholde
     raise ValueError("the pickle has no end")
 
 
+def _key(value: object) -> object:
+    """A key of a dictionary: a name, or a placeholder.
+
+    Integers can be chosen to collide, and a nested tuple can take for ever to hash.
+    """
+    return value if isinstance(value, str) else Placeholder(kind_of(value))
+
+
 def _call(name: str, arguments: tuple) -> object:
     """The dict or tensor that torch makes by this call, and a placeholder for any other.
 
@@ -229,17 +239,21 @@ def _call(name: str, arguments: tuple) -> object:
     """
     if name == ORDERED_DICT and not arguments:
         return {}
+    if name == ORDERED_DICT and isinstance(arguments[0], list):  # by Python 2
+        return {_key(key): value for key, value in arguments[0]}
     if name == _REBUILD_FROM_TYPE and len(arguments) > 2:
         function, _, inner = arguments[:3]
         # No other function: calls within calls could be nested without end.
         if isinstance(function, Placeholder) and function.name == REBUILD_TENSOR:
             name, arguments = REBUILD_TENSOR, _expect(inner, tuple)
-    if name == REBUILD_TENSOR:
+    if name in _REBUILD_TENSORS:
         if len(arguments) < 4:
             raise TypeError(f"{name} has {len(arguments)} arguments")
         storage, offset, size, stride = arguments[:4]
         if isinstance(storage, Placeholder):
             return storage
+        if len(arguments) > 6 and arguments[6]:  # {"neg": True}: the numbers' signs are not theirs
+            return Placeholder("a tensor", "it is a view that negates; save tensor.resolve_neg()")
         try:
             return _tensor(_expect(storage, Storage), offset, size, stride)
         except ValueError as error:

@@ -13,6 +13,7 @@ import stat
 import struct
 import time
 import tracemalloc
+import warnings
 import zipfile
 
 import ml_dtypes
@@ -453,6 +454,42 @@ def test_files_from_before_torch_1_6(tmp_path, protocol):
         damaged[position] = rng.integers(256)
         with contextlib.suppress(CheckpointError):
             read_tensors(write_bytes(path, damaged))
+
+
+@pytest.mark.parametrize("is_legacy", [True, False])
+def test_a_negated_view_is_not_read_with_the_wrong_sign(tmp_path, is_legacy):
+    weights, negated = {"w": torch.ones(2)}, torch._neg_view(torch.ones(3))
+    options = {"_use_new_zipfile_serialization": not is_legacy}
+    torch.save({"model": weights, "beside": negated}, tmp_path / "x", **options)
+    assert_same(read_tensors(tmp_path / "x"), weights)
+    torch.save({"w": negated}, tmp_path / "x", **options)
+    with pytest.raises(CheckpointError, match=r"'w' is a tensor .*save tensor\.resolve_neg"):
+        read_tensors(tmp_path / "x")
+
+
+def test_quantized_tensors_beside_the_weights_of_an_old_file(tmp_path):
+    weights = {"w": torch.ones(2)}
+    for dtype in (torch.quint8, torch.qint8, torch.qint32):
+        with warnings.catch_warnings(action="ignore"):
+            quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, dtype)
+        beside = {"a": quantized, "model": weights}
+        torch.save(beside, tmp_path / "x", _use_new_zipfile_serialization=False)
+        assert_same(read_tensors(tmp_path / "x"), weights)
+
+
+def test_python_2(tmp_path):
+    """Its strings, its OrderedDict of pairs, and torch 0.1's way to make a tensor."""
+    tensor = tensor_opcodes(1, (2,), (2,)).replace(b"_v2", b"").replace(b"\x89}tR", b"tR")
+    pairs = b"]](U\x01w" + tensor + b"ea"
+    write_zip(tmp_path / "x", b"\x80\x02ccollections\nOrderedDict\n" + pairs + b"\x85R.")
+    assert_same(read_tensors(tmp_path / "x"), torch.load(tmp_path / "x", weights_only=True))
+
+
+def test_a_number_of_megabytes_takes_no_longer(tmp_path):
+    """As the number of a storage's elements, which is multiplied, any number of times."""
+    write_forged(tmp_path / "x", tensor_opcodes(0, (2,), (1,), claimed=1 << 2**23))
+    with pytest.raises(CheckpointError, match="refers to data in an unknown way"):
+        read_tensors(tmp_path / "x")
 
 
 def write_bytes(path, content):
