@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sam_jax.arrays import as_array
@@ -38,10 +39,12 @@ def check_prompts(config: SamConfig, images, points, labels, masks, similarity, 
     if not jnp.isdtype(points.dtype, ("real floating", "integral")):
         raise TypeError(f"points are {points.dtype}, expected floats; {JOIN_HINT}")
     check_joined(concrete(points), concrete(labels))
+    points, labels = to_device(points, jnp.float32), to_device(labels, jnp.int32)
     prompts, side = points.shape[1], config.mask_size
     if masks is not None:
         masks = check_shape("masks", masks, (images, None, side, side), MASK_HINT)
         check_logits(masks, "masks")
+        masks = to_device(masks)
         if masks.shape[1] not in (1, prompts):
             raise ValueError(
                 f"masks have shape {masks.shape}: expected one per image, or one for each of "
@@ -103,6 +106,8 @@ def check_broadcast(name: str, array: Any, shape: tuple[int, ...]) -> Array:
     return array.reshape(full)
 
 
-def to_device(array: Any) -> Any:
+def to_device(array: Any, dtype: DTypeLike | None = None) -> Any:
     """numpy's arrays on JAX's default device: explicitly, as `jax.transfer_guard` asks for."""
+    if dtype is not None:
+        array = array.astype(dtype)
     return jax.device_put(array) if isinstance(array, np.ndarray) else array

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from sam_jax.config import SamConfig, ViTConfig
-from sam_jax.models.checks import Prompts, check_prompts, check_shape
+from sam_jax.models.checks import Prompts, check_prompts, check_shape, to_device
 from sam_jax.models.hf_api import HuggingFaceAPI
 from sam_jax.models.mask_decoder import MaskDecoder
 from sam_jax.models.prompt_encoder import PromptEncoder
@@ -171,6 +171,9 @@ class Sam(HuggingFaceAPI, nnx.Module):
         image_embeddings = check_shape(
             "image_embeddings", image_embeddings, (None, grid, grid, channels)
         )
+        if not jnp.issubdtype(image_embeddings.dtype, jnp.floating):
+            raise TypeError(f"image_embeddings are {image_embeddings.dtype}, expected floats")
+        image_embeddings = to_device(image_embeddings)
         images, images_at_once = image_embeddings.shape[0], None
         prompts = check_prompts(
             self.config, images, points, labels, masks, attention_similarity, target_embedding

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Num
 
@@ -87,7 +88,7 @@ def check_values(
         # What float32 cannot hold becomes infinite later.
         if array is None:
             continue
-        fine = abs(array) < 1e30
+        fine = abs(array.astype(np.float64)) < 1e30
         if not fine.all():
             rows = array[~fine.all(axis=-1)]
             raise ValueError(
@@ -172,8 +173,11 @@ def check_logits(masks: Any, where: str) -> None:
     masks): more is not fetched from a device.
 
     Raises:
+        TypeError: for complex numbers and anything that is no number.
         ValueError: for binary masks, and numbers that are not finite.
     """
+    if not jnp.isdtype(masks.dtype, ("bool", "real floating", "integral")):
+        raise TypeError(f"{where} are {masks.dtype}, expected floats; {MASK_HINT}")
     values = np.zeros(0)
     traced = isinstance(masks, jax.core.Tracer)
     if isinstance(masks, np.ndarray) or (not traced and masks.nbytes <= 2**20):
@@ -195,11 +199,13 @@ def check_joined(
 
     Raises:
         ValueError: for coordinates that are not finite, unknown labels, half a box, and a list of
-            points without the end with which SAM was trained, a box or a point labelled -1.
+            points without the end with which SAM was trained, a box or a point labelled -1; and
+            boxes inside out.
     """
     check_values(points, None, None, "points")
     if labels is None:
         return
+    labels = labels.astype(np.int64)  # unsigned ones could not be compared with -10
     first, second = labels == BOX_TOP_LEFT, labels == BOX_BOTTOM_RIGHT
     check_values(None, np.where(first | second, PADDING, labels), None, "labels")
     if (first.sum(-1) != second.sum(-1)).any():
@@ -207,6 +213,8 @@ def check_joined(
             "labels hold one corner of a box (2 or 3) without the other; join_prompts(points, "
             "labels, boxes) of sam_jax.ops.prompts makes both"
         )
+    if points is not None:
+        check_values(None, None, np.concatenate([points[first], points[second]], -1), "points")
     inside = np.isin(labels, (BACKGROUND, FOREGROUND)).any(-1)
     ends = np.isin(labels, (NOT_A_POINT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)).any(-1)
     if (inside & ~ends).any():

@@ -24,7 +24,7 @@ from reference import (
 from sam_jax.checkpoints.names import torch_name
 from sam_jax.checkpoints.params import build_model, flat_params
 from sam_jax.config import mobile_sam
-from sam_jax.models import sam as sam_module
+from sam_jax.models import compiled as sam_module
 from sam_jax.models import two_way_transformer
 from sam_jax.models.layers import Buffer
 from sam_jax.models.sam import Sam
@@ -624,6 +624,18 @@ BAD_POINTS = {
     "boolean masks": ({"masks": np.ones((2, 1, 48, 48), bool)}, "looks like a binary mask"),
     "uint8 masks": ({"masks": np.ones((2, 1, 48, 48), np.uint8)}, "looks like a binary mask"),
     "binary floats": ({"masks": np.ones((2, 1, 48, 48), np.float32)}, "looks like a binary mask"),
+    "complex masks": ({"masks": np.ones((2, 1, 48, 48), complex)}, "masks are complex.*floats"),
+    "whole embeddings": (
+        {"image_embeddings": np.ones((2, 12, 12, 32), np.int32)},
+        "image_embeddings are int32, expected floats",
+    ),
+    "a box inside out": (
+        {
+            "points": np.tile([[50.0, 50], [10, 10], [0, 0], [0, 0], [0, 0]], (2, 3, 1, 1)),
+            "labels": np.tile([2, 3, -10, -10, -10], (2, 3, 1)),
+        },
+        r"points hold \[50.0, 50.0, 10.0, 10.0\], expected x0, y0, x1, y1",
+    ),
     "large masks": ({"masks": np.ones((2, 1, 96, 96), np.float32)}, "masks have shape .*to_logits"),
     "no prompt axis of masks": ({"masks": MASKS[:, 0]}, "masks have shape"),
     "label 7": ({"labels": np.full((2, 3, 5), 7)}, r"labels have labels \[7\]"),
@@ -640,7 +652,7 @@ BAD_POINTS = {
     ),
     "target": ({"target_embedding": np.ones((2, 1, 1, 32))}, "target_embedding have shape"),
 }
-VALUES = "binary floats", "label 7", "half a box", "NaN"
+VALUES = "binary floats", "label 7", "half a box", "NaN", "a box inside out"
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -656,6 +668,17 @@ def test_what_join_prompts_would_not_give(model, kind):
     if kind not in VALUES:  # of which a trace knows nothing
         with pytest.raises((TypeError, ValueError), match=message):
             jax.eval_shape(lambda arguments: model.decode(**arguments), right | wrong)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_prompts_of_any_dtype(model):
+    embeddings = normal((1, 12, 12, 32))
+    points, labels = np.array([[[[10, 20], [50, 60]]]]), np.array([[[2, 3]]])
+    expected, _ = model.decode(embeddings, points, labels)
+    dtypes = (np.float16, np.uint8), (np.float64, np.int8), (np.uint8, np.uint32)
+    for kinds in dtypes:
+        arrays = (array.astype(kind) for array, kind in zip((points, labels), kinds, strict=True))
+        assert np.array_equal(model.decode(embeddings, *arrays)[0], expected)
 
 
 @pytest.mark.usefixtures("unchecked")
