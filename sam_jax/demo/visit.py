@@ -9,7 +9,6 @@ import io
 import math
 import re
 import struct
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -115,17 +114,15 @@ def open_picture(model: Sam, content: bytes) -> tuple[Picture, Image.Image]:
         TypeError, ValueError: for files that are not an image, and for images that are too large.
     """
     file = io.BytesIO(content)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with open_image(file) as head:
-            if head.format not in FORMATS:
-                raise ValueError(f"the file is a {head.format}, expected {', '.join(FORMATS)}")
-            if head.width * head.height > PIXELS:
-                raise ValueError(
-                    f"the image has {head.width} x {head.height} pixels, expected at most "
-                    f"{PIXELS // 10**6} million; make it smaller first"
-                )
-            _check_cost(head, content)
+    with open_image(file) as head:
+        if head.format not in FORMATS:
+            raise ValueError(f"the file is a {head.format}, expected {', '.join(FORMATS)}")
+        if head.width * head.height > PIXELS:
+            raise ValueError(
+                f"the image has {head.width} x {head.height} pixels, expected at most "
+                f"{PIXELS // 10**6} million; make it smaller first"
+            )
+        _check_cost(head, content)
     array = load_image(file)
     predictor = SamPredictor(model)
     predictor.set_image(array)
