@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sam_jax.demo.limits import BUSY, Limits, Shares, Turns, Visitor
+from sam_jax.demo.limits import BUSY, Limits, Shares, Turns, Visitor, Worker
 from sam_jax.demo.visit import (
     Found,
     Picture,
@@ -100,9 +99,10 @@ class Demo:
         self.visitors: dict[str, Visitor] = {}
         self._turns = Turns()
         self._bodies, self._requests = Shares(*limits.bodies), Shares(*limits.requests)
-        self._uploads = Shares(*limits.uploads)
-        # Of each kind one at a time, in the order in which they come.
-        self._clicks, self._images, self._finder = (ThreadPoolExecutor(1) for _ in range(3))
+        self._uploads, self._saves = Shares(*limits.uploads), Shares(*limits.saves)
+        # Of each kind one at a time; no kind waits for another.
+        self._workers = [Worker() for _ in range(4)]
+        self._clicks, self._images, self._files, self._finder = self._workers
         routes = [
             Route("/open", self._open, methods=["POST"]),
             *(Route(f"/{n}", self._change(*c), methods=["POST"]) for n, c in _CHANGES.items()),
@@ -119,8 +119,8 @@ class Demo:
         """Ends what the threads do."""
         for token in list(self.visitors):
             self._drop(token)
-        for pool in (self._clicks, self._images, self._finder):
-            pool.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         """Answers a request, or refuses it by its headers."""
@@ -232,10 +232,10 @@ class Demo:
                 raise HTTPException(400, f"{name} is {given}, {expected}")
         return numbers
 
-    async def _run(self, request: Request, pool: ThreadPoolExecutor, work: Callable, *args) -> Any:
+    async def _run(self, request: Request, worker: Worker, work: Callable, *args) -> Any:
         """The work's result, when its turn has come; if the client leaves before, it has none."""
-        with contextlib.nullcontext() if pool is self._finder else self._turns.first():
-            done = asyncio.wrap_future(pool.submit(work, *args))
+        with contextlib.nullcontext() if worker is self._finder else self._turns.first():
+            done = asyncio.ensure_future(worker.run(work, *args))
             gone = asyncio.ensure_future(_disconnected(request))
             try:
                 await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -309,7 +309,8 @@ class Demo:
         async def endpoint(request: Request) -> Response:
             async with self._visiting(request, {}) as (visitor, _):
                 shown = visitor.visit, visitor.found
-                file = await self._run(request, self._images, work, *shown)
+                with self._saves.take(request.client.host, request.headers["x-session"]):
+                    file = await self._run(request, self._files, work, *shown)
                 return Response(file, media_type=_SAVED[kind])
 
         return endpoint

@@ -1,17 +1,17 @@
 """How much one visitor, and all together, may ask of the page."""
 
+import asyncio
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from sam_jax.demo.visit import (
-    Found,
-    Visit,
-)
+from sam_jax.demo.visit import Found, Visit
 
 BUSY = "the page is busy with other requests; try again in a moment"
 
@@ -28,6 +28,7 @@ class Limits:
     requests: tuple[int, ...] = (100, 16, 4)  # at work: in all, from one address, of one visitor
     bodies: tuple[int, ...] = (128, 16)  # of these that are still coming: in all, from one address
     uploads: tuple[int, ...] = (16, 4)  # in memory: in all, from one address
+    saves: tuple[int, ...] = (16, 4, 1)  # at work: in all, from one address, of one visitor
     body_seconds: float = 10  # within which a part of a body must come
     body_rate: int = 100_000  # bytes per second of a body, at the least, after these seconds
 
@@ -66,6 +67,34 @@ class Turns:
         """No longer than this, so that the work ends however many others come."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting, seconds)
+
+
+class Worker:
+    """A thread that does one piece of work at a time, in the order in which they come.
+
+    What waits is with the coroutine that asked for it, not in the thread's own queue, which would
+    keep cancelled work and its arguments until their turn. A client that leaves before its turn
+    therefore leaves nothing in memory.
+    """
+
+    def __init__(self):
+        self._thread, self._turn = ThreadPoolExecutor(1), asyncio.Lock()
+
+    async def run(self, work: Callable, *args: Any) -> Any:
+        """The work's result; once begun, it is done even if this is cancelled."""
+        await self._turn.acquire()
+        done = asyncio.wrap_future(self._thread.submit(work, *args))
+        done.add_done_callback(self._end_turn)
+        await asyncio.wait({done})  # unlike `await done`, this leaves it alone when cancelled
+        return done.result()
+
+    def _end_turn(self, done: asyncio.Future) -> None:
+        self._turn.release()
+        done.exception()  # marks it as seen, where the client has left
+
+    def close(self) -> None:
+        """Waits for the work that is being done."""
+        self._thread.shutdown()
 
 
 class Shares:

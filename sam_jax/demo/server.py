@@ -2,16 +2,20 @@
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import gc
 import ipaddress
+import logging
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import uvicorn
+from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sam_jax.checkpoints import from_pretrained
@@ -50,6 +54,7 @@ def serve(
             "asks for no password and encrypts nothing",
             file=sys.stderr,
         )
+    silence_decoders()
     with _listen(host, port) as listener:  # before compiling for a taken port
         # What stops services and containers ends it as Ctrl+C does.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -64,6 +69,17 @@ def serve(
         with running(app, listener) as server:
             print(f"http://{host}:{port}/ is the page; Ctrl+C stops it.", flush=True)
             server.result()
+
+
+def silence_decoders() -> None:
+    """Keeps messages about damaged images out of the log; the visitor gets one as the answer.
+
+    They are Pillow's warnings and errors, and those that libtiff prints by itself.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    with contextlib.suppress(OSError, AttributeError):  # this Pillow does not export libtiff
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 def _listen(host: str, port: int) -> socket.socket:

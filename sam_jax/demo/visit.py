@@ -9,7 +9,6 @@ import io
 import math
 import re
 import struct
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 from sam_jax.image import load_image, open_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import FOREGROUND
-from sam_jax.ops.rle import rle_area, rle_compress, rle_decode, rle_encode, rle_uncompress
+from sam_jax.ops.rle import rle_area, rle_compress, rle_encode, rle_uncompress
 from sam_jax.predictor import SamPredictor
 from sam_jax.processing import SamProcessor
 from sam_jax.visualize import ALPHA, COLORS, outline
@@ -115,17 +114,15 @@ def open_picture(model: Sam, content: bytes) -> tuple[Picture, Image.Image]:
         TypeError, ValueError: for files that are not an image, and for images that are too large.
     """
     file = io.BytesIO(content)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with open_image(file) as head:
-            if head.format not in FORMATS:
-                raise ValueError(f"the file is a {head.format}, expected {', '.join(FORMATS)}")
-            if head.width * head.height > PIXELS:
-                raise ValueError(
-                    f"the image has {head.width} x {head.height} pixels, expected at most "
-                    f"{PIXELS // 10**6} million; make it smaller first"
-                )
-            _check_cost(head, content)
+    with open_image(file) as head:
+        if head.format not in FORMATS:
+            raise ValueError(f"the file is a {head.format}, expected {', '.join(FORMATS)}")
+        if head.width * head.height > PIXELS:
+            raise ValueError(
+                f"the image has {head.width} x {head.height} pixels, expected at most "
+                f"{PIXELS // 10**6} million; make it smaller first"
+            )
+        _check_cost(head, content)
     array = load_image(file)
     predictor = SamPredictor(model)
     predictor.set_image(array)
@@ -305,10 +302,13 @@ def number_masks(found: Found) -> np.ndarray:
 
     Smaller masks lie on larger ones.
     """
-    numbers = np.zeros(found.picture.size, np.uint16)
+    height, width = found.picture.size
+    numbers = np.zeros(height * width, np.uint16)  # column by column, as run lengths are
     for i in sorted(range(len(found.records)), key=lambda i: -found.records[i]["area"]):
-        numbers[rle_decode(rle_uncompress(found.records[i]["segmentation"]))] = i + 1
-    return numbers
+        ends = np.cumsum(rle_uncompress(found.records[i]["segmentation"])["counts"]).tolist()
+        for start, end in zip(ends[::2], ends[1::2], strict=False):  # zeros may be last
+            numbers[start:end] = i + 1
+    return numbers.reshape(width, height).T
 
 
 def draw_layer(numbers: np.ndarray) -> Image.Image:

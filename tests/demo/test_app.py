@@ -503,6 +503,74 @@ def test_uploads_in_memory_are_few(small, photo):
         assert Visitor(site).post("open", photo).status_code == 200
 
 
+def test_uploads_that_leave_are_not_kept(small, photo, monkeypatch):
+    """Though the image before them is still being decoded."""
+    running, may, original = threading.Event(), threading.Event(), visit.open_picture
+
+    body = app.Demo._body
+
+    class Body(bytes):
+        kept = 0
+
+        def __init__(self, _content):
+            Body.kept += 1
+
+        def __del__(self):
+            Body.kept -= 1
+
+    async def counted(*arguments):
+        return Body(await body(*arguments))
+
+    def slow(*arguments):
+        running.set()
+        assert may.wait(20)
+        return original(*arguments)
+
+    monkeypatch.setattr(app.Demo, "_body", counted)
+    monkeypatch.setattr(app, "open_picture", slow)
+    with launched(small) as site, ThreadPoolExecutor() as threads:
+        first = threads.submit(Visitor(site).post, "open", photo)
+        assert running.wait(20)
+        head = f"POST /open HTTP/1.1\r\nHost: {site.split('/')[2]}\r\nContent-Length: 3\r\n"
+        head += "Content-Type: application/octet-stream\r\n\r\nabc"
+        for _ in range(6):
+            with raw(site, head):
+                time.sleep(0.1)
+        time.sleep(0.3)
+        assert Body.kept == 1
+        second = threads.submit(Visitor(site).post, "open", photo)
+        time.sleep(0.1)
+        may.set()
+        assert [one.result(20).status_code for one in (first, second)] == [200, 200]
+
+
+def test_saving_holds_nobody_up(small, photo, monkeypatch):
+    """Not the images that others open; and each visitor saves one file at a time."""
+    running, may, original = threading.Event(), threading.Event(), visit.full_mask
+
+    def slow(*arguments):
+        running.set()
+        assert may.wait(20)
+        return original(*arguments)
+
+    monkeypatch.setattr(app, "full_mask", slow)
+    with launched(small) as site, ThreadPoolExecutor() as threads:
+        guest, other = Visitor(site), Visitor(site)
+        for one in (guest, other):
+            one.open(photo)
+            one.send("point", **CLICK)
+        saved = [threads.submit(guest.post, "save.png")]
+        assert running.wait(20)
+        assert threads.submit(Visitor(site).post, "open", photo).result(10).status_code == 200
+        assert guest.post("save.json").status_code == 503
+        saved.append(threads.submit(other.post, "save.png"))
+        time.sleep(0.1)
+        assert guest.send("point", **CLICK)["points"] == [[50, 30, 1]] * 2
+        may.set()
+        assert [one.result(20).status_code for one in saved] == [200, 200]
+        assert guest.post("save.json").status_code == 200
+
+
 def test_slow_events_end(small, photo):
     with launched(small, Limits(body_seconds=0.3)) as site:
         guest = Visitor(site)

@@ -2,6 +2,7 @@ import io
 import itertools
 import json
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -182,6 +183,24 @@ def test_everything(model, picture, image, monkeypatch):
     assert np.array_equal(numbers > 0, masks.any(0))
     (ys, xs) = np.nonzero(numbers)
     assert np.array_equal(areas[numbers[ys, xs] - 1, ys, xs], areas.min(0)[ys, xs])
+
+
+def test_numbering_masks_takes_their_runs_only():
+    """No mask is decoded at the picture's size: hundreds of a large one would take a minute."""
+    size, expected, records = (1000, 1200), np.zeros((1000, 1200), np.uint16), []
+    for i in range(20):
+        mask = np.zeros(size, bool)
+        mask[40 * i : 40 * i + 90, 50 * i : 50 * i + 150 - i] = True
+        expected[mask] = i + 1
+        rle = demo.rle_compress(demo.rle_encode(mask))
+        records.append({"segmentation": rle, "area": int(mask.sum())})
+    found = Found(Picture(np.zeros(0), size), records)
+    tracemalloc.start()
+    numbers = demo.number_masks(found)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(numbers, expected)
+    assert peak < 1.2 * numbers.nbytes
 
 
 def test_numbers_as_a_picture():
