@@ -156,7 +156,9 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
         raise _unreadable(path, error) from error
 
 
-def open_arrays(state: Path) -> dict[str, tensorstore.TensorStore]:
+def open_arrays(
+    state: Path, max_metadata_bytes: int = _MAX_METADATA_BYTES
+) -> dict[str, tensorstore.TensorStore]:
     """The arrays of a flat dictionary that Orbax saved, by name; none is read yet.
 
     Their names are those of Orbax's metadata. The store is never asked to list its keys: a few
@@ -165,7 +167,7 @@ def open_arrays(state: Path) -> dict[str, tensorstore.TensorStore]:
     Raises:
         Exception: of any type, if something is damaged or laid out in another way than Orbax does.
     """
-    kind = read_json(state / "_METADATA", max_bytes=_MAX_METADATA_BYTES)
+    kind = read_json(state / "_METADATA", max_bytes=max_metadata_bytes)
     if not (kind["use_ocdbt"] is kind["use_zarr3"] is True):
         raise ValueError("expected arrays in OCDBT and zarr 3")
     spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}}
@@ -220,7 +222,7 @@ def _names(codecs: list[dict[str, Any]]) -> list[str]:
 def _fits(shape: list[int], grid: dict[str, Any]) -> bool:
     chunk = grid["chunk_shape"]
     return len(chunk) == len(shape) and all(
-        type(n) is int and 1 <= n <= size for n, size in zip(chunk, shape, strict=True)
+        type(n) is int and 1 <= n <= max(size, 1) for n, size in zip(chunk, shape, strict=True)
     )
 
 

@@ -23,6 +23,7 @@ from sam_jax.training.step import TrainState
 
 _METRIC = "miou"
 _MAX_DESCRIPTION_BYTES = 1 << 20
+_MAX_METADATA_BYTES = 64 << 20  # of ViT-H and its optimizer about 1 MB
 
 
 @contextlib.contextmanager
@@ -146,7 +147,7 @@ def _load(checkpoints: ocp.training.Checkpointer, step: int, like: TrainState) -
     folder = Path(checkpoints.directory) / str(step)
     folder_size(folder)  # raises if reading it might not end
     # First, since Orbax would say so of one array while it reads others.
-    saved = open_arrays(folder / "state")
+    saved = open_arrays(folder / "state", _MAX_METADATA_BYTES)
     differing = [
         name
         for name in sorted(expected.keys() | saved.keys())
