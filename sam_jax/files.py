@@ -206,6 +206,37 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
         os.close(descriptor)
 
 
+def folder_size(folder: Path) -> int:
+    """The bytes of a folder's files, once it is known that reading them ends and takes no more.
+
+    Raises:
+        ValueError: if it holds anything but regular files and folders. A pipe would be waited for
+            without end; a link to a folder leads out of what is checked here; the holes of a sparse
+            file take no space on the disk, but do in memory.
+        OSError: if something cannot be read.
+    """
+    size = 0
+    for path in folder.rglob("*"):
+        if path.is_file():
+            size += _size_without_holes(path)
+        elif path.is_symlink() or not path.is_dir():
+            raise ValueError(f"{path} is neither a file nor a folder (nor may it link to a folder)")
+    return size
+
+
+def _size_without_holes(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        size = hole = os.fstat(descriptor).st_size
+        with contextlib.suppress(OSError):  # an empty file, or a file system that knows of no holes
+            hole = os.lseek(descriptor, 0, os.SEEK_HOLE)
+    finally:
+        os.close(descriptor)
+    if hole < size:
+        raise ValueError(f"{path} is a sparse file: not all of its {size:,} bytes are on the disk")
+    return size
+
+
 def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
     """Writes strict JSON, whole or not at all.
 

@@ -21,18 +21,24 @@ from jax.typing import DTypeLike
 from sam_jax.checkpoints.params import check_depth, check_tensors, param_shapes
 from sam_jax.config import SamConfig
 from sam_jax.errors import CheckpointError, clip
-from sam_jax.files import read_json, replacing
+from sam_jax.files import folder_size, read_json, replacing
 
 CONFIG, PARAMS = "config.json", "params"
 _BATCH_BYTES = 128 << 20
 MAX_CONFIG_BYTES = 1 << 20
 _NAME_BYTES = 64
-# How much larger than its files a checkpoint may be: weights hardly compress, and Orbax allocates
-# whatever size a file declares.
+# That of ViT-H has 127 kB; an array's layout less than 1 kB.
+_MAX_METADATA_BYTES, _MAX_LAYOUT_BYTES = 1 << 20, 1 << 16
+# How much larger than its files a checkpoint may be: weights hardly compress, and tensorstore
+# allocates whatever size a file declares.
 _MOST_COMPRESSED, _ALWAYS_ALLOWED = 100, 256 << 20
-# An array is saved as one chunk; whoever saves it anew from many devices makes some per device.
-_MOST_CHUNKS = 4096
-_CODECS = {"sharding_indexed", "bytes", "zstd", "crc32c"}  # others allocate what the data asks for
+# An array is saved as one chunk; whoever saves it again from many devices makes some per device.
+# To find one may take milliseconds.
+_MOST_CHUNKS = 1 << 16
+# What Orbax writes, in a shard or without one. Others allocate what the data asks for.
+_CODECS, _INDEX_CODECS = (["bytes"], ["bytes", "zstd"]), ["bytes", "crc32c"]
+_NODE_CACHE_BYTES = 256 << 20
+_READ_AT_ONCE = 8
 
 
 def save(
@@ -114,23 +120,22 @@ def load_config(path: str | os.PathLike) -> SamConfig:
 def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
     """The parameters and the configuration of a folder that `save` wrote.
 
-    Of several hosts all have to call this together, as Orbax wants it.
+    tensorstore reads the arrays, not Orbax: after an error the other reads of Orbax print
+    tracebacks, and what it reads first has no bounds.
 
     Raises:
         CheckpointError: if a part is missing or damaged, or does not fit the configuration.
     """
-    from orbax.checkpoint import v1 as ocp  # half a second that only this kind of folder takes
-
     path = Path(os.path.abspath(path))  # without "..", which tensorstore refuses
     config = load_config(path)
-    size = _size(path / PARAMS)
     try:
-        _check_layout(path / PARAMS)  # before Orbax opens an array
-        metadata = ocp.metadata(path / PARAMS).metadata  # None if it is damaged
-        if not metadata or not all(hasattr(array, "shape") for array in metadata.values()):
-            raise ValueError("its metadata is damaged, or that of no flat dictionary of arrays")
-        declared = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in metadata.items()}
-    except Exception as error:  # whatever Orbax meets in a damaged folder
+        size = folder_size(path / PARAMS)
+        arrays = open_arrays(path / PARAMS / "state")
+        declared = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+            for name, array in arrays.items()
+        }
+    except Exception as error:  # whatever tensorstore meets in a damaged folder
         raise _unreadable(path, error) from error
     # All of this before an array is allocated.
     check_depth(config, len(declared))
@@ -140,71 +145,106 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
         raise CheckpointError(
             f"{path / PARAMS} has {size:,} bytes, which cannot be the {expected:,} that it declares"
         )
+    chunks = sum(map(_count_chunks, arrays.values()))
+    if chunks > _MOST_CHUNKS:
+        raise CheckpointError(
+            f"{path / PARAMS} has {chunks:,} chunks, expected at most {_MOST_CHUNKS:,}"
+        )
     try:
-        return ocp.load(path / PARAMS), config
+        return _read_arrays(arrays), config
     except Exception as error:
         raise _unreadable(path, error) from error
 
 
-def _check_layout(folder: Path) -> None:
-    """Refuses chunks larger than their array: the process aborts when they cannot be allocated.
+def open_arrays(
+    state: Path, max_metadata_bytes: int = _MAX_METADATA_BYTES
+) -> dict[str, tensorstore.TensorStore]:
+    """The arrays of a flat dictionary that Orbax saved, by name; none is read yet.
+
+    Their names are those of Orbax's metadata. The store is never asked to list its keys: a few
+    kilobytes can make it list billions.
 
     Raises:
-        Exception: of any type, for what is damaged or laid out in another way than `save` does it.
+        Exception: of any type, if something is damaged or laid out in another way than Orbax does.
     """
-    state = folder / "state"
-    if list(folder.rglob("_METADATA")) != [state / "_METADATA"]:
-        raise ValueError("expected its metadata in state/_METADATA alone")
-    kind = read_json(state / "_METADATA")
+    kind = read_json(state / "_METADATA", max_bytes=max_metadata_bytes)
     if not (kind["use_ocdbt"] is kind["use_zarr3"] is True):
         raise ValueError("expected arrays in OCDBT and zarr 3")
-    base = {"driver": "file", "path": f"{state}/"}
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-    for key in store.list().result():
-        if key.endswith(b"/zarr.json"):
-            layout = read_json(bytes(store[key]))
-            fits = _fits(layout["shape"], layout["chunk_grid"]["configuration"])
-            if not (fits and all(_codec_fits(layout["shape"], c) for c in layout["codecs"])):
-                raise ValueError(
-                    f"the chunks in {clip(key.decode())} do not fit its shape, or its codecs "
-                    f"are not among {', '.join(sorted(_CODECS))}"
-                )
+    spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}}
+    # Each node of the B-tree is read and decoded once, not for each array.
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _NODE_CACHE_BYTES}})
+    store = tensorstore.KvStore.open(spec, context=context).result()
+    return {name: _open_array(store, name) for name in map(_name, kind["tree_metadata"].values())}
 
 
-def _codec_fits(shape: list[int], codec: dict[str, Any]) -> bool:
-    if codec["name"] != "sharding_indexed":
-        return codec["name"] in _CODECS
-    values = codec["configuration"]
-    inner = [*values["codecs"], *values.get("index_codecs", [])]
-    return _fits(shape, values) and all(_codec_fits(shape, codec) for codec in inner)
+def _name(entry: dict[str, Any]) -> str:
+    keys = [key["key"] for key in entry["key_metadata"]]
+    if len(keys) != 1 or not isinstance(keys[0], str):
+        raise ValueError("expected a flat dictionary of arrays")
+    return keys[0]
+
+
+def _open_array(store: tensorstore.KvStore, name: str) -> tensorstore.TensorStore:
+    """Opens an array whose chunks and codecs bound what reading it takes.
+
+    Otherwise the process may abort, since tensorstore allocates whatever the data asks for.
+    """
+    content = store.read(f"{name}/zarr.json").result()
+    if content.state != "value":
+        raise ValueError(f"the array {clip(name)} is missing")
+    if len(content.value) > _MAX_LAYOUT_BYTES:
+        raise ValueError(f"the layout of {clip(name)} has {len(content.value):,} bytes")
+    layout = read_json(bytes(content.value))
+    shape, grid = layout["shape"], layout["chunk_grid"]["configuration"]
+    if not (_fits(shape, grid) and _codecs_fit(shape, layout["codecs"])):
+        raise ValueError(
+            f"the chunks of {clip(name)} do not fit its shape, or its codecs are not Orbax's"
+        )
+    spec = {"driver": "zarr3", "fill_missing_data_reads": False}
+    return tensorstore.open(spec, kvstore=store / f"{name}/", read=True).result()
+
+
+def _codecs_fit(shape: list[int], codecs: list[dict[str, Any]]) -> bool:
+    if _names(codecs) != ["sharding_indexed"]:
+        return _names(codecs) in _CODECS
+    inner = codecs[0]["configuration"]
+    return (
+        _fits(shape, inner)
+        and _names(inner["codecs"]) in _CODECS
+        and _names(inner["index_codecs"]) == _INDEX_CODECS
+    )
+
+
+def _names(codecs: list[dict[str, Any]]) -> list[str]:
+    return [codec["name"] for codec in codecs]
 
 
 def _fits(shape: list[int], grid: dict[str, Any]) -> bool:
     chunk = grid["chunk_shape"]
-    return (
-        len(chunk) == len(shape)
-        and all(type(n) is int and 1 <= n <= size for n, size in zip(chunk, shape, strict=True))
-        and math.prod(-(-size // n) for n, size in zip(chunk, shape, strict=True)) <= _MOST_CHUNKS
+    return len(chunk) == len(shape) and all(
+        type(n) is int and 1 <= n <= max(size, 1) for n, size in zip(chunk, shape, strict=True)
     )
 
 
-def _size(folder: Path) -> int:
-    """The bytes of a folder's files.
+def _count_chunks(array: tensorstore.TensorStore) -> int:
+    chunk = array.chunk_layout.read_chunk.shape or ()  # of no dimensions: None
+    return math.prod(-(-size // n) for size, n in zip(array.shape, chunk, strict=True))
 
-    Raises:
-        CheckpointError: if there is something else in it: a pipe would be waited for without end.
-    """
-    size = 0
-    for path in folder.rglob("*"):
-        if path.is_file():
-            size += path.stat().st_size
-        elif not path.is_dir():
-            raise CheckpointError(f"{path} is neither a file nor a folder")
-    return size
+
+def _read_arrays(arrays: dict[str, tensorstore.TensorStore]) -> dict[str, np.ndarray]:
+    """Several at a time; not all, since what is read of a damaged one may be the whole folder."""
+    result: dict[str, Any] = {}
+    names = list(arrays)
+    for i, name in enumerate(names):
+        for ahead in names[i : i + _READ_AT_ONCE]:
+            if ahead not in result:
+                result[ahead] = arrays[ahead].read()
+        result[name] = result[name].result()
+    return result
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path / PARAMS} cannot be read by Orbax: {error}")
+    return CheckpointError(f"{path / PARAMS} cannot be read: {error}")
 
 
 def _save_params(

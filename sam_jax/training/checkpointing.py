@@ -1,22 +1,29 @@
 """A run's states on disk, by Orbax: written while training goes on; the last and the best stay."""
 
 import contextlib
+import datetime
+import functools
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.metadata import get_step_metadata
 
-from sam_jax.files import read_json
+from sam_jax.checkpoints.native import open_arrays
+from sam_jax.files import folder_size, read_json
 from sam_jax.training.sharding import any_host
 from sam_jax.training.step import TrainState
 
 _METRIC = "miou"
+_MAX_DESCRIPTION_BYTES = 1 << 20
+_MAX_METADATA_BYTES = 64 << 20  # of ViT-H and its optimizer about 1 MB
 
 
 @contextlib.contextmanager
@@ -137,14 +144,17 @@ def _load(checkpoints: ocp.training.Checkpointer, step: int, like: TrainState) -
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in _flat(like).items()
     }
+    folder = Path(checkpoints.directory) / str(step)
+    folder_size(folder)  # raises if reading it might not end
     # First, since Orbax would say so of one array while it reads others.
-    saved = checkpoints.metadata(step).metadata
+    saved = open_arrays(folder / "state", _MAX_METADATA_BYTES)
     differing = [
         name
         for name in sorted(expected.keys() | saved.keys())
         if name not in expected
         or name not in saved
-        or (expected[name].shape, expected[name].dtype) != (saved[name].shape, saved[name].dtype)
+        or expected[name].shape != saved[name].shape
+        or expected[name].dtype != saved[name].dtype.numpy_dtype
     ]
     if differing:
         raise _DoesNotFit(f"{len(differing)} arrays differ, the first is {differing[0]!r}")
@@ -160,25 +170,42 @@ def _remove_damaged_descriptions(folder: Path) -> None:
     """Orbax reads these of all checkpoints first, and stops at one that is damaged."""
     if jax.process_index() == 0:
         for step in sorted(path for path in folder.glob("*") if path.name.isdigit()):
-            for name, is_good in (
-                ("_CHECKPOINT_METADATA", lambda found: isinstance(found, dict)),
-                (
-                    "metrics/metrics",
-                    lambda found: isinstance(found, dict) and math.isfinite(found[_METRIC]),
-                ),
+            for name, check in (
+                ("_CHECKPOINT_METADATA", _check_description),
+                ("metrics/metrics", _check_metrics),
             ):
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    try:
-                        good = is_good(read_json(step / name))
-                    except (IsADirectoryError, OverflowError, ValueError, KeyError, TypeError):
-                        good = False
-                    if not good:
-                        if (step / name).is_dir():
-                            shutil.rmtree(step / name)
-                        else:
-                            (step / name).unlink()
-                        warnings.warn(f"{step / name} was damaged, and is removed", stacklevel=3)
+                file = step / name
+                if _is_damaged(file, functools.partial(check, step)):
+                    if file.is_dir() and not file.is_symlink():
+                        shutil.rmtree(file)
+                    else:
+                        file.unlink()
+                    warnings.warn(f"{file} was damaged, and is removed", stacklevel=3)
     multihost_utils.sync_global_devices("checked the checkpoints")
+
+
+def _is_damaged(file: Path, check: Callable[[Any], object]) -> bool:
+    try:
+        found = read_json(file, max_bytes=_MAX_DESCRIPTION_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return file.is_symlink()  # which leads nowhere
+    except (IsADirectoryError, ValueError):
+        return True
+    try:
+        check(found)
+    except Exception:  # whatever Orbax would meet in it
+        return True
+    return False
+
+
+def _check_description(step: Path, _: Any) -> None:
+    nanoseconds = get_step_metadata(step).commit_timestamp_nsecs  # Orbax checks all types
+    datetime.datetime.fromtimestamp((nanoseconds or 0) / 1e9, tz=datetime.UTC)  # and does this
+
+
+def _check_metrics(_: Path, found: Any) -> None:
+    if not (isinstance(found, dict) and math.isfinite(found[_METRIC])):
+        raise ValueError(f"expected a number named {_METRIC}")
 
 
 def not_finite(

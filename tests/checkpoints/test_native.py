@@ -29,7 +29,7 @@ for folder in sys.argv[1:]:
     try:
         native.load(folder)
     except CheckpointError as error:
-        print(str(error).split(" by Orbax: ")[0])
+        print(str(error).split(": ")[0])
 """
 
 
@@ -60,6 +60,11 @@ def assert_same(actual, expected):
         assert actual[name].dtype == value.dtype, name
         assert actual[name].shape == value.shape, name
         assert actual[name].tobytes() == value.tobytes(), name
+
+
+def open_store(model):
+    place = f"file://{model / 'params/state'}/"
+    return tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result()
 
 
 def files(folder):
@@ -170,11 +175,18 @@ def test_parameters_that_are_damaged_or_missing(tmp_path, saved):
                 file.unlink()
                 if keep is not None:
                     file.write_bytes(content[: int(keep * len(content))])
-    # In a process of its own: reads that Orbax gave up on raise in its threads later.
+    folders.append(tmp_path / "no chunks")
+    shutil.copytree(saved, folders[-1])
+    store = open_store(folders[-1])
+    for key in store.list().result():
+        if not key.endswith(b"/zarr.json"):
+            del store[key]
+    # In a process of its own, which shows all that a user sees.
     process = subprocess.run(
         [sys.executable, "-c", LOAD_ALL, *folders], capture_output=True, text=True, check=True
     )
     assert process.stdout.splitlines() == [f"{f / 'params'} cannot be read" for f in folders]
+    assert process.stderr == ""
 
 
 @pytest.mark.parametrize("config_agrees", [False, True])
@@ -185,8 +197,7 @@ def test_a_forged_shape_is_refused_before_it_is_allocated(tmp_path, saved, confi
     forged = dataclasses.replace(SMALL, mask_decoder=decoder)
     if config_agrees:
         (tmp_path / "model/config.json").write_text(json.dumps(forged.to_dict()))
-    place = f"file://{tmp_path / 'model/params/state'}/"
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result()
+    store = open_store(tmp_path / "model")
     for name, shape in param_shapes(forged).items():
         if shape != param_shapes(SMALL)[name]:
             key = f"{name}/zarr.json".encode()
@@ -208,11 +219,24 @@ def set_chunks(shape):
 
 
 def set_inner_chunks(layout):
-    layout["codecs"][0]["configuration"]["chunk_shape"] = [1, 1]
+    layout["codecs"][0]["configuration"]["chunk_shape"] = [1, 288]
 
 
 def set_codec(layout):
     layout["codecs"][0]["configuration"]["codecs"][1] = {"name": "blosc", "configuration": {}}
+
+
+def repeat_codec(count):
+    def change(layout):
+        layout["codecs"][0]["configuration"]["codecs"] += [{"name": "zstd"}] * count
+
+    return change
+
+
+def nest_shards(layout):
+    (shard,) = layout["codecs"]
+    inner = {**shard["configuration"], "codecs": [shard]}
+    layout["codecs"] = [{"name": "sharding_indexed", "configuration": inner}]
 
 
 @pytest.mark.parametrize(
@@ -221,18 +245,46 @@ def set_codec(layout):
         *map(set_chunks, ([2**40, 144], [48, 288], [True, 1], [48])),
         set_inner_chunks,
         set_codec,
+        repeat_codec(1),
+        repeat_codec(20_000),
+        nest_shards,
         lambda layout: layout.pop("codecs"),
     ],
 )
 def test_forged_chunks_are_refused_before_they_are_allocated(tmp_path, saved, change):
     shutil.copytree(saved, tmp_path / "model")
-    place = f"file://{tmp_path / 'model/params/state'}/"
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result()
+    store = open_store(tmp_path / "model")
     key = f"{KERNEL}/zarr.json".encode()
     change(layout := json.loads(store[key]))
     store[key] = json.dumps(layout).encode()
-    with pytest.raises(CheckpointError, match=r"chunks in .* do not fit its shape|'codecs'"):
+    with pytest.raises(
+        CheckpointError, match=r"chunks of .* do not fit its shape|'codecs'|layout of .* has \d+,"
+    ):
         native.load(tmp_path / "model")
+
+
+def test_only_names_in_the_metadata_are_looked_up(tmp_path, saved, params):
+    """Never listed: nodes that share their children make billions of keys of two kilobytes."""
+    shutil.copytree(saved, tmp_path / "model")
+    open_store(tmp_path / "model")[b"another/zarr.json"] = b"{"
+    assert_same(native.load(tmp_path / "model")[0], params)
+
+
+def test_a_name_in_the_metadata_that_is_not_a_text(tmp_path, saved):
+    shutil.copytree(saved, tmp_path / "model")
+    open_store(tmp_path / "model")[b"3/zarr.json"] = open_store(saved)[f"{BIAS}/zarr.json".encode()]
+    file = tmp_path / "model/params/state/_METADATA"
+    metadata = json.loads(file.read_text())
+    metadata["tree_metadata"]["(3,)"] = {"key_metadata": [{"key": 3, "key_type": 2}]}
+    file.write_text(json.dumps(metadata))
+    with pytest.raises(CheckpointError, match="expected a flat dictionary of arrays"):
+        native.load(tmp_path / "model")
+
+
+def test_the_number_of_chunks_is_bounded(monkeypatch, saved, params):
+    monkeypatch.setattr(native, "_MOST_CHUNKS", len(params) - 1)
+    with pytest.raises(CheckpointError, match=f"params has {len(params)} chunks, expected at most"):
+        native.load(saved)
 
 
 @pytest.mark.parametrize("key", ["use_ocdbt", "use_zarr3"])
@@ -252,6 +304,35 @@ def test_a_pipe_in_the_folder_is_not_waited_for(tmp_path, saved, name):
     pipe.unlink(missing_ok=True)
     os.mkfifo(pipe)
     with pytest.raises(CheckpointError, match=f"{pipe} is neither a file nor a folder"):
+        native.load(tmp_path / "model")
+
+
+def test_a_link_to_a_folder_is_not_followed_out_of_the_check(tmp_path, saved):
+    shutil.copytree(saved, tmp_path / "model")
+    data = tmp_path / "model/params/state/d"
+    os.mkfifo(data / "pipe")
+    data.rename(tmp_path / "hidden")
+    data.symlink_to(tmp_path / "hidden")
+    with pytest.raises(CheckpointError, match=f"{data} is neither a file nor a folder"):
+        native.load(tmp_path / "model")
+
+
+def test_linked_files_and_model_folders_load(tmp_path, saved, params):
+    """As the cache of a hub links them."""
+    shutil.copytree(saved, tmp_path / "blobs", copy_function=os.symlink)
+    (tmp_path / "model").mkdir()
+    for part in ("config.json", "params"):
+        (tmp_path / "model" / part).symlink_to(tmp_path / "blobs" / part)
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    assert_same(native.load(tmp_path / "link")[0], params)
+
+
+def test_a_sparse_file_is_refused(tmp_path, saved):
+    """A terabyte that takes nothing on the disk, and would be read into memory."""
+    shutil.copytree(saved, tmp_path / "model")
+    for file in files(tmp_path / "model/params/state"):
+        os.truncate(file, 1 << 40)
+    with pytest.raises(CheckpointError, match="is a sparse file: not all of its 1,099,511,627,776"):
         native.load(tmp_path / "model")
 
 
@@ -297,7 +378,7 @@ def test_what_a_killed_save_leaves_is_removed_by_the_next(tmp_path, params):
 def test_parameters_that_are_no_flat_dictionary(tmp_path):
     ocp.save(tmp_path / "params", {"encoder": {"kernel": np.zeros(3)}})
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict()))
-    with pytest.raises(CheckpointError, match="params cannot be read by Orbax"):
+    with pytest.raises(CheckpointError, match="params cannot be read: expected a flat dict"):
         native.load(tmp_path)
 
 

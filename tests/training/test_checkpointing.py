@@ -1,13 +1,17 @@
 import gc
+import json
+import os
 import resource
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 
 from sam_jax.training.checkpointing import load_state, not_finite, open_checkpoints, save_state
 from sam_jax.training.rules import adamw
@@ -91,7 +95,6 @@ def quiet_orbax(monkeypatch):
         ("state/_METADATA", b""),
         ("state/_METADATA", b"{}"),
         ("state/_METADATA", b'{"tree_metadata": [1'),
-        ("state/_sharding", b"[1]"),
         ("state/manifest.ocdbt", None),
         ("state/d/*", None),
         ("state/d/*", "half"),
@@ -118,6 +121,48 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, pattern, how):
         assert all(f"{tmp_path / step} is damaged: " in str(error.value) for step in ("4", "8"))
 
 
+def test_a_forged_chunk_is_passed_over_before_it_is_allocated(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (4, 8):
+            save_state(checkpoints, state_of(step, step / 7))
+    base = {"driver": "file", "path": f"{tmp_path}/8/state/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    (key,) = (k for k in store.list().result() if k.endswith(b".params['layer']['bias']/zarr.json"))
+    layout = json.loads(store[key])
+    chunk = [1 << 45]
+    layout["chunk_grid"]["configuration"]["chunk_shape"] = chunk
+    layout["codecs"][0]["configuration"]["chunk_shape"] = chunk
+    store[key] = json.dumps(layout).encode()
+    with pytest.warns(UserWarning, match=r"the chunks of .* do not fit its shape.* step 4 takes"):
+        assert_same(last(tmp_path), state_of(4, 4 / 7))
+
+
+def test_the_devices_that_a_state_was_on_do_not_matter(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        save_state(checkpoints, state_of(4, 4 / 7))
+    damage(tmp_path / "4", "state/_sharding", b"[1]")
+    assert_same(last(tmp_path), state_of(4, 4 / 7))
+
+
+@pytest.mark.parametrize("pattern", ["_METADATA", "manifest.ocdbt", "d/*"])
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (os.mkfifo, "is neither a file nor a folder"),
+        (lambda file: file.touch() or os.truncate(file, 1 << 40), "is a sparse file"),
+    ],
+)
+def test_what_reading_would_not_end_at_is_passed_over(tmp_path, pattern, put, message):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (4, 8):
+            save_state(checkpoints, state_of(step, step / 7))
+    (file,) = (tmp_path / "8" / "state").glob(pattern)
+    file.unlink()
+    put(file)
+    with pytest.warns(UserWarning, match=f"{file} {message}.* step 4 takes"):
+        assert_same(last(tmp_path), state_of(4, 4 / 7))
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -127,6 +172,13 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, pattern, how):
         ("metrics/metrics", b'{"miou": "x"}'),
         ("metrics/metrics", b'{"miou": 1%s}' % (b"0" * 400)),
         ("metrics/metrics", None),
+        ("_CHECKPOINT_METADATA", b'{"item_handlers": 3, "init_timestamp_nsecs": "x"}'),
+        ("_CHECKPOINT_METADATA", b'{"metrics": [1]}'),
+        ("_CHECKPOINT_METADATA", b'{"performance_metrics": {"x": 1.0}}'),
+        ("_CHECKPOINT_METADATA", b'{"commit_timestamp_nsecs": 1%s}' % (b"0" * 30)),
+        ("_CHECKPOINT_METADATA", b'{"commit_timestamp_nsecs": 1%s}' % (b"0" * 400)),
+        ("_CHECKPOINT_METADATA", Path("nowhere")),
+        ("metrics/metrics", Path("../state")),
     ],
 )
 def test_a_damaged_description_takes_no_state_along(tmp_path, name, content):
@@ -136,6 +188,9 @@ def test_a_damaged_description_takes_no_state_along(tmp_path, name, content):
     if content is None:
         (tmp_path / "8" / name).unlink()
         (tmp_path / "8" / name).mkdir()
+    elif isinstance(content, Path):
+        (tmp_path / "8" / name).unlink()
+        (tmp_path / "8" / name).symlink_to(content)
     else:
         (tmp_path / "8" / name).write_bytes(content)
     with pytest.warns(UserWarning, match=f"{tmp_path / '8' / name} was damaged"):
