@@ -35,6 +35,8 @@ _MOST_COMPRESSED, _ALWAYS_ALLOWED = 100, 256 << 20
 # An array is saved as one chunk; whoever saves it again from many devices makes some per device.
 # To find one may take milliseconds.
 _MOST_CHUNKS = 1 << 16
+# ViT-H and the state of its optimizer have 2,000.
+_MOST_ARRAYS = 6_000
 # What Orbax writes, in a shard or without one. Others allocate what the data asks for.
 _CODECS, _INDEX_CODECS = (["bytes"], ["bytes", "zstd"]), ["bytes", "crc32c"]
 _NODE_CACHE_BYTES = 256 << 20
@@ -170,11 +172,14 @@ def open_arrays(
     kind = read_json(state / "_METADATA", max_bytes=max_metadata_bytes)
     if not (kind["use_ocdbt"] is kind["use_zarr3"] is True):
         raise ValueError("expected arrays in OCDBT and zarr 3")
+    names = list(map(_name, kind["tree_metadata"].values()))
+    if len(names) > _MOST_ARRAYS:
+        raise ValueError(f"it has {len(names):,} arrays, expected at most {_MOST_ARRAYS:,}")
     spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}}
     # Each node of the B-tree is read and decoded once, not for each array.
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _NODE_CACHE_BYTES}})
     store = tensorstore.KvStore.open(spec, context=context).result()
-    return {name: _open_array(store, name) for name in map(_name, kind["tree_metadata"].values())}
+    return {name: _open_array(store, name) for name in names}
 
 
 def _name(entry: dict[str, Any]) -> str:

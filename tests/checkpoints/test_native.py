@@ -287,6 +287,12 @@ def test_the_number_of_chunks_is_bounded(monkeypatch, saved, params):
         native.load(saved)
 
 
+def test_the_number_of_arrays_is_bounded(monkeypatch, saved):
+    monkeypatch.setattr(native, "_MOST_ARRAYS", 10)
+    with pytest.raises(CheckpointError, match=r"arrays, expected at most 10"):
+        native.load(saved)
+
+
 @pytest.mark.parametrize("key", ["use_ocdbt", "use_zarr3"])
 def test_arrays_in_another_place_are_refused(tmp_path, saved, key):
     """Whose chunks nobody looked at."""
