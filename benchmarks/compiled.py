@@ -35,9 +35,9 @@ from sam_jax.automatic.device import Frame, Points, measure, points_at_once, siz
 from sam_jax.models.compiled import decode, encode_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops import attention
-from sam_jax.ops.mask_statistics import full_size
+from sam_jax.ops.mask_statistics import make_upsampler
 from sam_jax.training.rules import EVERYTHING, adamw, split_model
-from sam_jax.training.step import Recipe, init_state, train_step
+from sam_jax.training.step import TrainConfig, init_state, train_step
 
 PACKAGES = (
     *("jax-cuda12-plugin", "jax-cuda12-pjrt"),
@@ -123,7 +123,7 @@ def training(mesh: Mesh, model: Sam, batch: int):
         train_step, static_argnames=("graphdef", "tx", "recipe"), donate_argnames=("state",)
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return compiled(mesh, step, graphdef, state, frozen, examples, key, tx=tx, recipe=Recipe())
+    return compiled(mesh, step, graphdef, state, frozen, examples, key, tx=tx, recipe=TrainConfig())
 
 
 def decoder(mesh: Mesh, model: Sam, batch: int):
@@ -138,7 +138,7 @@ def everything(mesh: Mesh, model: Sam, batch: int):
     at_once = points_at_once(PROMPTS, "gpu")
     size, input_size = (3000, 4000), (768, 1024)
     frame = Frame(
-        full_size(256, 1024, input_size, size, size_to_pad_to(max(size)), at_once.tile),
+        make_upsampler(256, 1024, input_size, size, size_to_pad_to(max(size)), at_once.tile),
         np.zeros(3, np.float32),
     )
     points = Points(

@@ -39,7 +39,7 @@ from sam_jax.ops.prompts import join_prompts
 from sam_jax.predictor import SamPredictor
 from sam_jax.training.interactive import _first_prompt
 from sam_jax.training.rules import EVERYTHING, adamw, split_model
-from sam_jax.training.step import Recipe, compile_step, init_state
+from sam_jax.training.step import TrainConfig, compile_step, init_state
 
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("convert", "tests/helpers"))
 ALONE = ""  # or why ours is
@@ -379,7 +379,7 @@ def training(setting: Setting) -> Contenders:
         "valid": np.ones((setting.batch, 1), np.float32),
     }
     batch["masks"][..., 10:200, 10:100] = rng.random((190, 90)) > 0.2
-    key, recipe = jax.random.key(0), Recipe(box_probability=1.0)
+    key, recipe = jax.random.key(0), TrainConfig(box_probability=1.0)
     on_device = jax.tree.map(jnp.asarray, batch)
 
     def ours(model):

@@ -27,7 +27,7 @@ from sam_jax.automatic.device import _attend, points_at_once
 from sam_jax.models.compiled import encode_image
 from sam_jax.models.mask_decoder import output_slice
 from sam_jax.ops.boxes import build_point_grid
-from sam_jax.ops.mask_statistics import full_size, mask_statistics
+from sam_jax.ops.mask_statistics import make_upsampler, mask_statistics
 
 POINTS, REPEAT = 64, 5
 
@@ -91,7 +91,7 @@ def main() -> None:
     scores = jax.vmap(decoder.predict_iou)(iou_tokens)[:, outputs].reshape(-1)
     masks = masks[np.asarray(scores) > 0.88]
     sizes = processor.input_size(photo.shape[:2]), photo.shape[:2]
-    full = full_size(config.mask_size, config.image_size, *sizes, 4096, tile)
+    full = make_upsampler(config.mask_size, config.image_size, *sizes, 4096, tile)
     full = jax.tree.map(jnp.asarray, full)
     statistics = one_by_one(lambda _, mask: mask_statistics(mask, full, 0.0, 1.0))
     per_mask = seconds(statistics, params, masks) / len(masks)

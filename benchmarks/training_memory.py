@@ -37,7 +37,7 @@ def measure(dtype: str, remat: bool) -> dict:
     from sam_jax.config import vit_b
     from sam_jax.models.sam import Sam
     from sam_jax.training.rules import EVERYTHING, adamw, split_model
-    from sam_jax.training.step import Recipe, compile_step, init_state
+    from sam_jax.training.step import TrainConfig, compile_step, init_state
 
     model = Sam(vit_b(), dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     graphdef, trained, frozen = split_model(model, EVERYTHING)
@@ -59,7 +59,7 @@ def measure(dtype: str, remat: bool) -> dict:
 
     tx = adamw(1e-4, EVERYTHING)
     state = init_state(trained, tx)
-    step = compile_step(state, tx, Recipe(remat=remat))
+    step = compile_step(state, tx, TrainConfig(remat=remat))
     compiled = step.lower(graphdef, state, frozen, batch, jax.random.key(0)).compile()
     jax.block_until_ready(state)
     device = jax.local_devices()[0]

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from sam_jax.checkpoints import from_pretrained, load_params, native, read_state_dict
-from sam_jax.checkpoints.download import locate
+from sam_jax.checkpoints.download import resolve
 from sam_jax.checkpoints.infer_config import infer_config
 from sam_jax.checkpoints.names import detect_format
 from sam_jax.config import Preprocessing, SamConfig, TinyViTConfig, with_preprocessing
@@ -55,7 +55,7 @@ def main(args: Args) -> None:
 
 def check_verifiable(checkpoint: str) -> None:
     """Raises ValueError, before anything is written, if there is nothing to compare with."""
-    if native.is_checkpoint(locate(checkpoint)):
+    if native.is_checkpoint(resolve(checkpoint)):
         raise ValueError(
             f"--verify compares with PyTorch's model, but {checkpoint} is a folder of sam_jax "
             "already; give the PyTorch checkpoint, or leave --verify out"

@@ -30,18 +30,34 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from sam_jax import from_pretrained, save_pretrained
-from sam_jax.checkpoints.params import digest, flat_params
+from sam_jax.checkpoints import flat_params, params_sha256
 from sam_jax.config import SamConfig
-from sam_jax.evaluation.clicks import draw_clicks, evaluate
-from sam_jax.files import keep_settings, lock_folder, read_json, write_json
-from sam_jax.training import checkpointing, sharding
-from sam_jax.training.datasets import BadAnnotations, fingerprint, open_source
-from sam_jax.training.embeddings import CachedEmbeddings
-from sam_jax.training.loader import batches, check_objects
-from sam_jax.training.lora import add_lora, merge_lora, save_lora
-from sam_jax.training.rules import TABLES, Optimizer, layer_decay, split_model, updates_made
-from sam_jax.training.step import Recipe, check_recipe, compile_step, init_state
-from sam_jax.training.transform import Prepare, too_small
+from sam_jax.evaluation import draw_clicks, evaluate
+from sam_jax.files import check_or_write_settings, lock_folder, read_json, write_json
+from sam_jax.training import (
+    TABLES,
+    CachedEmbeddings,
+    ExampleTransform,
+    OptimizerConfig,
+    TrainConfig,
+    add_lora,
+    check_objects,
+    check_recipe,
+    checkpointing,
+    compile_step,
+    fingerprint,
+    init_state,
+    layer_decay,
+    make_loader,
+    merge_lora,
+    open_annotations,
+    save_lora,
+    sharding,
+    split_model,
+    too_small,
+    updates_made,
+)
+from sam_jax.types import OnBadAnnotation
 
 try:
     import grain  # noqa: F401
@@ -64,7 +80,7 @@ class Config:
     eval_annotations: Path | None = None  # held-out pictures to evaluate on
     eval_images: Path | None = None  # folder of the held-out pictures of a COCO file
     eval_every: int = 100  # steps between evaluations, each with a checkpoint
-    bad_annotations: BadAnnotations = "refuse"  # list what is wrong and stop, or leave it out
+    on_bad_annotation: OnBadAnnotation = "raise"  # list what is wrong and stop, or leave it out
     model: str = "mobile_sam"  # short name, hub repository, file or folder
     seed: int = 0  # of the order of pictures and of all that is by chance
     # hq: what SAM-HQ adds to SAM; lora: the decoder and the encoder's adapters
@@ -79,8 +95,8 @@ class Config:
     full_resolution: bool = False  # compare masks at the resolution of the model's input
     flip: float = 0.0  # how often a picture is mirrored
     scale_range: tuple[float, float] | None = None  # large-scale jitter; the paper's is 0.1 2.0
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = Recipe()  # noqa: RUF009
-    optimizer: Annotated[Optimizer, tyro.conf.arg(name="")] = Optimizer()  # noqa: RUF009
+    recipe: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009
+    optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()  # noqa: RUF009
     dtype: Literal["float32", "bfloat16"] = "float32"  # what is computed in; parameters are float32
     parallelism: sharding.Parallelism = "data"  # all parameters on every device, or its share
     workers: int = 0  # processes that read pictures; 0 for threads
@@ -88,8 +104,16 @@ class Config:
 
 
 # What may be another when a run goes on.
-FREE = {"output", "hosts", "workers", "parallelism", "eval_every", "bad_annotations", "cache"}
-FREE |= {"recipe", "optimizer", "remat", "accumulate", "objects_at_once"}
+RESUMABLE = {
+    "output",
+    "hosts",
+    "workers",
+    "parallelism",
+    "eval_every",
+    "on_bad_annotation",
+    "cache",
+}
+RESUMABLE |= {"recipe", "optimizer", "remat", "accumulate", "objects_chunk_size"}
 SUMMARY = "summary.json"
 
 
@@ -113,9 +137,9 @@ def run(config: Config) -> int:
     output = config.output
     model = from_pretrained(config.model, dtype=jnp.dtype(config.dtype))
     keep_run_settings(model, config)
-    model, table = what_trains(model, config)
+    model, table = build_trainable(model, config)
     graphdef, trained, frozen = split_model(model, table)
-    tx, schedule = config.optimizer.make(table, config.steps)
+    tx, schedule = config.optimizer.build(table, config.steps)
     prepare = preparation(model.config, config)
     source, held_out = sources(config)
     check_objects(source, prepare, config.seed)
@@ -123,9 +147,9 @@ def run(config: Config) -> int:
         check_objects(held_out, None)
     source, held_out = with_embeddings(source, held_out, model, config)
     mesh = sharding.make_mesh()
-    trained, frozen = sharding.put((trained, frozen), mesh, config.parallelism)
+    trained, frozen = sharding.shard_tree((trained, frozen), mesh, config.parallelism)
     begin = functools.partial(init_state, tx=tx, ema=config.recipe.ema_decay is not None)
-    state = sharding.make(begin, trained, mesh=mesh, parallelism=config.parallelism)
+    state = sharding.init_sharded(begin, trained, mesh=mesh, parallelism=config.parallelism)
     del model, trained  # which the first device would hold beside its share of the state
 
     with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
@@ -136,12 +160,14 @@ def run(config: Config) -> int:
         if start:
             say(f"resuming from step {start} of {config.steps}")
         train_step = compile_step(state, tx, config.recipe)
-        data = batches(
+        data = make_loader(
             source, prepare, config.batch_size, config.seed, start=start, workers=config.workers
         )
         log = MetricsLog(output, start + 1 if start else 0)
         if start == 0 and held_out is not None:  # what the model can before it is trained
-            found = look(sharding.merge(graphdef, state.result, frozen, mesh), held_out, log, 0)
+            found = evaluate_and_log(
+                sharding.merge_on_host(graphdef, state.result, frozen, mesh), held_out, log, 0
+            )
             log.write(0, found, show=True)
         updates, used, dropped = updates_made(state.opt_state), 0, 0
         warned = stopped = False
@@ -153,8 +179,8 @@ def run(config: Config) -> int:
                 state, metrics = train_step(graphdef, state, frozen, batch, key)
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 if not np.isfinite(list(metrics.values())).all():
-                    images = [source.image_id(i) for i in sharding.gather(batch["index"], mesh)]
-                    raise checkpointing.not_finite(step, metrics, images, checkpoints)
+                    images = [source.image_id(i) for i in sharding.fetch(batch["index"], mesh)]
+                    raise checkpointing.non_finite_error(step, metrics, images, checkpoints)
                 if step == start + 1:  # the rate is of steps, not of compiling
                     bar.set_description("training")
                     bar.unpause()
@@ -173,8 +199,8 @@ def run(config: Config) -> int:
                     )
                 due = step % config.eval_every == 0 or step == config.steps
                 if due and held_out is not None:
-                    tuned = sharding.merge(graphdef, state.result, frozen, mesh)
-                    metrics |= look(tuned, held_out, log, step)
+                    tuned = sharding.merge_on_host(graphdef, state.result, frozen, mesh)
+                    metrics |= evaluate_and_log(tuned, held_out, log, step)
                 log.write(step, metrics, show=due)
                 stopped = sharding.any_host(interrupts.received is not None)
                 if due or stopped:
@@ -199,7 +225,7 @@ def run(config: Config) -> int:
         best = checkpointing.load_state(checkpoints, state, best=True)
     for name, chosen in {"model": state, "best": best if held_out else None}.items():
         if chosen and not is_written(output, name, config.steps):
-            tuned = sharding.merge(graphdef, chosen.result, frozen, mesh)
+            tuned = sharding.merge_on_host(graphdef, chosen.result, frozen, mesh)
             if is_first:  # of fewer steps
                 shutil.rmtree(output / name, ignore_errors=True)
             multihost_utils.sync_global_devices(f"may write {name}")
@@ -276,7 +302,7 @@ def summarize(lines: list[dict]) -> dict:
     }
 
 
-def describe(summary: dict, prepare: Prepare) -> list[str]:
+def describe(summary: dict, prepare: ExampleTransform) -> list[str]:
     """The summary in lines to read."""
     used, dropped = summary["objects_used"], summary["objects_dropped"]
     lines = [f"objects: {used} used, {dropped} dropped"]
@@ -324,9 +350,9 @@ def keep_run_settings(model, config: Config):
     settings = dataclasses.asdict(config) | config.recipe._asdict() | config.optimizer._asdict()
     if Path(config.model).exists():
         settings["model"] = Path(config.model)
-    free = FREE | {"steps"} if config.optimizer.schedule == "constant" else FREE
-    settings = {name: comparable(value) for name, value in settings.items() if name not in free}
-    settings["weights"] = digest(flat_params(model))
+    free = RESUMABLE | {"steps"} if config.optimizer.schedule == "constant" else RESUMABLE
+    settings = {name: normalize(value) for name, value in settings.items() if name not in free}
+    settings["weights"] = params_sha256(flat_params(model))
     settings["data"] = fingerprint(config.annotations)
     config.output.mkdir(parents=True, exist_ok=True)
     has_checkpoint = any(path.name.isdigit() for path in config.output.glob("checkpoints/*"))
@@ -334,7 +360,7 @@ def keep_run_settings(model, config: Config):
     if not has_checkpoint and result.exists():
         raise ValueError(f"{result} is there already, but no run of it; choose another --output")
     try:
-        keep_settings(config.output / "settings.json", settings, has_checkpoint)
+        check_or_write_settings(config.output / "settings.json", settings, has_checkpoint)
     except ValueError as error:
         raise ValueError(
             f"{error}. Choose another --output; to train this run's result further, once it is "
@@ -343,12 +369,12 @@ def keep_run_settings(model, config: Config):
         ) from error
 
 
-def comparable(value) -> str:
+def normalize(value) -> str:
     """A setting as it is compared: a path is the same from wherever one says it."""
     return str(value.resolve() if isinstance(value, Path) else value)
 
 
-def what_trains(model, config: Config):
+def build_trainable(model, config: Config):
     """The model, with adapters if they are asked for, and the table of what trains."""
     if config.train == "lora":
         layers = r"image_encoder\..*\.(qkv|proj)"
@@ -358,17 +384,22 @@ def what_trains(model, config: Config):
     return model, TABLES[config.train]
 
 
-def preparation(model_config: SamConfig, config: Config) -> Prepare:
+def preparation(model_config: SamConfig, config: Config) -> ExampleTransform:
     """What gives pictures and masks the shape that a step takes."""
     size = model_config.image_size if config.full_resolution else model_config.mask_size
-    return Prepare(model_config, config.max_objects, size, config.flip, config.scale_range)
+    return ExampleTransform(model_config, config.max_objects, size, config.flip, config.scale_range)
 
 
 def sources(config: Config):
     """Images to train on, and held-out ones or None."""
-    source, held_out = open_source(config.annotations, config.images, config.bad_annotations), None
+    source, held_out = (
+        open_annotations(config.annotations, config.images, config.on_bad_annotation),
+        None,
+    )
     if config.eval_annotations is not None:
-        held_out = open_source(config.eval_annotations, config.eval_images, config.bad_annotations)
+        held_out = open_annotations(
+            config.eval_annotations, config.eval_images, config.on_bad_annotation
+        )
     return source, held_out
 
 
@@ -387,9 +418,9 @@ def with_embeddings(source, held_out, model, config: Config):
     return cached[0] or source, cached[1]
 
 
-def look(model, held_out, log: MetricsLog, step: int) -> dict[str, float]:
+def evaluate_and_log(model, held_out, log: MetricsLog, step: int) -> dict[str, float]:
     """What `evaluate` finds; what it looks like goes to the log."""
-    log.picture(step, draw_clicks(model, held_out))
+    log.log_image(step, draw_clicks(model, held_out))
     hidden = jax.process_index() > 0
     with tqdm(desc="evaluating", total=len(held_out), leave=False, disable=hidden) as bar:
         return evaluate(model, held_out, on_image=bar.update)

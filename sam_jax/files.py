@@ -24,7 +24,7 @@ _MAX_JSON_BYTES, _MAX_JSON_DEPTH = 4 * 2**30, 100
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a path to write a file or a folder to, which then takes the place of `path`.
 
     On an exception nothing is left behind, and an OSError, such as of a full disk, names `path` if
@@ -244,11 +244,11 @@ def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
         ValueError: for NaN and infinity, which JSON cannot hold.
     """
     text = json.dumps(value, indent=indent, allow_nan=False)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text + "\n")
 
 
-def keep_settings(file: Path, settings: dict[str, Any], has_results: bool) -> None:
+def check_or_write_settings(file: Path, settings: dict[str, Any], has_results: bool) -> None:
     """Writes the settings of a run, or compares them with those of its results.
 
     Raises:
@@ -275,7 +275,7 @@ def map_file(file: BinaryIO) -> memoryview:
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def check_new(path: str | os.PathLike) -> None:
+def require_absent(path: str | os.PathLike) -> None:
     """Refuses a path at which there is something already.
 
     Raises:
@@ -286,7 +286,7 @@ def check_new(path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def appearing(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
     """A folder to write to, which takes its place if nothing is raised."""
     path = Path(path).expanduser().absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -294,5 +294,5 @@ def appearing(path: str | os.PathLike) -> Iterator[Path]:
         folder = Path(temporary, path.name)
         folder.mkdir()
         yield folder
-        check_new(path)
+        require_absent(path)
         folder.rename(path)

@@ -7,4 +7,4 @@ Platform = Literal["cpu", "cuda", "rocm", "tpu"]  # JAX's names
 OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]  # of a record's mask
 ResultsFormat = Literal["png", "coco"]
 Segmentation = Literal["rle", "polygons"]  # of COCO's annotations
-BadAnnotations = Literal["refuse", "skip"]
+OnBadAnnotation = Literal["raise", "skip"]

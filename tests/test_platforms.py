@@ -15,7 +15,7 @@ from reference import SMALL, SMALL_TINY, flash_attentions, lowered_for_cuda
 from sam_jax.automatic.device import encode
 from sam_jax.models.sam import Sam
 from sam_jax.training.rules import EVERYTHING, adamw, split_model
-from sam_jax.training.step import Recipe, init_state, train_step
+from sam_jax.training.step import TrainConfig, init_state, train_step
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 MODELS = {
@@ -72,7 +72,7 @@ def test_decoder(model, with_masks):
     graphdef, params = nnx.split(model)
     grid, side = model.config.image_embedding_size, model.config.mask_size
     exported = lowered(
-        lambda params, *arrays: nnx.merge(graphdef, params).decode(*arrays, prompts_at_once=4),
+        lambda params, *arrays: nnx.merge(graphdef, params).decode(*arrays, prompts_chunk_size=4),
         params,
         shape(1, grid, grid, model.config.prompt_embed_dim),
         shape(1, 4, 3, 2),
@@ -94,7 +94,9 @@ def training_step(model):
         "boxes": shape(2, 3, 4),
         "valid": shape(2, 3),
     }
-    recipe = Recipe(rounds=2, remat=True, accumulate=2, ema_decay=0.9, objects_at_once=3)
+    recipe = TrainConfig(
+        num_rounds=2, remat=True, accumulate=2, ema_decay=0.9, objects_chunk_size=3
+    )
 
     def step(state, frozen, batch, key):
         key = jax.random.wrap_key_data(key)
@@ -178,7 +180,7 @@ def test_flash_attention_in_training(nvidia, vit, remat):
         "valid": shape(2, 1),
     }
     step = jax.jit(train_step, static_argnames=("graphdef", "tx", "recipe"))
-    key, recipe = jax.eval_shape(lambda: jax.random.key(0)), Recipe(remat=remat)
+    key, recipe = jax.eval_shape(lambda: jax.random.key(0)), TrainConfig(remat=remat)
     text = lowered_for_cuda(step, graphdef, state, frozen, batch, key, tx=tx, recipe=recipe)
     # With remat once more on the way back.
     forward = 2 if remat else 1

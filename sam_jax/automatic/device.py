@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sam_jax.models.mask_decoder import output_slice
 from sam_jax.models.sam import Sam
-from sam_jax.ops.mask_statistics import FullSize, MaskStatistics, mask_statistics
+from sam_jax.ops.mask_statistics import MaskStatistics, MaskUpsampler, mask_statistics
 from sam_jax.ops.prompts import join_prompts, pad_axis
 
 
@@ -28,7 +28,7 @@ class AtOnce(NamedTuple):
 class Frame(NamedTuple):
     """How masks become full size and are measured; arrays."""
 
-    full: FullSize
+    full: MaskUpsampler
     limits: Float[Array, "3"]  # of predicted IoU, of logits, offset of the latter for stability
 
 

@@ -51,7 +51,7 @@ from sam_jax.ops.boxes import (
     mask_to_box,
     non_maximum_suppression,
 )
-from sam_jax.ops.mask_statistics import full_size
+from sam_jax.ops.mask_statistics import make_upsampler
 from sam_jax.ops.prompts import pad_axis
 from sam_jax.ops.regions import remove_small_regions
 from sam_jax.ops.rle import rle_area, rle_compress, rle_decode, rle_encode
@@ -307,7 +307,9 @@ class SamAutomaticMaskGenerator(WithAdvice):
         """How the low-resolution masks of a crop of (h, w) are measured."""
         config, input_size = self.config, self.processor.input_size(size)
         tile = self._at_once.tile
-        full = full_size(config.mask_size, config.image_size, input_size, size, padded_size, tile)
+        full = make_upsampler(
+            config.mask_size, config.image_size, input_size, size, padded_size, tile
+        )
         options = self.options
         limits = [options.pred_iou_thresh, self.mask_threshold, options.stability_score_offset]
         return Frame(full, np.array(limits, np.float32))

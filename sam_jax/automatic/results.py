@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 import sam_jax
 from sam_jax.files import (
-    keep_settings,
+    atomic_write,
+    check_or_write_settings,
     read_json,
     remove_leftovers,
-    replacing,
     write_json,
 )
 from sam_jax.ops.regions import mask_to_polygons
@@ -76,7 +76,7 @@ class Results:
         # A run that came to nothing binds no other.
         results = (self.folder.glob(f"[!.]*/{_SOURCE}"), self.folder.glob(f"{_PARTS}/[!.]*"))
         settings = {"format": self.format, "overlays": self.overlays, **settings}
-        keep_settings(self.folder / _SETTINGS, settings, any(itertools.chain(*results)))
+        check_or_write_settings(self.folder / _SETTINGS, settings, any(itertools.chain(*results)))
         return [picture for picture in pictures if not self.is_finished(picture)]
 
     def is_finished(self, picture: Path) -> bool:
@@ -115,14 +115,14 @@ class Results:
         """Writes a picture's records, whose masks are uncompressed run lengths."""
         drawn = _draw(image, records) if self.overlays else None
         if self.format == "png":
-            with replacing(self._result(picture)) as path:
+            with atomic_write(self._result(picture)) as path:
                 _write_pngs(path, records)
                 (path / _SOURCE).write_text(json.dumps(_source(picture)))
                 if drawn:
                     drawn.save(path / "overlay.png")
             return
         if drawn:
-            with replacing(self.folder / _OVERLAYS / f"{picture.stem}.png") as path:
+            with atomic_write(self.folder / _OVERLAYS / f"{picture.stem}.png") as path:
                 drawn.save(path, format="PNG")
         part = {"source": _source(picture), **_part(picture, image, records)}
         write_json(self._result(picture), part)
@@ -136,7 +136,7 @@ class Results:
         if self.format != "coco":
             return []
         parts = {path.stem: path for path in sorted((self.folder / _PARTS).glob("*.json"))}
-        with replacing(self.folder / ANNOTATIONS) as path:
+        with atomic_write(self.folder / ANNOTATIONS) as path:
             said, ids = _write_coco(path, parts, _read_ids(self.folder / _IDS), self.segmentation)
             write_json(self.folder / _IDS, ids)
         return [f"{self.folder / ANNOTATIONS}: {said[0]}", *said[1:]]

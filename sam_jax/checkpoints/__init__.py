@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from sam_jax.checkpoints import native
-from sam_jax.checkpoints.download import HF_FILES, find_weights, locate, read_index
+from sam_jax.checkpoints.download import HF_FILES, find_weights, read_index, resolve
 from sam_jax.checkpoints.hf_config import from_hf, to_hf, to_hf_preprocessor
 from sam_jax.checkpoints.infer_config import infer_config, strip_prefix
 from sam_jax.checkpoints.names import Format, detect_format, from_torch, to_torch
@@ -30,6 +30,7 @@ from sam_jax.checkpoints.params import (
     check_tensors,
     flat_params,
     param_shapes,
+    params_sha256,
     resize_positions,
 )
 from sam_jax.checkpoints.safetensors import write_safetensors
@@ -37,15 +38,17 @@ from sam_jax.checkpoints.tensor_files import read_tensors
 from sam_jax.checkpoints.torch_write import write_torch
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.errors import CheckpointError, clip
-from sam_jax.files import read_json, replacing
+from sam_jax.files import atomic_write, read_json
 from sam_jax.models.sam import Sam
 from sam_jax.ops.attention import Implementation
 
 __all__ = [
     "CheckpointError",
+    "flat_params",
     "from_pretrained",
     "load_config",
     "load_params",
+    "params_sha256",
     "read_state_dict",
     "save_pretrained",
     "write_checkpoint",
@@ -110,7 +113,7 @@ def load_params(name_or_path: str | os.PathLike) -> tuple[dict[str, np.ndarray],
 
     Takes what `from_pretrained` takes and raises what it raises.
     """
-    path = locate(name_or_path)
+    path = resolve(name_or_path)
     if native.is_checkpoint(path):
         return native.load(path)
     tensors = read_state_dict(path)
@@ -125,7 +128,7 @@ def read_state_dict(name_or_path: str | os.PathLike) -> dict[str, np.ndarray]:
     What all names begin with beyond a SAM's own (`module.`, `model.sam.`) is left out, with a
     warning. Takes the PyTorch checkpoints that `from_pretrained` takes and raises what it raises.
     """
-    path = locate(name_or_path)
+    path = resolve(name_or_path)
     tensors = _read_folder(path) if path.is_dir() else read_tensors(path)
     try:
         tensors, left_out = strip_prefix(tensors)
@@ -142,7 +145,7 @@ def load_config(name_or_path: str | os.PathLike) -> SamConfig:
 
     Takes what `from_pretrained` takes and raises what it raises.
     """
-    path = locate(name_or_path)
+    path = resolve(name_or_path)
     if native.is_checkpoint(path):
         return native.load_config(path)
     return _torch_config(path, read_state_dict(path))
@@ -191,7 +194,7 @@ def write_checkpoint(
     # The names appear together: a folder half written would be in the next run's way.
     with contextlib.ExitStack() as stack:
         for file, values in texts.items():
-            temporary = stack.enter_context(replacing(file))
+            temporary = stack.enter_context(atomic_write(file))
             temporary.write_text(json.dumps(values, indent=2) + "\n")
         writers[path.suffix](path, tensors)
 

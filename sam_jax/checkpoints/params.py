@@ -48,7 +48,7 @@ def flat_params(model: Sam) -> dict[str, jax.Array]:
     return {_path(key): variable[...] for key, variable in nnx.to_flat_state(state)}
 
 
-def digest(params: Mapping[str, np.ndarray | jax.Array]) -> str:
+def params_sha256(params: Mapping[str, np.ndarray | jax.Array]) -> str:
     """Tells whether parameters are the same, to the bit: a SHA-256 in hexadecimal digits."""
     found = hashlib.sha256()
     for name, array in sorted(params.items()):

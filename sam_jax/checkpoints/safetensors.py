@@ -12,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from sam_jax.errors import CheckpointError, clip
-from sam_jax.files import map_file, read_json, replacing
+from sam_jax.files import atomic_write, map_file, read_json
 
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype("<f8"),
@@ -84,7 +84,7 @@ def write_safetensors(
     """
     # The library reads memory from the array's start on: whatever is strided must be copied first.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    with replacing(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         try:

@@ -13,7 +13,7 @@ import numpy as np
 
 from sam_jax.checkpoints.unpickle import ORDERED_DICT, REBUILD_TENSOR, TORCH_STORAGES
 from sam_jax.errors import CheckpointError
-from sam_jax.files import replacing
+from sam_jax.files import atomic_write
 
 
 def write_torch(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
@@ -35,7 +35,7 @@ def write_torch(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> N
             dtypes = ", ".join(str(dtype) for dtype in TORCH_STORAGES)
             raise CheckpointError(f"{name!r} is {array.dtype}; cast it to one of {dtypes}.")
     with (
-        replacing(Path(path)) as temporary,
+        atomic_write(Path(path)) as temporary,
         temporary.open("wb") as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
     ):

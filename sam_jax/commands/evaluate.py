@@ -8,7 +8,7 @@ import tyro
 from tqdm import tqdm
 
 from sam_jax.commands.common import say_compiling
-from sam_jax.types import BadAnnotations, DType
+from sam_jax.types import DType, OnBadAnnotation
 
 
 @dataclasses.dataclass
@@ -22,7 +22,7 @@ class Evaluate:
     """A COCO instance file, or a folder of SA-1B."""
     images: Path | None = None
     """The COCO file's folder of pictures."""
-    bad_annotations: BadAnnotations = "refuse"
+    on_bad_annotation: OnBadAnnotation = "raise"
     """List what is wrong with the file and stop, or leave it out."""
     model: str = "mobile_sam"
     """Short name, hub repository, file or folder."""
@@ -34,9 +34,9 @@ def evaluate(args: Evaluate) -> None:
     """Prints mean IoUs."""
     from sam_jax.checkpoints import from_pretrained
     from sam_jax.evaluation.clicks import evaluate as evaluate_model
-    from sam_jax.training.datasets import open_source
+    from sam_jax.training.datasets import open_annotations
 
-    source = open_source(args.annotations, args.images, args.bad_annotations)
+    source = open_annotations(args.annotations, args.images, args.on_bad_annotation)
     model = from_pretrained(args.model, dtype=args.dtype)
     say_compiling("the latter for several numbers of objects")
     with tqdm(total=len(source), unit="image", miniters=1) as bar:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from sam_jax.files import check_new
+from sam_jax.files import require_absent
 from sam_jax.types import DType, Platform
 
 
@@ -45,7 +45,7 @@ def export(args: Export) -> None:
     from sam_jax.checkpoints import from_pretrained
     from sam_jax.export import export_jax, export_onnx
 
-    check_new(args.output)
+    require_absent(args.output)
     for_jax = args.platforms is not None or args.dtype != "float32" or args.gradient
     if args.format == "onnx" and for_jax:
         raise ValueError(

@@ -12,7 +12,7 @@ from sam_jax.models.sam import Sam
 from sam_jax.ops.boxes import mask_to_box
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.predictor import SamPredictor
-from sam_jax.training.datasets import Source
+from sam_jax.training.datasets import Dataset
 from sam_jax.visualize import overlay
 
 CLICKS = (1, 2, 3, 5)
@@ -21,10 +21,10 @@ _DRAWN = 16  # objects of a picture: of SA-1B's hundred the eye would tell no mo
 
 def evaluate(
     model: Sam,
-    source: Source,
+    source: Dataset,
     *,
     clicks: Sequence[int] = CLICKS,
-    objects_at_once: int = 16,
+    objects_chunk_size: int = 16,
     on_image: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """The mean IoU over all objects, at the pictures' own resolution.
@@ -39,7 +39,7 @@ def evaluate(
         model: of any kind.
         source: examples; see `sam_jax.training.datasets`.
         clicks: numbers of clicks, at least one.
-        objects_at_once: prompts decoded together.
+        objects_chunk_size: prompts decoded together.
         on_image: called after each picture.
 
     Returns:
@@ -50,8 +50,8 @@ def evaluate(
     """
     if not clicks or min(clicks) < 1:
         raise ValueError(f"clicks is {clicks}, expected one number of clicks or more, each above 0")
-    if objects_at_once < 1:
-        raise ValueError(f"objects_at_once is {objects_at_once}, expected at least 1")
+    if objects_chunk_size < 1:
+        raise ValueError(f"objects_chunk_size is {objects_chunk_size}, expected at least 1")
     names = [*(f"miou@{n}" for n in clicks), "miou@box"]
     found: dict[str, list[float]] = {name: [] for name in names}
     predictor = SamPredictor(model)
@@ -59,8 +59,8 @@ def evaluate(
         example = source[i]
         if len(example["masks"]):
             set_image(predictor, example)
-        for start in range(0, len(example["masks"]), objects_at_once):
-            masks = example["masks"][start : start + objects_at_once]
+        for start in range(0, len(example["masks"]), objects_chunk_size):
+            masks = example["masks"][start : start + objects_chunk_size]
             masks = masks[masks.any((-2, -1))]  # an empty one has no place for a click
             if not len(masks):
                 continue
@@ -77,7 +77,7 @@ def evaluate(
     return {**{name: float(np.mean(values)) for name, values in found.items()}, "objects": objects}
 
 
-def draw_clicks(model: Sam, source: Source, count: int = 4) -> Image.Image:
+def draw_clicks(model: Sam, source: Dataset, count: int = 4) -> Image.Image:
     """The first pictures side by side, with the best mask of a click in each object's middle.
 
     Of more than 16 objects the first are drawn.

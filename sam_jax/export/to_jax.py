@@ -13,7 +13,7 @@ from flax import nnx
 from sam_jax.checkpoints.params import flat_params
 from sam_jax.checkpoints.safetensors import write_safetensors
 from sam_jax.export.common import vit_blocks, with_attention, write_config
-from sam_jax.files import appearing, check_new
+from sam_jax.files import atomic_dir, require_absent
 from sam_jax.models.sam import Sam
 from sam_jax.ops.attention import fastest
 from sam_jax.types import Platform
@@ -64,7 +64,7 @@ def export_jax(
         ValueError: for a negative `vjp_order`, for no, unknown or repeated platforms, and for a
             model whose attention is "cudnn" or "pallas", which JAX does not export.
     """
-    check_new(path)
+    require_absent(path)
     if vjp_order < 0:
         raise ValueError(f"vjp_order is {vjp_order}, expected 0 or more")
     known = get_args(Platform)
@@ -95,7 +95,7 @@ def export_jax(
         "decoder_with_masks": (_decode, (*prompts, masks)),
     }
     params = flat_params(model)
-    with appearing(path) as folder:
+    with atomic_dir(path) as folder:
         for name, (function, arrays) in programs.items():
             program = jax.jit(_by_platform(model, function, platforms))
             exported = jax.export.export(program, platforms=platforms)(params, *arrays)

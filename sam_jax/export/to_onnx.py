@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam_jax.export.common import with_attention, write_config
-from sam_jax.files import appearing, check_new
+from sam_jax.files import atomic_dir, require_absent
 from sam_jax.models.sam import Sam
 
 
@@ -42,7 +42,7 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
         ValueError: if the model computes in another dtype, if it prepares pictures in another way
             than SAM, or if the package `onnx` is not installed.
     """
-    check_new(path)
+    require_absent(path)
     if (dtype := jnp.dtype(model.mask_decoder.dtype)) != jnp.float32:
         raise ValueError(
             f"the model computes in {dtype}, but ONNX is written in float32; load it with "
@@ -62,7 +62,7 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
         raise ValueError("onnx is not installed; install sam_jax with its extra `onnx`") from error
     # Without a loop; of those the one that took ONNX Runtime the least time and memory.
     model = with_attention(model, lambda named, grid: "folded")
-    with appearing(path) as folder:
+    with atomic_dir(path) as folder:
         _write_onnx_encoder(Graph(), model, folder / "encoder.onnx")
         _write_onnx_decoder(Graph(), model, folder / "decoder.onnx", single_mask)
         write_config(folder, model, single_mask=single_mask)

@@ -73,7 +73,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
             image_is_shared: see `TwoWayTransformer`.
         """
         outputs = output_slice(multimask_output)
-        iou_token, mask_tokens, image_embedding = self.attend(
+        iou_token, mask_tokens, image_embedding = self.run_transformer(
             image_embedding,
             image_pe,
             sparse,
@@ -102,7 +102,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
         embedding, early = image_embedding[..., :dim], image_embedding[..., dim:]
         return embedding, self.hq.features(embedding, early)
 
-    def attend(
+    def run_transformer(
         self,
         image_embedding: Float[Array, "g g c"],
         image_pe: Float[Array, "g g c"],
@@ -157,7 +157,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
         hq_features: Float[Array, "h w hq"] | None = None,
         hq_token_only: bool = False,
     ) -> Float[Array, "m 4*g 4*g"]:
-        """Mask logits of the mask tokens of `attend`, to which SAM-HQ adds those of its own.
+        """Mask logits of the mask tokens of `run_transformer`, to which SAM-HQ adds its own.
 
         With `hq_token_only` SAM-HQ's mask alone is in the place of each.
         """

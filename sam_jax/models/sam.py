@@ -132,7 +132,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
         target_embedding: Float[Array, "b p #t c"] | None = None,
         *,
         hq_token_only: bool = False,
-        prompts_at_once: int | None = None,
+        prompts_chunk_size: int | None = None,
         platform: str | None = None,
     ) -> tuple[Float[Array, "b p m 4*g 4*g"], Float[Array, "b p m"]]:
         """Mask logits and predicted IoUs of every prompt of every image, both float32.
@@ -151,7 +151,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
             attention_similarity: added to the token-to-image logits (PerSAM).
             target_embedding: added to the tokens before each block (PerSAM).
             hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
-            prompts_at_once: how many prompts of each image are computed together, for less memory.
+            prompts_chunk_size: prompts of each image that are computed together, for less memory.
                 None: one of one image on a CPU, whose cache it fits; else up to 64 (on an NVIDIA
                 GPU 0.4 GB in bfloat16), fewer where those of all images would take more than a
                 quarter of a device's memory.
@@ -160,13 +160,15 @@ class Sam(HuggingFaceAPI, nnx.Module):
         Raises:
             TypeError: for anything but arrays, and for dtypes of something else.
             ValueError: for shapes that do not fit, for `hq_token_only` of another model than a
-                SAM-HQ, and for `prompts_at_once` below 1; and, unless they are traced, for values
-                that `join_prompts` would not give, and masks that are no logits.
+                SAM-HQ, and for a `prompts_chunk_size` below 1; and, unless traced, for values that
+                `join_prompts` would not give, and masks that are no logits.
         """
         if hq_token_only and not self.config.hq:
             raise ValueError("hq_token_only is True, but the model is not a SAM-HQ")
-        if prompts_at_once is not None and prompts_at_once < 1:
-            raise ValueError(f"prompts_at_once is {prompts_at_once}, expected at least 1, or None")
+        if prompts_chunk_size is not None and prompts_chunk_size < 1:
+            raise ValueError(
+                f"prompts_chunk_size is {prompts_chunk_size}, expected at least 1, or None"
+            )
         grid, channels = self.config.image_embedding_size, self.config.image_embedding_channels
         image_embeddings = check_shape(
             "image_embeddings", image_embeddings, (None, grid, grid, channels)
@@ -174,15 +176,15 @@ class Sam(HuggingFaceAPI, nnx.Module):
         if not jnp.issubdtype(image_embeddings.dtype, jnp.floating):
             raise TypeError(f"image_embeddings are {image_embeddings.dtype}, expected floats")
         image_embeddings = to_device(image_embeddings)
-        images, images_at_once = image_embeddings.shape[0], None
+        images, images_chunk_size = image_embeddings.shape[0], None
         prompts = check_prompts(
             self.config, images, points, labels, masks, attention_similarity, target_embedding
         )
-        if prompts_at_once is None:
+        if prompts_chunk_size is None:
             if (platform or jax.default_backend()) == "cpu":
-                prompts_at_once = images_at_once = 1  # what fits the cache
+                prompts_chunk_size = images_chunk_size = 1  # what fits the cache
             elif all(isinstance(n, int) for n in prompts.points.shape[:2]):  # not in `jax.export`
-                prompts_at_once = 64 if platform else self._fitting_prompts(images)
+                prompts_chunk_size = 64 if platform else self._fitting_prompts(images)
 
         # A mask that all prompts of an image have in common is embedded once for each.
         shared_masks, (_, count) = None, prompts.labels.shape[:2]
@@ -213,9 +215,9 @@ class Sam(HuggingFaceAPI, nnx.Module):
                     image_is_shared=is_shared,
                 )
 
-            return _map(decode_prompt, prompts, prompts_at_once)
+            return _map(decode_prompt, prompts, prompts_chunk_size)
 
-        return _map(decode_image, (image_embeddings, shared_masks, prompts), images_at_once)
+        return _map(decode_image, (image_embeddings, shared_masks, prompts), images_chunk_size)
 
     def _fitting_prompts(self, images: int) -> int:
         """How many prompts of each image are computed together on a GPU or TPU."""

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sam_jax.ops.flash import flash_attention, flash_lacks
+from sam_jax.ops.flash import flash_attention, flash_unsupported_reason
 from sam_jax.ops.operation import operation
 from sam_jax.ops.resize import linear_resize_matrix
 
@@ -99,9 +99,9 @@ def rel_pos_attention(
     check_implementation(implementation)
     if implementation is None:
         has_positions, gpu = rel_pos is not None, _gpu()
-        if not _cudnn_lacks(q, has_positions, grid, gpu):
+        if not _cudnn_unsupported_reason(q, has_positions, grid, gpu):
             implementation = "cudnn"
-        elif h * w > _QUERY_BLOCK and not _pallas_lacks(q, has_positions, grid, gpu):
+        elif h * w > _QUERY_BLOCK and not _pallas_unsupported_reason(q, has_positions, grid, gpu):
             implementation = "pallas"
         else:
             implementation = fastest(grid, jax.default_backend())
@@ -237,7 +237,7 @@ def fold_positions(
 
 def _cudnn(q, k, v, tables, grid):
     d = q.shape[-1]
-    if wrong := _cudnn_lacks(q, tables is not None, grid, _gpu()):
+    if wrong := _cudnn_unsupported_reason(q, tables is not None, grid, _gpu()):
         raise ValueError(
             "attention is 'cudnn', which needs an NVIDIA GPU of compute capability 8.0 or more, or "
             "9.x (Hopper) for heads wider than 128, bfloat16 or float16, and an even number of "
@@ -265,13 +265,13 @@ def _gpu() -> str:
     return getattr(jax.local_devices()[0], "compute_capability", jax.default_backend())
 
 
-def _cudnn_lacks(
+def _cudnn_unsupported_reason(
     q: Float[Array, "b heads n d"], has_positions: bool, grid: tuple[int, int], gpu: str
 ) -> str | None:
     """Why cuDNN's flash attention, forward and backward, does not exist for it; None if it does."""
     width = _cudnn_width(q.shape[-1], has_positions, grid)
     size = f"{grid[0]} x {grid[1]}"
-    if lacks := _flash_lacks(q, gpu):
+    if lacks := _flash_unsupported_reason(q, gpu):
         return lacks
     if width > 256:
         return f"a grid of {size} makes the heads {width} wide, with 256 the most"
@@ -286,7 +286,7 @@ def _cudnn_lacks(
 
 
 def _pallas(q, k, v, tables, grid):
-    if wrong := _pallas_lacks(q, tables is not None, grid, _gpu()):
+    if wrong := _pallas_unsupported_reason(q, tables is not None, grid, _gpu()):
         raise ValueError(
             "attention is 'pallas', which needs an NVIDIA GPU of compute capability 8.0 or more, "
             "bfloat16 or float16, relative positions, and rows of up to 64 positions (of heads up "
@@ -296,16 +296,16 @@ def _pallas(q, k, v, tables, grid):
     return flash_attention(q * q.shape[-1] ** -0.5, k, v, rel_h, rel_w)
 
 
-def _pallas_lacks(
+def _pallas_unsupported_reason(
     q: Float[Array, "b heads n d"], has_positions: bool, grid: tuple[int, int], gpu: str
 ) -> str | None:
     """Why our kernel cannot be used for it; None if it can."""
-    if lacks := _flash_lacks(q, gpu):
+    if lacks := _flash_unsupported_reason(q, gpu):
         return lacks
-    return flash_lacks(grid, q.shape[-1]) if has_positions else "there are none"
+    return flash_unsupported_reason(grid, q.shape[-1]) if has_positions else "there are none"
 
 
-def _flash_lacks(q: Float[Array, "b heads n d"], gpu: str) -> str | None:
+def _flash_unsupported_reason(q: Float[Array, "b heads n d"], gpu: str) -> str | None:
     """Why there is no flash attention at all on the GPU in the dtype; None if there is."""
     if not re.fullmatch(r"\d+\.\d+", gpu):
         return f"JAX runs on {gpu} here"

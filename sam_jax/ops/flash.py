@@ -43,7 +43,7 @@ def flash_attention(
         rel_w: by the key's column.
         interpret: run the kernels step by step on any device, for tests.
 
-    `flash_lacks` says for which shapes this exists.
+    `flash_unsupported_reason` says for which shapes this exists.
     """
     n, d = q.shape[2:]
     h, w = rel_h.shape[-1], rel_w.shape[-1]
@@ -57,7 +57,7 @@ def flash_attention(
     return _flash_attention(q, k, v, rel_h, rel_w, interpret)[:, :, :n, :d]
 
 
-def flash_lacks(grid: tuple[int, int], d: int) -> str | None:
+def flash_unsupported_reason(grid: tuple[int, int], d: int) -> str | None:
     """Why there is no kernel for a grid of (h, w) and heads of d channels; None if there is one."""
     if _columns(grid[1]) * (d + -d % 16) > 64 * 128:  # or a row is too much for shared memory
         return f"a row of a grid of {grid[0]} x {grid[1]} is too large with heads {d} wide"

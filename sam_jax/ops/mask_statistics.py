@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sam_jax.ops.resize import mask_resize_matrix
 
 
-class FullSize(NamedTuple):
+class MaskUpsampler(NamedTuple):
     """How low-resolution masks become full size: `rows @ mask @ columns.T`, in tiles; arrays.
 
     Tiles are square, and rows and columns padded with zeros to a multiple of their side. For each
@@ -25,14 +25,14 @@ class FullSize(NamedTuple):
     size: Int[Any, "2"]
 
 
-def full_size(
+def make_upsampler(
     mask_size: int,
     image_size: int,
     input_size: tuple[int, int],
     original_size: tuple[int, int],
     padded_size: int,
     tile: int,
-) -> FullSize:
+) -> MaskUpsampler:
     """The way to a picture's size, on the host.
 
     Args:
@@ -48,7 +48,7 @@ def full_size(
         for i, o in zip(input_size, original_size, strict=True)
     )
     tiles = (_ranges(matrix, tile) for matrix in (rows, columns))
-    return FullSize(rows, columns, *tiles, np.array(original_size, np.int32))
+    return MaskUpsampler(rows, columns, *tiles, np.array(original_size, np.int32))
 
 
 def _ranges(matrix: Float[np.ndarray, "size side"], tile: int) -> Int[np.ndarray, "tiles 2"]:
@@ -71,7 +71,7 @@ class MaskStatistics(NamedTuple):
 
 def mask_statistics(
     mask: Float[Array, "side side"],
-    full: FullSize,
+    full: MaskUpsampler,
     threshold: Float[Array, ""],
     offset: Float[Array, ""],
 ) -> MaskStatistics:
@@ -79,7 +79,7 @@ def mask_statistics(
 
     Args:
         mask: low-resolution logits.
-        full: of `full_size`.
+        full: of `make_upsampler`.
         threshold: a pixel above it belongs to the mask.
         offset: what the two thresholds of stability differ from it by.
 
@@ -104,7 +104,7 @@ def mask_statistics(
     return jax.lax.cond(fits, measure(window), measure(len(mask)))
 
 
-def _tile_of(full: FullSize) -> int:
+def _tile_of(full: MaskUpsampler) -> int:
     return len(full.rows) // len(full.row_tiles)
 
 

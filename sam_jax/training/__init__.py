@@ -1,1 +1,5 @@
 """Fine-tuning: small files of pure functions, for one's own loop or for `examples/finetune.py`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

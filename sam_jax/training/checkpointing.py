@@ -208,7 +208,7 @@ def _check_metrics(_: Path, found: Any) -> None:
         raise ValueError(f"expected a number named {_METRIC}")
 
 
-def not_finite(
+def non_finite_error(
     step: int,
     metrics: dict[str, float],
     image_ids: Sequence,

@@ -21,14 +21,14 @@ from sam_jax.training.annotations import (
     segmentation_rle,
     shown,
 )
-from sam_jax.types import BadAnnotations
+from sam_jax.types import OnBadAnnotation
 
 Example = dict[str, Any]
 _SHOWN = 10  # bad entries that a message lists
 
 
 @runtime_checkable
-class Source(Protocol):
+class Dataset(Protocol):
     """Examples by number."""
 
     def __len__(self) -> int: ...
@@ -36,7 +36,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-class RunLengths:
+class LazyMasks:
     """Masks [n, h, w] of which only those are decoded that are asked for: SA-1B has 100 a picture.
 
     A number gives one mask, bool [h, w]; a slice or an array of numbers gives an array of some, and
@@ -68,7 +68,7 @@ class _AnnotatedImages:
 
     Args:
         name: of the file or folder, for messages.
-        bad_annotations: see `CocoInstances`.
+        on_bad_annotation: see `CocoInstances`.
         exif_orientation: whether the annotations are of images that are turned as EXIF says
             ("applied") or of the pixels as stored ("ignored", or None if nothing says so).
         way_out: what to do if None is wrong.
@@ -77,11 +77,11 @@ class _AnnotatedImages:
     def __init__(
         self,
         name: Path,
-        bad_annotations: BadAnnotations,
+        on_bad_annotation: OnBadAnnotation,
         exif_orientation: str | None,
         way_out: str,
     ):
-        self.name, self.bad_annotations = name, bad_annotations
+        self.name, self.on_bad_annotation = name, on_bad_annotation
         self.exif_orientation, self._way_out = exif_orientation, way_out
         self._has_warned = False
 
@@ -93,7 +93,7 @@ class _AnnotatedImages:
             image = self._pixels(image_id, path, size)
         except (OSError, TypeError, ValueError) as error:
             problem = f"image {label_of(image_id)}: {path}: {error}"
-            _report([problem], "a bad image", self.bad_annotations)
+            _report([problem], "a bad image", self.on_bad_annotation)
             return _blank()
         rles, problems = [], []
         for annotation_id, number, segmentation in objects:
@@ -102,8 +102,8 @@ class _AnnotatedImages:
             except ValueError as error:
                 name = f"image {label_of(image_id)}: {annotation_name(annotation_id, number)}"
                 problems.append(f"{name}: its segmentation cannot be read: {error}")
-        _report(problems, f"{path} has bad annotations", self.bad_annotations)
-        return {"image": image, "masks": RunLengths(rles, size)}
+        _report(problems, f"{path} has bad annotations", self.on_bad_annotation)
+        return {"image": image, "masks": LazyMasks(rles, size)}
 
     def _pixels(self, image_id: Any, path: Path, size: tuple[int, int]) -> np.ndarray:
         """The image that is annotated, turned or as stored."""
@@ -148,10 +148,10 @@ class CocoInstances(_AnnotatedImages):
     Args:
         annotations: the JSON file.
         images: the folder of its images.
-        bad_annotations: what to do about invalid entries: values of the wrong type, missing
+        on_bad_annotation: what to do about invalid entries: values of the wrong type, missing
             images, file names that lead out of the folder, ids that occur twice, empty
             segmentations, polygons of half a point or outside the image, run lengths of another
-            size than the image's, annotations of no image. "refuse" raises an error that lists
+            size than the image's, annotations of no image. "raise" raises an error that lists
             them by the ids of image and annotation; "skip" leaves them out with a warning. What
             only shows when an image is read is treated the same; one that cannot be read at all
             is blank then, without objects.
@@ -159,16 +159,16 @@ class CocoInstances(_AnnotatedImages):
     Raises:
         FileNotFoundError: if the file is missing.
         ValueError: if the file is not a COCO instance file, no image in it has an object, or there
-            are invalid entries and they are refused, or for another `bad_annotations`.
+            are invalid entries and they are refused, or for another `on_bad_annotation`.
     """
 
     def __init__(
         self,
         annotations: str | Path,
         images: str | Path,
-        bad_annotations: BadAnnotations = "refuse",
+        on_bad_annotation: OnBadAnnotation = "raise",
     ):
-        _check_choice(bad_annotations)
+        _check_choice(on_bad_annotation)
         content = read_json(Path(annotations))
         try:
             parts = (json_field(content, name, list) for name in ("images", "annotations"))
@@ -186,8 +186,8 @@ class CocoInstances(_AnnotatedImages):
             'set "exif_orientation" in the annotation file\'s "info" to "applied" ("ignored" says '
             "that they are not)"
         )
-        super().__init__(Path(annotations), bad_annotations, rule, way_out)
-        _report(problems, f"{annotations} has bad entries", bad_annotations)
+        super().__init__(Path(annotations), on_bad_annotation, rule, way_out)
+        _report(problems, f"{annotations} has bad entries", on_bad_annotation)
         if not self.entries:
             raise ValueError(f"no image of {annotations} has an object")
 
@@ -210,17 +210,17 @@ class SegmentAnything1B(_AnnotatedImages):
 
     Args:
         folder: of both.
-        bad_annotations: as for `CocoInstances`, when an image is read.
+        on_bad_annotation: as for `CocoInstances`, when an image is read.
 
     Raises:
-        ValueError: if there is no JSON file, or for another `bad_annotations`; when an image is
+        ValueError: if there is no JSON file, or for another `on_bad_annotation`; when an image is
             read, if it is missing, or its file is not one of SA-1B.
     """
 
-    def __init__(self, folder: str | Path, bad_annotations: BadAnnotations = "refuse"):
-        _check_choice(bad_annotations)
+    def __init__(self, folder: str | Path, on_bad_annotation: OnBadAnnotation = "raise"):
+        _check_choice(on_bad_annotation)
         way_out = "store the image upright, without EXIF orientation"
-        super().__init__(Path(folder), bad_annotations, None, way_out)
+        super().__init__(Path(folder), on_bad_annotation, None, way_out)
         # Each file is read only when it is its turn: SA-1B has 11 million.
         self.files = sorted(Path(folder).glob("*.json"))
         if not self.files:
@@ -237,7 +237,7 @@ class SegmentAnything1B(_AnnotatedImages):
             annotations = json_field(content, "annotations", list)
         except ValueError as error:
             problem = f"image {label_of(file.stem)}: {file} is not a file of SA-1B: {error}"
-            _report([problem], "a bad image", self.bad_annotations)
+            _report([problem], "a bad image", self.on_bad_annotation)
             return _blank()
         objects, problems = [], []
         for i, annotation in enumerate(annotations):
@@ -247,7 +247,7 @@ class SegmentAnything1B(_AnnotatedImages):
             except ValueError as error:
                 name = f"image {label_of(file.stem)}: {annotation_name(id_of(annotation), i)}"
                 problems.append(f"{name}: {error}")
-        _report(problems, f"{file} has bad annotations", self.bad_annotations)
+        _report(problems, f"{file} has bad annotations", self.on_bad_annotation)
         return self._example(file.stem, path, size, objects)
 
     def image_id(self, index: int) -> str:
@@ -255,10 +255,10 @@ class SegmentAnything1B(_AnnotatedImages):
         return self.files[index].stem
 
 
-def open_source(
+def open_annotations(
     annotations: str | Path,
     images: str | Path | None = None,
-    bad_annotations: BadAnnotations = "refuse",
+    on_bad_annotation: OnBadAnnotation = "raise",
 ) -> CocoInstances | SegmentAnything1B:
     """COCO for a file (with its folder of pictures), SA-1B for a folder.
 
@@ -267,10 +267,10 @@ def open_source(
             without a folder of pictures.
     """
     if Path(annotations).is_dir():
-        return SegmentAnything1B(annotations, bad_annotations)
+        return SegmentAnything1B(annotations, on_bad_annotation)
     if images is None:
         raise ValueError(f"{annotations} is a file of COCO's: its folder of pictures is needed")
-    return CocoInstances(annotations, images, bad_annotations)
+    return CocoInstances(annotations, images, on_bad_annotation)
 
 
 def fingerprint(annotations: str | Path) -> str:
@@ -283,21 +283,23 @@ def fingerprint(annotations: str | Path) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
-def _check_choice(bad_annotations: str) -> None:
-    choices = get_args(BadAnnotations)
-    if bad_annotations not in choices:
+def _check_choice(on_bad_annotation: str) -> None:
+    choices = get_args(OnBadAnnotation)
+    if on_bad_annotation not in choices:
         expected = " or ".join(map(repr, choices))
-        raise ValueError(f"bad_annotations is {bad_annotations!r}, expected {expected}")
+        raise ValueError(f"on_bad_annotation is {on_bad_annotation!r}, expected {expected}")
 
 
-def _report(problems: list[str], what: str, bad_annotations: BadAnnotations) -> None:
+def _report(problems: list[str], what: str, on_bad_annotation: OnBadAnnotation) -> None:
     if not problems:
         return
     shown = [f"  {problem}" for problem in problems[:_SHOWN]]
     if len(problems) > _SHOWN:
         shown.append(f"  and {len(problems) - _SHOWN} more")
-    if bad_annotations == "refuse":
-        hint = 'mend them, or leave them out with bad_annotations="skip" (--bad-annotations skip)'
+    if on_bad_annotation == "raise":
+        hint = (
+            'mend them, or leave them out with on_bad_annotation="skip" (--on-bad-annotation skip)'
+        )
         raise ValueError("\n".join([f"{what}; {hint}:", *shown]))
     warnings.warn("\n".join([f"{what}, left out:", *shown]), stacklevel=3)
 

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sam_jax.checkpoints.params import digest, flat_params
+from sam_jax.checkpoints.params import flat_params, params_sha256
 from sam_jax.config import SamConfig
-from sam_jax.files import replacing
+from sam_jax.files import atomic_write
 from sam_jax.models.compiled import encode_image
 from sam_jax.models.sam import Sam
 from sam_jax.processing import SamProcessor
-from sam_jax.training.datasets import Source
+from sam_jax.training.datasets import Dataset
 
 
 class CachedEmbeddings:
@@ -35,7 +35,7 @@ class CachedEmbeddings:
 
     def __init__(
         self,
-        source: Source,
+        source: Dataset,
         model: Sam,
         folder: str | Path,
         on_image: Callable[[], None] = lambda: None,
@@ -52,7 +52,7 @@ class CachedEmbeddings:
             if not _is_whole(file, model.config):
                 pixels = processor.preprocess(image)[None]
                 embedding = np.asarray(encode_image(*split, pixels)[0], np.float32)
-                with replacing(file) as temporary:
+                with atomic_write(file) as temporary:
                     _write(temporary, embedding)
             on_image()
 
@@ -101,4 +101,4 @@ def _write(file: Path, embedding: np.ndarray) -> None:
 def _encoder_key(model: Sam) -> str:
     weights = {k: v for k, v in flat_params(model).items() if k.startswith("image_encoder.")}
     settings = repr((model.config, model.image_encoder.neck.norm2.dtype))
-    return hashlib.sha256(f"{settings} {digest(weights)}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{settings} {params_sha256(weights)}".encode()).hexdigest()[:32]

@@ -25,7 +25,7 @@ def interactive_losses(
     box: Float[Array, "4"],
     key: Key,
     *,
-    rounds: int = PAPER_ROUNDS,
+    num_rounds: int = PAPER_ROUNDS,
     box_probability: float = 0.5,
     weights: LossWeights = LossWeights(),  # noqa: B008
 ) -> MaskLosses:
@@ -46,7 +46,7 @@ def interactive_losses(
         target: the object's mask, of the whole model input, at any resolution.
         box: around it, x0, y0, x1, y1 in pixels of the model's input.
         key: of `jax.random`; all that is random depends on it.
-        rounds: the paper's number is 11.
+        num_rounds: the paper's number is 11.
         box_probability: how often the first prompt is the box.
         weights: see `mask_losses`.
     """
@@ -57,9 +57,9 @@ def interactive_losses(
     inside = target > 0.5
     points, labels, is_box = _first_prompt(first_key, inside, box, size, box_probability)
     # Slots for all clicks to come; padding is exact, so that they change nothing until then.
-    points = jnp.pad(points, ((0, rounds - 1), (0, 0)))
-    labels = jnp.pad(labels, (0, rounds - 1), constant_values=PADDING)
-    brings_click = _brings_click(idle_key, rounds)
+    points = jnp.pad(points, ((0, num_rounds - 1), (0, 0)))
+    labels = jnp.pad(labels, (0, num_rounds - 1), constant_values=PADDING)
+    brings_click = _brings_click(idle_key, num_rounds)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_round(carry, step):
@@ -79,7 +79,7 @@ def interactive_losses(
         return (points.at[slot].set(point), labels.at[slot].set(label), previous), losses
 
     start = points, labels, jnp.zeros((side, side), jnp.float32)
-    _, losses = jax.lax.scan(one_round, start, jnp.arange(rounds))
+    _, losses = jax.lax.scan(one_round, start, jnp.arange(num_rounds))
     return losses
 
 
@@ -98,13 +98,13 @@ def _first_prompt(key, inside, box, image_size, box_probability):
     return points, labels, is_box
 
 
-def _brings_click(key, rounds):
+def _brings_click(key, num_rounds):
     """For each round, whether the next one has a new click."""
-    following = jnp.arange(1, rounds + 1)
-    if rounds <= 3:
+    following = jnp.arange(1, num_rounds + 1)
+    if num_rounds <= 3:
         return following < rounds
-    idle = jax.random.randint(key, (), 1, rounds - 1)
-    return (following < rounds - 1) & (following != idle)
+    idle = jax.random.randint(key, (), 1, num_rounds - 1)
+    return (following < num_rounds - 1) & (following != idle)
 
 
 def _decode(model, image, image_pe, points, labels, previous, step):
@@ -114,7 +114,7 @@ def _decode(model, image, image_pe, points, labels, previous, step):
     sparse, sparse_mask = encoder(points, labels)
     dense = jnp.where(step > 0, encoder.embed_mask(previous), encoder.embed_mask(None))
     outputs = output_slice(None)
-    iou_token, mask_tokens, keys = decoder.attend(
+    iou_token, mask_tokens, keys = decoder.run_transformer(
         image_embedding, image_pe, sparse, sparse_mask, dense, outputs
     )
     masks = decoder.predict_masks(mask_tokens, keys, outputs, hq_features)

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from sam_jax.training.datasets import Example, Source
-from sam_jax.training.transform import Prepare, too_small
+from sam_jax.training.datasets import Dataset, Example
+from sam_jax.training.transform import ExampleTransform, too_small
 
 _LOOKED_AT = 1000  # images in which `check_objects` looks for an object
 _EPOCHS = 2**31  # without end, but for what grain's arithmetic can count
 
 
-def batches(
-    source: Source,
-    prepare: Prepare,
+def make_loader(
+    source: Dataset,
+    prepare: ExampleTransform,
     batch_size: int,
     seed: int,
     *,
@@ -81,7 +81,7 @@ def batches(
     return dataset
 
 
-def check_objects(source: Source, prepare: Prepare | None, seed: int = 0) -> None:
+def check_objects(source: Dataset, prepare: ExampleTransform | None, seed: int = 0) -> None:
     """Makes sure that there is an object to train or to evaluate on, by reading until the first.
 
     At most 1,000 images are read, in random order, so that it takes a minute or two at the worst.
@@ -89,7 +89,7 @@ def check_objects(source: Source, prepare: Prepare | None, seed: int = 0) -> Non
 
     Args:
         source: examples.
-        prepare: as for `batches`; None for evaluation, which takes objects of any size.
+        prepare: as for `make_loader`; None for evaluation, which takes objects of any size.
         seed: of the order, and of what is random in `prepare`.
 
     Raises:
@@ -120,7 +120,7 @@ def check_objects(source: Source, prepare: Prepare | None, seed: int = 0) -> Non
 class _Reader:
     """Reads an example by its number and prepares it; errors name the image."""
 
-    source: Source
+    source: Dataset
     prepare: Callable[[Example, np.random.Generator], Example]
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:

@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from sam_jax.files import read_json, replacing
+from sam_jax.files import atomic_write, read_json
 
 
 class MetricsLog:
@@ -32,7 +32,7 @@ class MetricsLog:
             return
         path = Path(folder) / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] < first]
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._pictures = path.with_name("pictures")
@@ -54,11 +54,11 @@ class MetricsLog:
             if value is not None:
                 self._board.add_scalar(name, value, step)
 
-    def picture(self, step: int, picture: Image.Image) -> None:
+    def log_image(self, step: int, picture: Image.Image) -> None:
         """A picture of the step, `pictures/000123.png`."""
         if not self._writes:
             return
-        with replacing(self._pictures / f"{step:06}.png") as temporary:
+        with atomic_write(self._pictures / f"{step:06}.png") as temporary:
             picture.save(temporary)
         self._board.add_image("predictions", np.asarray(picture), step, dataformats="HWC")
 

@@ -124,7 +124,7 @@ def adamw(
     )
 
 
-class Optimizer(NamedTuple):
+class OptimizerConfig(NamedTuple):
     """AdamW with a warm-up, and then a rate that falls like a cosine to 0, or stays.
 
     A rate that stays is the same whatever the number of steps is, so that a run can be extended.
@@ -136,7 +136,9 @@ class Optimizer(NamedTuple):
     weight_decay: float = 0.01  # decay of kernels
     clip_norm: float = 1.0  # largest norm of all gradients together
 
-    def make(self, table: Table, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    def build(
+        self, table: Table, steps: int
+    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """The transformation for `init_state` and `train_step`, and each step's learning rate.
 
         Raises:

@@ -44,7 +44,7 @@ def shardings(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
     return jax.tree.map(of, tree)
 
 
-def put(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
+def shard_tree(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
     """The tree on the devices; every host must have the same arrays."""
 
     def place(array, sharding):
@@ -56,15 +56,15 @@ def put(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
     return jax.tree.map(place, tree, shardings(tree, mesh, parallelism))
 
 
-def make(
+def init_sharded(
     function: Callable[..., PyTree], *args: PyTree, mesh: Mesh, parallelism: Parallelism
 ) -> PyTree:
     """`function(*args)` of arrays that are placed, made where it belongs: no device holds it whole.
 
     For the state of an optimiser, which with FSDP may be more than fits one device:
 
-        trained = put(trained, mesh, "fsdp")
-        state = make(partial(init_state, tx=tx), trained, mesh=mesh, parallelism="fsdp")
+        trained = shard_tree(trained, mesh, "fsdp")
+        state = init_sharded(partial(init_state, tx=tx), trained, mesh=mesh, parallelism="fsdp")
     """
     places = shardings(jax.eval_shape(function, *args), mesh, parallelism)
     return jax.jit(function, out_shardings=places)(*args)
@@ -101,16 +101,16 @@ def any_host(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
-def gather(tree: PyTree, mesh: Mesh) -> PyTree:
+def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
     """The whole tree as numpy arrays, on every host; all hosts must call it together."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     copies = jax.jit(_identity, out_shardings=everywhere)(tree)
     return jax.tree.map(lambda x: jax.device_get(x.addressable_data(0)), copies)
 
 
-def merge(graphdef: nnx.GraphDef, trained: PyTree, frozen: PyTree, mesh: Mesh) -> Sam:
+def merge_on_host(graphdef: nnx.GraphDef, trained: PyTree, frozen: PyTree, mesh: Mesh) -> Sam:
     """The model of parameters that are spread over devices, whole on this host's first device."""
-    parts = gather((trained, frozen), mesh)
+    parts = fetch((trained, frozen), mesh)
     return nnx.merge(graphdef, *jax.device_put(parts))
 
 

@@ -3,7 +3,7 @@
 graphdef, trained, frozen = split_model(model, DECODER_ONLY)
 tx = adamw(1e-4, DECODER_ONLY)
 state = init_state(trained, tx)
-state, metrics = train_step(graphdef, state, frozen, batch, key, tx=tx, recipe=Recipe())
+state, metrics = train_step(graphdef, state, frozen, batch, key, tx=tx, recipe=TrainConfig())
 """
 
 import functools
@@ -23,14 +23,14 @@ from sam_jax.training.losses import LossWeights, MaskLosses, weighted_mean
 from sam_jax.training.simulate import Key
 
 
-class Recipe(NamedTuple):
+class TrainConfig(NamedTuple):
     """How the loss of a batch is computed; see `interactive_losses` and `Sam.encode_image`."""
 
-    rounds: int = 1  # prompts per object, each but the first a correction; the paper's are 11
+    num_rounds: int = 1  # prompts per object, each but the first a correction; the paper's are 11
     box_probability: float = 0.5  # how often the first prompt is a box, not a point
     weights: LossWeights = LossWeights()
     # Of an image's objects, for less memory. None: one on a CPU, whose cache it fits, else all.
-    objects_at_once: int | None = None
+    objects_chunk_size: int | None = None
     remat: bool = False  # compute activations of the image encoder twice, for less memory
     drop_path_rate: float = 0.0  # stochastic depth of a ViT
     accumulate: int = 1  # work on the batch in so many parts, for less memory
@@ -67,7 +67,7 @@ def batch_losses(
     model: Sam,
     batch: dict[str, Any],
     keys: Array,
-    recipe: Recipe = Recipe(),  # noqa: B008
+    recipe: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> MaskLosses:
     """The losses [b, n, rounds] of every object of a batch, in a form to differentiate.
 
@@ -106,7 +106,7 @@ def batch_losses(
             target,
             box,
             key,
-            rounds=recipe.rounds,
+            num_rounds=recipe.num_rounds,
             box_probability=recipe.box_probability,
             weights=recipe.weights,
         )
@@ -114,7 +114,7 @@ def batch_losses(
     def one_image(embedding, targets, boxes, key):
         objects = targets, boxes, jax.random.split(key, len(targets))
         default = 1 if jax.default_backend() == "cpu" else len(targets)
-        at_once = recipe.objects_at_once or default
+        at_once = recipe.objects_chunk_size or default
         return jax.lax.map(lambda x: one_object(embedding, *x), objects, batch_size=at_once)
 
     targets = batch["masks"].astype(jnp.float32)
@@ -137,13 +137,13 @@ def mean_loss(losses: MaskLosses, valid: Float[Array, "b n"]) -> tuple[Array, di
     return means["total"], metrics
 
 
-def gradients(
+def grads_and_metrics(
     graphdef: nnx.GraphDef,
     trained: PyTree,
     frozen: PyTree,
     batch: dict[str, Any],
     keys: Array,
-    recipe: Recipe = Recipe(),  # noqa: B008
+    recipe: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> tuple[PyTree, dict[str, Array]]:
     """The gradients of the mean loss by the `trained` parameters alone, and its metrics.
 
@@ -191,7 +191,7 @@ def train_step(
     key: Key,
     *,
     tx: optax.GradientTransformation,
-    recipe: Recipe = Recipe(),  # noqa: B008
+    recipe: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of the optimizer.
 
@@ -222,7 +222,7 @@ def train_step(
             f"{recipe.ema_decay}; give init_state ema={wanted}, or the recipe another ema_decay"
         )
     keys = jax.random.split(jax.random.fold_in(key, state.step), len(batch["valid"]))
-    grads, metrics = gradients(graphdef, state.params, frozen, batch, keys, recipe)
+    grads, metrics = grads_and_metrics(graphdef, state.params, frozen, batch, keys, recipe)
     metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["objects_used"] = batch["valid"].sum()
     if "dropped" in batch:
@@ -241,7 +241,9 @@ def train_step(
     return new._replace(step=state.step + 1), metrics
 
 
-def compile_step(state: TrainState, tx: optax.GradientTransformation, recipe: Recipe) -> Callable:
+def compile_step(
+    state: TrainState, tx: optax.GradientTransformation, recipe: TrainConfig
+) -> Callable:
     """`train_step(graphdef, state, frozen, batch, key)` compiled, for states placed like this one.
 
     The state that it is given is given up, so that memory holds one. It raises what `train_step`
@@ -256,16 +258,20 @@ def compile_step(state: TrainState, tx: optax.GradientTransformation, recipe: Re
     )
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: TrainConfig) -> None:
     """Before something that takes long: a step asks by itself.
 
     Raises:
         ValueError: for a recipe whose numbers make no sense.
     """
     for name, ok, expected in (
-        ("rounds", recipe.rounds >= 1, "at least 1"),
+        ("num_rounds", recipe.num_rounds >= 1, "at least 1"),
         ("box_probability", 0 <= recipe.box_probability <= 1, "0 to 1"),
-        ("objects_at_once", (recipe.objects_at_once or 1) >= 1, "at least 1, or None for all"),
+        (
+            "objects_chunk_size",
+            (recipe.objects_chunk_size or 1) >= 1,
+            "at least 1, or None for all",
+        ),
         ("drop_path_rate", 0 <= recipe.drop_path_rate < 1, "0 or more, and less than 1"),
         ("accumulate", recipe.accumulate >= 1, "at least 1"),
         ("ema_decay", 0 <= (recipe.ema_decay or 0) < 1, "0 or more, and less than 1, or None"),

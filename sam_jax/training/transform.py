@@ -15,7 +15,7 @@ from sam_jax.training.datasets import Example
 
 
 @dataclass(frozen=True)
-class Prepare:
+class ExampleTransform:
     """Makes an example one of fixed shape: a dictionary of
 
     * `pixel_values` float32 [size, size, 3], or `image_embedding` if the example has one;
@@ -124,7 +124,7 @@ class Prepare:
         return self.flip > 0 or self.scale_range is not None
 
 
-def too_small(prepare: Prepare) -> str:
+def too_small(prepare: ExampleTransform) -> str:
     """Why objects are dropped, and the remedy."""
     cell = prepare.config.image_size // prepare.target_size
     remedy = "cut the images into crops, or enlarge them at random (--scale-range 1 4)"

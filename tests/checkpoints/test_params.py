@@ -10,9 +10,9 @@ from sam_jax.checkpoints import CheckpointError
 from sam_jax.checkpoints.params import (
     build_model,
     check_tensors,
-    digest,
     flat_params,
     param_shapes,
+    params_sha256,
     resize_positions,
 )
 
@@ -79,7 +79,7 @@ def test_check_tensors_lists_all():
 
 def test_digests_tell_parameters_apart():
     params = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, ml_dtypes.bfloat16)}
-    assert digest(params) == digest(dict(reversed(params.items())))
+    assert params_sha256(params) == params_sha256(dict(reversed(params.items())))
     others = [
         {**params, "a": np.zeros((3, 2), np.float32)},
         {**params, "a": np.zeros((2, 3), np.int32)},
@@ -87,4 +87,4 @@ def test_digests_tell_parameters_apart():
         {"a": params["a"], "c": params["b"]},
     ]
     others[2]["a"][0, 0] = -0.0
-    assert len({digest(p) for p in (params, *others)}) == 5
+    assert len({params_sha256(p) for p in (params, *others)}) == 5

@@ -7,7 +7,7 @@ from sam_jax import SamPredictor
 from sam_jax.evaluation.clicks import _by_clicks, draw_clicks, evaluate, middle
 from sam_jax.evaluation.metrics import iou
 from sam_jax.ops.rle import rle_decode
-from sam_jax.training.datasets import RunLengths
+from sam_jax.training.datasets import LazyMasks
 from sam_jax.training.embeddings import CachedEmbeddings
 
 H, W = 40, 60
@@ -45,7 +45,7 @@ def test_first_click_and_box_are_what_the_predictor_says(model, source):
         masks, _, _ = predictor.predict(box=[x0, y0, x1, y1], multimask_output=False)
         box.append(iou(masks[0], mask))
     seen = []
-    found = evaluate(model, source, objects_at_once=2, on_image=lambda: seen.append(1))
+    found = evaluate(model, source, objects_chunk_size=2, on_image=lambda: seen.append(1))
     assert len(seen) == 2
     assert found["objects"] == 3
     assert found["miou@1"] == pytest.approx(np.mean(one))
@@ -146,7 +146,7 @@ def test_nothing_to_evaluate_on(model, source):
     [
         ({"clicks": ()}, r"clicks is \(\), expected one number of clicks or more"),
         ({"clicks": (0, 2)}, r"clicks is \(0, 2\), expected .* each above 0"),
-        ({"objects_at_once": 0}, "objects_at_once is 0, expected at least 1"),
+        ({"objects_chunk_size": 0}, "objects_chunk_size is 0, expected at least 1"),
     ],
 )
 def test_numbers_that_make_no_sense(model, source, options, message):
@@ -172,7 +172,7 @@ def test_of_many_objects_some_are_drawn(model, source, monkeypatch):
     spy = lambda rle: decoded.append(rle) or rle_decode(rle)  # noqa: E731
     monkeypatch.setattr("sam_jax.training.datasets.rle_decode", spy)
     monkeypatch.setattr(SamPredictor, "predict_batch", predict)
-    masks = RunLengths([{"size": [H, W], "counts": [0, H * W]}] * 20, (H, W))
+    masks = LazyMasks([{"size": [H, W], "counts": [0, H * W]}] * 20, (H, W))
     draw_clicks(model, [{**source[0], "masks": masks}])
     assert asked == [16]
     assert len(decoded) == 16

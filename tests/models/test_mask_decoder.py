@@ -63,6 +63,6 @@ def test_scores_need_no_mask(pair):
     """The IoU head reads one token only: everything-mode filters before it upscales."""
     _, decoder = pair
     outputs = output_slice(multimask_output=True)
-    iou_token, _, _ = decoder.attend(EMBEDDING, PE, SPARSE, REAL, DENSE, outputs)
+    iou_token, _, _ = decoder.run_transformer(EMBEDDING, PE, SPARSE, REAL, DENSE, outputs)
     _, scores = decoder(EMBEDDING, PE, SPARSE, REAL, DENSE, multimask_output=True)
     assert_close(decoder.predict_iou(iou_token)[outputs], scores)

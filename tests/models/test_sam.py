@@ -172,11 +172,11 @@ def test_prompts_at_once_change_nothing(model, embeddings, masks):
     points, labels = join_prompts(POINTS, LABELS, None)
     arguments = jax.tree.map(jnp.asarray, (image_embeddings, points, labels, masks))
     expected = model.decode(*arguments)
-    for prompts_at_once in (1, 2, 64):
-        found = model.decode(*arguments, prompts_at_once=prompts_at_once)
+    for prompts_chunk_size in (1, 2, 64):
+        found = model.decode(*arguments, prompts_chunk_size=prompts_chunk_size)
         jax.tree.map(assert_close, found, expected)
-    with pytest.raises(ValueError, match="prompts_at_once is 0, expected at least 1, or None"):
-        model.decode(*arguments, prompts_at_once=0)
+    with pytest.raises(ValueError, match="prompts_chunk_size is 0, expected at least 1, or None"):
+        model.decode(*arguments, prompts_chunk_size=0)
 
 
 def test_memory_of_many_prompts_off_a_cpu(model, monkeypatch):
@@ -392,7 +392,7 @@ def test_what_depends_on_the_image_alone_is_computed_once(model):
 
     def products(masks):
         prompts = join_prompts(jnp.asarray(POINTS), jnp.asarray(LABELS), None)
-        decode = functools.partial(model.decode, prompts_at_once=len(POINTS[0]))
+        decode = functools.partial(model.decode, prompts_chunk_size=len(POINTS[0]))
         jaxpr = jax.make_jaxpr(decode)(jnp.zeros((2, 12, 12, 32)), *prompts, masks)
         sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if "dot" in str(eqn)]
         return sizes.count(2 * 144 * 16)

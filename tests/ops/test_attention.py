@@ -88,7 +88,7 @@ def cudnn_by_xla(monkeypatch):
         assert implementation == "cudnn"
         return plain(q, k, v, scale=scale)
 
-    monkeypatch.setattr(sam_jax.ops.attention, "_cudnn_lacks", lambda *_: None)
+    monkeypatch.setattr(sam_jax.ops.attention, "_cudnn_unsupported_reason", lambda *_: None)
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
 
 

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_jax.ops.attention import _cudnn_lacks, _gpu, _pallas_lacks, rel_pos_attention
+from sam_jax.ops.attention import (
+    _cudnn_unsupported_reason,
+    _gpu,
+    _pallas_unsupported_reason,
+    rel_pos_attention,
+)
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
@@ -34,7 +39,9 @@ def relative(actual, expected):
 def test_attention_and_its_gradients_in_bfloat16(implementation, shape):
     arrays, grid = inputs(*shape), shape[2]
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
-    lacks = {"cudnn": _cudnn_lacks, "pallas": _pallas_lacks}.get(implementation)
+    lacks = {"cudnn": _cudnn_unsupported_reason, "pallas": _pallas_unsupported_reason}.get(
+        implementation
+    )
     if lacks and (lacking := lacks(low[0], True, grid, _gpu())):
         pytest.skip(lacking)
 

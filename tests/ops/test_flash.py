@@ -23,7 +23,7 @@ def _interpreted(monkeypatch):
     """The kernels step by step, on any device and in any dtype."""
     interpreted = functools.partial(flash_attention, interpret=True)
     monkeypatch.setattr(sam_jax.ops.attention, "flash_attention", interpreted)
-    monkeypatch.setattr(sam_jax.ops.attention, "_pallas_lacks", lambda *_: None)
+    monkeypatch.setattr(sam_jax.ops.attention, "_pallas_unsupported_reason", lambda *_: None)
 
 
 def inputs(grid, d, b=2, heads=2):

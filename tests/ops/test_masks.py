@@ -10,7 +10,7 @@ import torch_reference
 from reference import tensor
 
 from sam_jax.ops.boxes import mask_to_box
-from sam_jax.ops.mask_statistics import full_size, mask_statistics
+from sam_jax.ops.mask_statistics import make_upsampler, mask_statistics
 from sam_jax.ops.regions import mask_to_polygons, remove_small_regions
 from sam_jax.ops.rle import rle_area, rle_compress, rle_decode, rle_encode, rle_uncompress
 
@@ -47,7 +47,7 @@ def test_statistics(logits, size, limits, tile):
     input_size = [int(n * scale + 0.5) for n in size]
     found = jax.jit(mask_statistics)(
         jnp.asarray(logits),
-        jax.device_put(full_size(256, 1024, tuple(input_size), size, 2048, tile)),
+        jax.device_put(make_upsampler(256, 1024, tuple(input_size), size, 2048, tile)),
         jnp.float32(threshold),
         jnp.float32(offset),
     )

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 import tensorstore
 
-from sam_jax.training.checkpointing import load_state, not_finite, open_checkpoints, save_state
+from sam_jax.training.checkpointing import (
+    load_state,
+    non_finite_error,
+    open_checkpoints,
+    save_state,
+)
 from sam_jax.training.rules import adamw
 from sam_jax.training.step import init_state
 
@@ -229,7 +234,7 @@ def test_a_full_disk(tmp_path):
 def test_what_stops_a_run(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         metrics = {"loss": float("nan"), "iou_loss": 0.5, "grad_norm": float("inf")}
-        error = not_finite(7, metrics, [3, "sa_1"], checkpoints)
+        error = non_finite_error(7, metrics, [3, "sa_1"], checkpoints)
         assert str(error).startswith(
             "at step 7 loss is nan, grad_norm is inf, for the images 3, sa_1; "
             "there is no good checkpoint yet."
@@ -238,5 +243,5 @@ def test_what_stops_a_run(tmp_path):
             save_state(checkpoints, state_of(step))
     with open_checkpoints(tmp_path) as checkpoints:
         # What was saved after step 6 is what made step 7's loss no number.
-        error = not_finite(7, metrics, [3], checkpoints)
+        error = non_finite_error(7, metrics, [3], checkpoints)
         assert f"the last good checkpoint is {tmp_path / '5'}." in str(error)

@@ -15,9 +15,14 @@ from sam_jax.config import with_preprocessing
 from sam_jax.image import turn
 from sam_jax.ops.rle import rle_decode
 from sam_jax.processing import SamProcessor
-from sam_jax.training.datasets import CocoInstances, SegmentAnything1B, fingerprint, open_source
-from sam_jax.training.loader import batches, check_objects
-from sam_jax.training.transform import Prepare
+from sam_jax.training.datasets import (
+    CocoInstances,
+    SegmentAnything1B,
+    fingerprint,
+    open_annotations,
+)
+from sam_jax.training.loader import check_objects, make_loader
+from sam_jax.training.transform import ExampleTransform
 
 SIZE, SIDE = SMALL.image_size, SMALL.mask_size
 RECTANGLES = [(5, 8, 25, 30), (40, 10, 60, 45), (12, 35, 30, 50)]  # x0, y0, x1, y1
@@ -110,7 +115,7 @@ def sa_1b(tmp_path):
 
 
 def test_sa_1b(sa_1b):
-    source = open_source(sa_1b)
+    source = open_annotations(sa_1b)
     assert isinstance(source, SegmentAnything1B)
     assert len(source) == 2
     np.testing.assert_array_equal(source[1]["masks"], [rectangle(*box) for box in RECTANGLES])
@@ -142,12 +147,12 @@ def test_bad_files_of_sa_1b(sa_1b, edit, message, left):
     edit(content["image"], content["annotations"])
     (sa_1b / "sa_0.json").write_text(json.dumps(content))
     if message is None:
-        assert len(open_source(sa_1b)[0]["masks"]) == left
+        assert len(open_annotations(sa_1b)[0]["masks"]) == left
         return
     with pytest.raises(ValueError, match=message):
-        open_source(sa_1b)[0]
+        open_annotations(sa_1b)[0]
     with pytest.warns(UserWarning, match=message):
-        assert len(open_source(sa_1b, bad_annotations="skip")[0]["masks"]) == left
+        assert len(open_annotations(sa_1b, on_bad_annotation="skip")[0]["masks"]) == left
 
 
 def test_sa_1b_is_of_the_stored_pixels(sa_1b):
@@ -156,7 +161,7 @@ def test_sa_1b_is_of_the_stored_pixels(sa_1b):
     for i in range(2):
         with Image.open(sa_1b / f"sa_{i}.jpg") as image:
             image.save(sa_1b / f"sa_{i}.jpg", exif=exif)
-    source = open_source(sa_1b)
+    source = open_annotations(sa_1b)
     with pytest.warns(UserWarning, match="has EXIF orientation 3.*store the image upright"):
         assert source[0]["image"].shape == (H, W, 3)
     source[1]  # a second warning would be an error
@@ -534,13 +539,13 @@ def test_a_turned_image_whose_annotations_fit_only_when_it_is_upright(coco, rule
 def test_other_ways_with_bad_annotations(coco):
     for annotations in (coco / "coco.json", coco):
         with pytest.raises(
-            ValueError, match="bad_annotations is 'ignore', expected 'refuse' or 'skip'"
+            ValueError, match="on_bad_annotation is 'ignore', expected 'refuse' or 'skip'"
         ):
-            open_source(annotations, coco, "ignore")
+            open_annotations(annotations, coco, "ignore")
 
 
 def prepared(example, seed=0, **options):
-    prepare = Prepare(SMALL, **{"max_objects": 4, "target_size": SIDE, **options})
+    prepare = ExampleTransform(SMALL, **{"max_objects": 4, "target_size": SIDE, **options})
     return prepare(example, np.random.default_rng(seed))
 
 
@@ -573,7 +578,7 @@ def test_a_stretched_example(coco):
     """MedSAM's preprocessing: the axes of picture, masks and boxes are scaled apart."""
     example = CocoInstances(coco / "coco.json", coco)[0]
     config = with_preprocessing(SMALL, "medsam")
-    result = Prepare(config, 3, SIDE)(example, np.random.default_rng(0))
+    result = ExampleTransform(config, 3, SIDE)(example, np.random.default_rng(0))
     expected = SamProcessor(config).preprocess(example["image"])
     np.testing.assert_array_equal(result["pixel_values"], expected)
     scale = SIZE / np.array([W, H, W, H])
@@ -648,7 +653,7 @@ def test_augmented_masks_lie_on_their_objects(options, target_size):
 )
 def test_numbers_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
-        Prepare(SMALL, **{"max_objects": 4, "target_size": SIDE, **options})
+        ExampleTransform(SMALL, **{"max_objects": 4, "target_size": SIDE, **options})
 
 
 @pytest.mark.parametrize(
@@ -689,8 +694,8 @@ def assert_same_batch(actual, expected):
 
 
 def test_batches_know_their_examples(many):
-    plain = Prepare(SMALL, 2, SIDE)
-    batch = take(batches(many, plain, batch_size=4, seed=0), 1)[0]
+    plain = ExampleTransform(SMALL, 2, SIDE)
+    batch = take(make_loader(many, plain, batch_size=4, seed=0), 1)[0]
     for index, pixels in zip(batch["index"], batch["pixel_values"], strict=True):
         expected = prepared(many[index])["pixel_values"]
         np.testing.assert_array_equal(pixels, expected)
@@ -708,24 +713,24 @@ def many():
     ]
 
 
-PREPARE = Prepare(SMALL, 2, SIDE, flip=0.5, scale_range=(0.5, 1.5))
+PREPARE = ExampleTransform(SMALL, 2, SIDE, flip=0.5, scale_range=(0.5, 1.5))
 
 
 def test_batches_can_go_on_anywhere(many):
     options = {"batch_size": 4, "seed": 3}
-    whole = take(batches(many, PREPARE, **options), 6)
+    whole = take(make_loader(many, PREPARE, **options), 6)
     assert whole[0]["pixel_values"].shape == (4, SIZE, SIZE, 3)
-    rest = take(batches(many, PREPARE, start=4, **options), 2)
+    rest = take(make_loader(many, PREPARE, start=4, **options), 2)
     for actual, expected in zip(rest, whole[4:], strict=True):
         assert_same_batch(actual, expected)
-    other = take(batches(many, PREPARE, batch_size=4, seed=4), 1)
+    other = take(make_loader(many, PREPARE, batch_size=4, seed=4), 1)
     assert not np.array_equal(other[0]["pixel_values"], whole[0]["pixel_values"])
 
 
 def test_an_epoch_has_every_picture_once(many):
-    plain = Prepare(SMALL, 2, SIDE)
+    plain = ExampleTransform(SMALL, 2, SIDE)
     pixels = np.concatenate(
-        [b["pixel_values"] for b in take(batches(many, plain, batch_size=7, seed=0), 2)]
+        [b["pixel_values"] for b in take(make_loader(many, plain, batch_size=7, seed=0), 2)]
     )
     first, second = ([p.tobytes() for p in part] for part in (pixels[:7], pixels[7:]))
     assert len(set(first)) == 7
@@ -736,9 +741,10 @@ def test_an_epoch_has_every_picture_once(many):
 @pytest.mark.parametrize("batch_size", [4, 2])
 def test_hosts_share_the_batch(many, batch_size):
     options = {"batch_size": batch_size, "seed": 3}
-    whole = take(batches(many, PREPARE, **options), 3)
+    whole = take(make_loader(many, PREPARE, **options), 3)
     parts = [
-        take(batches(many, PREPARE, process_index=i, process_count=2, **options), 3) for i in (0, 1)
+        take(make_loader(many, PREPARE, process_index=i, process_count=2, **options), 3)
+        for i in (0, 1)
     ]
     for step, expected in enumerate(whole):
         joined = {name: np.concatenate([part[step][name] for part in parts]) for name in expected}
@@ -746,17 +752,17 @@ def test_hosts_share_the_batch(many, batch_size):
     with pytest.raises(
         ValueError, match=f"batch_size is {batch_size}, expected a multiple of the 3 hosts"
     ):
-        batches(many, PREPARE, process_count=3, **options)
+        make_loader(many, PREPARE, process_count=3, **options)
     with pytest.raises(ValueError, match="there are no pictures to train on"):
-        batches([], PREPARE, **options)
+        make_loader([], PREPARE, **options)
     with pytest.raises(ValueError, match="seed is -1, expected 0 or above"):
-        batches(many, PREPARE, batch_size=2, seed=-1)
+        make_loader(many, PREPARE, batch_size=2, seed=-1)
 
 
 def test_worker_processes_change_nothing(coco):
     source = CocoInstances(coco / "coco.json", coco)
-    expected = take(batches(source, PREPARE, batch_size=2, seed=1, start=2), 3)
-    iterator = iter(batches(source, PREPARE, batch_size=2, seed=1, start=2, workers=2))
+    expected = take(make_loader(source, PREPARE, batch_size=2, seed=1, start=2), 3)
+    iterator = iter(make_loader(source, PREPARE, batch_size=2, seed=1, start=2, workers=2))
     try:
         for batch in expected:
             assert_same_batch(next(iterator), batch)
@@ -788,7 +794,9 @@ def test_objects_that_are_too_small_are_counted():
     assert {float(result["valid"].sum()) for result in found} == {0, 1}
     assert all(result["dropped"] == 0 for result in found)
     assert prepared(squares())["dropped"] == 0
-    batch = take(batches([example], Prepare(SMALL, 4, SIDE), batch_size=2, seed=0), 1)[0]
+    batch = take(make_loader([example], ExampleTransform(SMALL, 4, SIDE), batch_size=2, seed=0), 1)[
+        0
+    ]
     assert batch["dropped"].tolist() == [2, 2]
 
 
@@ -803,7 +811,7 @@ class Read(list):
 
 
 def test_a_source_without_objects_is_refused():
-    plain, empty, tiny = Prepare(SMALL, 4, SIDE), squares(), squares(CELL // 2)
+    plain, empty, tiny = ExampleTransform(SMALL, 4, SIDE), squares(), squares(CELL // 2)
     source = Read([squares(2, CELL)] * 4)
     check_objects(source, plain)
     assert source.count == 1
@@ -813,10 +821,10 @@ def test_a_source_without_objects_is_refused():
             check_objects([empty, empty], prepare)
     with pytest.raises(ValueError, match=r"cell of the target grid, 2 x 2 pi.*--full-resolution"):
         check_objects([empty, tiny], plain)
-    check_objects([empty, tiny], Prepare(SMALL, 4, SIZE))
+    check_objects([empty, tiny], ExampleTransform(SMALL, 4, SIZE))
     check_objects([empty, tiny], None)
     # A random crop often misses it.
-    check_objects([tiny], Prepare(SMALL, 4, SIDE, scale_range=(4, 4)))
+    check_objects([tiny], ExampleTransform(SMALL, 4, SIDE, scale_range=(4, 4)))
     source = Read([empty] * 5000)
     with pytest.warns(UserWarning, match=r"none of the 1000 images.* \(the other 4000 were not"):
         check_objects(source, None)
@@ -846,4 +854,4 @@ def test_an_error_names_the_image(many, workers):
         (wrong, r"^image \d: the masks have shape"),
     ):
         with pytest.raises(ValueError, match=message):
-            take(batches(source, PREPARE, batch_size=7, seed=0, workers=workers), 1)
+            take(make_loader(source, PREPARE, batch_size=7, seed=0, workers=workers), 1)

@@ -6,7 +6,7 @@ from reference import SMALL, meta_sam, ours
 from sam_jax.config import with_preprocessing
 from sam_jax.predictor import SamPredictor
 from sam_jax.training.embeddings import CachedEmbeddings
-from sam_jax.training.transform import Prepare
+from sam_jax.training.transform import ExampleTransform
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,10 @@ def test_embeddings_are_the_models(model, source, tmp_path):
         predictor.set_image(source[i]["image"])
         expected = np.moveaxis(predictor.get_image_embedding()[0], 0, -1)
         np.testing.assert_array_equal(cached[i]["image_embedding"], expected)
-    prepared = Prepare(SMALL, 1, SMALL.mask_size)(cached[0], np.random.default_rng(0))
+    prepared = ExampleTransform(SMALL, 1, SMALL.mask_size)(cached[0], np.random.default_rng(0))
     assert "pixel_values" not in prepared
     with pytest.raises(ValueError, match="embedding is cached cannot be augmented"):
-        Prepare(SMALL, 1, SMALL.mask_size, flip=0.5)(cached[0], np.random.default_rng(0))
+        ExampleTransform(SMALL, 1, SMALL.mask_size, flip=0.5)(cached[0], np.random.default_rng(0))
 
 
 def test_what_is_there_is_not_made_again(model, source, tmp_path):

@@ -71,8 +71,8 @@ def test_rounds_are_calls_of_the_model(model, embedding, is_box, side):
     key, rounds = jax.random.key(5), 5
     expected, prompts = step_by_step(model, embedding, target(side), key, rounds, is_box)
     assert prompts == 2 + 2  # four rounds more, two without a click
-    actual = jax.jit(interactive_losses, static_argnames=("rounds", "box_probability"))(
-        model, embedding, target(side), BOX, key, rounds=rounds, box_probability=float(is_box)
+    actual = jax.jit(interactive_losses, static_argnames=("num_rounds", "box_probability"))(
+        model, embedding, target(side), BOX, key, num_rounds=rounds, box_probability=float(is_box)
     )
     for name, values in actual._asdict().items():
         assert values.shape == (rounds,)
@@ -100,7 +100,7 @@ def test_box_and_point_are_as_likely(model, embedding):
     def losses(probability):
         def one(key):
             return interactive_losses(
-                model, embedding, target(SIDE), BOX, key, rounds=1, box_probability=probability
+                model, embedding, target(SIDE), BOX, key, num_rounds=1, box_probability=probability
             ).total[0]
 
         return jax.vmap(one)(keys)
@@ -119,7 +119,7 @@ def test_gradients_reach_every_decoder_parameter(model, embedding):
     def gradient(params, weights):
         sam = nnx.merge(graphdef, params, rest)
         losses = interactive_losses(
-            sam, embedding, target(SIDE), BOX, jax.random.key(0), rounds=4, box_probability=0.0
+            sam, embedding, target(SIDE), BOX, jax.random.key(0), num_rounds=4, box_probability=0.0
         )
         return losses.total @ weights
 
@@ -152,7 +152,7 @@ def test_memory_does_not_grow_with_the_rounds(model, embedding):
     def loss(params, rounds):
         sam = nnx.merge(graphdef, params, rest)
         return interactive_losses(
-            sam, embedding, target(SIDE), BOX, jax.random.key(0), rounds=rounds
+            sam, embedding, target(SIDE), BOX, jax.random.key(0), num_rounds=rounds
         ).total.mean()
 
     def kept(rounds):

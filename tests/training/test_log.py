@@ -72,7 +72,7 @@ def test_a_new_run_begins_empty(tmp_path):
 
 def test_pictures(tmp_path):
     log = write(tmp_path, [1])
-    log.picture(12, Image.new("RGB", (5, 3), "red"))
+    log.log_image(12, Image.new("RGB", (5, 3), "red"))
     log.close()
     with Image.open(tmp_path / "pictures" / "000012.png") as picture:
         assert picture.size == (5, 3)
@@ -82,7 +82,7 @@ def test_pictures(tmp_path):
 def test_only_the_first_host_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     log = write(tmp_path, [1])
-    log.picture(1, Image.new("RGB", (5, 3)))
+    log.log_image(1, Image.new("RGB", (5, 3)))
     log.close()
     assert list(tmp_path.iterdir()) == []
 

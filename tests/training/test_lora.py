@@ -13,7 +13,7 @@ from sam_jax.checkpoints.params import flat_params
 from sam_jax.checkpoints.safetensors import write_safetensors
 from sam_jax.training.lora import add_lora, load_lora, merge_lora, save_lora, unmerge_lora
 from sam_jax.training.rules import LORA_ONLY, adamw, split_model
-from sam_jax.training.step import Recipe, compile_step, init_state
+from sam_jax.training.step import TrainConfig, compile_step, init_state
 
 # Attention of the encoder, and of the decoder in its regrouped forms.
 PATTERN = r"(image_encoder|mask_decoder)\..*\.(qkv|proj|q_proj|k_proj|v_proj|out_proj|lin1)"
@@ -110,7 +110,7 @@ def test_only_adapters_train(plain):
     assert names == {"lora_a", "lora_b"}
     tx = adamw(1e-2, LORA_ONLY)
     state = init_state(trained, tx)
-    step = compile_step(state, tx, Recipe())
+    step = compile_step(state, tx, TrainConfig())
     size, side = SMALL.image_size, SMALL.mask_size
     batch = {
         "pixel_values": np.asarray(normal((1, size, size, 3))),

@@ -8,7 +8,7 @@ from sam_jax.checkpoints.params import flat_params, param_shapes
 from sam_jax.training.rules import (
     DECODER_ONLY,
     EVERYTHING,
-    Optimizer,
+    OptimizerConfig,
     adamw,
     layer_decay,
     learning_rate_scale,
@@ -119,10 +119,10 @@ def test_kernels_and_adapters_decay():
 @pytest.mark.parametrize(("steps", "warmup"), [(100, 20), (10, 5)])
 def test_the_rate_rises_then_falls(steps, warmup):
     """A warm-up of 20 steps is at most half of a short run."""
-    constant = Optimizer(learning_rate=0.5, warmup=20, schedule="constant")
+    constant = OptimizerConfig(learning_rate=0.5, warmup=20, schedule="constant")
     rates = [constant.make(EVERYTHING, n)[1](np.arange(30)) for n in (steps, 1000)]
     np.testing.assert_allclose(rates, [np.minimum(np.arange(30) / 40, 0.5)] * 2, rtol=1e-6)
-    _, rate = Optimizer(learning_rate=0.5, warmup=20).make(EVERYTHING, steps)
+    _, rate = OptimizerConfig(learning_rate=0.5, warmup=20).build(EVERYTHING, steps)
     middle = warmup + (steps - warmup) / 2
     found = [float(rate(step)) for step in (0, warmup / 2, warmup, middle, steps)]
     np.testing.assert_allclose(found, [0, 0.25, 0.5, 0.25, 0], atol=1e-7)
@@ -140,4 +140,4 @@ def test_the_rate_rises_then_falls(steps, warmup):
 )
 def test_optimisers_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
-        Optimizer(**options).make(EVERYTHING, 10)
+        OptimizerConfig(**options).build(EVERYTHING, 10)

@@ -25,9 +25,9 @@ if hosts:
 from sam_jax import from_pretrained
 from sam_jax.training import sharding
 from sam_jax.training.rules import EVERYTHING, adamw, split_model
-from sam_jax.training.step import Recipe, compile_step, init_state
+from sam_jax.training.step import TrainConfig, compile_step, init_state
 
-recipe = Recipe(rounds=2, objects_at_once=1, ema_decay=0.9)
+recipe = TrainConfig(num_rounds=2, objects_chunk_size=1, ema_decay=0.9)
 tx = adamw(1e-3, EVERYTHING, clip_norm=1.0)
 model = from_pretrained(folder + "/model")
 whole_batch = dict(np.load(folder + "/batch.npz"))
@@ -49,9 +49,9 @@ def train(how, devices):
         held.append(on_first_device(jax.live_arrays()))
         return tx.init(params)
 
-    trained, frozen = sharding.put((trained, frozen), mesh, how)
+    trained, frozen = sharding.shard_tree((trained, frozen), mesh, how)
     begin = functools.partial(init_state, tx=tx._replace(init=init), ema=True)
-    state = sharding.make(begin, trained, mesh=mesh, parallelism=how)
+    state = sharding.init_sharded(begin, trained, mesh=mesh, parallelism=how)
     held.append(on_first_device(jax.live_arrays()))
     share = on_first_device(jax.tree.leaves((trained, frozen, state)))
     step = compile_step(state, tx, recipe)
@@ -64,7 +64,7 @@ def train(how, devices):
         losses.append(float(metrics["loss"]))
     kept = max(x.addressable_shards[0].data.nbytes / x.nbytes for x in jax.tree.leaves(state)
                if x.size >= 2**13)
-    params = jax.tree.leaves(sharding.gather(state.params, mesh))
+    params = jax.tree.leaves(sharding.fetch(state.params, mesh))
     total = float(sum(np.abs(x).astype(np.float64).sum() for x in params))
     held = (max(held) - held[0]) / share
     return {"losses": losses, "kept": kept, "held": held, "total": total}

@@ -23,16 +23,15 @@ from sam_jax.training.rules import (
     DECODER_ONLY,
     EVERYTHING,
     TABLES,
-    Optimizer,
+    OptimizerConfig,
     adamw,
     split_model,
     updates_made,
 )
 from sam_jax.training.step import (
-    Recipe,
+    TrainConfig,
     batch_losses,
     compile_step,
-    gradients,
     init_state,
     mean_loss,
     train_step,
@@ -40,7 +39,7 @@ from sam_jax.training.step import (
 
 SIZE, SIDE = SMALL.image_size, SMALL.mask_size
 EMBEDDING = (SHALLOW.image_embedding_size,) * 2 + (SHALLOW.prompt_embed_dim,)
-RECIPE = Recipe(rounds=1)
+RECIPE = TrainConfig(num_rounds=1)
 DEEP = dataclasses.replace(SMALL, image_encoder=dataclasses.replace(SMALL.image_encoder, depth=4))
 
 
@@ -202,7 +201,7 @@ def test_invalid_objects_change_nothing(model):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_batch_without_objects_is_no_step(model, accumulate):
     """Neither momentum, weight decay, the schedule nor the moving average go on."""
-    tx, _ = Optimizer(warmup=0, weight_decay=0.1).make(DECODER_ONLY, 10)
+    tx, _ = OptimizerConfig(warmup=0, weight_decay=0.1).build(DECODER_ONLY, 10)
     graphdef, trained, frozen = split_model(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
     step = compile_step(state, tx, RECIPE._replace(ema_decay=0.5, accumulate=accumulate))
@@ -230,7 +229,7 @@ def test_training_under_jaxs_strict_switches(what):
     if what == "lora":
         model = add_lora(model, r"image_encoder\..*\.(qkv|proj)", 2, rngs=nnx.Rngs(0))
     encoder = {} if what == "decoder" else {"remat": True, "drop_path_rate": 0.1}
-    recipe = Recipe(rounds=4, accumulate=2, ema_decay=0.9, **encoder)
+    recipe = TrainConfig(num_rounds=4, accumulate=2, ema_decay=0.9, **encoder)
     batch, key = {**batch_of(2), "dropped": np.zeros(2, np.int32)}, jax.random.key(0)
     if what == "decoder":
         del batch["pixel_values"]
@@ -241,16 +240,16 @@ def test_training_under_jaxs_strict_switches(what):
         jax.debug_nans(True),
         jax.transfer_guard("disallow"),
     ):
-        tx, _ = Optimizer().make(TABLES[what], 10)
+        tx, _ = OptimizerConfig().build(TABLES[what], 10)
         graphdef, trained, frozen = split_model(model, TABLES[what])
-        trained, frozen = sharding.put((trained, frozen), mesh, "data")
+        trained, frozen = sharding.shard_tree((trained, frozen), mesh, "data")
         make = functools.partial(init_state, tx=tx, ema=True)
-        state = sharding.make(make, trained, mesh=mesh, parallelism="data")
+        state = sharding.init_sharded(make, trained, mesh=mesh, parallelism="data")
         step = compile_step(state, tx, recipe)
         state, metrics = step(graphdef, state, frozen, sharding.put_batch(batch, mesh), key)
         assert np.isfinite(list(jax.device_get(metrics).values())).all()
         assert updates_made(state.opt_state) == 1
-        tuned = sharding.merge(graphdef, state.result, frozen, mesh)
+        tuned = sharding.merge_on_host(graphdef, state.result, frozen, mesh)
         assert len(jax.tree.leaves(tuned)) == len(jax.tree.leaves(model))
 
 
@@ -263,12 +262,12 @@ def test_a_tiny_vits_step_promotes_nothing():
         "boxes": np.zeros((2, 1, 4), np.float32),
         "valid": np.ones((2, 1), np.float32),
     }
-    tx, _ = Optimizer().make(EVERYTHING, 10)
+    tx, _ = OptimizerConfig().build(EVERYTHING, 10)
     model = ours(meta_sam(SMALL_TINY), SMALL_TINY)
     graphdef, trained, frozen = split_model(model, EVERYTHING)
     state = init_state(trained, tx)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        step = compile_step(state, tx, Recipe(rounds=2, remat=True))
+        step = compile_step(state, tx, TrainConfig(num_rounds=2, remat=True))
         step.trace(graphdef, state, frozen, batch, jax.random.key(0))
 
 
@@ -377,9 +376,9 @@ def test_a_loop_of_ones_own(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounds": 0}, "rounds is 0, expected at least 1"),
+        ({"num_rounds": 0}, "num_rounds is 0, expected at least 1"),
         ({"box_probability": 1.5}, "box_probability is 1.5, expected 0 to 1"),
-        ({"objects_at_once": -1}, "objects_at_once is -1, expected at least 1"),
+        ({"objects_chunk_size": -1}, "objects_chunk_size is -1, expected at least 1"),
         ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0, expected 0 or more"),
         ({"accumulate": 0}, "accumulate is 0, expected at least 1"),
         ({"ema_decay": 1.5}, "ema_decay is 1.5, expected 0 or more"),
@@ -387,7 +386,7 @@ def test_a_loop_of_ones_own(model):
 )
 def test_recipes_that_make_no_sense(model, options, message):
     with pytest.raises(ValueError, match=message):
-        batch_losses(model, batch_of(1), KEYS[:1], Recipe(**options))
+        batch_losses(model, batch_of(1), KEYS[:1], TrainConfig(**options))
 
 
 @pytest.mark.parametrize(
@@ -401,7 +400,7 @@ def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
     tx = adamw(1e-3, DECODER_ONLY)
     graphdef, trained, frozen = split_model(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=ema)
-    step = compile_step(state, tx, Recipe(ema_decay=decay))
+    step = compile_step(state, tx, TrainConfig(ema_decay=decay))
     with pytest.raises(ValueError, match=message):
         step(graphdef, state, frozen, batch_of(1), KEYS[0])
 
@@ -413,7 +412,7 @@ def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
 def test_what_needs_an_encoder_that_trains(model, options, given):
     batch = {**batch_of(1), "image_embedding": np.zeros((1, 1))}
     with pytest.raises(ValueError, match=f"{given}, .* image encoder, which it is for, does not"):
-        batch_losses(model, batch, KEYS[:1], Recipe(**options))
+        batch_losses(model, batch, KEYS[:1], TrainConfig(**options))
 
 
 def test_losses_are_of_the_recipe(model, monkeypatch):
@@ -426,7 +425,9 @@ def test_losses_are_of_the_recipe(model, monkeypatch):
 
     monkeypatch.setattr("sam_jax.training.step.interactive_losses", spy)
     batch = {**batch_of(1), "image_embedding": normal((1, *EMBEDDING))}
-    expected = {"rounds": 3, "box_probability": 0.25, "weights": LossWeights(2.0, 3.0, 4.0)}
-    losses = jax.eval_shape(lambda b: batch_losses(model, b, KEYS[:1], Recipe(**expected)), batch)
+    expected = {"num_rounds": 3, "box_probability": 0.25, "weights": LossWeights(2.0, 3.0, 4.0)}
+    losses = jax.eval_shape(
+        lambda b: batch_losses(model, b, KEYS[:1], TrainConfig(**expected)), batch
+    )
     assert losses.total.shape == (1, 3, 3)
     assert given == expected
