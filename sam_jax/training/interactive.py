@@ -102,7 +102,7 @@ def _brings_click(key, num_rounds):
     """For each round, whether the next one has a new click."""
     following = jnp.arange(1, num_rounds + 1)
     if num_rounds <= 3:
-        return following < rounds
+        return following < num_rounds
     idle = jax.random.randint(key, (), 1, num_rounds - 1)
     return (following < num_rounds - 1) & (following != idle)
 

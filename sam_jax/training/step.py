@@ -73,7 +73,7 @@ def batch_losses(
 
     Args:
         model: `nnx.merge(graphdef, trained, frozen)`.
-        batch: of `sam_jax.training.loader.batches`.
+        batch: of `sam_jax.training.make_loader`.
         keys: [b] of `jax.random`, one for each image; its prompts and drop path depend on it.
         recipe: see there.
 
@@ -202,7 +202,7 @@ def train_step(
         graphdef: of `split_model`.
         state: of `init_state` or the step before.
         frozen: of `split_model`.
-        batch: of `sam_jax.training.loader.batches`.
+        batch: of `sam_jax.training.make_loader`.
         key: of the whole run; what a step draws depends on it and on the step's number.
         tx: the optimiser.
         recipe: see there.

@@ -130,7 +130,7 @@ def test_a_step_on_every_parameter_is_pytorchs():
 def compiled_gradients(model, everything, recipe):
     """`gradients` for a batch of 4, and what memory it takes."""
     split = split_model(model, EVERYTHING if everything else DECODER_ONLY)
-    run = jax.jit(lambda batch, keys: gradients(*split, batch, keys, recipe))
+    run = jax.jit(lambda batch, keys: grads_and_metrics(*split, batch, keys, recipe))
     compiled = run.lower(batch_of(4), KEYS).compile()
     return compiled, compiled.memory_analysis()
 
