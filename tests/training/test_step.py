@@ -32,6 +32,7 @@ from sam_jax.training.step import (
     TrainConfig,
     batch_losses,
     compile_step,
+    grads_and_metrics,
     init_state,
     mean_loss,
     train_step,
