@@ -66,7 +66,7 @@ def test_python(page, folder):
     """All of a page in one session, as one reads; everything-mode with few points."""
     code = "\n".join(blocks(page.read_text(), "python"))
     code = re.sub(r"(points_per_(?:side|crop))=8", r"\1=3", code)
-    if "optimiser" in code:  # compiling which takes longer than running it
+    if "optimizer" in code:  # compiling which takes longer than running it
         jax.config.update("jax_disable_most_optimizations", True)
     if "cells/" in code:
         command = [sys.executable, ROOT / "examples" / "cells.py", "--output", "cells"]
