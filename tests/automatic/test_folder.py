@@ -568,6 +568,7 @@ cluster.shutdown()
 POISONED = """
 import os, sys
 from pathlib import Path
+from sam_jax.automatic.options import MaskGenerationOptions
 from sam_jax.automatic.ray_cluster import generate_with_ray
 from sam_jax.automatic.results import Results
 
@@ -582,7 +583,7 @@ class Poisoned(Results):
         super().write(picture, *others)
 
 address, model, photos, output = sys.argv[1:]
-options = {"points_per_side": 1, "output_mode": "uncompressed_rle"}
+options = MaskGenerationOptions(1, output_mode="uncompressed_rle")
 names = [Path(photos, f"{name}.png") for name in ("tall", "bad", "wide", "small")]
 for names, breaks in ((names, False), (names[-1:], True)):
     results = Poisoned(Path(output, str(breaks)), "coco", breaks)

@@ -539,7 +539,7 @@ def test_a_turned_image_whose_annotations_fit_only_when_it_is_upright(coco, rule
 def test_other_ways_with_bad_annotations(coco):
     for annotations in (coco / "coco.json", coco):
         with pytest.raises(
-            ValueError, match="on_bad_annotation is 'ignore', expected 'refuse' or 'skip'"
+            ValueError, match="on_bad_annotation is 'ignore', expected 'raise' or 'skip'"
         ):
             open_annotations(annotations, coco, "ignore")
 

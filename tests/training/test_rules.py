@@ -120,7 +120,7 @@ def test_kernels_and_adapters_decay():
 def test_the_rate_rises_then_falls(steps, warmup):
     """A warm-up of 20 steps is at most half of a short run."""
     constant = OptimizerConfig(learning_rate=0.5, warmup=20, schedule="constant")
-    rates = [constant.make(EVERYTHING, n)[1](np.arange(30)) for n in (steps, 1000)]
+    rates = [constant.build(EVERYTHING, n)[1](np.arange(30)) for n in (steps, 1000)]
     np.testing.assert_allclose(rates, [np.minimum(np.arange(30) / 40, 0.5)] * 2, rtol=1e-6)
     _, rate = OptimizerConfig(learning_rate=0.5, warmup=20).build(EVERYTHING, steps)
     middle = warmup + (steps - warmup) / 2
