@@ -9,6 +9,8 @@ from reprlib import repr as short  # of values from a file, of any size and dept
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
+from sam_jax.idioms import WithAdvice
+
 Preprocessing = Literal["medsam"]
 # The largest number, and the most layers or outputs, that a configuration may have: more than any
 # model's, and few enough for one from a forged file to be compared with the tensors in seconds.
@@ -182,7 +184,7 @@ class MaskDecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SamConfig:
+class SamConfig(WithAdvice):
     """A whole SAM.
 
     `image_size` is the side of the square, padded picture in pixels, `prompt_embed_dim` the width

@@ -25,6 +25,7 @@ _MODULE = {  # of the model and of its three parts
     "state_dict": "use nnx.state(model), or save_pretrained(model, folder)",
     "load_state_dict": "use from_pretrained(path)",
 }
+_HIDDEN = "vision_hidden_states", "vision_attentions", "mask_decoder_attentions"
 _STEPS = "leave it out: processor.resize(image) and processor.normalize(image) are the steps"
 
 # By class, or by function for its arguments; then by name.
@@ -33,12 +34,18 @@ ADVICE = {
         **_MODULE,
         **dict.fromkeys(("pixel_mean", "pixel_std"), "use model.config.pixel_mean and pixel_std"),
         "save_pretrained": "use sam_jax.save_pretrained(model, folder)",
+        "num_parameters": "use sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))",
         "from_pretrained": "use sam_jax.from_pretrained(name)",
         "forward": "call the model: model(**inputs)",
         "preprocess": "use SamProcessor(model.config).normalize(image), of a resized uint8 image",
         "postprocess_masks": "use SamProcessor(model.config).post_process_masks",
         "vision_encoder": "use image_encoder, or get_image_embeddings(pixel_values)",
         "shared_image_embedding": "use get_image_wide_positional_embeddings()",
+    },
+    "SamConfig": {
+        "vision_config": "use config.image_encoder",
+        "mask_decoder_config": "use config.mask_decoder",
+        "prompt_encoder_config": "use config.prompt_encoder",
     },
     "Sam.__call__": {
         "return_dict": "leave it out: the outputs are a named tuple",
@@ -87,8 +94,9 @@ ADVICE = {
         "target_size": "use processor.config.image_size",
         "size": "use processor.config.image_size",
     },
-    "SamInputs": {"to": _NUMPY},
+    "SamInputs": {"to": _NUMPY, "data": "leave it out: the inputs are a dictionary"},
     "SamImageSegmentationOutput": {
+        **dict.fromkeys(_HIDDEN, "use model.get_image_embeddings(pixel_values): it is not kept"),
         "to_tuple": "it is a tuple",
         "to": _NO_DEVICES,
     },
