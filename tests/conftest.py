@@ -3,6 +3,7 @@ import os
 import shutil
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 # Tests that run side by side each have cores of their own: PyTorch's threads and XLA's spin while
 # they wait, which takes the others' time.
@@ -13,10 +14,12 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, _cores[_worker % len(_cores) :: _count])
 
 # What one of the tests' processes has compiled, the others need not: two that run tests side by
-# side, and those that they start. Set before JAX is imported.
+# side, those that they start, and those of the next run (not in CI). Set before JAX is imported.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _cache = tempfile.mkdtemp(prefix="sam_jax_compiled_")
-    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    _cache = str(Path(__file__).parents[1] / ".cache" / "tests")
+    if "CI" in os.environ:
+        _cache = tempfile.mkdtemp(prefix="sam_jax_compiled_")
+        atexit.register(shutil.rmtree, _cache, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 

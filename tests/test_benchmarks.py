@@ -17,6 +17,8 @@ import pytest
 
 from sam_jax.ops import attention
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

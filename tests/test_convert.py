@@ -18,6 +18,8 @@ from sam_jax.checkpoints import load_config, write_checkpoint
 from sam_jax.checkpoints.params import param_shapes
 from sam_jax.config import lite_medsam, with_preprocessing
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(torch_to_flax.__file__).parent
 VIT, TINY = (
     dataclasses.replace(c, mask_decoder=dataclasses.replace(c.mask_decoder, num_heads=8))

@@ -23,6 +23,8 @@ from reference import SHALLOW, meta_sam
 import sam_jax
 from sam_jax.cli import COMMANDS, main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 SCRIPTS = {

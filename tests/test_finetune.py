@@ -32,6 +32,8 @@ from sam_jax.training.transform import ExampleTransform
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import finetune
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(finetune.__file__).parent
 STEPS = 14
 

@@ -8,6 +8,8 @@ import nbclient
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICKLY = 'jax.config.update("jax_disable_most_optimizations", True)\n'
 THOROUGHLY = QUICKLY.replace("True", "False")

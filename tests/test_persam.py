@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import skimage.data
 import torch
 from PIL import Image
@@ -13,6 +14,8 @@ from sam_jax import SamPredictor, from_pretrained
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import persam
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_object_is_found(mobile_sam_file, tmp_path):

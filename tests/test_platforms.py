@@ -17,6 +17,8 @@ from sam_jax.models.sam import Sam
 from sam_jax.training.rules import EVERYTHING, adamw, split_model
 from sam_jax.training.step import TrainConfig, init_state, train_step
 
+pytestmark = pytest.mark.slow
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 MODELS = {
     "xla": (SMALL, "xla"),

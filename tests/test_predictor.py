@@ -656,6 +656,7 @@ def test_the_model_s_own_coordinates_are_warned_of_too(predictor):
         predictor.predict_torch([[[112, 9]]], [[1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "copy_of",
     [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))],

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 import skimage.data
 from PIL import Image
 from reference import SMALL_TINY, meta_sam, ours
 
 from sam_jax import SamProcessor
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 README = Path(__file__).parents[1] / "README.md"

@@ -93,6 +93,7 @@ def test_point_finds_the_face(mobile_sam_file):
     assert 0.02 < best.mean() < 0.1
 
 
+@pytest.mark.slow
 def test_padded_batch_equals_one_at_a_time(mobile_sam_file):
     """Two photos at once, with lists of points of different lengths, padded twice over."""
     model = from_pretrained(mobile_sam_file)
@@ -223,12 +224,14 @@ def compare_with_hf(size_config, seed):
     assert mask_iou(masks, reference_masks).min() >= 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.full_size
 @pytest.mark.optimised
 def test_vit_b_at_full_size():
     compare_with_hf(from_hf({}), seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.full_size
 @pytest.mark.parametrize(
     ("dim", "heads", "mlp_dim"),
@@ -263,6 +266,7 @@ def lite_medsam_torch(tmp_path_factory):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.full_size
 @pytest.mark.parametrize("name", ["retina", "microaneurysms"])
 def test_lite_medsam(lite_medsam_torch, name):

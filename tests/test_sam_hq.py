@@ -155,6 +155,7 @@ def test_masks_are_the_originals(original, model, kind):
     assert_close(found.iou_scores[0], single_score)
 
 
+@pytest.mark.slow
 def test_gradients_are_the_originals(original, model):
     pixels, weights = normal((1, 96, 96, 3), seed=4), normal((2, 4, 48, 48), seed=5)
     for parameter in original.parameters():
@@ -195,6 +196,7 @@ def ours_of(tensors):
     return build_model(from_torch(tensors, HQ, param_shapes(HQ)), HQ)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [HQ_TINY, WIDE], ids=["tiny_vit", "vit_b_at_reduced_depth"])
 def test_other_encoders(config):
     reference = meta_sam(config)
@@ -261,6 +263,7 @@ def test_original_file_and_our_folder(tmp_path, original, model):
             np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_predictor_and_everything_mode(model):
     image = np.random.default_rng(8).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     predictor = SamPredictor(model)
@@ -312,6 +315,7 @@ def test_other_models_have_no_token_of_their_own():
         )
 
 
+@pytest.mark.slow
 def test_its_own_parameters_train(model):
     graphdef, trained, frozen = split_model(model, HQ_ONLY)
     batch = {

@@ -13,6 +13,8 @@ from reference import SMALL, SMALL_TINY
 from sam_jax import Sam, SamAutomaticMaskGenerator, SamPredictor, pipeline
 from sam_jax.ops.prompts import join_prompts
 
+pytestmark = pytest.mark.slow
+
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 MASK = np.zeros((60, 90), bool)
 MASK[10:40, 20:70] = True

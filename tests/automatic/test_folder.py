@@ -28,6 +28,8 @@ from sam_jax.files import lock_folder
 from sam_jax.ops.boxes import mask_to_box
 from sam_jax.ops.rle import rle_encode
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"wide": (60, 110), "tall": (130, 70), "small": (20, 25)}
 ALL_PASS = ["--pred-iou-thresh", "0", "--stability-score-thresh", "0"]
 OPTIONS = [*ALL_PASS, "--points-per-side", "4"]

@@ -68,6 +68,7 @@ def photo(name):
 GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -137,6 +138,7 @@ def test_points_per_batch_changes_nothing(points_per_batch):
     assert_same_records(actual, expected, exact=True)
 
 
+@pytest.mark.slow
 def test_a_stretched_picture():
     """MedSAM's preprocessing, also of crops: the masks are the predictor's."""
     model = ours(small()[0], with_preprocessing(SMALL, "medsam"))
@@ -160,6 +162,7 @@ def test_a_stretched_picture():
             assert mask.sum() == record["area"]
 
 
+@pytest.mark.slow
 def test_the_schedule_of_accelerators_changes_nothing():
     image, some = picture(100, 75), generator(points_per_side=9)
     expected = some.generate(image)
@@ -167,6 +170,7 @@ def test_the_schedule_of_accelerators_changes_nothing():
     assert_same_records(some.generate(image), expected, exact=True)
 
 
+@pytest.mark.slow
 def test_a_batch_is_as_one_at_a_time():
     images = [picture(50, 200, 1), picture(130, 90, 2), picture(96, 96, 3)]
     some = generator(crop_n_layers=1)
@@ -251,6 +255,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_are_as_one():
     environment = {
         **os.environ,
@@ -283,6 +288,7 @@ print(json.dumps([jax.config.jax_enable_x64, sorted(new), tests.found_in_a_pictu
 """
 
 
+@pytest.mark.slow
 def test_with_64_bits_all_is_the_same():
     environment = {
         **os.environ,
@@ -344,6 +350,7 @@ def test_what_on_batch_raises_ends_the_work(monkeypatch):
     assert len(batches) == 2
 
 
+@pytest.mark.slow
 def test_another_picture_compiles_nothing(compilations):
     some = generator(crop_n_layers=1)
     some.generate(picture(100, 75))

@@ -211,6 +211,7 @@ def test_small_configurations_are_inferred_but_for_heads():
     assert values == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
 def test_any_one_tensor_missing_or_misshapen_is_a_checkpoint_error(small):
     tensors = state_dict(meta_sam(small))

@@ -433,6 +433,7 @@ def test_what_a_file_is_instead(tmp_path, content, message):
     assert str(caught.value).startswith(f"{tmp_path / 'x.pth'}: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_files_from_before_torch_1_6(tmp_path, protocol):
     """Pickles and storages in a row. As torch reads them, or refused, wherever they are damaged."""
@@ -507,6 +508,7 @@ def test_a_truncated_file(tmp_path, write, part):
         read_tensors(tmp_path / "x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [write_torch, write_safetensors])
 def test_damaged_bytes_give_tensors_or_a_checkpoint_error(tmp_path, write):
     """Flips bytes at random: nothing but CheckpointError may come out, and no crash."""

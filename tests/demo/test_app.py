@@ -20,6 +20,8 @@ from sam_jax.demo.limits import Limits
 from sam_jax.demo.server import host_names
 from sam_jax.demo.visit import Found, Visit
 
+pytestmark = pytest.mark.slow
+
 CLICK = {"x": 50, "y": 30, "label": 1}
 JSON = {"Content-Type": "application/json"}
 

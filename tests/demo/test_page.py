@@ -22,6 +22,8 @@ from sam_jax import SamPredictor, from_pretrained
 from sam_jax.demo.app import _FILES
 from sam_jax.visualize import MARKS
 
+pytestmark = pytest.mark.slow
+
 CUP, MIDDLE, OFF, FACE = (0.55, 0.3), (0.55, 0.5), (0.9, 0.9), (0.44, 0.25)
 
 

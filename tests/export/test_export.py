@@ -136,6 +136,7 @@ def test_jax_programs_in_bfloat16(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["platforms"] == ["tpu"]
 
 
+@pytest.mark.slow
 def test_jax_programs_with_a_gradient(tmp_path):
     """By every input, parameters included: the model's."""
     model = ours(meta_sam(SHALLOW), SHALLOW)
@@ -263,6 +264,7 @@ def test_onnx_encoder(torch_sam, onnx_folder):
         assert_close(embedding, expected)
 
 
+@pytest.mark.slow
 def test_onnx_of_real_weights(mobile_sam_file, tmp_path):
     """MobileSAM by the command and the example, against Meta's decoder and PyTorch's encoder."""
     image = skimage.data.coffee()
@@ -459,6 +461,7 @@ def test_refusals(tmp_path, unchecked, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL_TINY, SMALL], ids=["tiny_vit", "vit"])
 def test_sam_hq_and_tiny_vit(config, tmp_path):
     """In both formats, an early layer's channels and all."""

@@ -165,6 +165,7 @@ def test_mask_per_prompt(model, embeddings):
             assert_close(together.iou_scores[i, j], alone.iou_scores[0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", [None, MASKS[:, :1], MASKS], ids=["none", "shared", "own"])
 def test_prompts_at_once_change_nothing(model, embeddings, masks):
     """Whether mapped, in groups or, as on a GPU or TPU, all together."""
@@ -404,6 +405,7 @@ def test_what_depends_on_the_image_alone_is_computed_once(model):
     assert products(jnp.asarray(MASKS)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
 def test_bfloat16(config):
     """Computed in bfloat16: near float32's answer, and given in float32."""
@@ -419,6 +421,7 @@ def test_bfloat16(config):
         assert not np.array_equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_parameters_kept_in_bfloat16():
     """As after `--dtype bfloat16`: computed in float32, it is the model of the rounded numbers."""
     torch_sam = meta_sam(SMALL)
@@ -472,6 +475,7 @@ def test_an_unknown_attention_is_refused_at_once(name):
         Sam(SMALL, attention=name, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_functional_use():
     """README's way: `nnx.split`, then plain `jax.jit` and `jax.grad` over the parameters."""
     model = ours(meta_sam(SMALL), SMALL)
@@ -555,6 +559,7 @@ def our_objective(sam, pixels, points, labels, box, mask):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "attention"),
     [
@@ -701,6 +706,7 @@ def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
         model(image_embeddings=embeddings.numpy()[:1], input_points=np.array([[[[450.0, 20]]]]))
 
 
+@pytest.mark.slow
 def test_tables_of_flax_leave_a_model_as_it_was(model, pixels):
     expected = model(pixels, input_points=POINTS).iou_scores
     for options in ({}, {"multimask_output": False}):
@@ -711,6 +717,7 @@ def test_tables_of_flax_leave_a_model_as_it_was(model, pixels):
     assert np.array_equal(model(pixels, input_points=POINTS).iou_scores, expected)
 
 
+@pytest.mark.slow
 def test_memory_of_thousands_of_points_in_a_prompt(model, embeddings, monkeypatch):
     """A tenth of the 4 GB that all logits of 16,384 tokens' self-attention would take."""
     shapes = ((1, 12, 12, 32), jnp.float32), ((1, 1, 2**14, 2), jnp.float32)

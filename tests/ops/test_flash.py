@@ -15,6 +15,8 @@ import sam_jax.ops.attention
 from sam_jax.ops.attention import rel_pos_attention
 from sam_jax.ops.flash import flash_attention
 
+pytestmark = pytest.mark.slow
+
 image_encoder = torch_reference.import_reference("segment_anything").modeling.image_encoder
 
 

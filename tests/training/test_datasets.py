@@ -759,6 +759,7 @@ def test_hosts_share_the_batch(many, batch_size):
         make_loader(many, PREPARE, batch_size=2, seed=-1)
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(coco):
     source = CocoInstances(coco / "coco.json", coco)
     expected = take(make_loader(source, PREPARE, batch_size=2, seed=1, start=2), 3)
@@ -846,6 +847,7 @@ class Bad(list):
         return f"photo_{index}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_names_the_image(many, workers):
     wrong = [{**example, "masks": example["masks"][:, 1:]} for example in many]

@@ -111,6 +111,7 @@ def test_box_and_point_are_as_likely(model, embedding):
     assert 0 < from_box.sum() < 8
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_decoder_parameter(model, embedding):
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 

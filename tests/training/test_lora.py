@@ -103,6 +103,7 @@ def test_adapters_alone_are_written(plain, adapted, tmp_path):
         save_lora(plain, tmp_path / "other.safetensors")
 
 
+@pytest.mark.slow
 def test_only_adapters_train(plain):
     model = add_lora(plain, r"image_encoder\..*\.qkv", rank=2, rngs=nnx.Rngs(0))
     graphdef, trained, frozen = split_model(model, LORA_ONLY)

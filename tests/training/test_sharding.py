@@ -13,6 +13,8 @@ from reference import SHALLOW, meta_sam, ours
 from sam_jax import save_pretrained
 from sam_jax.training import sharding
 
+pytestmark = pytest.mark.slow
+
 # Trains for 20 steps, once for each way and number of devices, and prints what came of it; run with
 # 8 simulated devices, or on 2 hosts. It imports no PyTorch: model and batch are in files.
 SCRIPT = '''

@@ -146,6 +146,7 @@ def assert_same_gradients(actual, expected):
         np.testing.assert_allclose(a, e, atol=1e-6 * scale, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_takes_no_memory_for_gradients(model):
     sizes = {name: sum(v.nbytes for v in jax.tree.leaves(tree)) for name, tree in {
         "decoder": nnx.state(model.mask_decoder, nnx.Param),
@@ -160,6 +161,7 @@ def test_what_is_frozen_takes_no_memory_for_gradients(model):
     assert some.temp_size_in_bytes < every.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_steps_draw_anew_keep_what_is_frozen_and_the_moving_average(model):
     batch, key, decay = batch_of(2), jax.random.key(0), 0.75
     before = {name: np.asarray(value) for name, value in flat_params(model).items()}
@@ -199,6 +201,7 @@ def test_invalid_objects_change_nothing(model):
     assert all(np.isfinite(value) for value in metrics.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_batch_without_objects_is_no_step(model, accumulate):
     """Neither momentum, weight decay, the schedule nor the moving average go on."""
@@ -223,6 +226,7 @@ def test_a_batch_without_objects_is_no_step(model, accumulate):
     assert any(not np.array_equal(a, b) for a, b in leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["decoder", "lora", "everything"])
 def test_training_under_jaxs_strict_switches(what):
     """The whole loop but for making the model; on a CPU, transfers to the host are not seen."""
@@ -254,6 +258,7 @@ def test_training_under_jaxs_strict_switches(what):
         assert len(jax.tree.leaves(tuned)) == len(jax.tree.leaves(model))
 
 
+@pytest.mark.slow
 def test_a_tiny_vits_step_promotes_nothing():
     """Traced only: promotions show then, and its gradients compile long."""
     size, side = SMALL_TINY.image_size, SMALL_TINY.mask_size
@@ -272,6 +277,7 @@ def test_a_tiny_vits_step_promotes_nothing():
         step.trace(graphdef, state, frozen, batch, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(model):
     batch = batch_of(4)
     expected, _ = compiled_gradients(model, False, RECIPE)
@@ -329,6 +335,7 @@ def test_drop_path_is_by_image_and_right_on_average():
         model.encode_image(pixels, drop_path_rate=0.5)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_parameters(compilations):
     model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16)
     tx = adamw(1e-3, EVERYTHING)
@@ -349,6 +356,7 @@ def test_bfloat16_trains_float32_parameters(compilations):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own(model):
     """Only the loss is taken from here."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
