@@ -12,6 +12,7 @@ import torch
 import torch_reference
 from everything import (
     ALL,
+    GRID,
     assert_same_records,
     found_in_a_picture,
     generator,
@@ -24,14 +25,10 @@ from reference import SMALL, mask_iou, mobile_sam_torch, ours
 
 from sam_jax import SamPredictor, from_pretrained
 from sam_jax.automatic import generator as module
-from sam_jax.automatic.device import points_at_once
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 from sam_jax.config import with_preprocessing
 
 amg = torch_reference.import_reference("segment_anything")
-
-
-# ---- against the reference, real weights ---------------------------------------------------------
 
 
 class Remembered(torch.nn.Module):
@@ -65,9 +62,6 @@ def photo(name):
     }[name]
 
 
-GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -97,9 +91,6 @@ def test_records_are_metas(mobile, name, options):
         assert type(actual[0]["segmentation"]) is type(expected[0]["segmentation"])
 
 
-# ---- against the reference, random weights -------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -127,17 +118,6 @@ def test_options_are_metas(options):
         assert (a["bbox"], a["area"]) == (e["bbox"], e["area"])
 
 
-# ---- the same records whichever way --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("points_per_batch", [1, 7, 1024])
-def test_points_per_batch_changes_nothing(points_per_batch):
-    image = picture(100, 75)
-    expected = generator(points_per_side=9).generate(image)  # 81 points, 64 at a time
-    actual = generator(points_per_side=9, points_per_batch=points_per_batch).generate(image)
-    assert_same_records(actual, expected, exact=True)
-
-
 @pytest.mark.slow
 def test_a_stretched_picture():
     """MedSAM's preprocessing, also of crops: the masks are the predictor's."""
@@ -160,14 +140,6 @@ def test_a_stretched_picture():
             mask = segmentation(record)
             assert mask_iou(mask[y : y + h, x : x + w], masks[k]) >= 0.999
             assert mask.sum() == record["area"]
-
-
-@pytest.mark.slow
-def test_the_schedule_of_accelerators_changes_nothing():
-    image, some = picture(100, 75), generator(points_per_side=9)
-    expected = some.generate(image)
-    some._at_once = points_at_once(64, "gpu")
-    assert_same_records(some.generate(image), expected, exact=True)
 
 
 @pytest.mark.slow
@@ -375,9 +347,6 @@ def test_other_kinds_of_pictures(tmp_path):
         assert_same_records(generator().generate(given), expected, exact=True)
 
 
-# ---- nothing, and what cannot be -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layers", [0, 2])
 @pytest.mark.parametrize(
     "limits",
@@ -430,50 +399,3 @@ def test_one_picture_is_no_list():
     for image in (picture(5, 5), "photo.jpg", Image.fromarray(picture(5, 5))):
         with pytest.raises(TypeError, match=r"expected a list of images.*generate takes one"):
             generator().generate_batch(image)
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"points_per_side": None}, "points_per_side is None and point_grids is None, expected"),
-        ({"point_grids": [GRID]}, "points_per_side is 6 and point_grids is given, expected exact"),
-        ({"points_per_side": 0}, "points_per_side is 0, expected a whole number of at least 1"),
-        ({"points_per_batch": 0}, "points_per_batch is 0, expected a whole number of at least 1"),
-        ({"points_per_batch": 1.5}, "points_per_batch is 1.5, expected a whole number"),
-        ({"crop_n_layers": -1}, "crop_n_layers is -1, expected a whole number of at least 0"),
-        ({"crop_n_points_downscale_factor": 0}, "crop_n_points_downscale_factor is 0, expected"),
-        (
-            {"crop_n_layers": 2, "crop_n_points_downscale_factor": 4},
-            "points_per_side 6 over crop_n_points_downscale_factor 4 leaves no points for layer 2",
-        ),
-        ({"pred_iou_thresh": float("nan")}, "pred_iou_thresh is nan, expected a number"),
-        ({"box_nms_thresh": None}, "box_nms_thresh is None, expected a number"),
-        ({"stability_score_offset": -1.0}, "stability_score_offset is -1.0, expected 0 or more"),
-        ({"points_per_side": True}, "points_per_side is True, expected a whole number"),
-        ({"points_per_side": None, "point_grids": 5}, "point_grids are 5, expected a list of arr"),
-        (
-            {"points_per_side": None, "point_grids": [[[1, 2], [3]]]},
-            "point_grids hold no lists of points",
-        ),
-        ({"crop_overlap_ratio": 1.0}, "crop_overlap_ratio is 1.0, expected 0 to below 1"),
-        ({"output_mode": "png"}, "output_mode is 'png', expected one of binary_mask, uncompresse"),
-        (
-            {"points_per_side": None, "point_grids": [[[0.5, 1.5], [0.1, 0.1]]]},
-            r"point_grids\[0\] holds \[0.5, 1.5\], expected x and y from 0 to 1",
-        ),
-        (
-            {"points_per_side": None, "point_grids": [[[float("nan"), 0.5]]]},
-            r"point_grids\[0\] holds \[nan, 0.5\], expected x and y from 0 to 1",
-        ),
-        ({"points_per_side": None, "point_grids": [[]]}, r"point_grids\[0\] has shape \(0,\)"),
-        (
-            {"points_per_side": None, "point_grids": [GRID], "crop_n_layers": 1},
-            "there are 1 point_grids, expected 2: one for the whole picture",
-        ),
-    ],
-    ids=str,
-)
-def test_arguments_that_cannot_be(options, message):
-    with pytest.raises(ValueError, match=message):
-        generator(**options)

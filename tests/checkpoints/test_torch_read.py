@@ -4,72 +4,25 @@ import contextlib
 import datetime
 import enum
 import functools
-import os
 import pathlib
-import pickle
-import random
-import resource
-import stat
 import struct
-import time
-import tracemalloc
 import warnings
 import zipfile
 
-import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
+from torch_files import (
+    assert_same,
+    tensor_opcodes,
+    tensors_of_every_dtype,
+    write_bytes,
+    write_forged,
+    write_zip,
+)
 
-from sam_jax.checkpoints import unpickle
-from sam_jax.checkpoints.safetensors import write_safetensors
 from sam_jax.checkpoints.tensor_files import read_tensors
-from sam_jax.checkpoints.torch_write import write_torch
 from sam_jax.errors import CheckpointError
-
-DTYPES = {
-    torch.float64: np.float64,
-    torch.float32: np.float32,
-    torch.float16: np.float16,
-    torch.bfloat16: ml_dtypes.bfloat16,
-    torch.int64: np.int64,
-    torch.int32: np.int32,
-    torch.int16: np.int16,
-    torch.int8: np.int8,
-    torch.uint8: np.uint8,
-    torch.bool: np.bool_,
-}
-
-
-def bits_of(tensor):
-    """The bytes of a torch tensor or a numpy array, in row-major order."""
-    if isinstance(tensor, torch.Tensor):
-        return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return tensor.tobytes()
-
-
-def assert_same(arrays, tensors):
-    assert list(arrays) == list(tensors)
-    for name, tensor in tensors.items():
-        assert arrays[name].shape == tuple(tensor.shape), name
-        assert arrays[name].dtype == DTYPES[tensor.dtype], name
-        assert bits_of(arrays[name]) == bits_of(tensor), name
-
-
-def tensors_of_every_dtype():
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randint(0, 100, (3, 4), generator=generator)
-    tensors = {str(dtype): values.to(dtype) for dtype in DTYPES}
-    tensors["torch.bool"] = values % 2 == 0
-    tensors["nan"] = torch.tensor([float("nan"), -0.0, float("inf")])
-    tensors["scalar"] = torch.tensor(7)
-    tensors["none of them"] = torch.zeros(0, 4)
-    tensors["with space, ünïcode"] = torch.ones(1)
-    return tensors
-
-
-# ---- reading what torch writes -------------------------------------------------------------------
 
 
 def test_reads_every_dtype_of_a_torch_file(tmp_path):
@@ -257,182 +210,6 @@ def test_reads_the_mobile_sam_checkpoint(mobile_sam_file):
     assert_same(read_tensors(mobile_sam_file), torch.load(mobile_sam_file, weights_only=True))
 
 
-# ---- safetensors ---------------------------------------------------------------------------------
-
-
-def test_reads_every_dtype_of_a_safetensors_file(tmp_path):
-    tensors = tensors_of_every_dtype()
-    safetensors.torch.save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
-    arrays = read_tensors(tmp_path / "x")
-    assert_same({name: arrays[name] for name in tensors}, tensors)
-    assert len(arrays) == len(tensors)
-
-
-def test_names_an_unknown_dtype_of_a_safetensors_file(tmp_path):
-    safetensors.torch.save_file({"w": torch.ones(2, dtype=torch.complex64)}, tmp_path / "x")
-    with pytest.raises(CheckpointError, match="'w' is C64; expected one of F64"):
-        read_tensors(tmp_path / "x")
-
-
-# ---- writing -------------------------------------------------------------------------------------
-
-
-def arrays_to_write():
-    arrays = {
-        name: read.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        if read.dtype is torch.bfloat16
-        else read.numpy()
-        for name, read in tensors_of_every_dtype().items()
-    }
-    arrays["transposed"] = np.arange(12, dtype=np.float32).reshape(3, 4).T
-    arrays["reversed"] = np.arange(12)[::-1]
-    arrays["expanded"] = np.broadcast_to(np.float32(2), (3, 2))
-    arrays["bfloat16, strided"] = np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16).T
-    arrays["zero, deep"] = np.zeros((2, 0, 3), np.int64)
-    return arrays
-
-
-def test_torch_reads_what_write_torch_writes(tmp_path):
-    arrays = arrays_to_write()
-    write_torch(tmp_path / "x.pth", arrays)
-    for mmap in (False, True):
-        tensors = torch.load(tmp_path / "x.pth", weights_only=True, mmap=mmap)
-        assert type(tensors) is collections.OrderedDict
-        assert_same(arrays, tensors)
-        for name, tensor in tensors.items():
-            assert tensor.stride() == torch.empty(tensor.shape).stride(), name
-    read = read_tensors(tmp_path / "x.pth")
-    assert_same(read, tensors)
-    assert all(array.ctypes.data % 64 == 0 for array in read.values() if array.size)
-
-
-def test_write_torch_swaps_big_endian_bytes(tmp_path):
-    write_torch(tmp_path / "x.pth", {"w": np.arange(3, dtype=">f4")})
-    assert_same(read_tensors(tmp_path / "x.pth"), {"w": torch.arange(3.0)})
-
-
-def test_the_same_arrays_give_the_same_file(tmp_path):
-    write_torch(tmp_path / "a.pth", arrays_to_write())
-    write_torch(tmp_path / "b.pth", arrays_to_write())
-    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
-
-
-def test_write_torch_names_an_unknown_dtype(tmp_path):
-    with pytest.raises(CheckpointError, match="'w' is complex64; cast it to one of float64"):
-        write_torch(tmp_path / "x.pth", {"w": np.ones(2, np.complex64)})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_torch_reads_what_write_safetensors_writes(tmp_path):
-    arrays = arrays_to_write()
-    write_safetensors(tmp_path / "x.safetensors", arrays)
-    tensors = safetensors.torch.load_file(tmp_path / "x.safetensors")
-    assert_same(arrays, {name: tensors[name] for name in arrays})
-    assert len(tensors) == len(arrays)
-    with safetensors.safe_open(tmp_path / "x.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
-
-
-@pytest.mark.parametrize("write", [write_torch, write_safetensors])
-def test_a_failed_write_leaves_the_old_file(tmp_path, write, monkeypatch):
-    path = tmp_path / "x"
-    write(path, {"w": np.ones(2, np.float32)})
-    before = path.read_bytes()
-
-    def fail(*_, **__):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(zipfile.ZipFile, "open", fail)
-    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
-        write(path, {"w": np.zeros(2, np.float32)})
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("write", [write_torch, write_safetensors])
-def test_a_full_disk_is_told_with_the_file(tmp_path, write):
-    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # stands for the disk
-    try:
-        with pytest.raises(OSError, match=r"(?i)file too large") as caught:
-            write(tmp_path / "x", {"w": np.zeros(10_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(tmp_path / "x") in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("write", [write_torch, write_safetensors])
-def test_a_written_file_has_the_usual_permissions(tmp_path, write):
-    write(tmp_path / "x", {"w": np.ones(2, np.float32)})
-    (tmp_path / "usual").touch()
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
-    assert len(modes) == 1
-
-
-# ---- memory --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("write", [write_torch, write_safetensors])
-def test_reading_maps_the_file(tmp_path, write):
-    write(tmp_path / "x", {"w": np.ones((16, 1024, 1024), np.uint8)})
-    tracemalloc.start()
-    try:
-        array = read_tensors(tmp_path / "x")["w"]
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 2**20
-    assert not array.flags.writeable
-    assert array.sum() == 16 * 2**20
-
-
-def test_write_torch_copies_one_tensor_at_a_time(tmp_path):
-    transposed = np.ones((1024, 2048), np.uint8).T
-    tracemalloc.start()
-    try:
-        write_torch(tmp_path / "x", {str(i): transposed for i in range(8)})
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 5 * 2**20
-
-
-# ---- files that are no checkpoints ---------------------------------------------------------------
-
-
-def test_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"x\.pth does not exist; expected a torch"):
-        read_tensors(tmp_path / "x.pth")
-
-
-def test_a_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="is no file; expected a torch checkpoint"):
-        read_tensors(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "the file is empty"),
-        (b"<!DOCTYPE html><html><title>404</title></html>", "this is a web page"),
-        (b"\n<html>", "this is a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-        (b"learning rate: 0.1\n", "begins with b'learning rate: 0'"),
-        (b'\x10\0\0\0\0\0\0\0{"w":', "damaged .* Fetch it again"),
-        (struct.pack("<Q", 60_002) + b'{"w":' + b"[" * 59_997, "damaged .* Fetch it again"),
-        (b"PK\x03\x04", "unfinished download"),
-    ],
-)
-def test_what_a_file_is_instead(tmp_path, content, message):
-    (tmp_path / "x.pth").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        read_tensors(tmp_path / "x.pth")
-    assert str(caught.value).startswith(f"{tmp_path / 'x.pth'}: ")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_files_from_before_torch_1_6(tmp_path, protocol):
@@ -457,17 +234,6 @@ def test_files_from_before_torch_1_6(tmp_path, protocol):
             read_tensors(write_bytes(path, damaged))
 
 
-@pytest.mark.parametrize("is_legacy", [True, False])
-def test_a_negated_view_is_not_read_with_the_wrong_sign(tmp_path, is_legacy):
-    weights, negated = {"w": torch.ones(2)}, torch._neg_view(torch.ones(3))
-    options = {"_use_new_zipfile_serialization": not is_legacy}
-    torch.save({"model": weights, "beside": negated}, tmp_path / "x", **options)
-    assert_same(read_tensors(tmp_path / "x"), weights)
-    torch.save({"w": negated}, tmp_path / "x", **options)
-    with pytest.raises(CheckpointError, match=r"'w' is a tensor .*save tensor\.resolve_neg"):
-        read_tensors(tmp_path / "x")
-
-
 def test_quantized_tensors_beside_the_weights_of_an_old_file(tmp_path):
     weights = {"w": torch.ones(2)}
     for dtype in (torch.quint8, torch.qint8, torch.qint32):
@@ -478,268 +244,16 @@ def test_quantized_tensors_beside_the_weights_of_an_old_file(tmp_path):
         assert_same(read_tensors(tmp_path / "x"), weights)
 
 
-def test_python_2(tmp_path):
-    """Its strings, its OrderedDict of pairs, and torch 0.1's way to make a tensor."""
-    tensor = tensor_opcodes(1, (2,), (2,)).replace(b"_v2", b"").replace(b"\x89}tR", b"tR")
-    pairs = b"]](U\x01w" + tensor + b"ea"
-    write_zip(tmp_path / "x", b"\x80\x02ccollections\nOrderedDict\n" + pairs + b"\x85R.")
-    assert_same(read_tensors(tmp_path / "x"), torch.load(tmp_path / "x", weights_only=True))
-
-
-def test_a_number_of_megabytes_takes_no_longer(tmp_path):
-    """As the number of a storage's elements, which is multiplied, any number of times."""
-    write_forged(tmp_path / "x", tensor_opcodes(0, (2,), (1,), claimed=1 << 2**23))
-    with pytest.raises(CheckpointError, match="refers to data in an unknown way"):
-        read_tensors(tmp_path / "x")
-
-
-def write_bytes(path, content):
-    path.write_bytes(content)
-    return path
-
-
-@pytest.mark.parametrize("write", [write_torch, write_safetensors])
-@pytest.mark.parametrize("part", [0.5, 0.99])
-def test_a_truncated_file(tmp_path, write, part):
-    write(tmp_path / "x", {"w": np.arange(1000)})
-    content = (tmp_path / "x").read_bytes()
-    (tmp_path / "x").write_bytes(content[: int(part * len(content))])
-    with pytest.raises(CheckpointError, match="unfinished download"):
-        read_tensors(tmp_path / "x")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("write", [write_torch, write_safetensors])
-def test_damaged_bytes_give_tensors_or_a_checkpoint_error(tmp_path, write):
-    """Flips bytes at random: nothing but CheckpointError may come out, and no crash."""
-    write(tmp_path / "x", {"w": np.arange(6).reshape(2, 3), "b": np.ones(2, np.float32)})
-    whole = (tmp_path / "x").read_bytes()
-    rng = random.Random(0)
-    refused = 0
-    for _ in range(2000):
-        damaged = bytearray(whole)
-        for _ in range(rng.randint(1, 4)):
-            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
-        (tmp_path / "x").write_bytes(damaged)
-        try:
-            for array in read_tensors(tmp_path / "x").values():
-                array.tobytes()
-        except CheckpointError:
-            refused += 1
-    assert refused > 200
-
-
-def test_an_unrelated_zip_file(tmp_path):
-    np.savez(tmp_path / "x.npz", w=np.ones(2))
-    with pytest.raises(CheckpointError, match="zip file without a torch checkpoint"):
-        read_tensors(tmp_path / "x.npz")
-
-
-# ---- files made to do harm -----------------------------------------------------------------------
-
-STORAGE = b"\x00" * 24  # six float32
-STORAGE_ID = (
-    b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu%stQ"
-)
-
-
-def plain(value):
-    return pickle.dumps(value, protocol=2)[2:-1]
-
-
-def tensor_opcodes(offset, size, stride, claimed=6):
-    storage = STORAGE_ID % plain(claimed)
-    arguments = storage + plain(offset) + plain(size) + plain(stride) + b"\x89}"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
-
-
-def write_forged(path, value_opcodes, **kwargs):
-    """A torch file of {"w": what value_opcodes leave on the stack}."""
-    write_zip(path, b"\x80\x02}X\x01\x00\x00\x00w" + value_opcodes + b"s.", **kwargs)
-
-
-def write_zip(path, pickled, compression=zipfile.ZIP_STORED, byteorder="little"):
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        archive.writestr("archive/version", "3\n")
-        archive.writestr("archive/byteorder", byteorder)
-        archive.writestr("archive/data/0", STORAGE)
-
-
 def test_a_forged_file_is_otherwise_good(tmp_path):
     """The files of this section are refused for what is forged in them, not for being forged."""
     write_forged(tmp_path / "x", tensor_opcodes(1, (2, 2), (2, 1)))
     assert_same(read_tensors(tmp_path / "x"), torch.load(tmp_path / "x", weights_only=True))
 
 
-class Runs:
-    """Pickles as a call of `function(*arguments)`."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize(
-    ("function", "name"),
-    [(os.system, rf"{os.name}\.system"), (eval, r"\w+\.eval"), (os.mkdir, rf"{os.name}\.mkdir")],
-)
-def test_code_is_named_and_not_run(tmp_path, function, name, protocol):
-    marker = tmp_path / "marker"
-    command = {
-        os.system: f"touch {marker}",
-        eval: f"open({str(marker)!r}, 'w')",
-        os.mkdir: str(marker),
-    }[function]
-    code = Runs(function, command)
-    torch.save({"w": code}, tmp_path / "x", pickle_protocol=protocol)
-    with pytest.raises(CheckpointError, match=f"entry 'w' is {name}; nothing was run"):
-        read_tensors(tmp_path / "x")
-    weights = {"w": torch.ones(2)}
-    beside = {"code": code, "model": weights, "hooks": [code], 3: {code}}
-    torch.save(beside, tmp_path / "x", pickle_protocol=protocol)
-    assert_same(read_tensors(tmp_path / "x"), weights)
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize(
-    ("opcodes", "message"),
-    [
-        # NEWOBJ, NEWOBJ_EX, INST, OBJ, EXT1: the other ways to call something.
-        (b"cos\nmkdir\nX\x01\x00\x00\x00.\x85\x81", r"entry 'w' is os\.mkdir; nothing was run"),
-        (b"cos\nmkdir\n)}\x92", r"entry 'w' is os\.mkdir; nothing was run"),
-        (b"(X\x01\x00\x00\x00.ios\nmkdir\n", r"what torch\.save does not .INST"),
-        (b"(ccollections\nOrderedDict\no", r"what torch\.save does not .OBJ"),
-        (b"\x82\x01", r"what torch\.save does not .EXT1"),
-        # A path through a known module.
-        (b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n", r"'w' is torch\._utils\._rebuild_ten"),
-        (b"ctorch.storage\n_load_from_bytes\n)R", r"'w' is torch\.storage\._load_from_bytes"),
-        (b"})\x93", "dict in the place of str"),
-        # Known names in the wrong place.
-        (b"ctorch\nFloatStorage\n)R", r"'w' is torch\.FloatStorage"),
-        (b"ccollections\nOrderedDict\n(}tR", r"'w' is collections\.OrderedDict"),
-        (b"ctorch._utils\n_rebuild_parameter\n(}tR", "dict in the place of ndarray"),
-        (b"ctorch._utils\n_rebuild_tensor_v2\n(}}}}tR", "dict in the place of Storage"),
-        (b"ctorch._utils\n_rebuild_tensor_v2\n(}tR", "_rebuild_tensor_v2 has 1 arguments"),
-        # A call within a call, which could be nested without end.
-        (
-            b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._tensor\n_rebuild_from_type_v2\nN)NtR",
-            r"'w' is torch\._tensor\._rebuild_from_type_v2",
-        ),
-        # Items of what is no list or dict.
-        (b"Na", "damaged"),
-        (b"]K\x01K\x02s", "damaged"),
-        # A key that takes for ever to hash, or cannot be; made of one string many times.
-        (b"}))\x86Ns", "'w' is dict"),
-        (b"}}Ns", "'w' is dict"),
-        (b"X\xf4\x01\x00\x00" + 500 * b"m" + b"q\x00h\x00h\x00\x93", "a name has 1001 characters"),
-        # One opcode that asks for gigabytes.
-        (b"Nr\xff\xff\xff\x7f", "'w' is NoneType"),
-        (b"\x8e\xff\xff\xff\xff\xff\x00\x00\x00", "damaged"),
-        (b"B\xff\xff\xff\x7f", "damaged"),
-        (b"X\xff\xff\xff\x7f", "damaged"),
-        # Ill-formed stacks.
-        (b"0000", "damaged"),
-        (b"u", "damaged"),
-        (b"h\x09", "damaged"),
-        (b"\x87\x87\x87", "damaged"),
-        (b"Q", "in an unknown way"),
-    ],
-)
-def test_refused_opcodes(tmp_path, opcodes, message):
-    write_forged(tmp_path / "x", opcodes)
-    tracemalloc.start()
-    try:
-        with pytest.raises(CheckpointError, match=message):
-            read_tensors(tmp_path / "x")
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 2**20
-
-
-def test_attributes_of_a_tensor_are_dropped(tmp_path):
-    write_forged(tmp_path / "x", tensor_opcodes(0, (2,), (1,)) + plain({"shape": 3}) + b"b")
-    assert read_tensors(tmp_path / "x")["w"].shape == (2,)
-
-
-def test_keys_that_collide_take_no_longer(tmp_path):
-    """Integers that all have one hash: a dict of them takes time by the square of their number."""
-    keys = (((2**61 - 1) * i).to_bytes(10, "little") for i in range(1, 30_000))
-    items = b"".join(b"\x8a\x0a" + key + b"N" for key in keys)
-    beside = b"X\x01\x00\x00\x00b}(" + items + b"usX\x01\x00\x00\x00m"
-    model = b"X\x05\x00\x00\x00model}X\x01\x00\x00\x00w" + tensor_opcodes(0, (2,), (1,)) + b"ss"
-    write_zip(tmp_path / "x", b"\x80\x02}" + beside + b"Ns" + model + b".")
-    start = time.process_time()
-    assert list(read_tensors(tmp_path / "x")) == ["w"]
-    assert time.process_time() - start < 5
-
-
-def test_the_number_of_values_is_bounded(tmp_path, monkeypatch):
-    torch.save({"w": torch.ones(2), "many": [0] * 1000}, tmp_path / "x")
-    monkeypatch.setattr(unpickle, "_MAX_OPCODES", 1000)
-    with pytest.raises(CheckpointError, match="holds more than 1,000 values"):
-        read_tensors(tmp_path / "x")
-
-
-def test_attributes_of_a_dict_are_dropped(tmp_path):
-    """BUILD could otherwise put a value from the file in the place of a method."""
-    build = plain({"items": None, "__class__": None, "_metadata": {}})
-    write_zip(tmp_path / "x", b"\x80\x02ccollections\nOrderedDict\n)R" + build + b"b.")
-    tensors = read_tensors(tmp_path / "x")
-    assert tensors == {}
-    assert callable(tensors.items)
-
-
-@pytest.mark.parametrize(
-    ("offset", "size", "stride"),
-    [
-        (0, (7,), (1,)),
-        (3, (2, 2), (2, 1)),
-        (6, (1,), (1,)),
-        (2**62, (1,), (1,)),
-        (0, (2,), (2**62,)),
-    ],
-)
-def test_a_tensor_stays_in_its_storage(tmp_path, offset, size, stride):
-    write_forged(tmp_path / "x", tensor_opcodes(offset, size, stride))
-    with pytest.raises(CheckpointError, match="outside its storage of 6 elements"):
-        read_tensors(tmp_path / "x")
-
-
 @pytest.mark.parametrize("size", [10**9, 10**12])
 def test_a_tensor_does_not_repeat_its_storage_without_end(tmp_path, size):
     write_forged(tmp_path / "x", tensor_opcodes(0, (size,), (0,)))
     with pytest.raises(CheckpointError, match=r"cannot be tensors of .*,000,000"):
-        read_tensors(tmp_path / "x")
-
-
-@pytest.mark.parametrize(
-    ("offset", "size", "stride"),
-    [
-        (-1, (2,), (1,)),
-        (0, (-2,), (1,)),
-        (5, (2,), (-1,)),
-        (0, (2, 2), (1,)),
-        (0, (1.0,), (1,)),
-        (0, (True,), (1,)),
-        (0, 2, 1),
-        (0, (10**30,), (0,)),
-        (0, (1,) * 65, (1,) * 65),
-    ],
-)
-def test_a_tensor_is_described_by_whole_numbers(tmp_path, offset, size, stride):
-    write_forged(tmp_path / "x", tensor_opcodes(offset, size, stride))
-    with pytest.raises(CheckpointError, match="not made of whole numbers from 0 up"):
-        read_tensors(tmp_path / "x")
-
-
-def test_an_impossible_empty_tensor(tmp_path):
-    write_forged(tmp_path / "x", tensor_opcodes(0, (0, 2**62, 2**62), (1, 1, 1)))
-    with pytest.raises(CheckpointError, match="entry 'w' is a tensor"):
         read_tensors(tmp_path / "x")
 
 

@@ -14,6 +14,7 @@ from sam_jax.automatic.device import points_at_once
 amg = torch_reference.import_reference("segment_anything")
 
 ALL = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 0.99}
+GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
 
 
 def picture(height, width, seed=0):

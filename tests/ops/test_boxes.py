@@ -2,12 +2,14 @@ import numpy as np
 import pytest
 import torch
 import torch_reference
+from logits import blobs
 
 from sam_jax.ops.boxes import (
     box_iou,
     build_point_grid,
     generate_crop_boxes,
     is_box_near_crop_edge,
+    mask_to_box,
     non_maximum_suppression,
 )
 
@@ -103,3 +105,14 @@ def test_nothing_and_empty_boxes():
     assert non_maximum_suppression(np.zeros((0, 4)), np.zeros(0, np.float32), 0.7).tolist() == []
     kept = non_maximum_suppression(np.zeros((3, 4)), np.zeros(3, np.float32), 0.7)
     assert kept.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_box(seed):
+    mask = blobs((37, 53), seed, 2) > 4
+    expected = amg.batched_mask_to_box(torch.tensor(mask)[None])[0]
+    np.testing.assert_array_equal(mask_to_box(mask), expected)
+    assert mask_to_box(mask & False).tolist() == [0, 0, 0, 0]
+    full = np.zeros((8, 9), bool)
+    full[:5, :6] = True
+    assert mask_to_box(full).tolist() == [0, 0, 5, 4]

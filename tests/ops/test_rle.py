@@ -1,0 +1,48 @@
+import numpy as np
+import pycocotools.mask
+import pytest
+import torch
+import torch_reference
+from logits import blobs
+
+from sam_jax.ops.rle import rle_area, rle_compress, rle_decode, rle_encode, rle_uncompress
+
+pytestmark = pytest.mark.optimised
+
+amg = torch_reference.import_reference("segment_anything").utils.amg
+
+
+# pycocotools' decoder is not up to numpy 2.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
+@pytest.mark.parametrize("seed", range(3))
+def test_run_lengths(seed):
+    some = blobs((37, 53), seed, 2) > 0
+    for mask in (some, ~some, some & False, some | True, some.T, some[:1], some[:, :1]):
+        rle = rle_encode(mask)
+        (expected,) = amg.mask_to_rle_pytorch(torch.tensor(np.ascontiguousarray(mask))[None])
+        assert rle == expected
+        assert all(type(n) is int for n in (*rle["counts"], *rle["size"]))
+        np.testing.assert_array_equal(rle_decode(rle), mask)
+        assert rle_area(rle) == mask.sum()
+        assert rle_uncompress(rle_compress(rle)) == rle
+        compressed = pycocotools.mask.frPyObjects(rle, *rle["size"])
+        np.testing.assert_array_equal(pycocotools.mask.decode(compressed), mask)
+
+
+@pytest.mark.parametrize("counts", ["\x00", "é", "o" * 40, b"\xff"])
+def test_strings_that_are_no_run_lengths(counts):
+    with pytest.raises(ValueError, match="is no string of COCO's run lengths"):
+        rle_uncompress({"size": [5, 7], "counts": counts})
+
+
+@pytest.mark.parametrize("counts", ["o", "1o", b"0Po"])
+def test_a_string_that_ends_within_a_number(counts):
+    with pytest.raises(ValueError, match="o' ends within a number of COCO's run lengths"):
+        rle_uncompress({"size": [5, 7], "counts": counts})
+
+
+@pytest.mark.parametrize("counts", [[], [9], [30, 6], [40, -5]])
+def test_run_lengths_that_do_not_fill_the_mask(counts):
+    message = rf"their sum is {sum(counts)} and the smallest .*, expected 5 x 7 and none below 0"
+    with pytest.raises(ValueError, match=message):
+        rle_decode({"size": [5, 7], "counts": counts})
