@@ -186,7 +186,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
             elif all(isinstance(n, int) for n in prompts.points.shape[:2]):  # not in `jax.export`
                 prompts_chunk_size = 64 if platform else self._fitting_prompts(images)
 
-        # A mask that all prompts of an image have in common is embedded once for each.
+        # A mask for all prompts of an image: without their axis, vmap embeds it once.
         shared_masks, (_, count) = None, prompts.labels.shape[:2]
         if prompts.masks is not None and prompts.masks.shape[1] != count:
             shared_masks, prompts = prompts.masks[:, 0], prompts._replace(masks=None)

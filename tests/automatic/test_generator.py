@@ -189,6 +189,18 @@ def test_a_batch_that_is_not_wanted_to_its_end_stops():
     batch.close()
 
 
+def printed(program, **environment):
+    """What a process of its own prints, in which JAX is set otherwise."""
+    environment |= {
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command, environment = [sys.executable, "-c", program], {**os.environ, **environment}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 DEVICES = """
 import sys
 import jax, numpy as np
@@ -229,17 +241,8 @@ print("same")
 
 @pytest.mark.slow
 def test_eight_devices_are_as_one():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "-c", DEVICES]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == "same\n"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    assert printed(DEVICES, XLA_FLAGS=flags, JAX_PLATFORMS="cpu") == "same\n"
 
 
 X64 = """
@@ -262,16 +265,7 @@ print(json.dumps([jax.config.jax_enable_x64, sorted(new), tests.found_in_a_pictu
 
 @pytest.mark.slow
 def test_with_64_bits_all_is_the_same():
-    environment = {
-        **os.environ,
-        "JAX_ENABLE_X64": "1",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "-c", X64]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    enabled, new, (dtypes, scores, records) = json.loads(run.stdout)
+    enabled, new, (dtypes, scores, records) = json.loads(printed(X64, JAX_ENABLE_X64="1"))
     assert enabled
     assert new == ["float32", "int32"]  # the latter counts a batch norm's batches
     expected_dtypes, expected_scores, expected = found_in_a_picture()

@@ -1,8 +1,20 @@
+import inspect
+
 import pytest
-from everything import (
-    GRID,
-    generator,
-)
+from everything import GRID, amg, generator
+
+from sam_jax import SamAutomaticMaskGenerator
+
+
+def test_arguments_are_metas():
+    """Their names, order and defaults, also as `help` and notebooks show them."""
+
+    def arguments(generator):
+        parameters = inspect.signature(generator).parameters
+        return {name: p.default for name, p in parameters.items() if name != "mesh"}
+
+    meta = amg.SamAutomaticMaskGenerator
+    assert list(arguments(SamAutomaticMaskGenerator).items()) == list(arguments(meta).items())
 
 
 @pytest.mark.usefixtures("unchecked")

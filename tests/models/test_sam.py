@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import pickle
 import types
@@ -7,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
+from prompts import BOXES, LABELS, MASKS, POINTS, PROMPTS
 from reference import (
     SMALL,
     SMALL_TINY,
     assert_close,
-    hf_sam,
     meta_sam,
     normal,
     ours,
@@ -29,124 +27,6 @@ from sam_jax.models import two_way_transformer
 from sam_jax.models.layers import Buffer
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import join_prompts
-
-SMALL_HF = dataclasses.replace(
-    SMALL, mask_decoder=dataclasses.replace(SMALL.mask_decoder, layer_norm_eps=1e-6)
-)
-RNG = np.random.default_rng(0)
-POINTS = RNG.uniform(0, 96, size=(2, 3, 4, 2)).astype(np.float32)  # two images, three prompts each
-LABELS = RNG.integers(0, 2, size=(2, 3, 4)).astype(np.int32)
-BOXES = np.concatenate([POINTS[:, :, 0] / 2, 48 + POINTS[:, :, 1] / 2], axis=-1)
-MASKS = np.asarray(normal((2, 3, 48, 48), seed=1, scale=4))
-
-
-@pytest.fixture(scope="module")
-def hf():
-    return hf_sam(SMALL_HF)
-
-
-@pytest.fixture(scope="module")
-def model(hf):
-    return ours(hf, SMALL_HF)
-
-
-@pytest.fixture(scope="module")
-def pixels():
-    return np.asarray(normal((2, 96, 96, 3)))
-
-
-@pytest.fixture(scope="module")
-def embeddings(hf, pixels):
-    return hf.get_image_embeddings(to_torch(pixels))
-
-
-def torch_inputs(inputs):
-    return {k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in inputs.items()}
-
-
-PROMPTS = {
-    "points": {"input_points": POINTS, "input_labels": LABELS},
-    "points_without_labels": {"input_points": POINTS},
-    "boxes": {"input_boxes": BOXES},
-    "points_and_boxes": {"input_points": POINTS, "input_labels": LABELS, "input_boxes": BOXES},
-    "mask_per_image": {
-        "input_points": POINTS,
-        "input_labels": LABELS,
-        "input_masks": MASKS[:, :1],
-    },
-    "mask_alone": {"input_masks": MASKS[:, :1]},
-    "nothing": {},
-    "single_mask": {"input_boxes": BOXES, "multimask_output": False},
-}
-
-
-@pytest.mark.optimised
-@pytest.mark.parametrize("inputs", PROMPTS.values(), ids=PROMPTS)
-def test_surface_is_hugging_faces(hf, model, embeddings, inputs):
-    with torch.no_grad():
-        expected = hf(image_embeddings=embeddings, **torch_inputs(inputs))
-    actual = model(image_embeddings=embeddings.numpy(), **inputs)
-    assert_close(actual.pred_masks, expected.pred_masks)
-    assert_close(actual.iou_scores, expected.iou_scores)
-
-
-def test_pixels_to_masks(hf, model, pixels):
-    inputs = PROMPTS["points"]
-    with torch.no_grad():
-        expected = hf(pixel_values=to_torch(pixels), **torch_inputs(inputs))
-    actual = model(pixel_values=pixels, **inputs, original_sizes=None, reshaped_input_sizes=None)
-    assert_close(actual.pred_masks, expected.pred_masks)
-    assert_close(actual.iou_scores, expected.iou_scores)
-
-
-def test_personalisation(hf, model, embeddings):
-    # `transformers` changes the tokens in place when a target is given: no gradients, then.
-    similarity, target = normal((1, 1, 1, 144), seed=2), normal((1, 1, 32), seed=3)
-    inputs = PROMPTS["points"]
-    with torch.no_grad():
-        expected = hf(
-            image_embeddings=embeddings,
-            attention_similarity=tensor(similarity),
-            target_embedding=tensor(target),
-            **torch_inputs(inputs),
-        )
-    actual = model(
-        image_embeddings=embeddings.numpy(),
-        attention_similarity=similarity,
-        target_embedding=target,
-        **inputs,
-    )
-    assert_close(actual.pred_masks, expected.pred_masks)
-    assert_close(actual.iou_scores, expected.iou_scores)
-
-
-def test_attention_similarity_per_prompt(hf, model, embeddings):
-    similarity = normal((6, 4, 10, 144), seed=4)  # 5 output tokens, 4 points and one more
-    inputs = PROMPTS["points"]
-    with torch.no_grad():
-        expected = hf(
-            image_embeddings=embeddings,
-            attention_similarity=tensor(similarity),
-            **torch_inputs(inputs),
-        )
-    actual = model(image_embeddings=embeddings.numpy(), attention_similarity=similarity, **inputs)
-    assert_close(actual.pred_masks, expected.pred_masks)
-
-
-@pytest.mark.parametrize("name", ["points", "boxes", "points_and_boxes", "mask_per_image"])
-def test_prompt_embeddings(hf, model, name):
-    inputs = {"input_labels": None, **PROMPTS[name]}
-    expected = hf.get_prompt_embeddings(**torch_inputs(inputs))
-    actual = model.get_prompt_embeddings(**inputs)
-    for a, e in zip(actual, expected, strict=True):
-        assert_close(a, e)
-
-
-def test_embeddings(hf, model, pixels, embeddings):
-    assert_close(model.get_image_embeddings(pixels), embeddings)
-    assert_close(
-        model.get_image_wide_positional_embeddings(), hf.get_image_wide_positional_embeddings()
-    )
 
 
 def test_mask_per_prompt(model, embeddings):
@@ -262,132 +142,6 @@ def test_ragged_points_equal_each_alone(model, embeddings):
         assert_close(together.pred_masks[i, j], alone.pred_masks[0, 0])
 
 
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ({}, "either pixel_values or image_embeddings"),
-        (
-            {"pixel_values": np.zeros((1, 3, 96, 96))},
-            r"\(1, 3, 96, 96\), expected \(any, 96, 96, 3\)",
-        ),
-        ({"image_embeddings": np.zeros((1, 12, 12, 32))}, r"expected \(any, 32, 12, 12\)"),
-        (
-            {"image_embeddings": np.zeros((2, 32, 12, 12)), "input_points": POINTS[:, :, 0]},
-            "points",
-        ),
-        ({"image_embeddings": np.zeros((2, 32, 12, 12)), "input_labels": LABELS}, "without"),
-        (
-            {
-                "image_embeddings": np.zeros((2, 32, 12, 12)),
-                "input_points": POINTS,
-                "input_labels": LABELS[:, :, :2],
-            },
-            "input_labels have shape",
-        ),
-        ({"image_embeddings": np.zeros((2, 32, 12, 12)), "input_boxes": BOXES[0]}, "boxes"),
-        (
-            {
-                "image_embeddings": np.zeros((2, 32, 12, 12)),
-                "input_points": POINTS,
-                "input_boxes": BOXES[:, :2],
-            },
-            "one box per prompt",
-        ),
-        (
-            {
-                "image_embeddings": np.zeros((2, 32, 12, 12)),
-                "input_boxes": BOXES,
-                "input_masks": MASKS[:, :2],
-            },
-            "one mask per image",
-        ),
-        ({"image_embeddings": np.zeros((1, 32, 12, 12)), "input_boxes": BOXES}, "1 images"),
-        ({"image_embeddings": np.zeros((1, 32, 12, 12)), "input_masks": MASKS}, "1 images"),
-    ],
-)
-def test_shapes_that_do_not_fit(model, inputs, message):
-    inputs = {k: v.astype(np.float32) if v.dtype == float else v for k, v in inputs.items()}
-    with pytest.raises(ValueError, match=message):
-        model(**inputs)
-
-
-@pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ({"input_points": np.where(POINTS > 90, np.nan, POINTS)}, "not finite"),
-        (
-            {"input_points": POINTS, "input_labels": LABELS + 4},
-            r"have labels \[4, 5\]; known are 1",
-        ),
-        ({"input_boxes": BOXES[..., ::-1]}, "expected x0, y0, x1, y1 with x0 <= x1"),
-        ({"input_boxes": BOXES + np.inf}, "not finite"),
-    ],
-)
-def test_values_that_mean_nothing(model, embeddings, inputs, message, asarray):
-    inputs = {k: asarray(v) for k, v in inputs.items()}
-    with pytest.raises(ValueError, match=message):
-        model(image_embeddings=embeddings.numpy(), **inputs)
-    with pytest.raises(ValueError, match=message):
-        model.get_prompt_embeddings(**inputs)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("attention_similarity", (144,)),
-        ("attention_similarity", (1, 1, 1, 100)),
-        ("attention_similarity", (3, 1, 1, 144)),  # neither one nor 2 * 3 prompts
-        ("attention_similarity", (1, 1, 9, 144)),  # there are 5 + 4 + 1 tokens
-        ("attention_similarity", (1, 1, 1, 1, 144)),
-        ("target_embedding", (32,)),
-        ("target_embedding", (1, 1, 31)),
-        ("target_embedding", (6, 1, 32)),
-    ],
-    ids=str,
-)
-def test_guidance_must_broadcast(model, embeddings, name, shape):
-    def call():
-        return model(
-            image_embeddings=embeddings.numpy(), **PROMPTS["points"], **{name: np.ones(shape)}
-        )
-
-    if len(shape) == 1:  # the plainest shape of all, for every prompt, head and token
-        assert call().pred_masks.shape == (2, 3, 3, 48, 48)
-        return
-    with pytest.raises(ValueError, match=rf"{name} has shape .*, expected one that broadcasts to"):
-        call()
-
-
-def test_number_of_compilations(compilations):
-    """Any number of images' prompts and points of the same buckets: no new program."""
-    model, rng = ours(hf_sam(SMALL_HF), SMALL_HF), np.random.default_rng(0)
-    embeddings = rng.normal(size=(1, 32, 12, 12)).astype(np.float32)
-
-    def call(prompts, length):
-        points = rng.uniform(0, 96, (1, prompts, length, 2)).astype(np.float32)
-        masks = rng.normal(size=(1, prompts, 48, 48)).astype(np.float32)
-        boxes = np.concatenate([points[:, :, 0] / 2, 48 + points[:, :, 0] / 2], axis=-1)
-        for inputs in (
-            {"input_points": points},
-            {"input_points": points, "input_boxes": boxes},
-            {"input_points": points, "input_masks": masks},
-            {},
-            {"input_masks": masks},
-        ):
-            outputs = model(image_embeddings=embeddings, **inputs)
-            count = prompts if inputs else 1
-            assert outputs.pred_masks.shape == (1, count, 3, 48, 48)
-            assert isinstance(outputs.iou_scores, jax.Array)
-
-    call(8, 6)
-    compilations.clear()
-    for prompts in (5, 6, 7, 8):
-        for length in (4, 5, 6):
-            call(prompts, length)
-    assert compilations == []
-
-
 def test_what_depends_on_the_image_alone_is_computed_once(model):
     """The first layer's projections of the image: two images' [144, 32] @ [32, 16], not six."""
 
@@ -434,25 +188,6 @@ def test_parameters_kept_in_bfloat16():
     assert_close(actual.iou_scores, expected.iou_scores)
 
 
-@pytest.mark.usefixtures("unchecked")
-def test_masks_must_fit_the_prompts(model, embeddings):
-    for masks in (np.where(MASKS > 8, np.nan, MASKS), np.where(MASKS > 8, np.inf, MASKS)):
-        with pytest.raises(ValueError, match="input_masks holds logits that are not finite"):
-            model(image_embeddings=embeddings.numpy(), input_masks=masks)
-    points, labels = join_prompts(POINTS, LABELS, None)
-    with pytest.raises(ValueError, match="one per image, or one for each of its 3 prompts"):
-        model.decode(jnp.zeros((2, 12, 12, 32)), points, labels, jnp.asarray(MASKS[:, :2]))
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_pixels_must_be_normalised_floats(model):
-    for call in (model, model.get_image_embeddings):
-        with pytest.raises(TypeError, match="pixel_values are uint8, expected floats"):
-            call(np.zeros((1, 96, 96, 3), np.uint8))
-        with pytest.raises(TypeError, match="pixel_values are a str, expected an array"):
-            call("photo.jpg")
-
-
 @pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
 def test_a_model_can_be_pickled(config):
     model = ours(meta_sam(config), config)
@@ -496,15 +231,6 @@ def test_functional_use():
     gradients = jax.jit(of_scores)(params)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
     assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
-
-
-def test_numpy_and_jax_prompts_may_be_mixed(model, embeddings):
-    expected = model(image_embeddings=embeddings.numpy(), **PROMPTS["points_and_boxes"])
-    for name in PROMPTS["points_and_boxes"]:
-        mixed = dict(PROMPTS["points_and_boxes"])
-        mixed[name] = jnp.asarray(mixed[name])
-        actual = model(image_embeddings=embeddings.numpy(), **mixed)
-        assert_close(actual.pred_masks, expected.pred_masks)
 
 
 def objective_weights(shape):
@@ -623,87 +349,6 @@ def test_gradients(config, attention):
     unused = {n for n, g in expected.items() if g is None}
     assert unused == {n for n in expected if ".head." in n or ".norm_head." in n}
     assert compared == len(expected) - len(unused)
-
-
-BAD_POINTS = {
-    "boolean masks": ({"masks": np.ones((2, 1, 48, 48), bool)}, "looks like a binary mask"),
-    "uint8 masks": ({"masks": np.ones((2, 1, 48, 48), np.uint8)}, "looks like a binary mask"),
-    "binary floats": ({"masks": np.ones((2, 1, 48, 48), np.float32)}, "looks like a binary mask"),
-    "complex masks": ({"masks": np.ones((2, 1, 48, 48), complex)}, "masks are complex.*floats"),
-    "whole embeddings": (
-        {"image_embeddings": np.ones((2, 12, 12, 32), np.int32)},
-        "image_embeddings are int32, expected floats",
-    ),
-    "a box inside out": (
-        {
-            "points": np.tile([[50.0, 50], [10, 10], [0, 0], [0, 0], [0, 0]], (2, 3, 1, 1)),
-            "labels": np.tile([2, 3, -10, -10, -10], (2, 3, 1)),
-        },
-        r"points hold \[50.0, 50.0, 10.0, 10.0\], expected x0, y0, x1, y1",
-    ),
-    "large masks": ({"masks": np.ones((2, 1, 96, 96), np.float32)}, "masks have shape .*to_logits"),
-    "no prompt axis of masks": ({"masks": MASKS[:, 0]}, "masks have shape"),
-    "label 7": ({"labels": np.full((2, 3, 5), 7)}, r"labels have labels \[7\]"),
-    "half a box": ({"labels": np.full((2, 3, 5), 2)}, "one corner of a box .* without the other"),
-    "float labels": ({"labels": np.ones((2, 3, 5))}, "labels are float.*, expected integers"),
-    "NaN": ({"points": np.full((2, 3, 5, 2), np.nan)}, "points hold numbers that are not finite"),
-    "boolean points": ({"points": np.ones((2, 3, 5, 2), bool)}, "points are bool"),
-    "lengths": ({"labels": np.ones((2, 3, 4), int)}, "labels have shape .*join_prompts"),
-    "no prompt axis": ({"points": np.ones((2, 5, 2))}, "points have shape"),
-    "images": ({"points": np.ones((1, 3, 5, 2))}, r"points have shape .* expected \(2, any"),
-    "similarity": (
-        {"attention_similarity": np.ones((2, 3, 4, 9, 144))},
-        "attention_similarity has shape",
-    ),
-    "target": ({"target_embedding": np.ones((2, 1, 1, 32))}, "target_embedding have shape"),
-}
-VALUES = "binary floats", "label 7", "half a box", "NaN", "a box inside out"
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("kind", BAD_POINTS)
-def test_what_join_prompts_would_not_give(model, kind):
-    wrong, message = BAD_POINTS[kind]
-    points, labels = join_prompts(POINTS, LABELS, None)
-    right = {"image_embeddings": np.zeros((2, 12, 12, 32), np.float32)}
-    right |= {"points": points, "labels": labels}
-    for arguments in (right | wrong, jax.tree.map(jnp.asarray, right | wrong)):
-        with pytest.raises((TypeError, ValueError), match=message):
-            model.decode(**arguments)
-    if kind not in VALUES:  # of which a trace knows nothing
-        with pytest.raises((TypeError, ValueError), match=message):
-            jax.eval_shape(lambda arguments: model.decode(**arguments), right | wrong)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_prompts_of_any_dtype(model):
-    embeddings = normal((1, 12, 12, 32))
-    points, labels = np.array([[[[10, 20], [50, 60]]]]), np.array([[[2, 3]]])
-    expected, _ = model.decode(embeddings, points, labels)
-    dtypes = (np.float16, np.uint8), (np.float64, np.int8), (np.uint8, np.uint32)
-    for kinds in dtypes:
-        arrays = (array.astype(kind) for array, kind in zip((points, labels), kinds, strict=True))
-        assert np.array_equal(model.decode(embeddings, *arrays)[0], expected)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
-    last = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
-    with pytest.raises(ValueError, match=r"image_embeddings have shape .*channels first"):
-        model.decode(embeddings.numpy(), *join_prompts(POINTS, LABELS, None))
-    with pytest.raises(ValueError, match=r"image_embeddings have shape .*channels last"):
-        model(image_embeddings=last, input_points=POINTS)
-    for points, labels in ((POINTS, LABELS), (jnp.asarray(POINTS), jnp.asarray(LABELS))):
-        with pytest.raises(ValueError, match=r"no end, .*join_prompts\(points, labels, boxes\)"):
-            model.decode(last, points, labels)
-    binary = (MASKS > 0).astype(np.float32)
-    for masks in (MASKS > 0, binary, jnp.asarray(binary), binary.astype(int)):
-        with pytest.raises(ValueError, match=r"input_masks .* looks like a binary mask"):
-            model(image_embeddings=embeddings.numpy(), input_masks=masks)
-    with pytest.raises(TypeError, match="batched_input; call model"):
-        model([{"image": torch.zeros(3, 96, 96)}])
-    with pytest.warns(UserWarning, match=r"input_points hold \(450, 20\), outside.*SamProcessor"):
-        model(image_embeddings=embeddings.numpy()[:1], input_points=np.array([[[[450.0, 20]]]]))
 
 
 @pytest.mark.slow

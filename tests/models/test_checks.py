@@ -1,0 +1,143 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from prompts import BOXES, LABELS, MASKS, POINTS
+from reference import (
+    normal,
+)
+
+from sam_jax.ops.prompts import join_prompts
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "either pixel_values or image_embeddings"),
+        (
+            {"pixel_values": np.zeros((1, 3, 96, 96))},
+            r"\(1, 3, 96, 96\), expected \(any, 96, 96, 3\)",
+        ),
+        ({"image_embeddings": np.zeros((1, 12, 12, 32))}, r"expected \(any, 32, 12, 12\)"),
+        (
+            {"image_embeddings": np.zeros((2, 32, 12, 12)), "input_points": POINTS[:, :, 0]},
+            "points",
+        ),
+        ({"image_embeddings": np.zeros((2, 32, 12, 12)), "input_labels": LABELS}, "without"),
+        (
+            {
+                "image_embeddings": np.zeros((2, 32, 12, 12)),
+                "input_points": POINTS,
+                "input_labels": LABELS[:, :, :2],
+            },
+            "input_labels have shape",
+        ),
+        ({"image_embeddings": np.zeros((2, 32, 12, 12)), "input_boxes": BOXES[0]}, "boxes"),
+        (
+            {
+                "image_embeddings": np.zeros((2, 32, 12, 12)),
+                "input_points": POINTS,
+                "input_boxes": BOXES[:, :2],
+            },
+            "one box per prompt",
+        ),
+        (
+            {
+                "image_embeddings": np.zeros((2, 32, 12, 12)),
+                "input_boxes": BOXES,
+                "input_masks": MASKS[:, :2],
+            },
+            "one mask per image",
+        ),
+        ({"image_embeddings": np.zeros((1, 32, 12, 12)), "input_boxes": BOXES}, "1 images"),
+        ({"image_embeddings": np.zeros((1, 32, 12, 12)), "input_masks": MASKS}, "1 images"),
+    ],
+)
+def test_shapes_that_do_not_fit(model, inputs, message):
+    inputs = {k: v.astype(np.float32) if v.dtype == float else v for k, v in inputs.items()}
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+BAD_POINTS = {
+    "boolean masks": ({"masks": np.ones((2, 1, 48, 48), bool)}, "looks like a binary mask"),
+    "uint8 masks": ({"masks": np.ones((2, 1, 48, 48), np.uint8)}, "looks like a binary mask"),
+    "binary floats": ({"masks": np.ones((2, 1, 48, 48), np.float32)}, "looks like a binary mask"),
+    "complex masks": ({"masks": np.ones((2, 1, 48, 48), complex)}, "masks are complex.*floats"),
+    "whole embeddings": (
+        {"image_embeddings": np.ones((2, 12, 12, 32), np.int32)},
+        "image_embeddings are int32, expected floats",
+    ),
+    "a box inside out": (
+        {
+            "points": np.tile([[50.0, 50], [10, 10], [0, 0], [0, 0], [0, 0]], (2, 3, 1, 1)),
+            "labels": np.tile([2, 3, -10, -10, -10], (2, 3, 1)),
+        },
+        r"points hold \[50.0, 50.0, 10.0, 10.0\], expected x0, y0, x1, y1",
+    ),
+    "large masks": ({"masks": np.ones((2, 1, 96, 96), np.float32)}, "masks have shape .*to_logits"),
+    "no prompt axis of masks": ({"masks": MASKS[:, 0]}, "masks have shape"),
+    "label 7": ({"labels": np.full((2, 3, 5), 7)}, r"labels have labels \[7\]"),
+    "half a box": ({"labels": np.full((2, 3, 5), 2)}, "one corner of a box .* without the other"),
+    "float labels": ({"labels": np.ones((2, 3, 5))}, "labels are float.*, expected integers"),
+    "NaN": ({"points": np.full((2, 3, 5, 2), np.nan)}, "points hold numbers that are not finite"),
+    "boolean points": ({"points": np.ones((2, 3, 5, 2), bool)}, "points are bool"),
+    "lengths": ({"labels": np.ones((2, 3, 4), int)}, "labels have shape .*join_prompts"),
+    "no prompt axis": ({"points": np.ones((2, 5, 2))}, "points have shape"),
+    "images": ({"points": np.ones((1, 3, 5, 2))}, r"points have shape .* expected \(2, any"),
+    "similarity": (
+        {"attention_similarity": np.ones((2, 3, 4, 9, 144))},
+        "attention_similarity has shape",
+    ),
+    "target": ({"target_embedding": np.ones((2, 1, 1, 32))}, "target_embedding have shape"),
+}
+
+
+VALUES = "binary floats", "label 7", "half a box", "NaN", "a box inside out"
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", BAD_POINTS)
+def test_what_join_prompts_would_not_give(model, kind):
+    wrong, message = BAD_POINTS[kind]
+    points, labels = join_prompts(POINTS, LABELS, None)
+    right = {"image_embeddings": np.zeros((2, 12, 12, 32), np.float32)}
+    right |= {"points": points, "labels": labels}
+    for arguments in (right | wrong, jax.tree.map(jnp.asarray, right | wrong)):
+        with pytest.raises((TypeError, ValueError), match=message):
+            model.decode(**arguments)
+    if kind not in VALUES:  # of which a trace knows nothing
+        with pytest.raises((TypeError, ValueError), match=message):
+            jax.eval_shape(lambda arguments: model.decode(**arguments), right | wrong)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_prompts_of_any_dtype(model):
+    embeddings = normal((1, 12, 12, 32))
+    points, labels = np.array([[[[10, 20], [50, 60]]]]), np.array([[[2, 3]]])
+    expected, _ = model.decode(embeddings, points, labels)
+    dtypes = (np.float16, np.uint8), (np.float64, np.int8), (np.uint8, np.uint32)
+    for kinds in dtypes:
+        arrays = (array.astype(kind) for array, kind in zip((points, labels), kinds, strict=True))
+        assert np.array_equal(model.decode(embeddings, *arrays)[0], expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
+    last = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
+    with pytest.raises(ValueError, match=r"image_embeddings have shape .*channels first"):
+        model.decode(embeddings.numpy(), *join_prompts(POINTS, LABELS, None))
+    with pytest.raises(ValueError, match=r"image_embeddings have shape .*channels last"):
+        model(image_embeddings=last, input_points=POINTS)
+    for points, labels in ((POINTS, LABELS), (jnp.asarray(POINTS), jnp.asarray(LABELS))):
+        with pytest.raises(ValueError, match=r"no end, .*join_prompts\(points, labels, boxes\)"):
+            model.decode(last, points, labels)
+    binary = (MASKS > 0).astype(np.float32)
+    for masks in (MASKS > 0, binary, jnp.asarray(binary), binary.astype(int)):
+        with pytest.raises(ValueError, match=r"input_masks .* looks like a binary mask"):
+            model(image_embeddings=embeddings.numpy(), input_masks=masks)
+    with pytest.raises(TypeError, match="batched_input; call model"):
+        model([{"image": torch.zeros(3, 96, 96)}])
+    with pytest.warns(UserWarning, match=r"input_points hold \(450, 20\), outside.*SamProcessor"):
+        model(image_embeddings=embeddings.numpy()[:1], input_points=np.array([[[[450.0, 20]]]]))
