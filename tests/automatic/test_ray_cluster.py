@@ -110,11 +110,13 @@ def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
         assert done < 23, "all was done before a worker could be killed"
         printed, errors = process.communicate(timeout=180)
         poisoned = [sys.executable, "-c", POISONED, address, model, photos, tmp_path / "poisoned"]
-        outcome = subprocess.run(
-            [str(c) for c in poisoned], stdout=subprocess.PIPE, text=True, timeout=240, check=True
-        ).stdout
+        ended = subprocess.run(
+            [str(c) for c in poisoned], stdout=subprocess.PIPE, text=True, timeout=240
+        )
+        outcome = ended.stdout
     finally:
         cluster.communicate("\n", timeout=60)
+    assert ended.returncode == 0, outcome
     assert process.returncode == 1, errors
     assert "1 failed:" in errors
     assert f"  {photos / 'bad.png'}: " in errors
