@@ -81,8 +81,7 @@ def h100() -> Mesh:
         sys.exit(f"JAX cannot compile for a GPU here, which takes {', '.join(PACKAGES)}")
     canonicalize = xla_bridge.canonicalize_platform
     xla_bridge.canonicalize_platform = lambda name: "cuda" if name == "gpu" else canonicalize(name)
-    jax.default_backend = lambda: "gpu"
-    attention._gpu = lambda: "9.0"
+    attention._nvidia_gpu = lambda: "9.0"
     fused_attention_stablehlo.check_cudnn_version = lambda: 91500
     fused_attention_stablehlo.check_compute_capability = lambda least: float(least) <= 9
     fused_attention_stablehlo.is_cuda_compute_capability_equal = lambda c: float(c) == 9
@@ -200,7 +199,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["vit_b", "vit_h"], choices=VITS)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--batch", type=int, default=8, help="images, of encoder and training")
-    attentions = ["xla", "folded", "cudnn, bias", "pallas", "cudnn"]
+    attentions = ["xla", "folded", "portable", "cudnn, bias", "pallas", "cudnn"]
     parser.add_argument("--attention", nargs="+", default=attentions, choices=attentions)
     args = parser.parse_args()
     check_at_least_one(parser, batch=args.batch)

@@ -46,18 +46,18 @@ if wants tests; then
 fi
 if wants layers; then
     benchmark --models vit_h vit_b --batch 8 --parts global global_gradients windows windows_gradients \
-        --attention xla folded "cudnn, bias" pallas cudnn --repeat 20
+        --attention xla folded chunked "cudnn, bias" pallas cudnn --repeat 20
 fi
 if wants encoder; then
-    benchmark --models vit_h vit_b --batch 8 --parts encoder --attention xla folded pallas cudnn --repeat 20
+    benchmark --models vit_h vit_b --batch 8 --parts encoder --attention xla folded portable pallas cudnn --repeat 20
     # The memory of the default alone.
     benchmark --models vit_h --batch 8 --parts encoder --repeat 20
 fi
 if wants accuracy; then
-    try "$python" -m benchmarks.accuracy --models mobile_sam vit_h --attention xla folded pallas cudnn
+    try "$python" -m benchmarks.accuracy --models mobile_sam vit_h --attention xla folded portable pallas cudnn
 fi
 if wants training; then
-    benchmark --models vit_b --batch 8 --parts training --attention pallas cudnn --repeat 10
+    benchmark --models vit_b --batch 8 --parts training --attention portable pallas cudnn --repeat 10
 fi
 if wants decoder; then
     benchmark --models vit_h mobile_sam --parts decoder predict --repeat 20

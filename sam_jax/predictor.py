@@ -13,7 +13,7 @@ from sam_jax.arrays import as_numpy, is_array
 from sam_jax.errors import NonFiniteError
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
-from sam_jax.models.compiled import decode, encode_image
+from sam_jax.models.compiled import chunk_size_for, decode, encode_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import (
     MASK_HINT,
@@ -272,6 +272,7 @@ class SamPredictor(WithAdvice):
             *jax.device_put(padded, self.device),
             multimask_output=multimask_output,
             hq_token_only=hq_token_only,
+            prompts_chunk_size=chunk_size_for(self._features, padded[1].shape[1]),
         )
         # Copies, which may be written to and hold no padding in memory.
         low_res, scores = (np.array(x[0, :count]) for x in jax.device_get((low_res, scores)))

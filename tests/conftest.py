@@ -113,23 +113,38 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-@pytest.fixture(params=["9.0"])
+@pytest.fixture(params=["cpu", "other"])
+def platform(request, monkeypatch):
+    """What is for another platform runs on the CPU."""
+    if request.param == "cpu":
+        yield
+        return
+    jax.clear_caches()
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *arrays, default, **_: default(*arrays)
+    )
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
 def nvidia(request, monkeypatch):
-    """As if JAX ran on an NVIDIA GPU (an H100), as far as lowering goes: nothing can be run."""
-    jax.clear_caches()  # of programs traced for another
-    of_gpu = float(request.param)
+    """As if an NVIDIA GPU (an H100) were JAX's default device: programs are lowered for it."""
+    jax.clear_caches()  # of programs traced without one
+    capability = getattr(request, "param", "9.0")
+    of_gpu = float(capability)
     from jax._src.cudnn import fused_attention_stablehlo
 
     from sam_jax.ops import attention
 
-    monkeypatch.setattr(attention, "_gpu", lambda: request.param)
+    monkeypatch.setattr(attention, "_nvidia_gpu", lambda: capability)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     known = {
         "check_cudnn_version": lambda: 91500,
         "check_compute_capability": lambda least: float(least) <= of_gpu,
-        "is_cuda_compute_capability_equal": lambda capability: float(capability) == of_gpu,
+        "is_cuda_compute_capability_equal": lambda asked: float(asked) == of_gpu,
     }
     for name, function in known.items():
         monkeypatch.setattr(fused_attention_stablehlo, name, function)
-    yield request.param
+    yield capability
     jax.clear_caches()

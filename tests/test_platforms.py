@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 from reference import SMALL, SMALL_TINY, flash_attentions, lowered_for_cuda
 
 from sam_jax.automatic.device import encode
+from sam_jax.models import compiled
 from sam_jax.models.sam import Sam
+from sam_jax.ops.prompts import join_prompts
 from sam_jax.training.rules import EVERYTHING, adamw, split_model
 from sam_jax.training.step import TrainConfig, init_state, train_step
 
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 MODELS = {
+    "vit": (SMALL, None),
     "xla": (SMALL, "xla"),
     "folded": (SMALL, "folded"),
     "chunked": (SMALL, "chunked"),
@@ -138,22 +141,70 @@ def test_gradients_with_64_bits(config, attention):
     assert not re.search(r"f64\[\d", text)
 
 
-@pytest.mark.parametrize("model", ["tiny_vit"], indirect=True)
-def test_training_step_of_a_process_with_a_gpu(model, monkeypatch):
-    """Its gradients of convolutions are others than those of a process that has none."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    test_training_step(model)
+# A layer of windows, and one of a grid of 32 x 32, which is large enough to compute in chunks.
+LARGER = dataclasses.replace(
+    SMALL,
+    image_encoder=dataclasses.replace(SMALL.image_encoder, window_size=14),
+    image_size=32 * SMALL.image_encoder.patch_size,
+)
+ENCODERS = pytest.mark.parametrize("config", [LARGER, SMALL_TINY], ids=["vit", "tiny_vit"])
 
 
-FLASH = {"9.0": {"cudnn": 2}, "8.0": {"cudnn": 1, "pallas": 1}}  # layers of which kernel
+def lowered_encoder(config, platform):
+    model = nnx.eval_shape(lambda: Sam(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    pixels = shape(1, config.image_size, config.image_size, 3)
+    traced = compiled.encode_image.trace(*nnx.split(model), pixels)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@ENCODERS
+def test_each_platform_has_its_own_program(config, request):
+    """Whatever devices the process has; a GPU, for which cuDNN is there, changes CUDA's alone."""
+    before = {platform: lowered_encoder(config, platform) for platform in PLATFORMS}
+    assert before["cpu"] != before["cuda"]
+    assert before["cpu"] != before["tpu"]
+    request.getfixturevalue("nvidia")
+    after = {platform: lowered_encoder(config, platform) for platform in PLATFORMS}
+    assert before["cpu"] == after["cpu"]
+    assert before["tpu"] == after["tpu"]
+    is_vit = config is LARGER
+    assert flash_attentions(after["cuda"]) == ({"cudnn": (2, 0)} if is_vit else {})
+    assert (before["cuda"] == after["cuda"]) != is_vit
+
+
+@ENCODERS
+def test_a_model_on_the_cpu_of_a_machine_with_a_gpu(config, request):
+    """Eager and compiled, its encoder, its decoder and its training are a CPU's."""
+    model = Sam(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    size = config.image_size
+    pixels = jnp.asarray(rng.normal(size=(1, size, size, 3)), jnp.float32)
+    points = rng.uniform(0, size, (1, 3, 2, 2)).astype(np.float32)
+    points, labels = map(jnp.asarray, join_prompts(points, np.ones((1, 3, 2), np.int32), None))
+
+    def run(model, pixels):
+        embeddings = model.encode_image(pixels)
+        return embeddings, model.decode(embeddings, points, labels)
+
+    def loss(pixels):
+        return model.encode_image(pixels).astype(jnp.float32).sum()
+
+    def everything():
+        return run(model, pixels), jax.jit(run)(model, pixels), jax.jit(jax.grad(loss))(pixels)
+
+    before = everything()
+    request.getfixturevalue("nvidia")
+    jax.tree.map(np.testing.assert_array_equal, everything(), before)
+
+
+FLASH = {"9.0": 2, "8.0": 1}  # layers that have cuDNN's flash attention
 ON_NVIDIA = pytest.mark.parametrize("nvidia", FLASH, indirect=True)
 
 
 @pytest.fixture
 def vit(nvidia):
     """With a layer of windows and one of a grid of 64 x 64; in bfloat16."""
-    encoder = dataclasses.replace(SMALL.image_encoder, window_size=14)
-    config = dataclasses.replace(SMALL, image_encoder=encoder, image_size=512)
+    config = dataclasses.replace(LARGER, image_size=512)
     return nnx.eval_shape(lambda: Sam(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
 
 
@@ -165,7 +216,7 @@ def test_flash_attention_is_the_default_of_nvidia(nvidia, vit, bits):
     with jax.enable_x64(bits == 64):
         pixels = shape(1, 512, 512, 3)
         text = lowered_for_cuda(encode, *nnx.split(vit), pixels, mesh=mesh)
-    assert flash_attentions(text) == {kind: (count, 0) for kind, count in FLASH[nvidia].items()}
+    assert flash_attentions(text) == {"cudnn": (FLASH[nvidia], 0)}
     assert "x4096x4096x" not in text
 
 
@@ -186,7 +237,5 @@ def test_flash_attention_in_training(nvidia, vit, remat):
     text = lowered_for_cuda(step, graphdef, state, frozen, batch, key, tx=tx, recipe=recipe)
     # With remat once more on the way back.
     forward = 2 if remat else 1
-    assert flash_attentions(text) == {
-        kind: (forward * count, count) for kind, count in FLASH[nvidia].items()
-    }
+    assert flash_attentions(text) == {"cudnn": (forward * FLASH[nvidia], FLASH[nvidia])}
     assert "x4096x4096x" not in text

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Bool
 from PIL import Image
@@ -288,7 +287,7 @@ def find_everything(
 ) -> Found:
     """Everything mode; see `SamAutomaticMaskGenerator.generate_from_embedding`."""
     # Short steps on a CPU, where more points at once are not faster: clicks come in between.
-    at_once = 8 if jax.default_backend() == "cpu" else 64
+    at_once = 8 if model.device.platform == "cpu" else 64
     generator = SamAutomaticMaskGenerator(
         model, points_per_side, points_per_batch=at_once, output_mode="coco_rle"
     )

@@ -1,7 +1,6 @@
 """What both kinds of export write and need."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,9 @@ def vit_blocks(model: Sam) -> list:
     return list(encoder.blocks) if isinstance(encoder, ImageEncoderViT) else []
 
 
-def with_attention(
-    model: Sam, choose: Callable[[Implementation | None, tuple[int, int]], Implementation]
-) -> Sam:
-    """The model with another attention, chosen by the one that it names and the grid."""
+def with_attention(model: Sam, implementation: Implementation) -> Sam:
+    """The model with another implementation of a ViT's attention."""
     model = nnx.merge(*nnx.split(model))
     for block in vit_blocks(model):
-        side = block.attn.window or model.config.image_embedding_size
-        block.attn.implementation = choose(block.attn.implementation, (side, side))
+        block.attn.implementation = implementation
     return model

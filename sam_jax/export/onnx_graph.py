@@ -169,6 +169,12 @@ class Graph:
             translate = _FUNCTIONS.get(inner.jaxpr.debug_info.func_name)
             if translate is None or all_known:
                 return self._run(inner, values)
+        elif name == "platform_index":  # of `jax.lax.platform_dependent`: what is for CPUs
+            platforms = parameters["platforms"]  # of each branch; None for all others
+            index = next(i for i, names in enumerate(platforms) if not names or "cpu" in names)
+            return [_known_value(np.int32(index))]
+        elif name == "cond" and isinstance(values[0].tensor, np.ndarray):
+            return self._run(parameters["branches"][int(values[0].tensor)], values[1:])
         elif name == "broadcast_in_dim":
             return [_broadcast_in_dim(self, values[0], **parameters)]
         elif name in _ELEMENTWISE:

@@ -1,7 +1,7 @@
 """The model as programs of `jax.export`, for any of its platforms."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 import jax
@@ -15,7 +15,6 @@ from sam_jax.checkpoints.safetensors import write_safetensors
 from sam_jax.export.common import vit_blocks, with_attention, write_config
 from sam_jax.files import atomic_dir, require_absent
 from sam_jax.models.sam import Sam
-from sam_jax.ops.attention import fastest
 from sam_jax.types import Platform
 
 
@@ -46,10 +45,10 @@ def export_jax(
       for red, green and blue from 0 to 255; a mask is where logits exceed `mask_threshold`.
       (`resize` and `normalization` are other than said above for MedSAM; see `SamConfig`.)
 
-    Each platform gets its own program, with its own attention if the model names none: on a CPU
-    prompts one after the other, and never all logits of a ViT's global attention at once; elsewhere
-    all together, in ViT-H a gigabyte for each picture (flash attention is not exported). Float32
-    products have the precision that `jax_default_matmul_precision` asks for at the time of writing.
+    Each platform gets its own program. On a CPU prompts are decoded one by one, elsewhere all
+    together. Unless the model names an attention, it is "portable" (see `rel_pos_attention`).
+    Float32 products have the precision that `jax_default_matmul_precision` asks for at the time of
+    writing.
 
     Args:
         model: of any dtype, in which the programs compute.
@@ -73,12 +72,14 @@ def export_jax(
             f"platforms are {list(platforms)}, expected some of {list(known)}, each once"
         )
     config = model.config
-    for block in vit_blocks(model):
-        if (named := block.attn.implementation) in ("cudnn", "pallas"):
+    for named in {block.attn.implementation for block in vit_blocks(model)}:
+        if named in ("cudnn", "pallas"):
             raise ValueError(
                 f"attention is {named!r}, which JAX does not export; load the model with "
                 "attention=None"
             )
+        if named is None:  # which may be "cudnn", too
+            model = with_attention(model, "portable")
     size, grid, side = config.image_size, config.image_embedding_size, config.mask_size
     channels = config.image_embedding_channels
     b, p, n = jax.export.symbolic_shape("b, p, n")
@@ -89,16 +90,28 @@ def export_jax(
         jax.ShapeDtypeStruct((b, p, n), jnp.int32),
     )
     masks = jax.ShapeDtypeStruct((b, p, side, side), jnp.float32)
+    graphdef, state = nnx.split(model)
+    state = nnx.to_flat_state(state)
+
+    def with_params(params):
+        leaves = [(k, variable.replace(params[".".join(map(str, k))])) for k, variable in state]
+        return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+    def encode(params, pixel_values):
+        return with_params(params).encode_image(pixel_values)
+
+    def decode(params, embeddings, points, labels, masks=None):
+        return with_params(params).decode(embeddings, points, labels, masks, None)
+
     programs = {
-        "encoder": (_encode, (pixels,)),
-        "decoder": (_decode, prompts),
-        "decoder_with_masks": (_decode, (*prompts, masks)),
+        "encoder": (encode, (pixels,)),
+        "decoder": (decode, prompts),
+        "decoder_with_masks": (decode, (*prompts, masks)),
     }
     params = flat_params(model)
     with atomic_dir(path) as folder:
         for name, (function, arrays) in programs.items():
-            program = jax.jit(_by_platform(model, function, platforms))
-            exported = jax.export.export(program, platforms=platforms)(params, *arrays)
+            exported = jax.export.export(jax.jit(function), platforms=platforms)(params, *arrays)
             (folder / f"{name}.jax").write_bytes(exported.serialize(vjp_order=vjp_order))
         write_safetensors(folder / "params.safetensors", jax.tree.map(np.asarray, params))
         write_config(
@@ -108,32 +121,3 @@ def export_jax(
             vjp_order=vjp_order,
             jax=jax.__version__,
         )
-
-
-def _encode(model, platform, pixel_values):
-    return model.encode_image(pixel_values)
-
-
-def _decode(model, platform, embeddings, points, labels, masks=None):
-    return model.decode(embeddings, points, labels, masks, None, platform=platform)
-
-
-def _by_platform(model: Sam, function: Callable, platforms: Sequence[Platform]) -> Callable:
-    """`function(model, platform, *arrays)` of flat parameters and the arrays, as it is fastest."""
-
-    def on(platform: Platform) -> Callable:
-        own = with_attention(model, lambda named, grid: named or fastest(grid, platform))
-        graphdef, state = nnx.split(own)
-        flat = nnx.to_flat_state(state)
-
-        def run(params, *arrays):
-            leaves = [(k, variable.replace(params[".".join(map(str, k))])) for k, variable in flat]
-            return function(nnx.merge(graphdef, nnx.from_flat_state(leaves)), platform, *arrays)
-
-        return run
-
-    def program(params, *arrays):
-        programs = {platform: on(platform) for platform in platforms}
-        return jax.lax.platform_dependent(params, *arrays, **programs)
-
-    return program

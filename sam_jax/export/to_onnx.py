@@ -61,7 +61,7 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
             raise
         raise ValueError("onnx is not installed; install sam_jax with its extra `onnx`") from error
     # Without a loop; of those the one that took ONNX Runtime the least time and memory.
-    model = with_attention(model, lambda named, grid: "folded")
+    model = with_attention(model, "folded")
     with atomic_dir(path) as folder:
         _write_onnx_encoder(Graph(), model, folder / "encoder.onnx")
         _write_onnx_decoder(Graph(), model, folder / "decoder.onnx", single_mask)

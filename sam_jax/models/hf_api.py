@@ -12,7 +12,13 @@ from sam_jax.arrays import as_array
 from sam_jax.config import SamConfig
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
 from sam_jax.models.checks import check_broadcast, check_shape, guidance_shape, to_device
-from sam_jax.models.compiled import decode, encode_image, encode_positions, encode_prompts
+from sam_jax.models.compiled import (
+    chunk_size_for,
+    decode,
+    encode_image,
+    encode_positions,
+    encode_prompts,
+)
 from sam_jax.ops.prompts import (
     MASK_HINT,
     PADDING,
@@ -174,6 +180,7 @@ class HuggingFaceAPI(WithAdvice):
             target_embedding,
             multimask_output=multimask_output,
             hq_token_only=hq_token_only,
+            prompts_chunk_size=chunk_size_for(image_embeddings, point_labels.shape[1]),
         )
         if masks.shape[1] != count:
             masks, scores = first_prompts(masks, count), first_prompts(scores, count)

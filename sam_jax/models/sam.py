@@ -10,18 +10,19 @@ Two ways in:
   and prompts in numpy arrays are padded to a few sizes, so that it seldom compiles again.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.models.checks import Prompts, check_prompts, check_shape, to_device
+from sam_jax.models.compiled import fastest_chunk_size
 from sam_jax.models.hf_api import HuggingFaceAPI
 from sam_jax.models.mask_decoder import MaskDecoder
 from sam_jax.models.prompt_encoder import PromptEncoder
@@ -133,7 +134,6 @@ class Sam(HuggingFaceAPI, nnx.Module):
         *,
         hq_token_only: bool = False,
         prompts_chunk_size: int | None = None,
-        platform: str | None = None,
     ) -> tuple[Float[Array, "b p m 4*g 4*g"], Float[Array, "b p m"]]:
         """Mask logits and predicted IoUs of every prompt of every image, both float32.
 
@@ -151,11 +151,9 @@ class Sam(HuggingFaceAPI, nnx.Module):
             attention_similarity: added to the token-to-image logits (PerSAM).
             target_embedding: added to the tokens before each block (PerSAM).
             hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
-            prompts_chunk_size: prompts of each image that are computed together, for less memory.
-                None: one of one image on a CPU, whose cache it fits; else up to 64 (on an NVIDIA
-                GPU 0.4 GB in bfloat16), fewer where those of all images would take more than a
-                quarter of a device's memory.
-            platform: where it will run ("cpu", "cuda", ...), if not on JAX's default backend.
+            prompts_chunk_size: prompts of each image that are computed together; fewer take less
+                memory, and with 1 images are computed one by one, too. None depends on the platform
+                that the program is compiled for; see `prompts_chunk_size`.
 
         Raises:
             TypeError: for anything but arrays, and for dtypes of something else.
@@ -176,16 +174,28 @@ class Sam(HuggingFaceAPI, nnx.Module):
         if not jnp.issubdtype(image_embeddings.dtype, jnp.floating):
             raise TypeError(f"image_embeddings are {image_embeddings.dtype}, expected floats")
         image_embeddings = to_device(image_embeddings)
-        images, images_chunk_size = image_embeddings.shape[0], None
+        images = image_embeddings.shape[0]
         prompts = check_prompts(
             self.config, images, points, labels, masks, attention_similarity, target_embedding
         )
-        if prompts_chunk_size is None:
-            if (platform or jax.default_backend()) == "cpu":
-                prompts_chunk_size = images_chunk_size = 1  # what fits the cache
-            elif all(isinstance(n, int) for n in prompts.points.shape[:2]):  # not in `jax.export`
-                prompts_chunk_size = 64 if platform else self._fitting_prompts(images)
+        return _decode(
+            self,
+            image_embeddings,
+            prompts,
+            multimask_output=multimask_output,
+            hq_token_only=hq_token_only,
+            prompts_chunk_size=prompts_chunk_size,
+        )
 
+    def _decode_in_chunks(
+        self,
+        image_embeddings: Float[Array, "b g g c"],
+        prompts: Prompts,
+        *,
+        multimask_output: bool | None,
+        hq_token_only: bool,
+        prompts_chunk_size: int | None,
+    ) -> tuple[Float[Array, "b p m 4*g 4*g"], Float[Array, "b p m"]]:
         # A mask for all prompts of an image: without their axis, vmap embeds it once.
         shared_masks, (_, count) = None, prompts.labels.shape[:2]
         if prompts.masks is not None and prompts.masks.shape[1] != count:
@@ -217,17 +227,26 @@ class Sam(HuggingFaceAPI, nnx.Module):
 
             return _map(decode_prompt, prompts, prompts_chunk_size)
 
+        images_chunk_size = 1 if prompts_chunk_size == 1 else None
         return _map(decode_image, (image_embeddings, shared_masks, prompts), images_chunk_size)
 
-    def _fitting_prompts(self, images: int) -> int:
-        """How many prompts of each image are computed together on a GPU or TPU."""
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        if not memory:
-            return 64
-        # XLA's program holds the image features of a prompt three times over, and then its masks.
-        features = self.config.image_embedding_size**2 * self.config.prompt_embed_dim
-        one = 4 * features * jnp.dtype(self.mask_decoder.dtype).itemsize
-        return int(np.clip(memory // 4 // (one * max(images, 1)), 1, 64))
+
+@functools.partial(
+    jax.jit, static_argnames=("multimask_output", "hq_token_only", "prompts_chunk_size")
+)
+def _decode(model, image_embeddings, prompts, *, prompts_chunk_size, **options):
+    """`Sam.decode` of checked arrays; compiled, so that their platform decides and not JAX's."""
+
+    def in_chunks_of(size):
+        return functools.partial(model._decode_in_chunks, prompts_chunk_size=size, **options)
+
+    arrays = image_embeddings, prompts
+    if prompts_chunk_size is not None:
+        return in_chunks_of(prompts_chunk_size)(*arrays)
+    sizes = {name: fastest_chunk_size(name, *prompts.labels.shape[:2]) for name in ("cpu", "gpu")}
+    return jax.lax.platform_dependent(
+        *arrays, cpu=in_chunks_of(sizes["cpu"]), default=in_chunks_of(sizes["gpu"])
+    )
 
 
 def _map(function: Callable, arrays: PyTree, at_once: int | None) -> PyTree:

@@ -160,13 +160,18 @@ def _halving_conv(
 @_halving_conv.defjvp
 def _halving_conv_jvp(primals, tangents):
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
-    conv = _product_by_rows if jax.default_backend() == "cpu" else _halving_conv
-    by_kernel = conv(x, kernel_dot)
+    by_kernel = _halving_conv_by_kernel(x, kernel_dot)
     return _halving_conv(x, kernel), _halving_conv(x_dot, kernel) + by_kernel
 
 
+@jax.jit
+def _halving_conv_by_kernel(x, kernel):
+    """The same, written for the gradient of the kernel."""
+    return jax.lax.platform_dependent(x, kernel, cpu=_product_by_rows, default=_halving_conv)
+
+
 def _product_by_rows(x, kernel):
-    """The same as products of matrices; in the gradient of the kernel XLA on a CPU is faster."""
+    """As products of matrices; in the gradient of the kernel XLA on a CPU is faster."""
     b, h, w = x.shape[0], x.shape[1] // 2, x.shape[2] // 2
     kernel = kernel.astype(jnp.float32)  # in which its gradients are added up
     padded, rows = _pad(x, kernel), math.gcd(h, 4)  # at a time
@@ -197,12 +202,29 @@ def _depthwise_conv_jvp(stride, primals, tangents):
     """Written for its transpose, which is what training needs, to be fast on a CPU."""
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
     by_x = _padded_sum(x_dot, kernel) if stride == 1 else _depthwise_conv(x_dot, kernel, stride)
-    padded = _pad(x, kernel)
-    if jax.default_backend() == "cpu":
-        # Or else XLA takes the middle tap from what was padded, and keeps what that is made of.
-        padded = jax.lax.optimization_barrier(padded)
-    by_kernel = _sum_by_rows(padded, kernel_dot, stride)
+    padded = _barrier_on_cpu(_pad(x, kernel))
+    by_kernel = _depthwise_conv_by_kernel(padded, kernel_dot, stride)
     return _shifted_sum(padded, _taps(kernel), stride), by_x + by_kernel
+
+
+@jax.jit
+def _barrier_on_cpu(padded):
+    """Otherwise XLA takes the middle tap from what was padded, and keeps what that is made of."""
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(padded, cpu=barrier, default=lambda x: x)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _depthwise_conv_by_kernel(padded, kernel, stride):
+    """The same, written for the gradient of the kernel."""
+    height = (padded.shape[1] - len(kernel)) // stride + 1
+    some_rows = functools.partial(_sum_by_rows, stride=stride)
+    return jax.lax.platform_dependent(
+        padded,
+        kernel,
+        cpu=functools.partial(some_rows, rows=1),
+        default=functools.partial(some_rows, rows=height),
+    )
 
 
 def _padded_sum(x, kernel):
@@ -220,14 +242,15 @@ def _padded_sum(x, kernel):
     return total[:, pad : pad + h, pad : pad + w].astype(x.dtype)
 
 
-def _sum_by_rows(padded, kernel, stride):
+def _sum_by_rows(padded, kernel, stride, rows):
     """The convolution whose transpose adds up gradients of whole rows, and sums along them last.
+
+    So many rows at a time.
 
     XLA on a CPU makes arrays of the products that it sums, but not of those that it adds up.
     """
     (b, height, width, c), size = padded.shape, len(kernel)
     h, w = ((side - size) // stride + 1 for side in (height, width))
-    rows = 1 if jax.default_backend() == "cpu" else h  # at a time
     taps = [[jnp.broadcast_to(tap, (b, rows, w, c)) for tap in row] for row in _taps(kernel)]
 
     @jax.checkpoint
@@ -335,18 +358,25 @@ class Attention(nnx.Module):
         index = abs(row[:, None] - row[None]) * window + abs(column[:, None] - column[None])
         bias = self.attention_biases[...].astype(jnp.float32)[:, index]
 
-        # XLA computes a batch of products on one core of a CPU, and two batches at once.
-        groups = 2 if jax.default_backend() == "cpu" else 1
-        parts = zip(jnp.array_split(qkv, groups, 2), jnp.array_split(bias, groups), strict=True)
-        out = jnp.concatenate([_attend(*some_heads) for some_heads in parts], 1)
-        out = out.transpose(0, 2, 1, 3).reshape(-1, window, window, c)
+        out = _attend(qkv, bias).transpose(0, 2, 1, 3).reshape(-1, window, window, c)
         return self.proj(join_windows(out, grid))
 
 
+@jax.jit
 def _attend(
     qkv: Float[Array, "b n heads c3"], bias: Float[Array, "heads n n"]
 ) -> Float[Array, "b heads n c3//3"]:
     """Self-attention of heads whose queries, keys and values lie one after the other."""
+    return jax.lax.platform_dependent(qkv, bias, cpu=_attend_in_two_groups, default=_attend_at_once)
+
+
+def _attend_in_two_groups(qkv, bias):
+    """XLA computes a batch of products on one core of a CPU, and two batches on two."""
+    parts = zip(jnp.array_split(qkv, 2, 2), jnp.array_split(bias, 2), strict=True)
+    return jnp.concatenate([_attend_at_once(*some_heads) for some_heads in parts], 1)
+
+
+def _attend_at_once(qkv, bias):
     q, k, v = (t.transpose(0, 2, 1, 3) for t in jnp.split(qkv, 3, -1))
     q = q * q.shape[-1] ** -0.5
     logits = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=jnp.float32)

@@ -9,8 +9,7 @@ with the *unscaled* query in both position terms (Meta's `add_decomposed_rel_pos
 
 import functools
 import math
-import re
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from sam_jax.ops.flash import flash_attention, flash_unsupported_reason
 from sam_jax.ops.operation import operation
 from sam_jax.ops.resize import linear_resize_matrix
 
-Implementation = Literal["xla", "folded", "chunked", "cudnn", "pallas"]
+Implementation = Literal["portable", "xla", "folded", "chunked", "cudnn", "pallas"]
 
 # Rows of logits that one step of the chunked backend holds: 512 x 4096 in float32 is 8 MB, which
 # stays in a CPU's cache.
@@ -79,53 +78,63 @@ def rel_pos_attention(
         v: values.
         rel_pos: tables for rows and columns (`rel_pos_h`, `rel_pos_w`), or None for none.
         grid: (h, w).
-        implementation: "xla" materialises all logits and adds the positions to them, "folded" has
-            the positions in wider queries and keys (`fold_positions`), "chunked" materialises the
-            logits of one head and a block of queries at a time, for less memory. "cudnn" and
-            "pallas" materialise none, in bfloat16 or float16 on an NVIDIA GPU: its library's flash
-            attention, folded, and a kernel of our own (`sam_jax.ops.flash`). None takes: on a CPU
-            "folded" for windows and "chunked" for large grids, on a GPU "cudnn" where it can run,
-            else "pallas" for large grids where it can, and else "folded"; elsewhere "xla".
+        implementation: None for the fastest on the platform that the program is compiled for:
+            "cudnn" on an NVIDIA GPU if it supports the inputs, and "portable" otherwise.
 
-    "cudnn" and "pallas" have first derivatives in reverse mode alone (`jax.grad`), others have all.
+            * "xla" materializes all logits and adds the position terms to them;
+            * "folded" puts the positions into wider queries and keys (`fold_positions`);
+            * "chunked" materializes the logits of one block of queries at a time, on a CPU of one
+              head and elsewhere of all heads of an image, which takes less memory;
+            * "portable" is "folded" for windows and "chunked" for large grids;
+            * "cudnn" is the flash attention of NVIDIA's library, folded, which materializes no
+              logits. It needs bfloat16 or float16, and `jax.export` does not take it;
+            * "pallas" is a flash kernel of sam_jax (`sam_jax.ops.flash`), likewise. It has never
+              run on a GPU, so that it runs only if you name it.
 
-    Logits and softmax are float32 whatever the inputs' dtype (but "folded", "cudnn" and "pallas"
-    round the position terms to it); the result has the inputs' dtype.
+    "cudnn" and "pallas" only have first derivatives, in reverse mode (`jax.grad`); the others have
+    all derivatives.
+
+    Logits and softmax are float32 whatever the inputs' dtype ("folded", "cudnn" and "pallas" round
+    the position terms to the inputs' dtype); the result has the inputs' dtype.
 
     Raises:
-        ValueError: for an implementation that is unknown or cannot run here.
+        ValueError: if the implementation is unknown or does not support the inputs.
     """
     h, w = grid
     check_implementation(implementation)
-    if implementation is None:
-        has_positions, gpu = rel_pos is not None, _gpu()
-        if not _cudnn_unsupported_reason(q, has_positions, grid, gpu):
-            implementation = "cudnn"
-        elif h * w > _QUERY_BLOCK and not _pallas_unsupported_reason(q, has_positions, grid, gpu):
-            implementation = "pallas"
-        else:
-            implementation = fastest(grid, jax.default_backend())
     tables = None
     if rel_pos is not None:
         tables = relative_positions(rel_pos[0], h), relative_positions(rel_pos[1], w)
     return _IMPLEMENTATIONS[implementation](q, k, v, tables, grid)
 
 
-def fastest(grid: tuple[int, int], platform: str) -> Implementation:
-    """The fastest implementation for a grid of (h, w) on a platform, on any device in any dtype."""
-    if platform == "cpu" and grid[0] * grid[1] > _QUERY_BLOCK:
-        return "chunked"
-    # XLA's compilers for CPUs and GPUs make one kernel of a softmax, but of the sum that "xla" has
-    # before it (benchmarks/compiled.py).
-    return "folded" if platform in ("cpu", "gpu", "cuda", "rocm") else "xla"
-
-
 def check_implementation(name: str | None) -> None:
-    """Raises ValueError for a name that is none of an implementation's; None is for the fastest."""
-    if name is not None and name not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown attention implementation {name!r}; known: {sorted(_IMPLEMENTATIONS)}"
-        )
+    """Raises ValueError unless `name` is an implementation or None."""
+    if name not in _IMPLEMENTATIONS:
+        known = get_args(Implementation)
+        raise ValueError(f"unknown attention implementation {name!r}; known: {list(known)}")
+
+
+def _fastest(q, k, v, tables, grid):
+    gpu = _nvidia_gpu()
+    on_cuda = _portable
+    if gpu is not None and not _cudnn_unsupported_reason(q, tables is not None, grid, gpu):
+        on_cuda = _cudnn
+    return _by_platform(q, k, v, tables, grid=grid, cuda=on_cuda, default=_portable)
+
+
+def _portable(q, k, v, tables, grid):
+    # XLA fuses a softmax into one kernel, but not the sum before it that "xla" has
+    # (benchmarks/compiled.py).
+    function = _chunked if grid[0] * grid[1] > _QUERY_BLOCK else _folded
+    return function(q, k, v, tables, grid)
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "cpu", "cuda", "default"))
+def _by_platform(*arrays, grid, **functions):
+    """Compiled, so that the platform of the arrays decides, and not JAX's default."""
+    functions = {name: functools.partial(f, grid=grid) for name, f in functions.items()}
+    return jax.lax.platform_dependent(*arrays, **functions)
 
 
 def _xla(q, k, v, tables, grid):
@@ -146,6 +155,18 @@ def _folded(q, k, v, tables, grid):
 
 
 def _chunked(q, k, v, tables, grid):
+    return _by_platform(q, k, v, tables, grid=grid, cpu=_one_head_at_a_time, default=_all_heads)
+
+
+def _one_head_at_a_time(q, k, v, tables, grid):
+    return _in_chunks(q, k, v, tables, grid, None)
+
+
+def _all_heads(q, k, v, tables, grid):
+    return _in_chunks(q, k, v, tables, grid, q.shape[1])
+
+
+def _in_chunks(q, k, v, tables, grid, heads_chunk_size):
     h, w = grid
     b, heads, n, d = q.shape
     rows = _rows_per_block(h, w)
@@ -169,7 +190,7 @@ def _chunked(q, k, v, tables, grid):
         return out.reshape(n, d)
 
     flat = jax.tree.map(lambda x: x.reshape(b * heads, n, d), (q, k, v))
-    return jax.lax.map(one_head, flat).reshape(b, heads, n, d)
+    return jax.lax.map(one_head, flat, batch_size=heads_chunk_size).reshape(b, heads, n, d)
 
 
 @jax.custom_jvp
@@ -237,7 +258,7 @@ def fold_positions(
 
 def _cudnn(q, k, v, tables, grid):
     d = q.shape[-1]
-    if wrong := _cudnn_unsupported_reason(q, tables is not None, grid, _gpu()):
+    if wrong := _cudnn_unsupported_reason(q, tables is not None, grid, _nvidia_gpu()):
         raise ValueError(
             "attention is 'cudnn', which needs an NVIDIA GPU of compute capability 8.0 or more, or "
             "9.x (Hopper) for heads wider than 128, bfloat16 or float16, and an even number of "
@@ -260,15 +281,21 @@ def _cudnn_width(d: int, has_positions: bool, grid: tuple[int, int]) -> int:
     return -(-(d + has_positions * sum(grid)) // 8) * 8
 
 
-def _gpu() -> str:
-    """The compute capability of an NVIDIA GPU, such as "9.0"; of others their name, or platform."""
-    return getattr(jax.local_devices()[0], "compute_capability", jax.default_backend())
+def _nvidia_gpu() -> str | None:
+    """The compute capability of this process's NVIDIA GPU, such as "9.0"; None if it has none.
+
+    It says which programs for CUDA can be compiled here, not where a model runs.
+    """
+    try:
+        return jax.local_devices(backend="cuda")[0].compute_capability
+    except RuntimeError:
+        return None
 
 
 def _cudnn_unsupported_reason(
-    q: Float[Array, "b heads n d"], has_positions: bool, grid: tuple[int, int], gpu: str
+    q: Float[Array, "b heads n d"], has_positions: bool, grid: tuple[int, int], gpu: str | None
 ) -> str | None:
-    """Why cuDNN's flash attention, forward and backward, does not exist for it; None if it does."""
+    """Why cuDNN's flash attention, forward and backward, does not support it; None if it does."""
     width = _cudnn_width(q.shape[-1], has_positions, grid)
     size = f"{grid[0]} x {grid[1]}"
     if lacks := _flash_unsupported_reason(q, gpu):
@@ -286,7 +313,7 @@ def _cudnn_unsupported_reason(
 
 
 def _pallas(q, k, v, tables, grid):
-    if wrong := _pallas_unsupported_reason(q, tables is not None, grid, _gpu()):
+    if wrong := _pallas_unsupported_reason(q, tables is not None, grid, _nvidia_gpu()):
         raise ValueError(
             "attention is 'pallas', which needs an NVIDIA GPU of compute capability 8.0 or more, "
             "bfloat16 or float16, relative positions, and rows of up to 64 positions (of heads up "
@@ -297,18 +324,18 @@ def _pallas(q, k, v, tables, grid):
 
 
 def _pallas_unsupported_reason(
-    q: Float[Array, "b heads n d"], has_positions: bool, grid: tuple[int, int], gpu: str
+    q: Float[Array, "b heads n d"], has_positions: bool, grid: tuple[int, int], gpu: str | None
 ) -> str | None:
-    """Why our kernel cannot be used for it; None if it can."""
+    """Why the Pallas kernel does not support it; None if it does."""
     if lacks := _flash_unsupported_reason(q, gpu):
         return lacks
     return flash_unsupported_reason(grid, q.shape[-1]) if has_positions else "there are none"
 
 
-def _flash_unsupported_reason(q: Float[Array, "b heads n d"], gpu: str) -> str | None:
+def _flash_unsupported_reason(q: Float[Array, "b heads n d"], gpu: str | None) -> str | None:
     """Why there is no flash attention at all on the GPU in the dtype; None if there is."""
-    if not re.fullmatch(r"\d+\.\d+", gpu):
-        return f"JAX runs on {gpu} here"
+    if gpu is None:
+        return "JAX has none here"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the model computes in {q.dtype}; give it dtype=jnp.bfloat16"
     return f"this one has compute capability {gpu}" if float(gpu) < 8 else None
@@ -320,6 +347,8 @@ def _rows_per_block(h: int, w: int) -> int:
 
 
 _IMPLEMENTATIONS = {
+    None: _fastest,
+    "portable": _portable,
     "xla": _xla,
     "folded": _folded,
     "chunked": _chunked,

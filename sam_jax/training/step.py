@@ -29,7 +29,8 @@ class TrainConfig(NamedTuple):
     num_rounds: int = 1  # prompts per object, each but the first a correction; the paper's are 11
     box_probability: float = 0.5  # how often the first prompt is a box, not a point
     weights: LossWeights = LossWeights()
-    # Of an image's objects, for less memory. None: one on a CPU, whose cache it fits, else all.
+    # Objects of an image that are computed together; fewer take less memory. None: all, but in
+    # `compile_step` on a CPU one, which fits its cache.
     objects_chunk_size: int | None = None
     remat: bool = False  # compute activations of the image encoder twice, for less memory
     drop_path_rate: float = 0.0  # stochastic depth of a ViT
@@ -113,8 +114,7 @@ def batch_losses(
 
     def one_image(embedding, targets, boxes, key):
         objects = targets, boxes, jax.random.split(key, len(targets))
-        default = 1 if jax.default_backend() == "cpu" else len(targets)
-        at_once = recipe.objects_chunk_size or default
+        at_once = recipe.objects_chunk_size or len(targets)
         return jax.lax.map(lambda x: one_object(embedding, *x), objects, batch_size=at_once)
 
     targets = batch["masks"].astype(jnp.float32)
@@ -251,6 +251,9 @@ def compile_step(
     """
     # Arrays that were never put anywhere stay so: a step that places them is compiled again.
     places = jax.tree.map(lambda x: x.sharding if x.committed else None, state)
+    (device, *_) = state.step.sharding.device_set
+    if recipe.objects_chunk_size is None and device.platform == "cpu":
+        recipe = recipe._replace(objects_chunk_size=1)
     return jax.jit(
         functools.partial(train_step, tx=tx, recipe=recipe),
         out_shardings=(places, None),

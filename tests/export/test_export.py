@@ -31,8 +31,7 @@ from safetensors.numpy import load_file
 
 import sam_jax
 from sam_jax import Sam, SamProcessor, cli
-from sam_jax.checkpoints.params import flat_params
-from sam_jax.export import export_jax, export_onnx, to_jax
+from sam_jax.export import export_jax, export_onnx
 from sam_jax.models.compiled import encode_image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -183,22 +182,6 @@ def test_jax_programs_without_a_gradient(jax_folder):
         jax.grad(lambda pixels: encoder(pixels).sum())(pixels)
     with pytest.raises(NotImplementedError, match="Batching rule"):
         jax.vmap(encoder)(pixels[None])
-
-
-def test_each_platform_has_its_fastest_attention(model, monkeypatch):
-    asked = set()
-
-    def fastest(grid, platform):
-        asked.add((grid, platform))
-        return "folded"
-
-    monkeypatch.setattr(to_jax, "fastest", fastest)
-    params = flat_params(model)
-    pixels = jax.ShapeDtypeStruct((1, SMALL.image_size, SMALL.image_size, 3), jnp.float32)
-    platforms = ("cpu", "cuda", "tpu")
-    jax.eval_shape(to_jax._by_platform(model, to_jax._encode, platforms), params, pixels)
-    assert asked == {(grid, p) for grid in ((5, 5), (12, 12)) for p in platforms}
-    assert {block.attn.implementation for block in model.image_encoder.blocks} == {None}
 
 
 # ONNX

@@ -1,6 +1,7 @@
 import functools
+import math
 import pickle
-import types
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from reference import (
     SMALL,
     SMALL_TINY,
     assert_close,
+    lowered_for_cuda,
     meta_sam,
     normal,
     ours,
@@ -21,7 +23,6 @@ from reference import (
 
 from sam_jax.checkpoints.names import torch_name
 from sam_jax.checkpoints.params import build_model, flat_params
-from sam_jax.config import mobile_sam
 from sam_jax.models import compiled as sam_module
 from sam_jax.models import two_way_transformer
 from sam_jax.models.layers import Buffer
@@ -60,35 +61,16 @@ def test_prompts_at_once_change_nothing(model, embeddings, masks):
         model.decode(*arguments, prompts_chunk_size=0)
 
 
-def test_memory_of_many_prompts_off_a_cpu(model, monkeypatch):
-    """However many there are, no more than 64 are upscaled together."""
+@pytest.mark.parametrize(("images", "together"), [(1, 64), (4, 16), (100, 2)])
+def test_memory_of_many_prompts_off_a_cpu(model, images, together):
+    """However many there are, those that are upscaled together are 64, or two of each image."""
     grid, channels = model.config.image_embedding_size, model.config.prompt_embed_dim
-    embedding = jax.ShapeDtypeStruct((1, grid, grid, channels), jnp.float32)
-    points = jax.ShapeDtypeStruct((1, 256, 2, 2), jnp.float32)
-    labels = jax.ShapeDtypeStruct((1, 256, 2), jnp.int32)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    jaxpr = str(jax.make_jaxpr(model.decode)(embedding, points, labels))
-    upscaled = f"{grid},{grid},2,2,2,2,{channels // 8}]"
-    assert f"[64,{upscaled}" in jaxpr or f"[1,64,{upscaled}" in jaxpr
-    assert f"256,{upscaled}" not in jaxpr
-
-
-def test_prompts_at_once_by_memory(monkeypatch):
-    """All images' together take a quarter of the device's memory, in GB here."""
-    model = nnx.eval_shape(lambda: Sam(mobile_sam(), dtype=jnp.float16, rngs=nnx.Rngs(0)))
-    for images, memory, prompts in (
-        (1, None, 64),
-        (8, 80, 64),
-        (8, 10, 37),  # of 8.4 MB in float16
-        (1, 10, 64),
-        (8, 0.01, 1),
-        (0, 10, 64),
-    ):
-        device = types.SimpleNamespace(
-            memory_stats=lambda memory=memory: memory and {"bytes_limit": int(memory * 1e9)}
-        )
-        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
-        assert model._fitting_prompts(images) == prompts
+    embedding = jax.ShapeDtypeStruct((images, grid, grid, channels), jnp.float32)
+    points = jax.ShapeDtypeStruct((images, 256, 2, 2), jnp.float32)
+    labels = jax.ShapeDtypeStruct((images, 256, 2), jnp.int32)
+    text = lowered_for_cuda(jax.jit(model.decode), embedding, points, labels)
+    upscaled = re.findall(rf"<([\dx]*?)x?{grid}x{grid}x2x2x2x2x{channels // 8}x", text)
+    assert {math.prod(map(int, sizes.split("x"))) for sizes in upscaled} == {images * together}
 
 
 def test_batch_equals_one_at_a_time(model, pixels):
@@ -149,7 +131,10 @@ def test_what_depends_on_the_image_alone_is_computed_once(model):
         prompts = join_prompts(jnp.asarray(POINTS), jnp.asarray(LABELS), None)
         decode = functools.partial(model.decode, prompts_chunk_size=len(POINTS[0]))
         jaxpr = jax.make_jaxpr(decode)(jnp.zeros((2, 12, 12, 32)), *prompts, masks)
-        sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if "dot" in str(eqn)]
+        (inner,) = (
+            eqn.params["jaxpr"] for eqn in jaxpr.eqns if eqn.params.get("name") == "_decode"
+        )
+        sizes = [v.aval.size for eqn in inner.eqns for v in eqn.outvars if "dot" in str(eqn)]
         return sizes.count(2 * 144 * 16)
 
     # Keys and values of token-to-image, queries of image-to-token.

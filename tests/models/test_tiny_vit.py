@@ -70,13 +70,11 @@ def test_stage(pair, intermediates, name):
     assert_close(actual, grid_last(expected))
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_block_with_padded_window(pair, platform, monkeypatch):
+def test_block_with_padded_window(pair, platform):
     """A 64 x 64 grid in windows of 7 and 14 is padded; padded positions are attended.
 
     Heads are in two groups on a CPU, in one elsewhere.
     """
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     reference, encoder = pair
     for stage in (1, 2):
         block = reference.layers[stage].blocks[0]
@@ -103,22 +101,18 @@ def assert_like_torch(conv, x, kernel, **options):
     assert_close(of_kernel, given[1].grad.permute(2, 3, 1, 0))
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("hw", [(32, 20), (7, 9), (34, 3)], ids=str)
-def test_depthwise_conv(hw, stride, platform, monkeypatch):
+def test_depthwise_conv(hw, stride, platform):
     """The kernel's gradient goes by rows on a CPU, at once elsewhere."""
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     conv = functools.partial(_depthwise_conv, stride=stride)
     x, kernel = normal((2, *hw, 5)), normal((3, 3, 1, 5), seed=1)
     assert_like_torch(conv, x, kernel, stride=stride, groups=5)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("hw", [(32, 20), (6, 8), (2, 2)], ids=str)
-def test_halving_conv(hw, platform, monkeypatch):
+def test_halving_conv(hw, platform):
     """The kernel's gradient is of products on a CPU, XLA's own elsewhere."""
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x, kernel = normal((2, *hw, 5)), normal((3, 3, 5, 7), seed=1)
     assert_like_torch(_halving_conv, x, kernel, stride=2)
 

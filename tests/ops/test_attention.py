@@ -136,39 +136,31 @@ def test_flash_attention_lowers_for_cuda(implementation, grid, d):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "dtype", "grid", "d", "expected"),
+    ("nvidia", "dtype", "grid", "d", "has_cudnn"),
     [
-        ("9.0", "bfloat16", (64, 64), 64, "cudnn"),
-        ("9.0", "float16", (64, 64), 80, "cudnn"),
-        ("9.0", "float32", (64, 64), 64, "folded"),
-        ("9.0", "bfloat16", (14, 14), 64, "cudnn"),
-        ("9.0", "bfloat16", (96, 96), 80, "folded"),
-        ("8.0", "bfloat16", (96, 96), 64, "pallas"),
-        ("9.0", "bfloat16", (27, 27), 64, "pallas"),
-        ("8.0", "bfloat16", (64, 64), 64, "pallas"),
-        ("8.9", "float16", (64, 64), 80, "pallas"),
-        ("8.0", "float32", (64, 64), 64, "folded"),
-        ("8.0", "bfloat16", (128, 130), 80, "folded"),
-        ("8.0", "bfloat16", (21, 21), 80, "folded"),
-        ("7.5", "float16", (64, 64), 64, "folded"),
-        ("8.0", "bfloat16", (14, 14), 64, "cudnn"),
-        ("10.0", "bfloat16", (64, 64), 64, "pallas"),
-        ("7.5", "bfloat16", (14, 14), 32, "folded"),
-        ("gfx90a", "bfloat16", (64, 64), 64, "folded"),
+        ("9.0", "bfloat16", (64, 64), 64, True),
+        ("9.0", "float16", (64, 64), 80, True),
+        ("9.0", "float32", (64, 64), 64, False),
+        ("9.0", "bfloat16", (14, 14), 64, True),
+        ("9.0", "bfloat16", (96, 96), 80, False),
+        ("9.0", "bfloat16", (27, 27), 64, False),
+        ("8.0", "bfloat16", (64, 64), 64, False),
+        ("8.0", "bfloat16", (14, 14), 64, True),
+        ("10.0", "bfloat16", (64, 64), 64, False),
+        ("7.5", "bfloat16", (14, 14), 32, False),
     ],
+    indirect=["nvidia"],
 )
-def test_a_gpu_s_default(monkeypatch, gpu, dtype, grid, d, expected):
-    """What cuDNN's support matrix has for the GPU, forward and backward, and then our kernel."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(sam_jax.ops.attention, "_gpu", lambda: gpu)
-    chosen = []
-    for name in sam_jax.ops.attention._IMPLEMENTATIONS:
-        implementation = lambda q, *_, name=name: chosen.append(name) or q  # noqa: E731
-        monkeypatch.setitem(sam_jax.ops.attention._IMPLEMENTATIONS, name, implementation)
-    q = jax.ShapeDtypeStruct((1, 2, grid[0] * grid[1], d), dtype)
+@pytest.mark.usefixtures("nvidia")
+def test_cudnn_is_the_default_where_it_supports_the_inputs(dtype, grid, d, has_cudnn):
+    """By its support matrix, forward and backward; elsewhere no array holds a head's logits."""
+    n = grid[0] * grid[1]
+    q = jax.ShapeDtypeStruct((1, 2, n, d), dtype)
     tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, d), dtype) for size in grid)
-    jax.eval_shape(lambda *x: rel_pos_attention(*x, grid), q, q, q, tables)
-    assert chosen == [expected]
+    attend = jax.jit(lambda *arrays: rel_pos_attention(*arrays, grid))
+    text = lowered_for_cuda(attend, q, q, q, tables)
+    assert flash_attentions(text) == ({"cudnn": (1, 0)} if has_cudnn else {})
+    assert n == 14 * 14 or not re.search(rf"x{n}x{n}x", text)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
@@ -192,8 +184,7 @@ def test_gradients_of_queries_where_keys_have_a_mean(implementation, grid):
 @pytest.mark.parametrize(
     ("gpu", "dtype", "grid", "message"),
     [
-        ("cpu", "bfloat16", (2, 2), "JAX runs on cpu here; leave it out, or name another"),
-        ("gfx90a", "bfloat16", (2, 2), "JAX runs on gfx90a here"),
+        (None, "bfloat16", (2, 2), "JAX has none here; leave it out, or name another"),
         ("9.0", "float32", (2, 2), "the model computes in float32; give it dtype=jnp.bfloat16"),
         ("9.0", "bfloat16", (130, 130), "a grid of 130 x 130 makes the heads 272 wide, with 256"),
         (
@@ -206,7 +197,7 @@ def test_gradients_of_queries_where_keys_have_a_mean(implementation, grid):
     ],
 )
 def test_cudnn_says_what_it_needs(monkeypatch, gpu, dtype, grid, message):
-    monkeypatch.setattr(sam_jax.ops.attention, "_gpu", lambda: gpu)
+    monkeypatch.setattr(sam_jax.ops.attention, "_nvidia_gpu", lambda: gpu)
     arrays = jax.tree.map(lambda x: x.astype(dtype), inputs(grid))
     with pytest.raises(ValueError, match=rf"'cudnn', which needs an NVIDIA GPU .*{message}"):
         rel_pos_attention(*arrays, grid, "cudnn")
@@ -215,7 +206,7 @@ def test_cudnn_says_what_it_needs(monkeypatch, gpu, dtype, grid, message):
 @pytest.mark.parametrize(
     ("gpu", "dtype", "grid", "d", "message"),
     [
-        ("cpu", "bfloat16", (16, 16), 16, "JAX runs on cpu here; leave it out, or name another"),
+        (None, "bfloat16", (16, 16), 16, "JAX has none here; leave it out, or name another"),
         ("8.0", "float32", (16, 16), 16, "the model computes in float32; give it dtype="),
         ("7.5", "bfloat16", (16, 16), 16, "this one has compute capability 7.5"),
         ("8.0", "bfloat16", (2, 130), 48, "a row of a grid of 2 x 130 is too large with heads 48"),
@@ -224,7 +215,7 @@ def test_cudnn_says_what_it_needs(monkeypatch, gpu, dtype, grid, message):
     ],
 )
 def test_pallas_says_what_it_needs(monkeypatch, gpu, dtype, grid, d, message):
-    monkeypatch.setattr(sam_jax.ops.attention, "_gpu", lambda: gpu)
+    monkeypatch.setattr(sam_jax.ops.attention, "_nvidia_gpu", lambda: gpu)
     q, k, v, tables = jax.tree.map(lambda x: x.astype(dtype), inputs(grid, d or 16))
     with pytest.raises(ValueError, match=rf"'pallas', which needs an NVIDIA GPU .*{message}"):
         rel_pos_attention(q, k, v, tables if d else None, grid, "pallas")
@@ -248,7 +239,7 @@ def test_chunks_divide_the_rows():
 
 def test_unknown_implementation():
     q, k, v, tables = inputs((2, 2))
-    with pytest.raises(ValueError, match=r"'flash'.*chunked.*xla"):
+    with pytest.raises(ValueError, match=r"'flash'.*xla.*chunked"):
         # Through the undecorated function: the type of the argument names the known ones.
         rel_pos_attention.__wrapped__(q, k, v, tables, (2, 2), "flash")
 
