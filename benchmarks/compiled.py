@@ -36,7 +36,7 @@ from sam_jax.models.compiled import decode, encode_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops import attention
 from sam_jax.ops.mask_statistics import make_upsampler
-from sam_jax.training.rules import EVERYTHING, adamw, split_model
+from sam_jax.training.rules import EVERYTHING, adamw, partition
 from sam_jax.training.step import TrainConfig, init_state, train_step
 
 PACKAGES = (
@@ -110,7 +110,7 @@ def encoder(mesh: Mesh, model: Sam, batch: int):
 def training(mesh: Mesh, model: Sam, batch: int):
     """A step of AdamW on all parameters, one object per image."""
     tx = adamw(1e-4, EVERYTHING)
-    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    trained, rest = partition(model, EVERYTHING)
     state = jax.eval_shape(lambda trained: init_state(trained, tx), trained)
     examples = {
         "pixel_values": shape(batch, 1024, 1024, 3),
@@ -118,11 +118,9 @@ def training(mesh: Mesh, model: Sam, batch: int):
         "boxes": shape(batch, 1, 4),
         "valid": shape(batch, 1),
     }
-    step = jax.jit(
-        train_step, static_argnames=("graphdef", "tx", "recipe"), donate_argnames=("state",)
-    )
+    step = jax.jit(train_step, static_argnames=("tx", "recipe"), donate_argnames=("state",))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return compiled(mesh, step, graphdef, state, frozen, examples, key, tx=tx, recipe=TrainConfig())
+    return compiled(mesh, step, state, rest, examples, key, tx=tx, recipe=TrainConfig())
 
 
 def decoder(mesh: Mesh, model: Sam, batch: int):

@@ -38,7 +38,7 @@ from sam_jax.ops.attention import rel_pos_attention
 from sam_jax.ops.prompts import join_prompts
 from sam_jax.predictor import SamPredictor
 from sam_jax.training.interactive import _first_prompt
-from sam_jax.training.rules import EVERYTHING, adamw, split_model
+from sam_jax.training.rules import EVERYTHING, adamw, partition
 from sam_jax.training.step import TrainConfig, compile_step, init_state
 
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("convert", "tests/helpers"))
@@ -384,13 +384,13 @@ def training(setting: Setting) -> Contenders:
 
     def ours(model):
         tx = adamw(LEARNING_RATE, EVERYTHING, weight_decay=WEIGHT_DECAY)
-        graphdef, trained, frozen = split_model(model, EVERYTHING)
+        trained, rest = partition(model, EVERYTHING)
         state = init_state(trained, tx)
         step = compile_step(state, tx, recipe)
 
         def run():
             nonlocal state
-            state, metrics = step(graphdef, state, frozen, on_device, key)
+            state, metrics = step(state, rest, on_device, key)
             return metrics["loss"]
 
         return run

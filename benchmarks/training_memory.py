@@ -36,11 +36,11 @@ def measure(dtype: str, remat: bool) -> dict:
     from benchmarks.convert_memory import read_status
     from sam_jax.config import vit_b
     from sam_jax.models.sam import Sam
-    from sam_jax.training.rules import EVERYTHING, adamw, split_model
+    from sam_jax.training.rules import EVERYTHING, adamw, combine, partition
     from sam_jax.training.step import TrainConfig, compile_step, init_state
 
     model = Sam(vit_b(), dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    trained, rest = partition(model, EVERYTHING)
     rng = np.random.default_rng(0)
     batch = {
         "pixel_values": rng.normal(size=(1, 1024, 1024, 3)).astype(np.float32),
@@ -51,7 +51,7 @@ def measure(dtype: str, remat: bool) -> dict:
     batch["masks"][..., 10:200, 10:100] = True
 
     def encode(trained):
-        sam = nnx.merge(graphdef, trained, frozen)
+        sam = combine(trained, rest)
         return sam.encode_image(batch["pixel_values"], remat=remat)
 
     kept = jax.eval_shape(lambda trained: jax.vjp(encode, trained)[1], trained)
@@ -60,13 +60,13 @@ def measure(dtype: str, remat: bool) -> dict:
     tx = adamw(1e-4, EVERYTHING)
     state = init_state(trained, tx)
     step = compile_step(state, tx, TrainConfig(remat=remat))
-    compiled = step.lower(graphdef, state, frozen, batch, jax.random.key(0)).compile()
+    compiled = step.lower(state, rest, batch, jax.random.key(0)).compile()
     jax.block_until_ready(state)
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = read_status("self")["VmRSS"]
-    _, metrics = jax.block_until_ready(compiled(graphdef, state, frozen, batch, jax.random.key(0)))
+    _, metrics = jax.block_until_ready(compiled(state, rest, batch, jax.random.key(0)))
     assert np.isfinite(float(metrics["loss"]))
     if device.platform == "cpu":
         result["peak"] = read_status("self")["VmHWM"] - before

@@ -29,7 +29,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from sam_jax import from_pretrained, save_pretrained
+from sam_jax import from_pretrained, partition, save_pretrained
 from sam_jax.checkpoints import flat_params, params_sha256
 from sam_jax.config import SamConfig
 from sam_jax.evaluation import draw_clicks, evaluate
@@ -53,7 +53,6 @@ from sam_jax.training import (
     open_annotations,
     save_lora,
     sharding,
-    split_model,
     too_small,
     updates_made,
 )
@@ -138,7 +137,7 @@ def run(config: Config) -> int:
     model = from_pretrained(config.model, dtype=jnp.dtype(config.dtype))
     keep_run_settings(model, config)
     model, table = build_trainable(model, config)
-    graphdef, trained, frozen = split_model(model, table)
+    trained, rest = partition(model, table)
     tx, schedule = config.optimizer.build(table, config.steps)
     prepare = preparation(model.config, config)
     source, held_out = sources(config)
@@ -147,7 +146,7 @@ def run(config: Config) -> int:
         check_objects(held_out, None)
     source, held_out = with_embeddings(source, held_out, model, config)
     mesh = sharding.make_mesh()
-    trained, frozen = sharding.shard_tree((trained, frozen), mesh, config.parallelism)
+    trained, rest = sharding.shard_tree((trained, rest), mesh, config.parallelism)
     begin = functools.partial(init_state, tx=tx, ema=config.recipe.ema_decay is not None)
     state = sharding.init_sharded(begin, trained, mesh=mesh, parallelism=config.parallelism)
     del model, trained  # which the first device would hold beside its share of the state
@@ -166,7 +165,7 @@ def run(config: Config) -> int:
         log = MetricsLog(output, start + 1 if start else 0)
         if start == 0 and held_out is not None:  # what the model can before it is trained
             found = evaluate_and_log(
-                sharding.merge_on_host(graphdef, state.result, frozen, mesh), held_out, log, 0
+                sharding.merge_on_host(state.result, rest, mesh), held_out, log, 0
             )
             log.write(0, found, show=True)
         updates, used, dropped = updates_made(state.opt_state), 0, 0
@@ -176,7 +175,7 @@ def run(config: Config) -> int:
         with Interrupts() as interrupts:
             for step, batch in zip(bar, data, strict=False):
                 batch = sharding.put_batch(batch, mesh)
-                state, metrics = train_step(graphdef, state, frozen, batch, key)
+                state, metrics = train_step(state, rest, batch, key)
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 if not np.isfinite(list(metrics.values())).all():
                     images = [source.image_id(i) for i in sharding.fetch(batch["index"], mesh)]
@@ -199,7 +198,7 @@ def run(config: Config) -> int:
                     )
                 due = step % config.eval_every == 0 or step == config.steps
                 if due and held_out is not None:
-                    tuned = sharding.merge_on_host(graphdef, state.result, frozen, mesh)
+                    tuned = sharding.merge_on_host(state.result, rest, mesh)
                     metrics |= evaluate_and_log(tuned, held_out, log, step)
                 log.write(step, metrics, show=due)
                 stopped = sharding.any_host(interrupts.received is not None)
@@ -225,7 +224,7 @@ def run(config: Config) -> int:
         best = checkpointing.load_state(checkpoints, state, best=True)
     for name, chosen in {"model": state, "best": best if held_out else None}.items():
         if chosen and not is_written(output, name, config.steps):
-            tuned = sharding.merge_on_host(graphdef, chosen.result, frozen, mesh)
+            tuned = sharding.merge_on_host(chosen.result, rest, mesh)
             if is_first:  # of fewer steps
                 shutil.rmtree(output / name, ignore_errors=True)
             multihost_utils.sync_global_devices(f"may write {name}")

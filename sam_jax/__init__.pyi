@@ -15,5 +15,7 @@ from .models.sam import Sam as Sam
 from .ops.prompts import join_prompts as join_prompts
 from .predictor import SamPredictor as SamPredictor
 from .processing import SamProcessor as SamProcessor
+from .training.rules import combine as combine
+from .training.rules import partition as partition
 
 __version__: str

@@ -17,10 +17,9 @@ _MODULE = {  # of the model and of its three parts
     **dict.fromkeys(("half", "float", "bfloat16"), "use from_pretrained(name, dtype=jnp.bfloat16)"),
     **dict.fromkeys(
         ("parameters", "named_parameters"),
-        "use nnx.state(model, nnx.Param), or split_model(model, rules) of "
-        "sam_jax.training.rules to train",
+        "use nnx.state(model, nnx.Param), or sam_jax.partition(model) for gradients",
     ),
-    "requires_grad_": "use split_model(model, rules) of sam_jax.training.rules",
+    "requires_grad_": "use sam_jax.partition(model, rules)",
     "zero_grad": "leave it out: jax.grad returns gradients",
     "state_dict": "use nnx.state(model), or save_pretrained(model, folder)",
     "load_state_dict": "use from_pretrained(path)",

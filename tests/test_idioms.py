@@ -14,7 +14,7 @@ from PIL import Image
 from reference import SMALL
 
 import sam_jax
-from sam_jax.training.rules import DECODER_ONLY, split_model
+from sam_jax.training.rules import DECODER_ONLY, partition
 
 PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
 ROWS = re.findall(r"^\| (`.+`) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
@@ -47,7 +47,7 @@ def objects(model):
         "pixels": image,
         "raw_image": Image.fromarray(image),
         "segmentation_map": image[..., 0].astype(int),
-        "split_model": split_model,
+        "partition": partition,
         "DECODER_ONLY": DECODER_ONLY,
         "from_pretrained": lambda name, dtype=None: model,
         "save_pretrained": lambda model, folder: None,

@@ -16,7 +16,7 @@ from sam_jax.automatic.device import encode
 from sam_jax.models import compiled
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import join_prompts
-from sam_jax.training.rules import EVERYTHING, adamw, split_model
+from sam_jax.training.rules import EVERYTHING, adamw, partition
 from sam_jax.training.step import TrainConfig, init_state, train_step
 
 pytestmark = pytest.mark.slow
@@ -88,9 +88,9 @@ def test_decoder(model, with_masks):
 
 
 def training_step(model):
-    """Of (state, frozen, batch, key data); and the shapes of these."""
+    """Of (state, rest, batch, key data); and the shapes of these."""
     tx = adamw(1e-4, EVERYTHING, clip_norm=1.0)
-    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    trained, rest = partition(model, EVERYTHING)
     state = jax.eval_shape(lambda trained: init_state(trained, tx, ema=True), trained)
     size, side = model.config.image_size, model.config.mask_size
     batch = {
@@ -103,11 +103,11 @@ def training_step(model):
         num_rounds=2, remat=True, accumulate=2, ema_decay=0.9, objects_chunk_size=3
     )
 
-    def step(state, frozen, batch, key):
+    def step(state, rest, batch, key):
         key = jax.random.wrap_key_data(key)
-        return train_step(graphdef, state, frozen, batch, key, tx=tx, recipe=recipe)
+        return train_step(state, rest, batch, key, tx=tx, recipe=recipe)
 
-    return step, (state, frozen, batch, shape(2, dtype=jnp.uint32))
+    return step, (state, rest, batch, shape(2, dtype=jnp.uint32))
 
 
 @OF_EACH_KIND
@@ -224,7 +224,7 @@ def test_flash_attention_is_the_default_of_nvidia(nvidia, vit, bits):
 @pytest.mark.parametrize("remat", [False, True])
 def test_flash_attention_in_training(nvidia, vit, remat):
     tx = adamw(1e-4, EVERYTHING)
-    graphdef, trained, frozen = split_model(vit, EVERYTHING)
+    trained, rest = partition(vit, EVERYTHING)
     state = jax.eval_shape(lambda trained: init_state(trained, tx), trained)
     batch = {
         "pixel_values": shape(2, 512, 512, 3),
@@ -232,9 +232,9 @@ def test_flash_attention_in_training(nvidia, vit, remat):
         "boxes": shape(2, 1, 4),
         "valid": shape(2, 1),
     }
-    step = jax.jit(train_step, static_argnames=("graphdef", "tx", "recipe"))
+    step = jax.jit(train_step, static_argnames=("tx", "recipe"))
     key, recipe = jax.eval_shape(lambda: jax.random.key(0)), TrainConfig(remat=remat)
-    text = lowered_for_cuda(step, graphdef, state, frozen, batch, key, tx=tx, recipe=recipe)
+    text = lowered_for_cuda(step, state, rest, batch, key, tx=tx, recipe=recipe)
     # With remat once more on the way back.
     forward = 2 if remat else 1
     assert flash_attentions(text) == {"cudnn": (forward * FLASH[nvidia], FLASH[nvidia])}

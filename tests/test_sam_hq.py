@@ -25,7 +25,7 @@ from sam_jax.checkpoints.package_index import PackageMember, download_package
 from sam_jax.checkpoints.params import build_model, flat_params, param_shapes
 from sam_jax.config import vit_b
 from sam_jax.ops.prompts import join_prompts
-from sam_jax.training.rules import HQ_ONLY, split_model
+from sam_jax.training.rules import HQ_ONLY, combine, partition
 from sam_jax.training.step import batch_losses, mean_loss
 
 HQ = dataclasses.replace(
@@ -317,7 +317,7 @@ def test_other_models_have_no_token_of_their_own():
 
 @pytest.mark.slow
 def test_its_own_parameters_train(model):
-    graphdef, trained, frozen = split_model(model, HQ_ONLY)
+    trained, rest = partition(model, HQ_ONLY)
     batch = {
         "pixel_values": normal((1, 96, 96, 3), seed=9),
         "masks": jnp.zeros((1, 1, 48, 48), bool).at[..., 10:30, 5:25].set(True),
@@ -328,9 +328,7 @@ def test_its_own_parameters_train(model):
     @jax.jit
     @jax.grad
     def gradient(trained):
-        losses = batch_losses(
-            nnx.merge(graphdef, trained, frozen), batch, jax.random.split(jax.random.key(0), 1)
-        )
+        losses = batch_losses(combine(trained, rest), batch, jax.random.split(jax.random.key(0), 1))
         return mean_loss(losses, batch["valid"])[0]
 
     found = nnx.to_pure_dict(gradient(trained))

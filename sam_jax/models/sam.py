@@ -2,11 +2,10 @@
 
 Two ways in:
 
-* **Functional**, for research. `graphdef, params, buffers = nnx.split(model, nnx.Param, ...)` gives
-  the trained parameters as a tree, apart from the buffers, which have no gradient; inside your own
-  `jax.jit`, `jax.grad` or `jax.vmap`, `nnx.merge(graphdef, params, buffers)` gives the model back,
-  whose `encode_image` and `decode` are pure functions of arrays.
-* **Hugging Face's surface**, `model(**inputs)` with what `SamProcessor` returns. It is compiled,
+* **Functional**, for research. The model is a pytree: pass it to your own functions under `jax.jit`
+  or `jax.vmap`, and call its `encode_image` and `decode` there, pure functions of arrays. For
+  gradients `sam_jax.partition` parts the parameters from the rest.
+* **Hugging Face's API**, `model(**inputs)` with what `SamProcessor` returns. It is compiled,
   and prompts in numpy arrays are padded to a few sizes, so that it seldom compiles again.
 """
 

@@ -22,7 +22,6 @@ from .rules import TABLES as TABLES
 from .rules import OptimizerConfig as OptimizerConfig
 from .rules import adamw as adamw
 from .rules import layer_decay as layer_decay
-from .rules import split_model as split_model
 from .rules import updates_made as updates_made
 from .step import TrainConfig as TrainConfig
 from .step import TrainState as TrainState

@@ -40,11 +40,25 @@ def learning_rate_scale(path: str, table: Table) -> float | None:
     return next((scale for regex, scale in table if re.fullmatch(regex, path)), None)
 
 
-def split_model(model: Sam, table: Table) -> tuple[nnx.GraphDef, PyTree, PyTree]:
-    """The model's structure, the parameters that train, and all others with the buffers.
+class Rest(NamedTuple):
+    """A model without the parameters that train; a pytree, which goes through `jax.jit`."""
 
-    Differentiate with respect to the second alone: what is frozen then takes no memory for
-    gradients. `nnx.merge(graphdef, trained, frozen)` gives the model back.
+    graphdef: nnx.GraphDef
+    state: PyTree  # frozen parameters, and buffers
+
+
+def partition(model: Sam, table: Table = EVERYTHING) -> tuple[PyTree, Rest]:
+    """The parameters that train, and the rest of the model: `combine` joins them again.
+
+    Differentiate with respect to the first alone, so that no gradients of frozen parameters and of
+    buffers take memory:
+
+        params, rest = partition(model)
+        gradients = jax.grad(lambda params: loss(combine(params, rest)))(params)
+
+    Args:
+        model: stays as it is, and shares its arrays with the result.
+        table: which parameters train; see the head of this file.
 
     Raises:
         ValueError: if an expression of the table matches no parameter, or if nothing trains.
@@ -67,10 +81,15 @@ def split_model(model: Sam, table: Table) -> tuple[nnx.GraphDef, PyTree, PyTree]
         is_param = isinstance(value, nnx.Param)
         return is_param and learning_rate_scale(_path(path), table) is not None
 
-    graphdef, trained, frozen = nnx.split(model, trains, ...)
-    if not jax.tree.leaves(trained):
+    graphdef, params, state = nnx.split(model, trains, ...)
+    if not jax.tree.leaves(params):
         raise ValueError(f"nothing trains: the table {list(table)} freezes every parameter")
-    return graphdef, trained, frozen
+    return params, Rest(graphdef, state)
+
+
+def combine(params: PyTree, rest: Rest) -> Sam:
+    """The model of both results of `partition`, or of others in their places."""
+    return nnx.merge(rest.graphdef, params, rest.state)
 
 
 def layer_decay(config: SamConfig, decay: float) -> Table:
@@ -101,7 +120,7 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """AdamW whose learning rate is scaled by the table, for the `trained` of `split_model`.
+    """AdamW whose learning rate is scaled by the table, for the parameters of `partition`.
 
     Kernels decay; biases, norms, tokens and positions do not. As in PyTorch's parameter groups the
     scale is that of the decay, too.
@@ -175,7 +194,7 @@ def updates_made(opt_state: PyTree) -> int:
 
 
 def map_with_path(function: Callable, params: PyTree) -> PyTree:
-    """`function(path, leaf)` of every leaf of a state, such as `split_model`'s."""
+    """`function(path, leaf)` of every leaf of a state, such as `partition`'s."""
 
     def call(key_path, leaf):
         # Beside the state's keys there is the attribute of the variable that holds the array.

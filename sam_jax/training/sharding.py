@@ -8,12 +8,12 @@ from typing import Literal
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from sam_jax.models.sam import Sam
+from sam_jax.training.rules import Rest, combine
 
 Parallelism = Literal["data", "fsdp"]
 
@@ -108,10 +108,9 @@ def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda x: jax.device_get(x.addressable_data(0)), copies)
 
 
-def merge_on_host(graphdef: nnx.GraphDef, trained: PyTree, frozen: PyTree, mesh: Mesh) -> Sam:
+def merge_on_host(params: PyTree, rest: Rest, mesh: Mesh) -> Sam:
     """The model of parameters that are spread over devices, whole on this host's first device."""
-    parts = fetch((trained, frozen), mesh)
-    return nnx.merge(graphdef, *jax.device_put(parts))
+    return combine(*jax.device_put(fetch((params, rest), mesh)))
 
 
 def _identity(x):

@@ -1,9 +1,9 @@
 """A training step as pure functions of arrays, for one's own loop or for `examples/finetune.py`.
 
-graphdef, trained, frozen = split_model(model, DECODER_ONLY)
+trained, rest = partition(model, DECODER_ONLY)
 tx = adamw(1e-4, DECODER_ONLY)
 state = init_state(trained, tx)
-state, metrics = train_step(graphdef, state, frozen, batch, key, tx=tx, recipe=TrainConfig())
+state, metrics = train_step(state, rest, batch, key, tx=tx, recipe=TrainConfig())
 """
 
 import functools
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from sam_jax.models.layers import split_keys
 from sam_jax.models.sam import Sam
 from sam_jax.training.interactive import interactive_losses
 from sam_jax.training.losses import LossWeights, MaskLosses, weighted_mean
+from sam_jax.training.rules import Rest, combine
 from sam_jax.training.simulate import Key
 
 
@@ -73,7 +73,7 @@ def batch_losses(
     """The losses [b, n, rounds] of every object of a batch, in a form to differentiate.
 
     Args:
-        model: `nnx.merge(graphdef, trained, frozen)`.
+        model: `combine(trained, rest)`.
         batch: of `sam_jax.training.make_loader`.
         keys: [b] of `jax.random`, one for each image; its prompts and drop path depend on it.
         recipe: see there.
@@ -138,14 +138,13 @@ def mean_loss(losses: MaskLosses, valid: Float[Array, "b n"]) -> tuple[Array, di
 
 
 def grads_and_metrics(
-    graphdef: nnx.GraphDef,
-    trained: PyTree,
-    frozen: PyTree,
+    params: PyTree,
+    rest: Rest,
     batch: dict[str, Any],
     keys: Array,
     recipe: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> tuple[PyTree, dict[str, Array]]:
-    """The gradients of the mean loss by the `trained` parameters alone, and its metrics.
+    """The gradients of the mean loss by `params` alone, and its metrics.
 
     With `recipe.accumulate` above 1 the batch is worked on in parts; every part counts by its
     number of valid objects, so that the result is that of the whole batch.
@@ -154,14 +153,14 @@ def grads_and_metrics(
         ValueError: if that is no divisor of the batch, and what `batch_losses` raises.
     """
 
-    def loss(trained, batch, keys):
-        model = nnx.merge(graphdef, trained, frozen)
+    def loss(params, batch, keys):
+        model = combine(params, rest)
         return mean_loss(batch_losses(model, batch, keys, recipe), batch["valid"])
 
     of_part = jax.grad(loss, has_aux=True)
     parts, size = recipe.accumulate, len(keys)
     if parts == 1:
-        return of_part(trained, batch, keys)
+        return of_part(params, batch, keys)
     if size % parts:
         raise ValueError(f"accumulate is {parts}, expected a divisor of the batch of {size}")
 
@@ -174,19 +173,18 @@ def grads_and_metrics(
 
     def add_part(total, part):
         batch, keys, share = part
-        found = of_part(trained, batch, keys)
+        found = of_part(params, batch, keys)
         return jax.tree.map(lambda t, x: t + share * x, total, found), None
 
-    shapes = jax.eval_shape(of_part, trained, *jax.tree.map(lambda x: x[0], (batch, keys)))
+    shapes = jax.eval_shape(of_part, params, *jax.tree.map(lambda x: x[0], (batch, keys)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(add_part, zeros, (batch, keys, shares))
     return total
 
 
 def train_step(
-    graphdef: nnx.GraphDef,
     state: TrainState,
-    frozen: PyTree,
+    rest: Rest,
     batch: dict[str, Any],
     key: Key,
     *,
@@ -199,9 +197,8 @@ def train_step(
     optimizer's state, its schedule's count included, nor the moving average.
 
     Args:
-        graphdef: of `split_model`.
         state: of `init_state` or the step before.
-        frozen: of `split_model`.
+        rest: of `partition`.
         batch: of `sam_jax.training.make_loader`.
         key: of the whole run; what a step draws depends on it and on the step's number.
         tx: the optimiser.
@@ -222,7 +219,7 @@ def train_step(
             f"{recipe.ema_decay}; give init_state ema={wanted}, or the recipe another ema_decay"
         )
     keys = jax.random.split(jax.random.fold_in(key, state.step), len(batch["valid"]))
-    grads, metrics = grads_and_metrics(graphdef, state.params, frozen, batch, keys, recipe)
+    grads, metrics = grads_and_metrics(state.params, rest, batch, keys, recipe)
     metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["objects_used"] = batch["valid"].sum()
     if "dropped" in batch:
@@ -244,7 +241,7 @@ def train_step(
 def compile_step(
     state: TrainState, tx: optax.GradientTransformation, recipe: TrainConfig
 ) -> Callable:
-    """`train_step(graphdef, state, frozen, batch, key)` compiled, for states placed like this one.
+    """`train_step(state, rest, batch, key)` compiled, for states placed like this one.
 
     The state that it is given is given up, so that memory holds one. It raises what `train_step`
     raises, when it is first called.
@@ -257,7 +254,7 @@ def compile_step(
     return jax.jit(
         functools.partial(train_step, tx=tx, recipe=recipe),
         out_shardings=(places, None),
-        donate_argnums=1,
+        donate_argnums=0,
     )
 
 

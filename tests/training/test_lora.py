@@ -12,7 +12,7 @@ from sam_jax.checkpoints import save_pretrained
 from sam_jax.checkpoints.params import flat_params
 from sam_jax.checkpoints.safetensors import write_safetensors
 from sam_jax.training.lora import add_lora, load_lora, merge_lora, save_lora, unmerge_lora
-from sam_jax.training.rules import LORA_ONLY, adamw, split_model
+from sam_jax.training.rules import LORA_ONLY, adamw, combine, partition
 from sam_jax.training.step import TrainConfig, compile_step, init_state
 
 # Attention of the encoder, and of the decoder in its regrouped forms.
@@ -106,7 +106,7 @@ def test_adapters_alone_are_written(plain, adapted, tmp_path):
 @pytest.mark.slow
 def test_only_adapters_train(plain):
     model = add_lora(plain, r"image_encoder\..*\.qkv", rank=2, rngs=nnx.Rngs(0))
-    graphdef, trained, frozen = split_model(model, LORA_ONLY)
+    trained, rest = partition(model, LORA_ONLY)
     names = {path[-1] for path, _ in nnx.to_flat_state(trained)}
     assert names == {"lora_a", "lora_b"}
     tx = adamw(1e-2, LORA_ONLY)
@@ -121,10 +121,10 @@ def test_only_adapters_train(plain):
     }
     losses = []
     for _ in range(10):
-        state, metrics = step(graphdef, state, frozen, batch, jax.random.key(0))
+        state, metrics = step(state, rest, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
-    merged = merge_lora(nnx.merge(graphdef, state.params, frozen))
+    merged = merge_lora(combine(state.params, rest))
     before = flat_params(plain)
     for name, value in flat_params(merged).items():
         assert np.array_equal(value, before[name]) != name.endswith("qkv.kernel")

@@ -10,9 +10,10 @@ from sam_jax.training.rules import (
     EVERYTHING,
     OptimizerConfig,
     adamw,
+    combine,
     layer_decay,
     learning_rate_scale,
-    split_model,
+    partition,
 )
 
 
@@ -26,22 +27,22 @@ def names(state):
 
 
 def test_split_and_merge(model):
-    graphdef, trained, frozen = split_model(model, DECODER_ONLY)
+    trained, rest = partition(model, DECODER_ONLY)
     every = set(param_shapes(SMALL))
     assert names(trained) == {n for n in every if n.startswith("mask_decoder.")}
-    assert names(frozen) == every - names(trained)
-    merged = flat_params(nnx.merge(graphdef, trained, frozen))
+    assert names(rest.state) == every - names(trained)
+    merged = flat_params(combine(trained, rest))
     for name, value in flat_params(model).items():
         np.testing.assert_array_equal(merged[name], value)
 
 
 def test_buffers_never_train(model):
-    _, trained, frozen = split_model(model, EVERYTHING)
-    assert any("gaussian" in n for n in names(frozen))
+    trained, rest = partition(model, EVERYTHING)
+    assert any("gaussian" in n for n in names(rest.state))
     assert not any("gaussian" in n for n in names(trained))
-    _, trained, frozen = split_model(ours(meta_sam(SMALL_TINY), SMALL_TINY), EVERYTHING)
+    trained, rest = partition(ours(meta_sam(SMALL_TINY), SMALL_TINY), EVERYTHING)
     assert all(n.endswith((".mean", ".var")) or "gaussian" in n or "head" in n or "num_b" in n
-               for n in names(frozen))  # fmt: skip
+               for n in names(rest.state))  # fmt: skip
 
 
 def test_the_first_expression_counts():
@@ -63,7 +64,7 @@ def test_the_first_expression_counts():
 )
 def test_tables_that_cannot_be(model, table, message):
     with pytest.raises(ValueError, match=message):
-        split_model(model, table)
+        partition(model, table)
 
 
 def test_layer_decay_is_detectron2s():
@@ -85,7 +86,7 @@ def test_layer_decay_is_detectron2s():
 
 def test_scales_decay_and_clipping(model):
     table = [(r"mask_decoder\..*", 0.1), (r"prompt_encoder\..*", 1.0), (".*", None)]
-    _, trained, _ = split_model(model, table)
+    trained, _ = partition(model, table)
     grads = jax.tree.map(np.ones_like, trained)
 
     def moves(**options):

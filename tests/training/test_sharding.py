@@ -26,7 +26,7 @@ if hosts:
     jax.distributed.initialize(*hosts)
 from sam_jax import from_pretrained
 from sam_jax.training import sharding
-from sam_jax.training.rules import EVERYTHING, adamw, split_model
+from sam_jax.training.rules import EVERYTHING, adamw, partition
 from sam_jax.training.step import TrainConfig, compile_step, init_state
 
 recipe = TrainConfig(num_rounds=2, objects_chunk_size=1, ema_decay=0.9)
@@ -44,25 +44,25 @@ def on_first_device(arrays):
 
 def train(how, devices):
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    trained, rest = partition(model, EVERYTHING)
     held = [on_first_device(jax.live_arrays())]
 
     def init(params):
         held.append(on_first_device(jax.live_arrays()))
         return tx.init(params)
 
-    trained, frozen = sharding.shard_tree((trained, frozen), mesh, how)
+    trained, rest = sharding.shard_tree((trained, rest), mesh, how)
     begin = functools.partial(init_state, tx=tx._replace(init=init), ema=True)
     state = sharding.init_sharded(begin, trained, mesh=mesh, parallelism=how)
     held.append(on_first_device(jax.live_arrays()))
-    share = on_first_device(jax.tree.leaves((trained, frozen, state)))
+    share = on_first_device(jax.tree.leaves((trained, rest, state)))
     step = compile_step(state, tx, recipe)
     count = 8 // jax.process_count()
     mine = slice(jax.process_index() * count, (jax.process_index() + 1) * count)
     batch = sharding.put_batch({name: array[mine] for name, array in whole_batch.items()}, mesh)
     losses = []
     for _ in range(20):
-        state, metrics = step(graphdef, state, frozen, batch, jax.random.key(3))
+        state, metrics = step(state, rest, batch, jax.random.key(3))
         losses.append(float(metrics["loss"]))
     kept = max(x.addressable_shards[0].data.nbytes / x.nbytes for x in jax.tree.leaves(state)
                if x.size >= 2**13)

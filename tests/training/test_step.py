@@ -25,7 +25,8 @@ from sam_jax.training.rules import (
     TABLES,
     OptimizerConfig,
     adamw,
-    split_model,
+    combine,
+    partition,
     updates_made,
 )
 from sam_jax.training.step import (
@@ -111,12 +112,12 @@ def test_a_step_on_every_parameter_is_pytorchs():
     expected_loss = torch_step(reference, batch, keys, rate, decay, eps)
 
     tx = adamw(rate, EVERYTHING, weight_decay=decay, eps=eps)
-    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    trained, rest = partition(model, EVERYTHING)
     state, metrics = jax.jit(train_step, static_argnames=("tx", "recipe"))(
-        graphdef, init_state(trained, tx), frozen, batch, key, tx=tx, recipe=RECIPE
+        init_state(trained, tx), rest, batch, key, tx=tx, recipe=RECIPE
     )
     assert float(metrics["loss"]) == pytest.approx(expected_loss, rel=1e-5)
-    after = flat_params(nnx.merge(graphdef, state.params, frozen))
+    after = flat_params(combine(state.params, rest))
     tensors = {k: v.detach().numpy() for k, v in reference.state_dict().items()}
     expected = from_torch(tensors, SMALL, param_shapes(SMALL))
     moved = 0
@@ -130,7 +131,7 @@ def test_a_step_on_every_parameter_is_pytorchs():
 @functools.cache
 def compiled_gradients(model, everything, recipe):
     """`gradients` for a batch of 4, and what memory it takes."""
-    split = split_model(model, EVERYTHING if everything else DECODER_ONLY)
+    split = partition(model, EVERYTHING if everything else DECODER_ONLY)
     run = jax.jit(lambda batch, keys: grads_and_metrics(*split, batch, keys, recipe))
     compiled = run.lower(batch_of(4), KEYS).compile()
     return compiled, compiled.memory_analysis()
@@ -166,22 +167,22 @@ def test_steps_draw_anew_keep_what_is_frozen_and_the_moving_average(model):
     batch, key, decay = batch_of(2), jax.random.key(0), 0.75
     before = {name: np.asarray(value) for name, value in flat_params(model).items()}
     tx = adamw(1e-2, DECODER_ONLY)
-    graphdef, trained, frozen = split_model(model, DECODER_ONLY)
+    trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
     step = compile_step(state, tx, RECIPE._replace(ema_decay=decay))
     # What a step draws depends on its number: the same state has another loss in another step.
     copies = [jax.tree.map(jnp.copy, state)._replace(step=jnp.int32(k)) for k in (0, 0, 1)]
-    first, again, other = (step(graphdef, s, frozen, batch, key)[1]["loss"] for s in copies)
+    first, again, other = (step(s, rest, batch, key)[1]["loss"] for s in copies)
     assert first == again != other
     expected = jax.tree.map(np.asarray, trained)
     for _ in range(3):
-        state, _ = step(graphdef, state, frozen, batch, key)
+        state, _ = step(state, rest, batch, key)
         expected = jax.tree.map(
             lambda e, p: decay * e + (1 - decay) * np.asarray(p), expected, state.params
         )
     for a, e in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7)
-    for name, value in flat_params(nnx.merge(graphdef, state.params, frozen)).items():
+    for name, value in flat_params(combine(state.params, rest)).items():
         same = np.array_equal(np.asarray(value), before[name])
         if not name.startswith("mask_decoder."):
             assert same, name
@@ -206,21 +207,21 @@ def test_invalid_objects_change_nothing(model):
 def test_a_batch_without_objects_is_no_step(model, accumulate):
     """Neither momentum, weight decay, the schedule nor the moving average go on."""
     tx, _ = OptimizerConfig(warmup=0, weight_decay=0.1).build(DECODER_ONLY, 10)
-    graphdef, trained, frozen = split_model(model, DECODER_ONLY)
+    trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
     step = compile_step(state, tx, RECIPE._replace(ema_decay=0.5, accumulate=accumulate))
     key, batch = jax.random.key(0), {**batch_of(2), "dropped": np.array([0, 3], np.int32)}
     nothing = {**batch, "valid": np.zeros((2, 3), np.float32)}
-    state, metrics = step(graphdef, state, frozen, batch, key)
+    state, metrics = step(state, rest, batch, key)
     assert (metrics["objects_used"], metrics["objects_dropped"]) == (5, 3)
     before = jax.tree.map(np.array, state)
-    state, metrics = step(graphdef, state, frozen, nothing, key)
+    state, metrics = step(state, rest, nothing, key)
     assert (metrics["objects_used"], metrics["objects_dropped"]) == (0, 3)
     assert int(state.step) == 2
     after = jax.tree.map(np.array, state._replace(step=before.step))
     jax.tree.map(np.testing.assert_array_equal, after, before)
     assert updates_made(state.opt_state) == 1
-    state, _ = step(graphdef, state, frozen, batch, key)
+    state, _ = step(state, rest, batch, key)
     assert updates_made(state.opt_state) == 2
     leaves = zip(jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True)
     assert any(not np.array_equal(a, b) for a, b in leaves)
@@ -246,15 +247,15 @@ def test_training_under_jaxs_strict_switches(what):
         jax.transfer_guard("disallow"),
     ):
         tx, _ = OptimizerConfig().build(TABLES[what], 10)
-        graphdef, trained, frozen = split_model(model, TABLES[what])
-        trained, frozen = sharding.shard_tree((trained, frozen), mesh, "data")
+        trained, rest = partition(model, TABLES[what])
+        trained, rest = sharding.shard_tree((trained, rest), mesh, "data")
         make = functools.partial(init_state, tx=tx, ema=True)
         state = sharding.init_sharded(make, trained, mesh=mesh, parallelism="data")
         step = compile_step(state, tx, recipe)
-        state, metrics = step(graphdef, state, frozen, sharding.put_batch(batch, mesh), key)
+        state, metrics = step(state, rest, sharding.put_batch(batch, mesh), key)
         assert np.isfinite(list(jax.device_get(metrics).values())).all()
         assert updates_made(state.opt_state) == 1
-        tuned = sharding.merge_on_host(graphdef, state.result, frozen, mesh)
+        tuned = sharding.merge_on_host(state.result, rest, mesh)
         assert len(jax.tree.leaves(tuned)) == len(jax.tree.leaves(model))
 
 
@@ -270,11 +271,11 @@ def test_a_tiny_vits_step_promotes_nothing():
     }
     tx, _ = OptimizerConfig().build(EVERYTHING, 10)
     model = ours(meta_sam(SMALL_TINY), SMALL_TINY)
-    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    trained, rest = partition(model, EVERYTHING)
     state = init_state(trained, tx)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         step = compile_step(state, tx, TrainConfig(num_rounds=2, remat=True))
-        step.trace(graphdef, state, frozen, batch, jax.random.key(0))
+        step.trace(state, rest, batch, jax.random.key(0))
 
 
 @pytest.mark.slow
@@ -339,7 +340,7 @@ def test_drop_path_is_by_image_and_right_on_average():
 def test_bfloat16_trains_float32_parameters(compilations):
     model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16)
     tx = adamw(1e-3, EVERYTHING)
-    graphdef, trained, frozen = split_model(model, EVERYTHING)
+    trained, rest = partition(model, EVERYTHING)
     # Also those of a checkpoint that was kept in bfloat16.
     trained = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)
     state = init_state(trained, tx)
@@ -347,7 +348,7 @@ def test_bfloat16_trains_float32_parameters(compilations):
     losses = []
     for _ in range(8):
         compilations.clear()
-        state, metrics = step(graphdef, state, frozen, batch_of(2), jax.random.key(0))
+        state, metrics = step(state, rest, batch_of(2), jax.random.key(0))
         losses.append(float(metrics["loss"]))
     assert compilations == []
     floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -407,11 +408,11 @@ def test_recipes_that_make_no_sense(model, options, message):
 )
 def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
     tx = adamw(1e-3, DECODER_ONLY)
-    graphdef, trained, frozen = split_model(model, DECODER_ONLY)
+    trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=ema)
     step = compile_step(state, tx, TrainConfig(ema_decay=decay))
     with pytest.raises(ValueError, match=message):
-        step(graphdef, state, frozen, batch_of(1), KEYS[0])
+        step(state, rest, batch_of(1), KEYS[0])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""The model is a pytree: JAX's transformations take it as any other argument."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from reference import SMALL, SMALL_TINY, assert_close, normal
+
+from sam_jax import combine, join_prompts, partition
+from sam_jax.models.sam import Sam
+from sam_jax.training import DECODER_ONLY
+
+
+@pytest.fixture(scope="module", params=[SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
+def model(request):
+    return Sam(request.param, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def arrays(model):
+    """Pixels of two images, with one prompt each."""
+    size = model.config.image_size
+    points = np.float32([[[[30, 20]]], [[[9, 50]]]])
+    prompts = join_prompts(points, np.ones((2, 1, 1), np.int32), None)
+    return jnp.asarray(normal((2, size, size, 3))), *map(jnp.asarray, prompts)
+
+
+def scores_of(model, pixels, points, labels):
+    return model.decode(model.encode_image(pixels), points, labels)[1]
+
+
+@pytest.fixture(scope="module")
+def expected(model, arrays):
+    return scores_of(model, *arrays)
+
+
+def test_jit(model, arrays, expected):
+    assert_close(jax.jit(scores_of)(model, *arrays), expected)
+
+
+def test_grad_of_what_trains(model, arrays, expected):
+    params, rest = partition(model, DECODER_ONLY)
+
+    @jax.jit
+    def gradient(params, rest):
+        return jax.grad(lambda params: scores_of(combine(params, rest), *arrays).sum())(params)
+
+    found = gradient(params, rest)
+    assert {key[0] for key, _ in nnx.to_flat_state(found)} == {"mask_decoder"}
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    lower = jax.tree.map(lambda p, g: p - 1e-2 * g, params, found)
+    assert scores_of(combine(lower, rest), *arrays).sum() < expected.sum()
+
+
+def test_vmap_over_two_models(model, arrays, expected):
+    other = jax.tree.map(lambda x: 1.01 * x, model)
+    both = jax.tree.map(lambda *x: jnp.stack(x), model, other)
+    found = jax.vmap(scores_of, (0, None, None, None))(both, *arrays)
+    assert_close(found[0], expected)
+    assert_close(found[1], scores_of(other, *arrays))
+
+
+def test_a_donated_step(model, arrays):
+    params, rest = partition(jax.tree.map(jnp.array, model))
+    optimizer = optax.sgd(1e-3)
+
+    def step(params, state, rest):
+        loss, gradients = jax.value_and_grad(
+            lambda params: scores_of(combine(params, rest), *arrays).sum()
+        )(params)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state, loss
+
+    compiled = jax.jit(step, donate_argnums=0)
+    given, state, losses = params, optimizer.init(params), []
+    for _ in range(3):
+        params, state, loss = compiled(params, state, rest)
+        losses.append(loss)
+    assert all(x.is_deleted() for x in jax.tree.leaves(given))
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_sharded_by_device_put(model, arrays, expected):
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
+    everywhere = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    spread = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
+    found = jax.jit(scores_of)(everywhere, *spread)
+    assert found.sharding.mesh == mesh
+    assert_close(found, expected)
+
+
+def test_pickle(model, arrays, expected):
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(scores_of(again, *arrays), expected)
+
+
+def test_display(model, capsys):
+    nnx.display(model)
+    assert "Sam(" in capsys.readouterr().out
