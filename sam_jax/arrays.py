@@ -30,6 +30,7 @@ def as_numpy(value: Any, name: str) -> np.ndarray:
         return jax.device_get(value)  # an explicit transfer, which `jax.transfer_guard` allows
     if isinstance(value, Image.Image):
         check_decoder(value)  # numpy would decode it, whatever that runs
+        return np.asarray(value)
     if _is_list(value):
         return np.asarray([as_numpy(v, name) if _holds_array(v) else v for v in value])
     if not is_array(value):

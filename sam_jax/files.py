@@ -62,10 +62,10 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     It is removed at the end; what a killed process leaves, by the next one's first.
     """
     remove_leftovers(parent)
-    descriptor = None
-    while descriptor is None:
+    while True:
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=_TEMPORARY))
-        descriptor = _lock_new(folder)
+        if (descriptor := _lock_new(folder)) is not None:
+            break
     try:
         with _naming(parent):
             yield folder
@@ -162,10 +162,10 @@ def read_json(source: Path | bytes, *, max_bytes: int = _MAX_JSON_BYTES) -> Any:
             than 100 deep.
         OSError: if the file cannot be read.
     """
-    what, data = "the JSON text", source
-    if not isinstance(source, bytes):
-        what = str(source)
-        data = read_regular(source, max_bytes)
+    if isinstance(source, bytes):
+        what, data = "the JSON text", source
+    else:
+        what, data = str(source), read_regular(source, max_bytes)
     if len(data) > max_bytes:
         raise ValueError(f"{what} has {len(data)} bytes, expected at most {max_bytes}")
     # Outside of strings brackets are the nesting. Measured before parsing, which recurses.

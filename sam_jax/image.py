@@ -4,7 +4,7 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -84,7 +84,7 @@ def exif_orientation(image: Image.Image) -> int:
         ValueError: for damaged EXIF data.
     """
     try:
-        found = image.getexif().get(ExifTags.Base.Orientation)
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # whatever Pillow's parsers meet in a damaged file
         raise ValueError(f"the image's EXIF data cannot be read: {error}") from error
     return int(found) if found in range(1, 9) else 1
@@ -110,8 +110,9 @@ def open_image(path: str | os.PathLike | io.BytesIO) -> ImageFile.ImageFile:
         ValueError: for files that hold no image.
         FileNotFoundError, PermissionError: as `open`.
     """
-    name, is_path = _name(path), not isinstance(path, io.BytesIO)
-    if is_path and not Path(path).is_file() and Path(path).exists():  # Pillow would wait for a pipe
+    name = _name(path)
+    # Pillow would wait for a pipe.
+    if not isinstance(path, io.BytesIO) and not Path(path).is_file() and Path(path).exists():
         what = "a folder" if Path(path).is_dir() else "not a regular file"
         raise ValueError(f"{name} is {what}, expected an image")
     try:
@@ -169,9 +170,9 @@ def _narrows(image: Image.Image) -> bool:
         )
     if image.format == "ICO" and isinstance(image, IcoImagePlugin.IcoImageFile):
         return any(_is_deep_png(image.ico.buf, entry.offset) for entry in image.ico.entry)
-    tiles = getattr(image, "tile", None)
-    if not tiles:  # decoded already
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile:  # decoded already
         return False
+    tiles = image.tile
     if image.format == "PNG":
         return ";16" in str(tiles[0].args)  # the raw mode, such as "RGB;16B"
     if image.format == "PPM":
@@ -193,12 +194,12 @@ def _narrows(image: Image.Image) -> bool:
     return any((depth & 0x7F) + 1 > 8 for depth in depths)
 
 
-def _is_deep_png(file: io.BufferedIOBase, offset: int) -> bool:
+def _is_deep_png(file: io.BufferedIOBase | IO[bytes], offset: int) -> bool:
     header = b"" if file.closed else _read_at(file, offset, 25)
     return header.startswith(b"\x89PNG") and header[-1] == 16  # the bit depth
 
 
-def _read_at(file: io.BufferedIOBase, offset: int, size: int = -1) -> bytes:
+def _read_at(file: io.BufferedIOBase | IO[bytes], offset: int, size: int = -1) -> bytes:
     position = file.tell()
     file.seek(offset)
     data = file.read(size)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +29,15 @@ class Frame(NamedTuple):
     """How masks become full size and are measured; arrays."""
 
     full: MaskUpsampler
-    limits: Float[Array, "3"]  # of predicted IoU, of logits, offset of the latter for stability
+    limits: Float[Any, "3"]  # of predicted IoU, of logits, offset of the latter for stability
 
 
 class Points(NamedTuple):
     """A batch of points; arrays."""
 
-    coords: Float[Array, "n 2"]  # in pixels of the model's input
-    which: Int[Array, " n"]  # of a point's masks, to decode one
-    count: Int[Array, ""]  # of points that are no padding
+    coords: Float[Any, "n 2"]  # in pixels of the model's input
+    which: Int[Any, " n"]  # of a point's masks, to decode one
+    real: Int[Any, ""]  # how many are no padding
 
 
 class Measured(NamedTuple):
@@ -120,7 +120,7 @@ def measure(
         )
         return Measured(iou, statistics)
 
-    return _for_some_at_a_time(some_points, (points.coords,), points.count, at_once.points)
+    return _for_some_at_a_time(some_points, (points.coords,), points.real, at_once.points)
 
 
 @_per_image
@@ -145,7 +145,7 @@ def decode(
         return _for_each_wanted(mask_of_point, real, arrays, at_once.upscaled)
 
     arrays = points.coords, points.which
-    return _for_some_at_a_time(some_points, arrays, points.count, at_once.points)
+    return _for_some_at_a_time(some_points, arrays, points.real, at_once.points)
 
 
 def _attend(

@@ -19,7 +19,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -77,6 +77,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
     Raises:
         ValueError: for an invalid option; the message says which.
     """
+
+    __signature__: ClassVar[inspect.Signature]
 
     def __init__(self, model: Sam, *args: Any, mesh: Mesh | None = None, **options: Any):
         check_model(model)
@@ -226,8 +228,9 @@ class SamAutomaticMaskGenerator(WithAdvice):
             before: list[Future] = []
             for crops, pixels, done in _one_ahead(self._turns(groups), host):
                 self._add_masks(crops, pixels, host, on_batch)
-                for _ in done if on_image is not None else ():
-                    on_image()
+                if on_image is not None:
+                    for _ in done:
+                        on_image()
                 records = [host.submit(self._records, picture[0].found) for picture in done]
                 yield from (future.result() for future in before)
                 before = records
@@ -338,7 +341,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         """The masks of a crop that are kept, in the order of the result."""
         count = len(crop.grid)
         iou, box, intersection, union = (
-            array[:count].reshape(-1, *array.shape[2:])
+            np.asarray(array[:count]).reshape(-1, *array.shape[2:])
             for array in (measured.iou, *measured.statistics)
         )
         check_scores(iou)

@@ -1,5 +1,6 @@
 """The options of automatic mask generation."""
 
+import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -96,7 +97,7 @@ class MaskGenerationOptions:
 
 def check_number(name: str, value: Any) -> None:
     """Raises ValueError for anything but a number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or np.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
         raise ValueError(f"{name} is {value!r}, expected a number")
 
 

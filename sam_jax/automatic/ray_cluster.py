@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,11 +49,12 @@ def generate_with_ray(
     """
     try:
         import ray.data
+        import ray.exceptions
     except ImportError as error:
         raise ValueError("Ray is not installed; install sam_jax with its extra `ray`") from error
     _check_reachable(address)
     ours = not ray.is_initialized()
-    ray.init(address, log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
+    ray.init(address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
     try:
         with temporary_folder(results.folder) as tries:
             results = dataclasses.replace(results, folder=results.folder.absolute())

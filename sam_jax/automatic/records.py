@@ -27,6 +27,7 @@ class Crop:
     @property
     def pixels(self) -> np.ndarray:
         """The image within the box, uint8 [h, w, 3]."""
+        assert self.image is not None
         x0, y0, x1, y1 = self.box
         return np.ascontiguousarray(self.image[y0:y1, x0:x1])
 

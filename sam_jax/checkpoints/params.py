@@ -65,7 +65,7 @@ def param_shapes(config: SamConfig) -> dict[str, tuple[int, ...]]:
 
 
 def build_model(
-    params: dict[str, np.ndarray | jax.Array],
+    params: dict[str, np.ndarray] | dict[str, np.ndarray | jax.Array],
     config: SamConfig,
     dtype: DTypeLike = jnp.float32,
     attention: Implementation | None = None,

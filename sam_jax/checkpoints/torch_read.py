@@ -7,10 +7,11 @@ The arrays are views of the memory-mapped file, so only what is used of them cos
 """
 
 import itertools
+import mmap
 import struct
 import zipfile
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -101,7 +102,7 @@ def read_legacy_torch(file: BinaryIO) -> dict[str, np.ndarray]:
     """
     data, ends = map_file(file), [0]
     for _ in range(5):
-        ends.append(end_of_pickle(data.obj, ends[-1]))
+        ends.append(end_of_pickle(cast(mmap.mmap, data.obj), ends[-1]))
     _, _, machine, tree, keys = (bytes(data[start:end]) for start, end in itertools.pairwise(ends))
     machine = unpickle(machine, _no_storage)
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
@@ -119,7 +120,7 @@ def read_legacy_torch(file: BinaryIO) -> dict[str, np.ndarray]:
         raise CheckpointError("the list of its storages is damaged. Fetch the file again.")
     contents, position = {}, ends[-1]
     for key in keys:
-        kind = kinds.get(key)
+        kind = str(kinds.get(key))
         size = TORCH_DTYPES[kind].itemsize if kind in TORCH_DTYPES else _OTHER_SIZES.get(kind)
         if size is None:
             raise CheckpointError(f"a storage is {kind}, whose size is not known. {RESAVE}")

@@ -106,7 +106,8 @@ def _reading_pickle() -> Iterator[None]:
 
 def _opcodes(pickled: bytes | mmap.mmap) -> Iterator[tuple]:
     """Those of `pickletools.genops`, of which there may be so many."""
-    for count, opcode in enumerate(pickletools.genops(pickled)):
+    found = pickletools.genops(pickled)  # pyright: ignore[reportArgumentType]  a map is a file, too
+    for count, opcode in enumerate(found):
         if count == _MAX_OPCODES:
             raise CheckpointError(f"holds more than {_MAX_OPCODES:,} values. {RESAVE}")
         yield opcode
@@ -268,14 +269,14 @@ def _call(name: str, arguments: tuple) -> object:
 
 def _tensor(storage: Storage, offset: object, size: object, stride: object) -> np.ndarray:
     """`torch.as_strided` that cannot leave the storage; offset and strides count elements."""
-    plain = (
-        isinstance(size, tuple)
+    if not (
+        isinstance(offset, int)
+        and isinstance(size, tuple)
         and isinstance(stride, tuple)
         and len(size) == len(stride) <= 64  # numpy's most
         # type() and not isinstance(): True is an int.
         and all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride))
-    )
-    if not plain:
+    ):
         raise CheckpointError(
             "a tensor's offset, size or stride is not made of whole numbers from 0 up."
         )

@@ -47,7 +47,8 @@ class Generate(MaskGenerationOptions):
     runs here or a new one. All machines must see the same folders."""
     points_per_side: int | None = None
     """Points along one side of the image, 32 if left out; the grid has as many squared."""
-    point_grids: Path | None = None
+    # The file here, its content in `options`.
+    point_grids: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """JSON file with a list of points [x, y], from 0 to 1, for the image and for each crop layer;
     instead of points_per_side."""
     output_mode: tyro.conf.Suppress[OutputMode] = "uncompressed_rle"
@@ -110,11 +111,11 @@ def generate(args: Generate) -> None:
         except BaseException:
             print("".join(f"{failure}\n" for failure in failures), end="", file=sys.stderr)
             raise
-        joined, *left_out = results.finish() or [None]
+        joined = results.finish()
     print(f"{len(pictures) - len(failures)} of {len(pictures)} pictures in {args.output}")
     if joined:
-        print(joined)
-    for line in left_out:
+        print(joined[0])
+    for line in joined[1:]:
         say(line)
     if failures:
         raise ValueError("\n".join([f"{len(failures)} failed:", *failures]))

@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Message
 
 from sam_jax.demo.limits import BUSY, Limits, Shares, Turns, Visitor, Worker
 from sam_jax.demo.visit import (
@@ -49,7 +50,7 @@ from sam_jax.demo.visit import (
 from sam_jax.files import read_json
 from sam_jax.models.sam import Sam
 
-POINTS_PER_SIDE = 4, 32  # of everything mode, the fewest and the most
+POINTS_PER_SIDE: tuple[int, int] = 4, 32  # of everything mode, the fewest and the most
 _PIXELS = -(10**9), 10**9  # what lies outside the image moves to its edge
 # What changes a visit, and the whole numbers that it takes, each with its limits.
 _CHANGES: dict[str, tuple[Callable[..., Visit], dict[str, tuple[int, int]]]] = {
@@ -125,7 +126,7 @@ class Demo:
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         """Answers a request, or refuses it by its headers."""
 
-        async def send_securely(message: dict[str, Any]) -> None:
+        async def send_securely(message: Message) -> None:
             if message["type"] == "http.response.start":
                 more = [(k.encode(), v.encode()) for k, v in _SECURITY.items()]
                 message = {**message, "headers": [*message["headers"], *more]}
@@ -160,7 +161,7 @@ class Demo:
         self, request: Request, limits: dict[str, tuple[int, int]]
     ) -> AsyncIterator[tuple[Visitor, dict[str, int]]]:
         """The visitor who makes the request, and the request's numbers."""
-        token, address = request.headers.get("x-session", ""), request.client.host
+        token, address = request.headers.get("x-session", ""), request.scope["client"][0]
         self._visitor(token)
         # What has not come yet takes no share of the work from others.
         with self._bodies.take(address):
@@ -256,7 +257,7 @@ class Demo:
             return picture, _url(shown, "jpeg")
 
         self._forget()
-        limits, address = self.limits, request.client.host
+        limits, address = self.limits, request.scope["client"][0]
         token = request.headers.get("x-session", "")
         with self._uploads.take(address):
             content = await self._body(request, "application/octet-stream", limits.max_bytes)
@@ -309,7 +310,7 @@ class Demo:
         async def endpoint(request: Request) -> Response:
             async with self._visiting(request, {}) as (visitor, _):
                 shown = visitor.visit, visitor.found
-                with self._saves.take(request.client.host, request.headers["x-session"]):
+                with self._saves.take(request.scope["client"][0], request.headers["x-session"]):
                     file = await self._run(request, self._files, work, *shown)
                 return Response(file, media_type=_SAVED[kind])
 

@@ -149,7 +149,11 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._unread = None
         self._wait()
-        there = [other for other in self.connections if not other.transport.is_closing()]
+        there = [
+            other
+            for other in self.connections
+            if isinstance(other, Connection) and not other.transport.is_closing()
+        ]
         if len(there) > self.most:
             idle = [other for other in there if other.idle]
             min(idle, key=lambda other: other.since).transport.abort()

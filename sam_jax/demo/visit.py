@@ -138,7 +138,7 @@ def _check_cost(head: Image.Image, content: bytes) -> None:
             f"the JPEG has {scans} scans, expected at most {SCANS}; save the image again, as a PNG "
             "for instance"
         )
-    if head.format == "TIFF" and not _has_small_tiles(head, content):
+    if isinstance(head, TiffImageFile) and not _has_small_tiles(head, content):
         raise ValueError(
             f"the TIFF has tiles of more than {PIXELS // 10**6} million pixels, or of an unclear "
             "size; save the image again, as a PNG for instance"
@@ -274,6 +274,7 @@ def choose(visit: Visit, candidate: int) -> Visit:
 def full_mask(model: Sam, visit: Visit) -> Bool[np.ndarray, "h w"]:
     """The candidate that is shown, at the picture's own size."""
     processor, size = SamProcessor(model.config), visit.picture.size
+    assert visit.answer is not None
     logits = visit.answer.logits[None, visit.chosen : visit.chosen + 1]
     ((mask,),) = processor.post_process_masks([logits], [size], [processor.input_size(size)])[0]
     return mask
@@ -362,6 +363,7 @@ def prompt_json(visit: Visit, mask: np.ndarray) -> dict[str, Any]:
     `steps` are the points and boxes in order. A point is predicted together with those before it
     and, as `mask_input`, the logits of the mask shown before: `candidate` says which that was.
     """
+    assert visit.answer is not None
     rle = rle_encode(mask)
     record = {
         "segmentation": rle_compress(rle),

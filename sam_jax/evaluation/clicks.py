@@ -25,7 +25,7 @@ def evaluate(
     *,
     clicks: Sequence[int] = CLICKS,
     objects_chunk_size: int = 16,
-    on_image: Callable[[], None] = lambda: None,
+    on_image: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """The mean IoU over all objects, at the pictures' own resolution.
 
@@ -144,6 +144,6 @@ def _innermost(region: Bool[np.ndarray, "h w"]) -> tuple[float, tuple[int, int]]
 
     x0, y0, x1, y1 = mask_to_box(region)
     part = np.pad(region[y0 : y1 + 1, x0 : x1 + 1], 1)
-    distance = scipy.ndimage.distance_transform_edt(part)[1:-1, 1:-1]
+    distance = np.asarray(scipy.ndimage.distance_transform_edt(part))[1:-1, 1:-1]
     y, x = np.unravel_index(distance.argmax(), distance.shape)
     return float(distance[y, x]), (int(x + x0), int(y + y0))
