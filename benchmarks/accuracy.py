@@ -77,7 +77,7 @@ def main() -> None:
     low = ["bfloat16", "float16"]
     parser.add_argument("--dtypes", nargs="+", default=low, choices=low)
     parser.add_argument("--photos", nargs="*", default=[], help="beginnings of their names")
-    known = [name for name in attention._IMPLEMENTATIONS if name]
+    known = [*attention._IMPLEMENTATIONS]
     parser.add_argument(
         "--attention", nargs="+", default=[None], choices=known, help="of a ViT; default: its own"
     )

@@ -137,7 +137,7 @@ def run(config: Config) -> int:
     model = from_pretrained(config.model, dtype=jnp.dtype(config.dtype))
     keep_run_settings(model, config)
     model, table = build_trainable(model, config)
-    trained, rest = partition(model, table)
+    params, rest = partition(model, table)
     tx, schedule = config.optimizer.build(table, config.steps)
     prepare = preparation(model.config, config)
     source, held_out = sources(config)
@@ -146,10 +146,10 @@ def run(config: Config) -> int:
         check_objects(held_out, None)
     source, held_out = with_embeddings(source, held_out, model, config)
     mesh = sharding.make_mesh()
-    trained, rest = sharding.shard_tree((trained, rest), mesh, config.parallelism)
+    params, rest = sharding.shard_tree((params, rest), mesh, config.parallelism)
     begin = functools.partial(init_state, tx=tx, ema=config.recipe.ema_decay is not None)
-    state = sharding.init_sharded(begin, trained, mesh=mesh, parallelism=config.parallelism)
-    del model, trained  # which the first device would hold beside its share of the state
+    state = sharding.init_sharded(begin, params, mesh=mesh, parallelism=config.parallelism)
+    del model, params  # which the first device would hold beside its share of the state
 
     with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
         state = checkpointing.load_state(checkpoints, state) or state

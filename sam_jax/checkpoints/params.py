@@ -4,7 +4,8 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,10 +76,16 @@ def build_model(
     They are copied to the device one by one and taken out of `params`, so that a large model is not
     held twice.
     """
-    graphdef, state = nnx.split(abstract_model(config, dtype, attention))
-    flat = nnx.to_flat_state(state)
     # A copy also on a CPU: the arrays may be views of a file that somebody writes to later.
-    leaves = [(key, variable.replace(jnp.array(params.pop(_path(key))))) for key, variable in flat]
+    model = abstract_model(config, dtype, attention)
+    return with_params(model, lambda path: jnp.array(params.pop(path)))
+
+
+def with_params(model: Sam, of_path: Callable[[str], Any]) -> Sam:
+    """The model with other arrays: `of_path` gives each by its path, one after the other."""
+    graphdef, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    leaves = [(key, variable.replace(of_path(_path(key)))) for key, variable in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 

@@ -8,9 +8,8 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from sam_jax.checkpoints.params import flat_params
+from sam_jax.checkpoints.params import flat_params, with_params
 from sam_jax.checkpoints.safetensors import write_safetensors
 from sam_jax.export.common import vit_blocks, with_attention, write_config
 from sam_jax.files import atomic_dir, require_absent
@@ -72,14 +71,14 @@ def export_jax(
             f"platforms are {list(platforms)}, expected some of {list(known)}, each once"
         )
     config = model.config
-    for named in {block.attn.implementation for block in vit_blocks(model)}:
-        if named in ("cudnn", "pallas"):
-            raise ValueError(
-                f"attention is {named!r}, which JAX does not export; load the model with "
-                "attention=None"
-            )
-        if named is None:  # which may be "cudnn", too
-            model = with_attention(model, "portable")
+    named = {block.attn.implementation for block in vit_blocks(model)}
+    if refused := named & {"cudnn", "pallas"}:
+        raise ValueError(
+            f"attention is {refused.pop()!r}, which JAX does not export; load the model with "
+            "attention=None"
+        )
+    if None in named:  # which may be "cudnn", too
+        model = with_attention(model, "portable")
     size, grid, side = config.image_size, config.image_embedding_size, config.mask_size
     channels = config.image_embedding_channels
     b, p, n = jax.export.symbolic_shape("b, p, n")
@@ -90,18 +89,13 @@ def export_jax(
         jax.ShapeDtypeStruct((b, p, n), jnp.int32),
     )
     masks = jax.ShapeDtypeStruct((b, p, side, side), jnp.float32)
-    graphdef, state = nnx.split(model)
-    state = nnx.to_flat_state(state)
-
-    def with_params(params):
-        leaves = [(k, variable.replace(params[".".join(map(str, k))])) for k, variable in state]
-        return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
     def encode(params, pixel_values):
-        return with_params(params).encode_image(pixel_values)
+        return with_params(model, params.__getitem__).encode_image(pixel_values)
 
     def decode(params, embeddings, points, labels, masks=None):
-        return with_params(params).decode(embeddings, points, labels, masks, None)
+        sam = with_params(model, params.__getitem__)
+        return sam.decode(embeddings, points, labels, masks, None)
 
     programs = {
         "encoder": (encode, (pixels,)),

@@ -4,7 +4,7 @@ Two ways in:
 
 * **Functional**, for research. The model is a pytree: pass it to your own functions under `jax.jit`
   or `jax.vmap`, and call its `encode_image` and `decode` there, pure functions of arrays. For
-  gradients `sam_jax.partition` parts the parameters from the rest.
+  gradients `sam_jax.partition` separates the parameters from the rest.
 * **Hugging Face's API**, `model(**inputs)` with what `SamProcessor` returns. It is compiled,
   and prompts in numpy arrays are padded to a few sizes, so that it seldom compiles again.
 """
@@ -151,8 +151,8 @@ class Sam(HuggingFaceAPI, nnx.Module):
             target_embedding: added to the tokens before each block (PerSAM).
             hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
             prompts_chunk_size: prompts of each image that are computed together; fewer take less
-                memory, and with 1 images are computed one by one, too. None depends on the platform
-                that the program is compiled for; see `prompts_chunk_size`.
+                memory, and with 1 images are computed one by one, too. None: 1 if the program is
+                compiled for a CPU, and elsewhere about 64 prompts of all images together.
 
         Raises:
             TypeError: for anything but arrays, and for dtypes of something else.
@@ -242,10 +242,8 @@ def _decode(model, image_embeddings, prompts, *, prompts_chunk_size, **options):
     arrays = image_embeddings, prompts
     if prompts_chunk_size is not None:
         return in_chunks_of(prompts_chunk_size)(*arrays)
-    sizes = {name: fastest_chunk_size(name, *prompts.labels.shape[:2]) for name in ("cpu", "gpu")}
-    return jax.lax.platform_dependent(
-        *arrays, cpu=in_chunks_of(sizes["cpu"]), default=in_chunks_of(sizes["gpu"])
-    )
+    cpu, other = (fastest_chunk_size(name, *prompts.labels.shape[:2]) for name in ("cpu", "gpu"))
+    return jax.lax.platform_dependent(*arrays, cpu=in_chunks_of(cpu), default=in_chunks_of(other))
 
 
 def _map(function: Callable, arrays: PyTree, at_once: int | None) -> PyTree:

@@ -166,7 +166,7 @@ def _halving_conv_jvp(primals, tangents):
 
 @jax.jit
 def _halving_conv_by_kernel(x, kernel):
-    """The same, written for the gradient of the kernel."""
+    """`_halving_conv`, written for the kernel's gradient."""
     return jax.lax.platform_dependent(x, kernel, cpu=_product_by_rows, default=_halving_conv)
 
 
@@ -216,7 +216,7 @@ def _barrier_on_cpu(padded):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _depthwise_conv_by_kernel(padded, kernel, stride):
-    """The same, written for the gradient of the kernel."""
+    """`_depthwise_conv` of padded pixels, written for the kernel's gradient."""
     height = (padded.shape[1] - len(kernel)) // stride + 1
     some_rows = functools.partial(_sum_by_rows, stride=stride)
     return jax.lax.platform_dependent(

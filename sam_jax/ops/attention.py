@@ -105,21 +105,20 @@ def rel_pos_attention(
     tables = None
     if rel_pos is not None:
         tables = relative_positions(rel_pos[0], h), relative_positions(rel_pos[1], w)
-    return _IMPLEMENTATIONS[implementation](q, k, v, tables, grid)
+    attend = _fastest if implementation is None else _IMPLEMENTATIONS[implementation]
+    return attend(q, k, v, tables, grid)
 
 
 def check_implementation(name: str | None) -> None:
     """Raises ValueError unless `name` is an implementation or None."""
-    if name not in _IMPLEMENTATIONS:
+    if name is not None and name not in _IMPLEMENTATIONS:
         known = get_args(Implementation)
         raise ValueError(f"unknown attention implementation {name!r}; known: {list(known)}")
 
 
 def _fastest(q, k, v, tables, grid):
-    gpu = _nvidia_gpu()
-    on_cuda = _portable
-    if gpu is not None and not _cudnn_unsupported_reason(q, tables is not None, grid, gpu):
-        on_cuda = _cudnn
+    unsupported = _cudnn_unsupported_reason(q, tables is not None, grid, _nvidia_gpu())
+    on_cuda = _portable if unsupported else _cudnn
     return _by_platform(q, k, v, tables, grid=grid, cuda=on_cuda, default=_portable)
 
 
@@ -347,7 +346,6 @@ def _rows_per_block(h: int, w: int) -> int:
 
 
 _IMPLEMENTATIONS = {
-    None: _fastest,
     "portable": _portable,
     "xla": _xla,
     "folded": _folded,

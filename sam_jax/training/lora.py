@@ -1,7 +1,7 @@
 r"""LoRA (Hu et al. 2022): a linear layer's kernel W becomes W + scale A B, and only A and B train.
 
     model = add_lora(model, r"image_encoder\..*\.qkv", rank=4, rngs=nnx.Rngs(0))
-    trained, rest = partition(model, LORA_ONLY)
+    params, rest = partition(model, LORA_ONLY)
     ...
     save_lora(model, "adapters.safetensors")
     plain = merge_lora(model)

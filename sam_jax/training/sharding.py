@@ -63,8 +63,8 @@ def init_sharded(
 
     For the state of an optimiser, which with FSDP may be more than fits one device:
 
-        trained = shard_tree(trained, mesh, "fsdp")
-        state = init_sharded(partial(init_state, tx=tx), trained, mesh=mesh, parallelism="fsdp")
+        params = shard_tree(params, mesh, "fsdp")
+        state = init_sharded(partial(init_state, tx=tx), params, mesh=mesh, parallelism="fsdp")
     """
     places = shardings(jax.eval_shape(function, *args), mesh, parallelism)
     return jax.jit(function, out_shardings=places)(*args)

@@ -1,8 +1,8 @@
 """A training step as pure functions of arrays, for one's own loop or for `examples/finetune.py`.
 
-trained, rest = partition(model, DECODER_ONLY)
+params, rest = partition(model, DECODER_ONLY)
 tx = adamw(1e-4, DECODER_ONLY)
-state = init_state(trained, tx)
+state = init_state(params, tx)
 state, metrics = train_step(state, rest, batch, key, tx=tx, recipe=TrainConfig())
 """
 
@@ -53,15 +53,15 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    trained: PyTree, tx: optax.GradientTransformation, *, ema: bool = False
+    params: PyTree, tx: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
     """The state before the first step, with arrays of its own, since a step gives up its input.
 
     They are float32 whatever the checkpoint's are: small steps would vanish in bfloat16.
     """
-    trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained)
-    average = jax.tree.map(jnp.array, trained) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), average)
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+    average = jax.tree.map(jnp.array, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
 
 
 def batch_losses(
@@ -73,7 +73,7 @@ def batch_losses(
     """The losses [b, n, rounds] of every object of a batch, in a form to differentiate.
 
     Args:
-        model: `combine(trained, rest)`.
+        model: `combine(params, rest)`.
         batch: of `sam_jax.training.make_loader`.
         keys: [b] of `jax.random`, one for each image; its prompts and drop path depend on it.
         recipe: see there.
