@@ -11,6 +11,9 @@ from .checkpoints import save_pretrained as save_pretrained
 from .config import SamConfig as SamConfig
 from .errors import CheckpointError as CheckpointError
 from .image import load_image as load_image
+from .models.image_encoder import ImageEncoder as ImageEncoder
+from .models.preprocessing import preprocess as preprocess
+from .models.sam import Decoded as Decoded
 from .models.sam import Sam as Sam
 from .ops.prompts import join_prompts as join_prompts
 from .predictor import SamPredictor as SamPredictor
