@@ -65,7 +65,7 @@ def table(found: dict[tuple[str, str], float]) -> str:
 def draw(found: dict[tuple[str, str], float], path: Path) -> None:
     """Bars of each contender's share of the time of Meta's code, labeled with seconds."""
     matplotlib.rcParams.update({"svg.hashsalt": "sam_jax", "font.size": 9})
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     for number, (who, label) in enumerate(WHO.items()):
         shares = [found[what, who] / found[what, "Meta"] for what in WHAT]

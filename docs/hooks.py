@@ -1,4 +1,4 @@
-"""For mkdocs: links out of `docs/`, commands' options as `--help` prints them, notebooks' anchors."""
+"""For mkdocs: links out of `docs/`, options of commands as `--help` lists them, and anchors."""
 
 import contextlib
 import importlib
@@ -54,7 +54,9 @@ def tidy(text: str) -> str:
     """
     text = re.sub(r"\x1b\[[\d;]*m", "", text).strip()
     text = re.sub(r"^[│╭╰─ ]*[─-]{9,}.*\n?|│", "", text, flags=re.MULTILINE)
-    description, *sections = re.split(r"^ ?((?:[\w-]+ )*(?:options|arguments)) *$", text, flags=re.M)
+    description, *sections = re.split(
+        r"^ ?((?:[\w-]+ )*(?:options|arguments)) *$", text, flags=re.M
+    )
     lines = [_wrap(part) + "\n" for part in re.split(r"\n\s*\n", description.strip())]
     for title, body in zip(sections[::2], sections[1::2], strict=True):
         lines.append(f"{title.strip()}:")
