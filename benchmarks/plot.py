@@ -71,7 +71,9 @@ def draw(found: dict[tuple[str, str], float], path: Path) -> None:
         shares = [found[what, who] / found[what, "Meta"] for what in WHAT]
         places = [row + 0.27 * (number - 1) for row in range(len(WHAT))]
         bars = axes.barh(places, shares, 0.25, label=label, color=COLORS[number])
-        axes.bar_label(bars, [f"{rounded(found[what, who])} s" for what in WHAT], padding=3, fontsize=8)
+        axes.bar_label(
+            bars, [f"{rounded(found[what, who])} s" for what in WHAT], padding=3, fontsize=8
+        )
     axes.set_yticks(range(len(WHAT)), WHAT.values())
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12)
