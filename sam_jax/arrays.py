@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ import numpy as np
 from PIL import Image
 
 from sam_jax.decoders import check_decoder
+
+# JAX declares it as a variable, which type checkers do not take for a type.
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
 
 def is_array(value: Any) -> bool:

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from sam_jax.arrays import as_numpy, is_array
+from sam_jax.arrays import Device, as_numpy, is_array
 from sam_jax.errors import NonFiniteError
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
@@ -65,7 +65,7 @@ class SamPredictor(WithAdvice):
         return nnx.merge(self._graphdef, self._params)
 
     @property
-    def device(self) -> jax.Device:
+    def device(self) -> Device:
         """The device that it computes on, the model's."""
         # Not kept, since devices cannot be pickled; a copy in another process has its own.
         (device, *_) = jax.tree.leaves(self._params)[0].devices()
@@ -99,10 +99,8 @@ class SamPredictor(WithAdvice):
         Raises:
             RuntimeError: before a picture is set.
         """
-        self._check_image()
-        return np.ascontiguousarray(
-            np.moveaxis(jax.device_get(self._features).astype(np.float32), -1, 1)
-        )
+        features, _ = self._image()
+        return np.ascontiguousarray(np.moveaxis(jax.device_get(features).astype(np.float32), -1, 1))
 
     features = property(get_image_embedding)
 
@@ -133,8 +131,8 @@ class SamPredictor(WithAdvice):
 
     def reset_image(self) -> None:
         """Forgets the current picture."""
-        self._features = None
-        self.original_size = None
+        self._features: jax.Array | None = None
+        self.original_size: tuple[int, int] | None = None
 
     @property
     def is_image_set(self) -> bool:
@@ -148,8 +146,8 @@ class SamPredictor(WithAdvice):
         Raises:
             RuntimeError: before a picture is set.
         """
-        self._check_image()
-        return self.processor.input_size(self.original_size)
+        _, original_size = self._image()
+        return self.processor.input_size(original_size)
 
     def predict(
         self,
@@ -232,8 +230,7 @@ class SamPredictor(WithAdvice):
             RuntimeError, ValueError: see `predict`.
         """
         prompts = point_coords, point_labels, boxes, mask_input
-        options = multimask_output, return_logits, hq_token_only
-        return self._predict(prompts, True, *options)
+        return self._predict(prompts, True, multimask_output, return_logits, hq_token_only)
 
     def predict_torch(
         self,
@@ -255,33 +252,33 @@ class SamPredictor(WithAdvice):
 
     def _predict(
         self,
-        prompts: tuple,
+        prompts: tuple[Any, Any, Any, Any],
         in_image: bool,
         multimask_output: bool,
         return_logits: bool,
         hq_token_only: bool,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        self._check_image()
+        features, original_size = self._image()
         points, labels, masks = self._prompts(*prompts, in_image)
         count = len(labels)
         padded = pad_prompts(points[None], labels[None], None if masks is None else masks[None])
         low_res, scores = decode(
             self._graphdef,
             self._params,
-            self._features,
+            features,
             *jax.device_put(padded, self.device),
             multimask_output=multimask_output,
             hq_token_only=hq_token_only,
-            prompts_chunk_size=chunk_size_for(self._features, padded[1].shape[1]),
+            prompts_chunk_size=chunk_size_for(features, padded[1].shape[1]),
         )
         # Copies, which may be written to and hold no padding in memory.
         low_res, scores = (np.array(x[0, :count]) for x in jax.device_get((low_res, scores)))
         flat = low_res.reshape(-1, *low_res.shape[-2:])
         threshold = None if return_logits else self.config.mask_threshold
         full = self.processor.resize_masks(
-            flat, self.original_size, self.input_size, threshold, self.device
+            flat, original_size, self.input_size, threshold, self.device
         )
-        return full.reshape(*low_res.shape[:2], *self.original_size), scores, low_res
+        return full.reshape(*low_res.shape[:2], *original_size), scores, low_res
 
     def _prompts(self, point_coords, point_labels, boxes, mask_input, in_image):
         """The prompts as labelled points [b, n, 2], [b, n], and masks [b, side, side] or None.
@@ -319,7 +316,7 @@ class SamPredictor(WithAdvice):
         if count == 0:
             raise ValueError(f"there are no prompts: {', '.join(counts)} are empty")
 
-        size, frame = self.original_size, "image"
+        (_, size), frame = self._image(), "image"
         if not in_image:
             size, frame = self.input_size, "model's input (predict_batch takes the image's)"
 
@@ -361,9 +358,11 @@ class SamPredictor(WithAdvice):
             return coords, np.full((count, 1), PADDING, np.int32), masks
         return *join_prompts(coords, labels, boxes), masks
 
-    def _check_image(self) -> None:
-        if not self.is_image_set:
+    def _image(self) -> tuple[jax.Array, tuple[int, int]]:
+        """The current image's embedding, and its size (h, w)."""
+        if self._features is None or self.original_size is None:
             raise RuntimeError("no picture is set; call set_image (or set_image_embedding) first")
+        return self._features, self.original_size
 
 
 class Transform(WithAdvice):

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
-from sam_jax.arrays import as_numpy
+from sam_jax.arrays import Device, as_numpy
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
@@ -129,6 +129,7 @@ class SamProcessor(WithAdvice):
         )
         if input_labels is not None and input_points is None:
             raise ValueError("input_labels are given without input_points")
+        points = None
         if input_points is not None:
             points, labels = point_lists(input_points, input_labels, len(arrays))
             for i, (size, of_image, kinds) in enumerate(zip(sizes, points, labels, strict=True)):
@@ -143,7 +144,7 @@ class SamProcessor(WithAdvice):
             result["input_labels"] = pad_nested(labels, PADDING, np.int32, ())
         if input_boxes is not None:
             boxes = box_lists(input_boxes, len(arrays))
-            if input_points is not None:
+            if points is not None:
                 check_counts(points, boxes)
             for i, (of_image, size) in enumerate(zip(boxes, sizes, strict=True)):
                 warn_outside(None, None, of_image, size, f"input_boxes[{i}]")
@@ -268,7 +269,7 @@ class SamProcessor(WithAdvice):
         original_size: tuple[int, int],
         input_size: tuple[int, int],
         threshold: float | None,
-        device: jax.Device | None = None,
+        device: Device | None = None,
     ) -> Bool[np.ndarray, "n h w"] | Float[np.ndarray, "n h w"]:
         """Low-resolution logits to one picture's size; above `threshold`, or the logits if None.
 

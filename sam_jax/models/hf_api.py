@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from sam_jax.arrays import as_array
@@ -295,19 +296,19 @@ class HuggingFaceAPI(WithAdvice):
                     f"input_masks have shape {masks.shape}: expected one mask per image, or one "
                     f"for each of its {prompts.shape[1]} prompts"
                 )
-        check_values(*(concrete(array) for array in (points, labels, boxes)))
+        check_values(concrete(points), concrete(labels), concrete(boxes))
         return points, labels, boxes, masks
 
     def _warn_outside(self, points, labels, boxes):
         points, labels, boxes = (concrete(array) for array in (points, labels, boxes))
-        size, frame = (self.config.image_size,) * 2, "model's input (SamProcessor scales them)"
-        warn_outside(points, labels, None, size, "input_points", frame)
-        warn_outside(None, None, boxes, size, "input_boxes", frame)
+        side, frame = self.config.image_size, "model's input (SamProcessor scales them)"
+        warn_outside(points, labels, None, (side, side), "input_points", frame)
+        warn_outside(None, None, boxes, (side, side), "input_boxes", frame)
 
 
 def first_prompts(array: Array, count: int) -> Array:
     """Without the padding prompts at the end."""
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         return array[:, :count]
     # By way of the host: a slice on the device would be a new program for each count.
     return jax.device_put(jax.device_get(array)[:, :count], array.sharding)

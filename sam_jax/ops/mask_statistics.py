@@ -47,8 +47,9 @@ def make_upsampler(
         mask_resize_matrix(mask_size, image_size, i, o, padded_size)
         for i, o in zip(input_size, original_size, strict=True)
     )
-    tiles = (_ranges(matrix, tile) for matrix in (rows, columns))
-    return MaskUpsampler(rows, columns, *tiles, np.array(original_size, np.int32))
+    row_tiles, column_tiles = _ranges(rows, tile), _ranges(columns, tile)
+    size = np.array(original_size, np.int32)
+    return MaskUpsampler(rows, columns, row_tiles, column_tiles, size)
 
 
 def _ranges(matrix: Float[np.ndarray, "size side"], tile: int) -> Int[np.ndarray, "tiles 2"]:
@@ -186,7 +187,9 @@ def _measure_tiles(
             )
             return join(found, tile)
 
-        return jax.lax.fori_loop(*column_range, one_tile, found)
+        first, last = column_range
+        return jax.lax.fori_loop(first, last, one_tile, found)
 
-    found = jax.lax.fori_loop(*row_range, row_of_tiles, nothing)
+    first, last = row_range
+    found = jax.lax.fori_loop(first, last, row_of_tiles, nothing)
     return found._replace(box=jnp.where(found.box[2] < 0, 0, found.box))

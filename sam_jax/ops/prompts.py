@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float, Int, Num
 
 from sam_jax.arrays import as_array
@@ -179,7 +180,7 @@ def check_logits(masks: Any, where: str) -> None:
     if not jnp.isdtype(masks.dtype, ("bool", "real floating", "integral")):
         raise TypeError(f"{where} are {masks.dtype}, expected floats; {MASK_HINT}")
     values = np.zeros(0)
-    traced = isinstance(masks, jax.core.Tracer)
+    traced = isinstance(masks, Tracer)
     if isinstance(masks, np.ndarray) or (not traced and masks.nbytes <= 2**20):
         values = jax.device_get(masks)
     top = values.max(initial=0)
@@ -226,7 +227,7 @@ def check_joined(
 
 def concrete(array: Any) -> np.ndarray | None:
     """The array's values, or None if there is none, or it is traced and has none."""
-    if array is None or isinstance(array, jax.core.Tracer):
+    if array is None or isinstance(array, Tracer):
         return None
     return jax.device_get(array)
 

@@ -45,8 +45,9 @@ def open_checkpoints(folder: str | os.PathLike) -> Iterator[ocp.training.Checkpo
         get_metric_fn=lambda metrics: metrics[_METRIC], n=1, keep_checkpoints_without_metrics=False
     )
     checkpoints = ocp.training.Checkpointer(
-        folder,
-        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(2), best]),
+        str(folder),
+        # Orbax's own policies do not have the signature that its type asks for.
+        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(2), best]),  # pyright: ignore[reportArgumentType]
         cleanup_tmp_directories=True,
     )
     try:
@@ -90,7 +91,7 @@ def load_state(
     """
     found = list(checkpoints.checkpoints)
     if best:  # those that have no metric first
-        found.sort(key=lambda c: -math.inf if c.metrics is None else c.metrics[_METRIC])
+        found.sort(key=_miou)
     damaged = []
     for checkpoint in reversed(found):
         folder = checkpoints.directory / str(checkpoint.step)
@@ -160,6 +161,11 @@ def _load(checkpoints: ocp.training.Checkpointer, step: int, like: TrainState) -
         raise _DoesNotFit(f"{len(differing)} arrays differ, the first is {differing[0]!r}")
     flat = checkpoints.load(step, expected)
     return jax.tree.unflatten(jax.tree.structure(like), list(flat.values()))
+
+
+def _miou(checkpoint: ocp.training.CheckpointMetadata) -> float:
+    miou = checkpoint.metrics.get(_METRIC) if isinstance(checkpoint.metrics, dict) else None
+    return miou if isinstance(miou, (int, float)) else -math.inf
 
 
 def _first_line(error: Exception) -> str:

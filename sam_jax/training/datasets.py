@@ -81,7 +81,8 @@ class _AnnotatedImages:
         exif_orientation: str | None,
         way_out: str,
     ):
-        self.name, self.on_bad_annotation = name, on_bad_annotation
+        self.name = name
+        self.on_bad_annotation: OnBadAnnotation = on_bad_annotation
         self.exif_orientation, self._way_out = exif_orientation, way_out
         self._has_warned = False
 
@@ -171,8 +172,8 @@ class CocoInstances(_AnnotatedImages):
         _check_choice(on_bad_annotation)
         content = read_json(Path(annotations))
         try:
-            parts = (json_field(content, name, list) for name in ("images", "annotations"))
-            self.entries, problems = coco_entries(*parts, Path(images))
+            infos, objects = (json_field(content, k, list) for k in ("images", "annotations"))
+            self.entries, problems = coco_entries(infos, objects, Path(images))
             info = content.get("info")
             rule = info.get("exif_orientation") if isinstance(info, dict) else None
             if rule not in (None, "applied", "ignored"):

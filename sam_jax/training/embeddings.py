@@ -72,8 +72,8 @@ class CachedEmbeddings:
         return {**example, "image_embedding": embedding}
 
     def image_id(self, index: int) -> Any:
-        """What the source calls the picture."""
-        return self.source.image_id(index)
+        """What the source calls the picture; its number if it has no names."""
+        return getattr(self.source, "image_id", int)(index)
 
     def _file(self, image: np.ndarray) -> Path:
         digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes())

@@ -4,7 +4,7 @@ All take logits [..., h, w] and targets of the same size, 0 or 1 (or between), a
 axes: what is averaged over prompts, and with which weights, is the caller's to say.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ def dice_loss(
 ) -> Float[Array, "*batch"]:
     """1 - (2 p t + 1) / (p + t + 1), each summed over pixels (Milletari et al. 2016)."""
     # optax halves both sides of the fraction, its smoothing term among them.
-    return optax.losses.dice_loss(logits[..., None], targets[..., None], smooth=0.5, axis=(-3, -2))
+    axes: Any = (-3, -2)  # as documented; its annotation has one axis only
+    return optax.losses.dice_loss(logits[..., None], targets[..., None], smooth=0.5, axis=axes)
 
 
 def mask_iou(

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from sam_jax.arrays import Device
 from sam_jax.models.sam import Sam
 from sam_jax.training.rules import Rest, combine
 
@@ -21,7 +22,7 @@ Parallelism = Literal["data", "fsdp"]
 _MIN_SIZE = 2**12
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Device] | None = None) -> Mesh:
     """Devices, all of all hosts if left out, along one axis, `data`."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
@@ -87,7 +88,8 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     def place(array):
         shape = size * mesh.size // count, *array.shape[1:]
         places = sharding.addressable_devices_indices_map(shape)
-        devices = sorted(places, key=lambda device: places[device][0].start or 0)
+        starts = {device: index[0].start or 0 for device, index in places.items() if index}
+        devices = sorted(starts, key=starts.__getitem__)
         parts = map(jax.device_put, np.split(array, count), devices)
         return jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
 

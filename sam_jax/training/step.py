@@ -229,7 +229,7 @@ def train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
-    if ema is not None:
+    if ema is not None and recipe.ema_decay is not None:
         ema = optax.incremental_update(params, ema, 1 - recipe.ema_decay)
     # Zero gradients alone would not do: momentum, weight decay and the average go on without them.
     new = TrainState(state.step, params, opt_state, ema)

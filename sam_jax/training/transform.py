@@ -144,7 +144,8 @@ def _resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     image = Image.fromarray(
         array.astype(np.uint8) * 255 if is_mask else np.ascontiguousarray(array)
     )
-    resized = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
+    height, width = size
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     return resized >= 128 if is_mask else resized
 
 
