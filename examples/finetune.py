@@ -29,9 +29,10 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from sam_jax import from_pretrained, partition, save_pretrained
+from sam_jax import MissingExtra, from_pretrained, partition, save_pretrained
 from sam_jax.checkpoints import flat_params, params_sha256
 from sam_jax.config import SamConfig
+from sam_jax.errors import needs_extra
 from sam_jax.evaluation import draw_clicks, evaluate
 from sam_jax.files import check_or_write_settings, lock_folder, read_json, write_json
 from sam_jax.training import (
@@ -59,13 +60,12 @@ from sam_jax.training import (
 from sam_jax.types import OnBadAnnotation
 
 try:
-    import grain  # noqa: F401
+    with needs_extra("train"):
+        import grain  # noqa: F401
 
     from sam_jax.training.log import MetricsLog, read_metrics
-except ModuleNotFoundError as error:
-    if error.name not in ("grain", "tensorboardX"):
-        raise
-    sys.exit(f"finetune: {error.name} is not installed; install sam_jax with its extra `train`")
+except MissingExtra as error:
+    sys.exit(f"finetune: {error}")
 
 
 @dataclass(frozen=True)

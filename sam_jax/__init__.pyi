@@ -10,6 +10,7 @@ from .checkpoints import from_pretrained as from_pretrained
 from .checkpoints import save_pretrained as save_pretrained
 from .config import SamConfig as SamConfig
 from .errors import CheckpointError as CheckpointError
+from .errors import MissingExtra as MissingExtra
 from .image import load_image as load_image
 from .models.sam import Sam as Sam
 from .ops.prompts import join_prompts as join_prompts

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from sam_jax.errors import needs_extra
 from sam_jax.training.datasets import Dataset, Example
 from sam_jax.training.transform import ExampleTransform, too_small
 
@@ -44,9 +45,10 @@ def make_loader(
     Raises:
         ValueError: if the batch cannot be shared by the hosts, or the source is empty; from the
             iterator, if an example cannot be read or prepared, with the image's id.
-        ImportError: if grain is not installed; it comes with the extra `train`.
+        MissingExtra: without the extra `train`.
     """
-    import grain
+    with needs_extra("train"):
+        import grain
 
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count

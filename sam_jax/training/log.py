@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from sam_jax.errors import needs_extra
 from sam_jax.files import atomic_write, read_json
+
+with needs_extra("train"):
+    from tensorboardX import SummaryWriter
 
 
 class MetricsLog:

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 from coco_examples import (
@@ -15,6 +17,7 @@ from coco_examples import (
 )
 from reference import SMALL
 
+from sam_jax.errors import MissingExtra
 from sam_jax.training.datasets import (
     CocoInstances,
 )
@@ -156,3 +159,9 @@ def test_an_error_names_the_image(many, workers):
     ):
         with pytest.raises(ValueError, match=message):
             take(make_loader(source, PREPARE, batch_size=7, seed=0, workers=workers), 1)
+
+
+def test_without_grain(many, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(MissingExtra, match=r'grain is not installed; .*"sam_jax\[train\]"'):
+        make_loader(many, PREPARE, batch_size=4, seed=0)
