@@ -1,12 +1,12 @@
 """`SamPredictor`: one picture, many prompts. The surface is that of Meta's `SamPredictor`."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from sam_jax.arrays import Device, as_numpy, is_array
@@ -32,6 +32,20 @@ from sam_jax.validation import (
     check_sizes,
     to_numbers,
 )
+
+
+class MaskPrediction(NamedTuple):
+    """What `SamPredictor` predicts: numpy arrays, which unpack in Meta's order.
+
+    A result of `predict_batch` has an axis of prompts before the others.
+    """
+
+    masks: Bool[np.ndarray, "*b m h w"] | Float[np.ndarray, "*b m h w"]
+    """Masks of the image's size: booleans, or float32 logits with `return_logits`."""
+    scores: Float[np.ndarray, "*b m"]
+    """Predicted IoUs."""
+    logits: Float[np.ndarray, "*b m side side"]
+    """Low-resolution logits, such as a later `mask_input`."""
 
 
 class SamPredictor(WithAdvice):
@@ -158,7 +172,7 @@ class SamPredictor(WithAdvice):
         multimask_output: bool = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> MaskPrediction:
         """Masks for one prompt.
 
         Args:
@@ -173,8 +187,7 @@ class SamPredictor(WithAdvice):
             hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
 
         Returns:
-            masks [m, h, w] of the picture's size, predicted IoUs [m] and low-resolution logits
-            [m, 256, 256], all numpy.
+            Masks [m, h, w], scores [m] and logits [m, 256, 256].
 
         Coordinates outside the image are legal, and warned of.
 
@@ -190,27 +203,28 @@ class SamPredictor(WithAdvice):
                     "predict_batch takes several boxes"
                 )
             box = box.reshape(1, 4)
-        masks, scores, low_res = self.predict_batch(
+        predicted = self.predict_batch(
             None if point_coords is None else [point_coords],
             None if point_labels is None else [point_labels],
-            box,
-            None if mask_input is None else as_numpy(mask_input, "mask_input")[None],
-            multimask_output,
-            return_logits,
-            hq_token_only,
+            boxes=box,
+            mask_input=None if mask_input is None else as_numpy(mask_input, "mask_input")[None],
+            multimask_output=multimask_output,
+            return_logits=return_logits,
+            hq_token_only=hq_token_only,
         )
-        return masks[0], scores[0], low_res[0]
+        return MaskPrediction(*(array[0] for array in predicted))
 
     def predict_batch(
         self,
         point_coords: Any = None,
         point_labels: Any = None,
+        *,
         boxes: Any = None,
         mask_input: Any = None,
         multimask_output: bool = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> MaskPrediction:
         """Masks for b prompts in one compiled call.
 
         Args:
@@ -223,8 +237,7 @@ class SamPredictor(WithAdvice):
             hq_token_only: see `predict`.
 
         Returns:
-            masks [b, m, h, w] of the picture's size, predicted IoUs [b, m] and low-resolution
-            logits [b, m, 256, 256], all numpy.
+            Masks [b, m, h, w], scores [b, m] and logits [b, m, 256, 256].
 
         Raises:
             RuntimeError, ValueError: see `predict`.
@@ -241,7 +254,7 @@ class SamPredictor(WithAdvice):
         multimask_output: bool = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> MaskPrediction:
         """`predict_batch` with coordinates in pixels of the model's input, as Meta's of that name.
 
         Takes and gives numpy arrays, of the shapes that `predict_batch` names;
@@ -257,7 +270,7 @@ class SamPredictor(WithAdvice):
         multimask_output: bool,
         return_logits: bool,
         hq_token_only: bool,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> MaskPrediction:
         features, original_size = self._image()
         points, labels, masks = self._prompts(*prompts, in_image)
         count = len(labels)
@@ -276,9 +289,14 @@ class SamPredictor(WithAdvice):
         flat = low_res.reshape(-1, *low_res.shape[-2:])
         threshold = None if return_logits else self.config.mask_threshold
         full = self.processor.resize_masks(
-            flat, original_size, self.input_size, threshold, self.device
+            flat,
+            original_size,
+            input_size=self.input_size,
+            threshold=threshold,
+            device=self.device,
         )
-        return full.reshape(*low_res.shape[:2], *original_size), scores, low_res
+        masks = full.reshape(*low_res.shape[:2], *original_size)
+        return MaskPrediction(masks, scores, low_res)
 
     def _prompts(self, point_coords, point_labels, boxes, mask_input, in_image):
         """The prompts as labelled points [b, n, 2], [b, n], and masks [b, side, side] or None.

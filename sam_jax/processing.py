@@ -259,7 +259,12 @@ class SamProcessor(WithAdvice):
                     f"{side}): low-resolution logits, as the model returns them"
                 )
             flat = logits.reshape(-1, side, side)
-            full = self.resize_masks(flat, original, reshaped, threshold if binarize else None)
+            full = self.resize_masks(
+                flat,
+                original,
+                input_size=reshaped,
+                threshold=threshold if binarize else None,
+            )
             results.append(full.reshape(*logits.shape[:-2], *original))
         return results
 
@@ -267,6 +272,7 @@ class SamProcessor(WithAdvice):
         self,
         masks: Float[np.ndarray, "n side side"],
         original_size: tuple[int, int],
+        *,
         input_size: tuple[int, int],
         threshold: float | None,
         device: Device | None = None,

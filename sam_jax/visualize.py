@@ -24,7 +24,7 @@ MARKS = {FOREGROUND: (40, 200, 80), BACKGROUND: (220, 50, 47)}
 ALPHA = 0.55
 
 
-def show_mask(mask: Any, ax: Any, color: tuple[int, int, int] = COLORS[0]):
+def show_mask(mask: Any, ax: Any, *, color: tuple[int, int, int] = COLORS[0]):
     """Draws a mask [h, w], booleans, over the picture that the matplotlib axes `ax` show.
 
     Raises:
@@ -36,7 +36,7 @@ def show_mask(mask: Any, ax: Any, color: tuple[int, int, int] = COLORS[0]):
     return ax.imshow(rgba)
 
 
-def show_points(coords: Any, labels: Any, ax: Any, size: float = 200):
+def show_points(coords: Any, labels: Any, ax: Any, *, size: float = 200):
     """Draws foreground points [n, 2] as green stars, background points as red ones.
 
     Raises:
@@ -68,6 +68,7 @@ def show_box(box: Any, ax: Any):
 def overlay(
     image: ImageInput,
     masks: Any = (),
+    *,
     point_coords: Any = (),
     point_labels: Any = (),
     boxes: Any = (),

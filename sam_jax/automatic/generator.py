@@ -176,6 +176,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         self,
         embedding: Any,
         original_size: tuple[int, int],
+        *,
         on_batch: Callable[[int, int], None] | None = None,
     ) -> list[dict[str, Any]]:
         """What `generate` returns for a picture whose embedding is known.

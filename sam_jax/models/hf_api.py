@@ -35,12 +35,13 @@ from sam_jax.ops.prompts import (
 class SamImageSegmentationOutput(NamedTuple):
     """What `Sam.__call__` returns; B images, P prompts each, m = 3 masks (or 1) each.
 
-    `iou_scores` [B, P, m] are predicted IoUs, `pred_masks` [B, P, m, 256, 256] low-resolution
-    logits, both float32. `SamProcessor.post_process_masks` makes full-size masks of them.
+    `SamProcessor.post_process_masks` makes full-size masks of it.
     """
 
     iou_scores: Array
+    """Predicted IoUs [B, P, m], float32."""
     pred_masks: Array
+    """Low-resolution mask logits [B, P, m, 256, 256], float32."""
 
     def __getitem__(self, key):
         return self._asdict()[key] if isinstance(key, str) else tuple.__getitem__(self, key)

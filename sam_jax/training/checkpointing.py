@@ -58,7 +58,7 @@ def open_checkpoints(folder: str | os.PathLike) -> Iterator[ocp.training.Checkpo
 
 
 def save_state(
-    checkpoints: ocp.training.Checkpointer, state: TrainState, miou: float | None = None
+    checkpoints: ocp.training.Checkpointer, state: TrainState, *, miou: float | None = None
 ) -> None:
     """Begins to write a state, which is copied first: the run may go on at once.
 
@@ -217,6 +217,7 @@ def _check_metrics(_: Path, found: Any) -> None:
 def non_finite_error(
     step: int,
     metrics: dict[str, float],
+    *,
     image_ids: Sequence,
     checkpoints: ocp.training.Checkpointer,
 ) -> FloatingPointError:

@@ -167,6 +167,7 @@ class CocoInstances(_AnnotatedImages):
         self,
         annotations: str | Path,
         images: str | Path,
+        *,
         on_bad_annotation: OnBadAnnotation = "raise",
     ):
         _check_choice(on_bad_annotation)
@@ -218,7 +219,7 @@ class SegmentAnything1B(_AnnotatedImages):
             read, if it is missing, or its file is not one of SA-1B.
     """
 
-    def __init__(self, folder: str | Path, on_bad_annotation: OnBadAnnotation = "raise"):
+    def __init__(self, folder: str | Path, *, on_bad_annotation: OnBadAnnotation = "raise"):
         _check_choice(on_bad_annotation)
         way_out = "store the image upright, without EXIF orientation"
         super().__init__(Path(folder), on_bad_annotation, None, way_out)
@@ -259,6 +260,7 @@ class SegmentAnything1B(_AnnotatedImages):
 def open_annotations(
     annotations: str | Path,
     images: str | Path | None = None,
+    *,
     on_bad_annotation: OnBadAnnotation = "raise",
 ) -> CocoInstances | SegmentAnything1B:
     """COCO for a file (with its folder of pictures), SA-1B for a folder.
@@ -268,10 +270,10 @@ def open_annotations(
             without a folder of pictures.
     """
     if Path(annotations).is_dir():
-        return SegmentAnything1B(annotations, on_bad_annotation)
+        return SegmentAnything1B(annotations, on_bad_annotation=on_bad_annotation)
     if images is None:
         raise ValueError(f"{annotations} is a file of COCO's: its folder of pictures is needed")
-    return CocoInstances(annotations, images, on_bad_annotation)
+    return CocoInstances(annotations, images, on_bad_annotation=on_bad_annotation)
 
 
 def fingerprint(annotations: str | Path) -> str:

@@ -37,6 +37,7 @@ class CachedEmbeddings:
         self,
         source: Dataset,
         model: Sam,
+        *,
         folder: str | Path,
         on_image: Callable[[], None] = lambda: None,
     ):

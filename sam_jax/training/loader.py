@@ -19,9 +19,9 @@ _EPOCHS = 2**31  # without end, but for what grain's arithmetic can count
 def make_loader(
     source: Dataset,
     prepare: ExampleTransform,
+    *,
     batch_size: int,
     seed: int,
-    *,
     start: int = 0,
     workers: int = 0,
     process_index: int | None = None,
@@ -83,7 +83,7 @@ def make_loader(
     return dataset
 
 
-def check_objects(source: Dataset, prepare: ExampleTransform | None, seed: int = 0) -> None:
+def check_objects(source: Dataset, prepare: ExampleTransform | None, *, seed: int = 0) -> None:
     """Makes sure that there is an object to train or to evaluate on, by reading until the first.
 
     At most 1,000 images are read, in random order, so that it takes a minute or two at the worst.

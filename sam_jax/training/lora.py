@@ -57,7 +57,7 @@ class LoRALinear(Linear):
 
 
 def add_lora(
-    model: Sam, pattern: str, rank: int, *, alpha: float | None = None, rngs: nnx.Rngs
+    model: Sam, pattern: str, *, rank: int, alpha: float | None = None, rngs: nnx.Rngs
 ) -> Sam:
     """A copy of the model with adapters at linear layers, which change nothing until they train.
 

@@ -28,7 +28,7 @@ def make_mesh(devices: Sequence[Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def shardings(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
+def shardings(tree: PyTree, mesh: Mesh, *, parallelism: Parallelism) -> PyTree:
     """Where each array of a state belongs.
 
     With "fsdp" the longest axis of an array that the devices can share is spread over them, with
@@ -45,7 +45,7 @@ def shardings(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
     return jax.tree.map(of, tree)
 
 
-def shard_tree(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
+def shard_tree(tree: PyTree, mesh: Mesh, *, parallelism: Parallelism) -> PyTree:
     """The tree on the devices; every host must have the same arrays."""
 
     def place(array, sharding):
@@ -54,7 +54,7 @@ def shard_tree(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
         parts = [jax.device_put(array[index], device) for device, index in parts]
         return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
-    return jax.tree.map(place, tree, shardings(tree, mesh, parallelism))
+    return jax.tree.map(place, tree, shardings(tree, mesh, parallelism=parallelism))
 
 
 def init_sharded(
@@ -64,10 +64,10 @@ def init_sharded(
 
     For the state of an optimiser, which with FSDP may be more than fits one device:
 
-        params = shard_tree(params, mesh, "fsdp")
+        params = shard_tree(params, mesh, parallelism="fsdp")
         state = init_sharded(partial(init_state, tx=tx), params, mesh=mesh, parallelism="fsdp")
     """
-    places = shardings(jax.eval_shape(function, *args), mesh, parallelism)
+    places = shardings(jax.eval_shape(function, *args), mesh, parallelism=parallelism)
     return jax.jit(function, out_shardings=places)(*args)
 
 
@@ -110,7 +110,7 @@ def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda x: jax.device_get(x.addressable_data(0)), copies)
 
 
-def merge_on_host(params: PyTree, rest: Rest, mesh: Mesh) -> Sam:
+def merge_on_host(params: PyTree, rest: Rest, *, mesh: Mesh) -> Sam:
     """The model of parameters that are spread over devices, whole on this host's first device."""
     return combine(*jax.device_put(fetch((params, rest), mesh)))
 

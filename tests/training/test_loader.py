@@ -26,7 +26,7 @@ from sam_jax.training.transform import ExampleTransform
 
 
 def test_batches_know_their_examples(many):
-    plain = ExampleTransform(SMALL, 2, SIDE)
+    plain = ExampleTransform(SMALL, 2, target_size=SIDE)
     batch = take(make_loader(many, plain, batch_size=4, seed=0), 1)[0]
     for index, pixels in zip(batch["index"], batch["pixel_values"], strict=True):
         expected = prepared(many[index])["pixel_values"]
@@ -45,7 +45,7 @@ def many():
     ]
 
 
-PREPARE = ExampleTransform(SMALL, 2, SIDE, flip=0.5, scale_range=(0.5, 1.5))
+PREPARE = ExampleTransform(SMALL, 2, target_size=SIDE, flip=0.5, scale_range=(0.5, 1.5))
 
 
 def test_batches_can_go_on_anywhere(many):
@@ -60,7 +60,7 @@ def test_batches_can_go_on_anywhere(many):
 
 
 def test_an_epoch_has_every_picture_once(many):
-    plain = ExampleTransform(SMALL, 2, SIDE)
+    plain = ExampleTransform(SMALL, 2, target_size=SIDE)
     pixels = np.concatenate(
         [b["pixel_values"] for b in take(make_loader(many, plain, batch_size=7, seed=0), 2)]
     )
@@ -114,7 +114,7 @@ class Read(list):
 
 
 def test_a_source_without_objects_is_refused():
-    plain, empty, tiny = ExampleTransform(SMALL, 4, SIDE), squares(), squares(CELL // 2)
+    plain, empty, tiny = ExampleTransform(SMALL, 4, target_size=SIDE), squares(), squares(CELL // 2)
     source = Read([squares(2, CELL)] * 4)
     check_objects(source, plain)
     assert source.count == 1
@@ -124,10 +124,10 @@ def test_a_source_without_objects_is_refused():
             check_objects([empty, empty], prepare)
     with pytest.raises(ValueError, match=r"cell of the target grid, 2 x 2 pi.*--full-resolution"):
         check_objects([empty, tiny], plain)
-    check_objects([empty, tiny], ExampleTransform(SMALL, 4, SIZE))
+    check_objects([empty, tiny], ExampleTransform(SMALL, 4, target_size=SIZE))
     check_objects([empty, tiny], None)
     # A random crop often misses it.
-    check_objects([tiny], ExampleTransform(SMALL, 4, SIDE, scale_range=(4, 4)))
+    check_objects([tiny], ExampleTransform(SMALL, 4, target_size=SIDE, scale_range=(4, 4)))
     source = Read([empty] * 5000)
     with pytest.warns(UserWarning, match=r"none of the 1000 images.* \(the other 4000 were not"):
         check_objects(source, None)
