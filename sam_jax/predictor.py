@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
-from sam_jax.arrays import Device, as_numpy, is_array
+from sam_jax.arrays import ArrayLike, Device, as_numpy, is_array
 from sam_jax.errors import NonFiniteError
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
@@ -123,7 +123,7 @@ class SamPredictor(WithAdvice):
         """Meta's way to resize images and to scale coordinates for `predict_torch`."""
         return Transform(self.processor)
 
-    def set_image_embedding(self, embedding: Any, original_size: Any) -> None:
+    def set_image_embedding(self, embedding: ArrayLike, original_size: ArrayLike) -> None:
         """Sets a picture by its embedding instead of computing it.
 
         Args:
@@ -139,7 +139,7 @@ class SamPredictor(WithAdvice):
         self._set_features(embedding[None].astype(self._dtype))
         self.original_size = size
 
-    def _set_features(self, features: Any) -> None:
+    def _set_features(self, features: np.ndarray | jax.Array) -> None:
         # Wherever they come from, of one kind, for which `decode` is compiled once.
         self._features = jax.device_put(features, self.device)
 
@@ -165,10 +165,10 @@ class SamPredictor(WithAdvice):
 
     def predict(
         self,
-        point_coords: Any = None,
-        point_labels: Any = None,
-        box: Any = None,
-        mask_input: Any = None,
+        point_coords: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
+        box: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
@@ -216,11 +216,11 @@ class SamPredictor(WithAdvice):
 
     def predict_batch(
         self,
-        point_coords: Any = None,
-        point_labels: Any = None,
+        point_coords: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
         *,
-        boxes: Any = None,
-        mask_input: Any = None,
+        boxes: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
@@ -247,10 +247,10 @@ class SamPredictor(WithAdvice):
 
     def predict_torch(
         self,
-        point_coords: Any = None,
-        point_labels: Any = None,
-        boxes: Any = None,
-        mask_input: Any = None,
+        point_coords: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
+        boxes: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
@@ -396,12 +396,16 @@ class Transform(WithAdvice):
         """The image at the size at which the model sees it."""
         return self._processor.resize(image)
 
-    def apply_coords(self, coords: Any, original_size: Any) -> Float[np.ndarray, "*batch 2"]:
+    def apply_coords(
+        self, coords: ArrayLike, original_size: ArrayLike
+    ) -> Float[np.ndarray, "*batch 2"]:
         """(x, y) from pixels of the image to pixels of the model's input, float32."""
         (size,) = check_sizes([original_size], 1, "original_size")
         return self._processor.scale_coords(to_numbers(coords, "coords"), size)
 
-    def apply_boxes(self, boxes: Any, original_size: Any) -> Float[np.ndarray, "*batch 4"]:
+    def apply_boxes(
+        self, boxes: ArrayLike, original_size: ArrayLike
+    ) -> Float[np.ndarray, "*batch 4"]:
         """x0, y0, x1, y1 likewise."""
         boxes = to_numbers(boxes, "boxes")
         return self.apply_coords(boxes.reshape(-1, 2, 2), original_size).reshape(boxes.shape)

@@ -7,18 +7,17 @@ The surface is that of `transformers.SamProcessor`; what Meta's `ResizeLongestSi
 import os
 import reprlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
-from sam_jax.arrays import Device, as_numpy
+from sam_jax.arrays import ArrayLike, Device, PromptsLike, as_numpy
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
-from sam_jax.image import ImageInput, load_image
+from sam_jax.image import ImageInput, image_list, load_image
 from sam_jax.ops.prompts import (
     PADDING,
     count_bucket,
@@ -75,10 +74,10 @@ class SamProcessor(WithAdvice):
     def __call__(
         self,
         images: ImageInput | Sequence[ImageInput],
-        segmentation_maps: Any = None,
-        input_points: Any = None,
-        input_labels: Any = None,
-        input_boxes: Any = None,
+        segmentation_maps: ArrayLike | None = None,
+        input_points: PromptsLike | None = None,
+        input_labels: PromptsLike | None = None,
+        input_boxes: PromptsLike | None = None,
         return_tensors: str | None = None,
     ) -> "SamInputs":
         """Arrays for `model(**inputs)`, all numpy; B images, P prompts each, N points each.
@@ -116,11 +115,9 @@ class SamProcessor(WithAdvice):
                 f"return_tensors is {return_tensors!r}, expected 'np' or nothing: the arrays are "
                 "numpy's, which the model takes"
             )
-        if not isinstance(images, (list, tuple)):
-            images = [images]
-        if not images:
+        arrays = [load_image(image) for image in image_list(images)]
+        if not arrays:
             raise ValueError("images is an empty list, expected at least one picture")
-        arrays = [load_image(image) for image in images]
         sizes = [array.shape[:2] for array in arrays]
         result = SamInputs(
             pixel_values=np.stack([self.preprocess(array) for array in arrays]),
@@ -158,7 +155,7 @@ class SamProcessor(WithAdvice):
             result["labels"] = self._segmentation_labels(segmentation_maps, sizes)
         return result
 
-    def input_size(self, original_size: Any) -> tuple[int, int]:
+    def input_size(self, original_size: ArrayLike) -> tuple[int, int]:
         """(h, w) of a picture of that (h, w) once it is resized to the model's image size.
 
         Raises:
@@ -176,7 +173,9 @@ class SamProcessor(WithAdvice):
         # At least a pixel, so that a hair-thin picture does not vanish.
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
-    def scale_coords(self, coords: Any, original_size: Any) -> Float[np.ndarray, "*batch 2"]:
+    def scale_coords(
+        self, coords: ArrayLike, original_size: ArrayLike
+    ) -> Float[np.ndarray, "*batch 2"]:
         """(x, y) in pixels of a picture of (h, w) -> in pixels of the model's input; float32.
 
         Raises:
@@ -216,9 +215,9 @@ class SamProcessor(WithAdvice):
     @with_advice
     def post_process_masks(
         self,
-        masks: Any,
-        original_sizes: Any,
-        reshaped_input_sizes: Any,
+        masks: ArrayLike,
+        original_sizes: ArrayLike,
+        reshaped_input_sizes: ArrayLike,
         mask_threshold: float | None = None,
         binarize: bool = True,
     ) -> list[np.ndarray]:
@@ -296,7 +295,7 @@ class SamProcessor(WithAdvice):
         # A copy, which may be written to and holds no padding in memory.
         return np.array(jax.device_get(full)[: len(masks), :height, :width])
 
-    def mask_to_logits(self, mask: Any) -> Float[np.ndarray, "*batch 1 side side"]:
+    def mask_to_logits(self, mask: ArrayLike) -> Float[np.ndarray, "*batch 1 side side"]:
         """A mask of the image's size as low-resolution logits, to be a prompt.
 
         `predictor.predict(mask_input=processor.mask_to_logits(mask))`. The mask is resized and

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from PIL import Image
 
-from sam_jax.arrays import is_array
+from sam_jax.arrays import ArrayLike, is_array
 from sam_jax.automatic.device import (
     Frame,
     Measured,
@@ -174,7 +174,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
 
     def generate_from_embedding(
         self,
-        embedding: Any,
+        embedding: ArrayLike,
         original_size: tuple[int, int],
         *,
         on_batch: Callable[[int, int], None] | None = None,

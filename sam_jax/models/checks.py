@@ -1,6 +1,6 @@
 """What the model refuses, with a message that says what was expected."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,12 @@ def guidance_shape(config: SamConfig, points: int) -> tuple[int, int, int]:
     return decoder.num_heads, tokens, grid * grid
 
 
+@overload
+def check_shape(name: str, array: Array, expected: tuple[Any, ...], hint: str = "") -> Array: ...
+@overload
+def check_shape(
+    name: str, array: Any, expected: tuple[Any, ...], hint: str = ""
+) -> np.ndarray | Array: ...
 def check_shape(
     name: str, array: Any, expected: tuple[Any, ...], hint: str = ""
 ) -> np.ndarray | Array:

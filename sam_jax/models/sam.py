@@ -113,7 +113,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
         pixel_values = check_shape("pixel_values", pixel_values, (None, size, size, 3))
         if drop_path_rate == 0:
             return self.image_encoder(pixel_values, remat=remat)
-        if not isinstance(self.config.image_encoder, ViTConfig) or keys is None:
+        if not isinstance(self.image_encoder, ImageEncoderViT) or keys is None:
             raise ValueError(
                 f"drop_path_rate is {drop_path_rate}, which needs a ViT encoder and keys"
             )

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sam_jax.config import SamConfig
+from sam_jax.config import SamConfig, TinyViTConfig
 from sam_jax.idioms import WithAdvice
 from sam_jax.models.layers import (
     Buffer,
@@ -43,6 +43,7 @@ class TinyViT(WithAdvice, nnx.Module):
 
     def __init__(self, config: SamConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         tiny = config.image_encoder
+        assert isinstance(tiny, TinyViTConfig)
         dims = tiny.embed_dims
         self.patch_embed = PatchEmbed(dims[0], tiny.stem_stride, dtype=dtype, rngs=rngs)
         self.layers = nnx.List()
@@ -346,7 +347,7 @@ class Attention(nnx.Module):
         self.window = window
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        grid, window, c = x.shape[1:3], self.window, x.shape[-1]
+        grid, window, c = (x.shape[1], x.shape[2]), self.window, x.shape[-1]
         n, heads = window * window, self.attention_biases.shape[0]
         # The reference pads with zeros before the norm, which makes its bias of them.
         padding = self.qkv(self.norm(jnp.zeros(c, x.dtype)))
