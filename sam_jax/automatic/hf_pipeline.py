@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
@@ -84,6 +84,10 @@ class MaskGenerationPipeline(WithAdvice):
         self.model = model
         self.options = options
 
+    @overload
+    def __call__(self, image: ImageInput, **options: Any) -> dict[str, Any]: ...
+    @overload
+    def __call__(self, image: Sequence[ImageInput], **options: Any) -> list[dict[str, Any]]: ...
     def __call__(
         self, image: ImageInput | Sequence[ImageInput], **options: Any
     ) -> dict[str, Any] | list[dict[str, Any]]:

@@ -25,8 +25,8 @@ def generate_with_ray(
     options: MaskGenerationOptions,
     pictures: Sequence[Path],
     results: Results,
-    on_image: Callable[[], None],
-    on_failure: Callable[[Path, str], None],
+    on_image: Callable[[], object],
+    on_failure: Callable[[Path, str], object],
 ) -> None:
     """`generate_folder` on the machines of a Ray cluster, which must all see the same folders.
 

@@ -39,7 +39,7 @@ class CachedEmbeddings:
         model: Sam,
         *,
         folder: str | Path,
-        on_image: Callable[[], None] = lambda: None,
+        on_image: Callable[[], object] = lambda: None,
     ):
         self.source = source
         self.folder = Path(folder) / _encoder_key(model)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class MetricsLog:
         self._pictures = path.with_name("pictures")
         self._board = SummaryWriter(str(path.with_name("tensorboard")), purge_step=first)
 
-    def write(self, step: int, values: dict[str, float | None], *, show: bool = False) -> None:
+    def write(self, step: int, values: Mapping[str, float | None], *, show: bool = False) -> None:
         """One step's values, also printed if asked; they are on disk when this returns.
 
         JSON has neither NaN nor infinity: they are null, as is what a step does not have (None).
