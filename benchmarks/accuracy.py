@@ -11,9 +11,7 @@ ViT-H has a random image encoder: see `benchmarks.common.model_of`.
 
 import argparse
 import itertools
-import os
 import sys
-from importlib.metadata import version
 
 import jax
 import numpy as np
@@ -21,9 +19,11 @@ import numpy as np
 from benchmarks.common import (
     RANDOM_ENCODER,
     VITS,
+    Table,
     chosen_photos,
-    cpu_name,
     find_device,
+    machine_line,
+    machine_slug,
     model_of,
     reason,
 )
@@ -84,9 +84,9 @@ def main() -> None:
     args = parser.parse_args()
     chosen = chosen_photos(parser, args.photos)
 
-    device = find_device().device_kind
-    print(f"{device}, {os.cpu_count()} cores, {cpu_name()}; jax {version('jax')}\n")
-    print(f"| {' | '.join(COLUMNS)} |\n|---|---|---|---|{'---:|' * (len(COLUMNS) - 4)}", flush=True)
+    device = find_device()
+    machine = f"{device.device_kind}, {machine_line()}"
+    table = Table("Accuracy of low precision", COLUMNS, machine, machine_slug(device), texts=4)
     failed = False
     for name in args.models:
         is_vit = name != "mobile_sam"
@@ -103,7 +103,7 @@ def main() -> None:
                     # An attention that is asked for may be unable to run here.
                     failed |= named is None or isinstance(error, FloatingPointError)
                     cells += [reason(error)] + [""] * (len(COLUMNS) - len(cells) - 1)
-                print(f"| {' | '.join(cells)} |", flush=True)
+                table.add(cells)
     sys.exit(failed)
 
 

@@ -1,12 +1,16 @@
 """What several benchmarks share: photos, models, and how results are timed and compared."""
 
 import argparse
+import datetime
 import functools
 import os
 import platform
 import re
+import shlex
 import sys
 import time
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from sam_jax.config import vit_b, vit_h, vit_l
 from sam_jax.models.sam import Sam
 from sam_jax.ops import attention
 
+RESULTS = Path(__file__).parent / "results"
 VITS = {"vit_b": vit_b, "vit_l": vit_l, "vit_h": vit_h}
 # For a random image encoder: what the decoder finds in noise scores lower than objects do.
 RANDOM_ENCODER = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.7}
@@ -128,6 +133,76 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search("model name\\s*: (.*)", info.read_text()) if info.exists() else None
     return found[1] if found else platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """The vector and matrix extensions that set a CPU's speed, where the system says (Linux)."""
+    info = Path("/proc/cpuinfo")
+    found = re.search("flags\\s*: (.*)", info.read_text()) if info.exists() else None
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+    return [flag for flag in known if found and flag in found[1].split()]
+
+
+def machine_slug(device: jax.Device | None = None) -> str:
+    """What the results file is named after: "2-core-avx512", or the name of the device."""
+    if device is not None and device.platform != "cpu":
+        return re.sub(r"\W+", "-", device.device_kind.lower()).strip("-")
+    vectors = {"amx_tile": "amx", "avx512f": "avx512", "avx2": "avx2"}
+    fastest = next((vectors[f] for f in vectors if f in cpu_features()), platform.machine())
+    return f"{os.cpu_count()}-core-{fastest}"
+
+
+def machine_line(packages: Sequence[str] = ("jax",), rate: float | None = None) -> str:
+    """CPU, versions, and the rate of a large matrix product (in FLOP/s) if it was measured."""
+    features = f" ({', '.join(cpu_features())})" if cpu_features() else ""
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    line = f"{os.cpu_count()} cores, {cpu_name()}{features}; Python {platform.python_version()}, "
+    return line + versions + (f"; {rate / 1e9:.0f} GFLOP/s" if rate else "")
+
+
+class Table:
+    """A table that is printed and appended to the results file row by row, as rows are measured.
+
+    Args:
+        heading: the question that the table answers.
+        columns: names of the columns.
+        machine: what it was measured on, such as a `machine_line`.
+        slug: names the results file; None for that of this machine's CPU.
+        texts: how many of the first columns hold text, not numbers.
+    """
+
+    def __init__(
+        self,
+        heading: str,
+        columns: Sequence[str],
+        machine: str,
+        slug: str | None = None,
+        texts: int = 1,
+    ):
+        today = datetime.date.today()
+        self.path = RESULTS / f"{today}-{slug or machine_slug()}.md"
+        self.columns = columns
+        arguments = shlex.join(sys.argv[1:])
+        command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {arguments}".strip()
+        rule = "---|" * texts + "---:|" * (len(columns) - texts)
+        self._head = (
+            f"\n## {heading}\n\n`{command}`, {today}, {machine}\n\n"
+            f"| {' | '.join(columns)} |\n|{rule}\n"
+        )
+
+    def add(self, cells: Sequence[str] | dict[str, str]) -> None:
+        """Prints and appends a row; the first one is preceded by the table's head."""
+        if isinstance(cells, dict):
+            cells = [cells.get(column, "") for column in self.columns]
+        text = f"{self._head}| {' | '.join(map(str, cells))} |"
+        self._head = ""
+        print(text, flush=True)
+        self.path.parent.mkdir(exist_ok=True)
+        if not self.path.exists():
+            title = self.path.stem
+            self.path.write_text(f"# {title}\n\nWritten by the scripts of `benchmarks/`.\n")
+        with self.path.open("a") as file:
+            file.write(f"{text}\n")
 
 
 def timed(function, *args) -> tuple[Any, float]:

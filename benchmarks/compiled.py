@@ -30,7 +30,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.common import VITS, check_at_least_one
+from benchmarks.common import VITS, Table, check_at_least_one
 from sam_jax.automatic.device import Frame, Points, measure, points_at_once, size_to_pad_to
 from sam_jax.models.compiled import decode, encode_image
 from sam_jax.models.sam import Sam
@@ -202,7 +202,8 @@ def main() -> None:
     args = parser.parse_args()
     check_at_least_one(parser, batch=args.batch)
     mesh = h100()
-    print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", flush=True)
+    machine = f"compiled for an H100 and not run, jax {jax.__version__}"
+    table = Table("What XLA compiles", COLUMNS, machine, "compiled-for-h100", texts=2)
     for name in args.models:
         config = VITS[name]()
         heads = config.image_encoder.num_heads
@@ -220,7 +221,7 @@ def main() -> None:
                     "Temporaries": f"{temporaries / 1e9:.2f} GB",
                     **look(program.as_text(), args.batch * heads * 4096**2),
                 }
-                print(f"| {' | '.join(row[c] for c in COLUMNS)} |", flush=True)
+                table.add(row)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@ Needs Linux (it samples /proc), 12 GB of disk in the temporary folder and a few 
 """
 
 import argparse
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common import Table, machine_line
 from sam_jax.checkpoints.names import to_torch
 from sam_jax.checkpoints.params import param_shapes
 from sam_jax.checkpoints.tensor_files import read_tensors
@@ -89,17 +87,17 @@ def check_identical(path: Path, other: Path) -> None:
 
 
 def print_table(size: int, peaks: dict[str, Peak]) -> None:
-    versions = ", ".join(f"{p} {version(p)}" for p in ("jax", "orbax-checkpoint", "tensorstore"))
-    print(f"\nPython {platform.python_version()}, {versions}")
-    print(f"{os.cpu_count()}-core {platform.machine()} CPU; the file has {size / 1e9:.3f} GB\n")
-    print("| Step | Peak memory | / file | Of its own | Mapped files | Time |")
-    print("|---|---:|---:|---:|---:|---:|")
+    machine = machine_line(("jax", "orbax-checkpoint", "tensorstore"))
+    columns = ("Step", "Peak memory", "/ file", "Of its own", "Mapped files", "Time")
+    table = Table(
+        f"Memory of converting a ViT-H checkpoint of {size / 1e9:.3f} GB", columns, machine
+    )
     for step, peak in peaks.items():
-        total, anonymous, file = (n / 1e9 for n in (peak.total, peak.anonymous, peak.file))
-        print(
-            f"| {step} | {total:.2f} GB | {peak.total / size:.2f} | {anonymous:.2f} GB "
-            f"| {file:.2f} GB | {peak.seconds:.0f} s |"
+        total, anonymous, file = (
+            f"{n / 1e9:.2f} GB" for n in (peak.total, peak.anonymous, peak.file)
         )
+        share, seconds = f"{peak.total / size:.2f}", f"{peak.seconds:.0f} s"
+        table.add([step, total, share, anonymous, file, seconds])
 
 
 def main() -> None:

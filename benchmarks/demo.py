@@ -22,6 +22,8 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
+from benchmarks.common import Table, machine_line
+
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 from browser import Page, open_browser, running_demo
 from visitor import Visitor
@@ -45,8 +47,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, begin = Path(name), time.perf_counter()
         with running_demo(folder) as address, open_browser(folder) as browser:
-            print(f"The server took {time.perf_counter() - begin:.0f} s to start.\n")
-            print(f"| {' | '.join(COLUMNS)} |\n|---|{'---:|' * (len(COLUMNS) - 1)}", flush=True)
+            started = f"; the server took {time.perf_counter() - begin:.0f} s to start"
+            table = Table("Waiting on the demo page", COLUMNS, machine_line() + started)
             for megapixels, load in PHOTOS.items():
                 path = folder / f"{megapixels}.jpg"
                 Image.fromarray(load()).resize(size(load(), float(megapixels))).save(path)
@@ -54,8 +56,8 @@ def main() -> None:
                     with others as beside:
                         opened, clicks = visit(Page(browser, address, folder), path)
                     cells = statistics.median(clicks), min(clicks), max(clicks)
-                    cells = " | ".join(f"{seconds:.2f} s" for seconds in (opened, *cells))
-                    print(f"| {megapixels} megapixels{beside or ''} | {cells} |", flush=True)
+                    cells = [f"{seconds:.2f} s" for seconds in (opened, *cells)]
+                    table.add([f"{megapixels} megapixels{beside or ''}", *cells])
 
 
 @contextlib.contextmanager
@@ -70,7 +72,7 @@ def everything(address: str, path: Path) -> Iterator[str]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    yield ", beside everything mode"
+    yield ", during everything mode"
     ended.set()
     while thread.is_alive():
         other.post("undo")  # which ends it

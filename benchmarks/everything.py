@@ -15,20 +15,21 @@ pixel of them may differ.
 """
 
 import argparse
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from benchmarks.common import (
     RANDOM_ENCODER,
+    Table,
     check_at_least_one,
     chosen_photos,
     compare,
+    find_device,
     in_pytorch,
+    machine_line,
+    machine_slug,
     matrix_rate,
     model_of,
     photos,
@@ -39,6 +40,10 @@ from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 sys.path.append(str(Path(__file__).parents[1] / "convert"))
 import torch_reference
 
+COLUMNS = (
+    *("Photo", "Masks, Meta", "sam_jax", "Worst IoU", "IoU >= 0.999", "Scores"),
+    *("Meta", "First", "sam_jax", "Ratio"),
+)
 CROPS = {"crop_n_layers": 2, "crop_n_points_downscale_factor": 2}
 
 
@@ -65,15 +70,9 @@ def main() -> None:
     warm.generate(photos()["small 226x150"])
     generator = SamAutomaticMaskGenerator(model, **options)
 
-    packages = ", ".join(f"{p} {version(p)}" for p in ("jax", "torch"))
-    print(
-        f"{jax.devices()[0].device_kind}, {platform.machine()}, Python "
-        f"{platform.python_version()}, {packages}; {matrix_rate() / 1e9:.0f} GFLOP/s\n"
-    )
-    print(
-        "| Photo | Masks, Meta | Ours | Worst IoU | IoU >= 0.999 | Scores | Meta | First | Ours "
-        "| Ratio |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
-    )
+    machine = machine_line(("jax", "torch"), matrix_rate())
+    heading = f"Everything mode and Meta's, {args.model}{', two layers of crops' * args.crops}"
+    table = Table(heading, COLUMNS, machine, machine_slug(find_device()))
     for name, photo in wanted.items():
         actual, first = timed(generator.generate, photo)
         ours = float(np.median([timed(generator.generate, photo)[1] for _ in range(args.repeat)]))
@@ -85,11 +84,12 @@ def main() -> None:
                 f"{name}: the masks differ: {len(actual)} of ours, {len(expected)} of Meta's, "
                 f"worst IoU {worst:.6f}, scores {scores:.0e}"
             )
-        print(
-            f"| {name} | {len(expected)} | {len(actual)} | {worst:.6f} "
-            f"| {(ious >= 0.999).mean():.1%} | {scores:.0e} | {theirs:.1f} s | {first:.1f} s "
-            f"| {ours:.1f} s | {theirs / ours:.1f} |",
-            flush=True,
+        table.add(
+            [
+                *(name, f"{len(expected)}", f"{len(actual)}", f"{worst:.6f}"),
+                *(f"{(ious >= 0.999).mean():.1%}", f"{scores:.0e}", f"{theirs:.1f} s"),
+                *(f"{first:.1f} s", f"{ours:.1f} s", f"{theirs / ours:.1f}"),
+            ]
         )
 
 

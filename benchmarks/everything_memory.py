@@ -7,12 +7,11 @@ Needs Linux (it reads /proc) and takes some minutes. MobileSAM, a photo of 4000 
 """
 
 import argparse
-import os
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
+
+from benchmarks.common import Table, machine_line
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -39,17 +38,14 @@ RUNS += [{"points_per_batch": 64, **CROPS}]
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    print(f"{os.cpu_count()}-core {platform.machine()} CPU, jax {version('jax')}\n")
-    print(
-        "| Points per batch | Crop layers | Masks | Peak above the model |\n|---:|---:|---:|---:|"
-    )
+    columns = ("Points per batch", "Crop layers", "Masks", "Peak above the model")
+    table = Table("Memory of everything mode", columns, machine_line(), texts=0)
     for options in RUNS:
         command = [sys.executable, "-c", SCRIPT, repr(options)]
         run = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
         masks, peak = map(int, run.stdout.split())
         layers = options.get("crop_n_layers", 0)
-        size = f"{peak / 1e9:.2f} GB"
-        print(f"| {options['points_per_batch']} | {layers} | {masks} | {size} |", flush=True)
+        table.add([options["points_per_batch"], layers, masks, f"{peak / 1e9:.2f} GB"])
 
 
 if __name__ == "__main__":

@@ -10,10 +10,7 @@ float32). Then the transformer's time for a point, with so many of them at a tim
 
 import argparse
 import functools
-import os
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +18,7 @@ import numpy as np
 import skimage.data
 from flax import nnx
 
-from benchmarks.common import timed
+from benchmarks.common import Table, machine_line, timed
 from sam_jax import SamAutomaticMaskGenerator, SamProcessor, from_pretrained
 from sam_jax.automatic.device import _attend, points_at_once
 from sam_jax.models.compiled import encode_image
@@ -114,21 +111,21 @@ def main() -> None:
         "upscaling, 1024 points": (1024 * per_upscaled, 1024 * work_upscale / rate),
         f"measuring, {passing:.1f} masks a point": (1024 * passing * per_mask, None),
     }
-    print(
-        f"{os.cpu_count()}-core {platform.machine()} CPU, jax {version('jax')}, "
-        f"{rate / 1e9:.0f} GFLOP/s; {work_point / 1e9:.2f} and {work_upscale / 1e9:.2f} GFLOP a "
-        "point for transformer and upscaling\n"
+    machine = (
+        f"{machine_line(rate=rate)} at the decoder's shape; {work_point / 1e9:.2f} and "
+        f"{work_upscale / 1e9:.2f} GFLOP a point for transformer and upscaling"
     )
-    print("| Part | Time | Floor | Ratio |\n|---|---:|---:|---:|")
+    table = Table("Where everything mode's time goes", ("Part", "Time", "Floor", "Ratio"), machine)
     rest = whole - sum(time for time, _ in parts.values())
     for name, (time, least) in {**parts, "everything else": (rest, None)}.items():
-        limit = "| | |" if least is None else f"| {least:.1f} s | {time / least:.1f} |"
-        print(f"| {name} | {time:.1f} s {limit}")
-    print(f"| the whole of `generate` | {whole:.1f} s | {floor:.1f} s | {whole / floor:.1f} |\n")
+        limit = ("", "") if least is None else (f"{least:.1f} s", f"{time / least:.1f}")
+        table.add([name, f"{time:.1f} s", *limit])
+    table.add(["all of `generate`", f"{whole:.1f} s", f"{floor:.1f} s", f"{whole / floor:.1f}"])
 
-    print("| Points at a time | Transformer, a point |\n|---:|---:|")
+    columns = ("Points at a time", "Transformer, a point")
+    table = Table("The transformer by points at a time", columns, machine_line(rate=rate), texts=0)
     for n in (1, 2, 4, 8, 16, POINTS):
-        print(f"| {n} | {1000 * per_point_of(n):.1f} ms |")
+        table.add([n, f"{1000 * per_point_of(n):.1f} ms"])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a GPU has to show, in one call: tests, accuracy, tables for benchmarks/README.md.
+# Measures everything that needs a GPU in one call: tests, accuracy and speed. Tables are appended to benchmarks/results.
 #
 #     benchmarks/gpu.sh [python [part...]]
 #

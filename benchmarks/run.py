@@ -25,7 +25,6 @@ and one that is timed, blocked until its result is there, and the median counts.
 
 import argparse
 import contextlib
-import datetime
 import gc
 import multiprocessing
 import os
@@ -35,7 +34,6 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +43,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.common import (
     VITS,
+    Table,
     check_at_least_one,
-    cpu_name,
     find_device,
+    machine_line,
+    machine_slug,
     match,
     matrix_rate,
     reason,
@@ -275,16 +275,15 @@ COLUMNS = (
 )
 
 
-def describe(dtype: str) -> str:
+def describe(dtype: str) -> tuple[str, str]:
+    """The machine in words, and what its results file is named after."""
     device = find_device()
-    names = ("jax", "torch", "transformers") if torch else ("jax",)
-    packages = ", ".join(f"{name} {version(name)}" for name in names)
-    kind = f"{os.cpu_count()} cores, {cpu_name()}"
+    packages = ("jax", "torch", "transformers") if torch else ("jax",)
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-        rate = matrix_rate(dtype) / 1e12
-    found = f"{datetime.date.today()}, {device.device_kind}, {kind}; {packages}; {dtype}"
+        rate = matrix_rate(dtype)
     alone = f"; ours alone ({ALONE})" if ALONE else ""
-    return f"{found}; {rate:.3g} TFLOP/s{alone}"
+    line = f"{device.device_kind}, {machine_line(packages, rate)}, {dtype}{alone}"
+    return line, machine_slug(device)
 
 
 def alone(function, *arguments):
@@ -316,8 +315,8 @@ def main() -> None:
     # Memory is shared with PyTorch.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     failed = False
-    print(alone(describe, args.dtype) + "\n")
-    print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", flush=True)
+    machine, slug = alone(describe, args.dtype)
+    table = Table("sam_jax and PyTorch, part by part", COLUMNS, machine, slug, texts=2)
     for name in args.models:
         for part in args.parts:
             try:
@@ -328,7 +327,7 @@ def main() -> None:
                 continue
             failed |= ours_fails(rows)
             for row in rows:
-                print(f"| {' | '.join(row.get(c, '') for c in COLUMNS)} |", flush=True)
+                table.add(row)
     sys.exit(failed)
 
 

@@ -13,12 +13,11 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 
-from benchmarks.common import cpu_name, find_device
+from benchmarks.common import Table, find_device, machine_line, machine_slug
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -78,17 +77,17 @@ def measure(dtype: str, remat: bool) -> dict:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # it is the other processes' memory
-    kind = find_device().device_kind
-    print(f"{os.cpu_count()} cores, {cpu_name()}, {kind}, jax {version('jax')}\n")
-    print("| Computation | Remat | Kept for the backward pass | Peak of the step |")
-    print("|---|---|---:|---:|")
+    device = find_device()
+    columns = ("Computation", "Remat", "Kept for the backward pass", "Peak of the step")
+    machine = f"{device.device_kind}, {machine_line()}"
+    table = Table("Memory of a training step", columns, machine, machine_slug(device), texts=2)
     for dtype in ("float32", "bfloat16"):
         for remat in (False, True):
             command = [sys.executable, "-c", SCRIPT, dtype, str(int(remat))]
             run = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(run.stdout.splitlines()[-1])
             kept, peak = (f"{found[name] / 1e9:.2f} GB" for name in ("kept", "peak"))
-            print(f"| {dtype} | {'yes' if remat else 'no'} | {kept} | {peak} |", flush=True)
+            table.add([dtype, "yes" if remat else "no", kept, peak])
 
 
 if __name__ == "__main__":

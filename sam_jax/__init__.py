@@ -7,7 +7,7 @@
     masks, scores, _ = predictor.predict(point_coords=[[450, 600]], point_labels=[1])
 
 Where to read on: `models/sam.py` for the model (and its functional way in, for research),
-`ops/` for the maths, `checkpoints/names.py` for what each weight is called elsewhere.
+`ops/` for the math, `checkpoints/names.py` for what each weight is called elsewhere.
 """
 
 import lazy_loader

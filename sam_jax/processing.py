@@ -18,6 +18,7 @@ from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
 from sam_jax.image import ImageInput, image_list, load_image
+from sam_jax.models.preprocessing import fit
 from sam_jax.ops.prompts import (
     PADDING,
     count_bucket,
@@ -162,16 +163,7 @@ class SamProcessor(WithAdvice):
             ValueError: for what is no size.
         """
         (size,) = check_sizes([original_size], 1, "original_size")
-        return self._fit(size, self.config.image_size)
-
-    def _fit(self, original_size: tuple[int, int], side: int) -> tuple[int, int]:
-        """(h, w) of a picture of that (h, w) within a square of `side`, which it may fill."""
-        if self.config.resize == "square":
-            return side, side
-        height, width = original_size
-        scale = side / max(height, width)
-        # At least a pixel, so that a hair-thin picture does not vanish.
-        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+        return fit(size, self.config.image_size, self.config)
 
     def scale_coords(
         self, coords: ArrayLike, original_size: ArrayLike
@@ -359,7 +351,7 @@ class SamProcessor(WithAdvice):
                     f"segmentation_maps[{i}] is {array.dtype} of shape {array.shape}, expected "
                     f"integers of its picture's shape {size}"
                 )
-            height, width = self._fit(size, side)
+            height, width = fit(size, side, self.config)
             resized = Image.fromarray(array.astype(np.int32)).resize(
                 (width, height), Image.Resampling.NEAREST
             )

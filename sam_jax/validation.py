@@ -9,6 +9,7 @@ from jaxtyping import Float
 from sam_jax.arrays import as_numpy
 from sam_jax.config import SamConfig
 from sam_jax.decoders import DecoderError
+from sam_jax.models.image_encoder import check_encoder
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import (
     FOREGROUND,
@@ -65,11 +66,12 @@ def check_boxes(boxes: Any, where: str) -> np.ndarray:
 
 
 def check_model(model: Any) -> None:
-    """Raises TypeError for what is no model, a checkpoint's name for one."""
+    """Raises TypeError if it is not a model, and if its image encoder cannot be called as one."""
     if not isinstance(model, Sam):
         raise TypeError(
             f"the model is {reprlib.repr(model)}, expected a Sam, as from_pretrained gives"
         )
+    check_encoder(model.image_encoder)
 
 
 def check_sizes(sizes: Any, images: int, where: str) -> list[tuple[int, int]]:

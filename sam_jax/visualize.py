@@ -11,13 +11,14 @@ from sam_jax.image import ImageInput, load_image
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.validation import check_boxes, check_points
 
+__all__ = ["COLORS", "overlay", "show_box", "show_mask", "show_points"]
+
 # matplotlib is imported by whoever has axes.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 else:
     Axes = Any
 
-# Okabe and Ito's palette, which colour-blind people can tell apart; RGB, 0 to 255.
 COLORS = (
     (0, 114, 178),
     (230, 159, 0),
@@ -27,6 +28,7 @@ COLORS = (
     (213, 94, 0),
     (240, 228, 66),
 )
+"""Okabe and Ito's palette, which color-blind people can tell apart; RGB, 0 to 255."""
 MARKS = {FOREGROUND: (40, 200, 80), BACKGROUND: (220, 50, 47)}
 ALPHA = 0.55
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 def commands():
     """Of README and of gpu.sh: modules and their arguments."""
     readme = (ROOT / "benchmarks" / "README.md").read_text()
-    found = re.findall(r"^python -m (benchmarks\.\w+)(.*)$", readme, re.MULTILINE)
+    found = re.findall(r"`python -m (benchmarks\.\w+)([^`]*)`", readme)
     script = (ROOT / "benchmarks" / "gpu.sh").read_text().replace("\\\n", " ")
     found += re.findall(r'^ +try "\$python" -m (benchmarks\.(?!run)\w+)(.*)$', script, re.MULTILINE)
     fixed = re.search(r'-m (benchmarks\.run .*) "\$@"', script)[1].removeprefix("benchmarks.run ")
@@ -48,6 +48,14 @@ def imported():
         for path in (ROOT / "benchmarks").glob("*.py"):
             importlib.import_module(f"benchmarks.{path.stem}")
         yield
+
+
+@pytest.fixture(autouse=True)
+def results(monkeypatch, tmp_path):
+    """The folder of results, so that tests write into none that is committed."""
+    common = importlib.import_module("benchmarks.common")
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    return common.RESULTS
 
 
 def test_commands_are_what_their_modules_take(monkeypatch):
@@ -159,7 +167,7 @@ def test_accuracy_of_what_fails(monkeypatch, capsys):
             accuracy.main()
         statuses.append(bool(ended.value.code))
         tables.append(
-            [r.split(" | ") for r in capsys.readouterr().out.splitlines() if "vit_b" in r]
+            [r.split(" | ") for r in capsys.readouterr().out.splitlines() if "| vit_b" in r]
         )
     assert statuses == [False, True]  # nobody has to have an attention that was asked for
     assert tables[1][0][3:5] == ["pallas", "RuntimeError: no room / at all"]
@@ -179,6 +187,51 @@ def test_compiling_for_a_gpu_without_its_packages(monkeypatch):
     with pytest.raises(SystemExit, match="takes jax-cuda12-plugin, jax-cuda12-pjrt, nvidia-cuda"):
         compiled.h100()
     assert jax.default_backend() == "cpu"
+
+
+def test_tables_are_printed_and_kept(results, monkeypatch, capsys):
+    common = importlib.import_module("benchmarks.common")
+    monkeypatch.setattr("sys.argv", ["/x/benchmarks/run.py", "--photos", "two words"])
+    machine, slug = common.machine_line(("jax",), 2e11), common.machine_slug()
+    assert re.fullmatch(r"\d+ cores, .+; Python 3\.\S+, jax \S+; 200 GFLOP/s", machine)
+    assert re.fullmatch(r"\d+-core-\w+", slug)
+    empty = common.Table("Nothing", ["What"], machine)
+    assert not empty.path.exists()
+    for heading in ("First", "Second"):
+        table = common.Table(heading, ["What", "Time", "Peak"], machine)
+        table.add(["encoder", "1 s", 2])
+        table.add({"What": "decoder", "Peak": "3"})
+    (path,) = results.iterdir()
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d-{slug}\.md", path.name)
+    text = path.read_text()
+    rows = "| What | Time | Peak |\n|---|---:|---:|\n| encoder | 1 s | 2 |\n| decoder |  | 3 |\n"
+    assert text.count(rows) == 2
+    assert (
+        f"\n## Second\n\n`python -m benchmarks.run --photos 'two words'`, {path.name[:10]}" in text
+    )
+    assert machine in text
+    assert text.endswith(capsys.readouterr().out.split("## First")[1])
+
+
+def test_a_gpu_names_its_results():
+    class Device:
+        platform, device_kind = "gpu", "NVIDIA H100 80GB HBM3"
+
+    slug = importlib.import_module("benchmarks.common").machine_slug(Device)
+    assert slug == "nvidia-h100-80gb-hbm3"
+
+
+def test_the_page_and_readme_show_the_newest_results():
+    """`docs/performance.md` and its figure are those of `benchmarks.plot`; README has the table."""
+    plot = importlib.import_module("benchmarks.plot")
+    _, found = plot.newest(ROOT / "benchmarks" / "results")
+    rows = plot.table(found).splitlines()[2:]
+    for page in ("docs/performance.md", "README.md"):
+        text = (ROOT / page).read_text()
+        assert [row for row in rows if row not in text] == [], page
+    figure = (ROOT / "docs" / "performance.svg").read_text()
+    for seconds in re.findall(r"\| [*]*([\d.]+)[*]* (?=\|)", "\n".join(rows)):
+        assert f"<!-- {seconds} s -->" in figure
 
 
 def test_each_gets_warm_in_its_turn(run):
@@ -206,7 +259,6 @@ def test_a_device_that_is_not_there(run, monkeypatch):
     def none():
         raise AssertionError
 
-    assert run.cpu_name()
     assert run.find_device() == jax.local_devices()[0]
     monkeypatch.setattr(jax, "local_devices", none)
     with pytest.raises(SystemExit, match=r"JAX finds no device \(JAX_PLATFORMS=cpu\)"):

@@ -1,7 +1,9 @@
 """What the pages of `docs/` tell to do, done."""
 
+import ast
 import dataclasses
 import importlib
+import importlib.util
 import math
 import re
 import shlex
@@ -9,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import jax
@@ -150,6 +153,93 @@ def test_options(capsys):
     for page in (*PAGES, ROOT / "README.md", ROOT / "examples" / "README.md"):
         text = "".join(re.findall(r"`[^`\n]+`", page.read_text()))
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known, page
+
+
+def public(module=sam_jax, path="sam_jax"):
+    """Paths and values of the public names: those of `__all__`, in it those of modules."""
+    for name in module.__all__:
+        value, inner = getattr(module, name), f"{path}.{name}"
+        if isinstance(value, types.ModuleType):
+            yield from public(value, inner)
+        elif name != "__version__":
+            yield inner, value
+
+
+def test_the_reference_has_the_public_names_and_no_others():
+    """Each once, by the shortest path that it is imported from."""
+    shortest = {}
+    for path, value in public():
+        known = shortest.setdefault(id(value), path)
+        shortest[id(value)] = min(known, path, key=lambda path: path.count("."))
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    documented = [
+        name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
+    ]
+    assert sorted(documented) == sorted(shortest.values())
+
+
+def test_pages_import_public_names():
+    """No page imports from where only sam_jax itself does."""
+    names = {path for path, _ in public()}
+    known = names | {name.rpartition(".")[0] for name in names}
+    pages = (*PAGES, *(ROOT / "docs").glob("design/*.md"), ROOT / "README.md")
+    for page in pages:
+        for block in blocks(page.read_text(), "python"):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom):
+                    imported = [f"{node.module}.{alias.name}" for alias in node.names]
+                elif isinstance(node, ast.Import):
+                    imported = [alias.name for alias in node.names]
+                else:
+                    continue
+                ours = {name for name in imported if name.split(".")[0] == "sam_jax"}
+                assert ours <= known, page
+        # Names in the text, such as `sam_jax.training.add_lora`.
+        for name in re.findall(r"`(sam_jax(?:\.\w+)+)\b", page.read_text()):
+            assert name in known, f"{page}: {name}"
+
+
+def test_links_between_folders():
+    """Links out of `docs/`, which GitHub and, by `docs/hooks.py`, the site follow."""
+    pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")]
+    for page in pages:
+        for path in re.findall(r"\]\((\.\./[^)#]+)", page.read_text()):
+            assert (page.parent / path).exists(), f"{page}: {path}"
+        assert not re.search(r"\]\((?:examples|benchmarks)/", page.read_text()), page
+
+
+def test_pages_say_what_they_are_for():
+    """In their first sentence; a page is one of the site's navigation."""
+    nav = (ROOT / "mkdocs.yml").read_text()
+    pages = [*PAGES, *(ROOT / "docs").glob("*/*.md")]
+    for page in pages:
+        name = str(page.relative_to(ROOT / "docs"))
+        assert f": {name}\n" in nav, name
+        title, _, sentence, *_ = page.read_text().splitlines()
+        assert title.startswith("# "), name
+        assert sentence.startswith("This page "), name
+
+
+def test_help_on_the_site():
+    """It has every option of the parser, in 80 columns, and no None."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    text = (ROOT / "docs" / "commands.md").read_text()
+    markers = re.findall(r"<!-- options of (\S+):(\S+) as .+ -->", text)
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="commands.md"))
+    shown = blocks(hooks.on_page_markdown(text, page), "text")
+    assert len(shown) == len(markers) == 8
+    for help_text, (module, name) in zip(shown, markers, strict=True):
+        assert max(map(len, help_text.splitlines())) <= 80
+        assert "None)" not in help_text
+        assert "{None" not in help_text
+        config = getattr(importlib.import_module(module), name)
+        for field in dataclasses.fields(config):
+            option = field.name.replace("_", "-")
+            nested = dataclasses.is_dataclass(field.type) or field.name in ("recipe", "optimizer")
+            if not nested and "Suppress" not in str(field.type):
+                assert re.search(rf"--{option}\b|^  \S*(?:PATH|STR)\b", help_text, re.MULTILINE)
 
 
 def test_parameters_of_each_part():

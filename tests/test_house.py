@@ -98,10 +98,10 @@ def test_public_names():
 # By position: the arguments of Meta's and Hugging Face's API, and arrays that `jax.jit`, `jax.grad`
 # and `jax.vmap` number.
 POSITIONAL = {
-    *("Sam.decode", "SamAutomaticMaskGenerator", "SamPredictor.predict", "join_prompts"),
-    *("SamPredictor.predict_torch", "SamProcessor.__call__", "SamProcessor.post_process_masks"),
-    *("MaskGenerationOptions", "batch_losses", "interactive_losses", "train_step"),
-    "show_points",
+    *("Sam.decode", "Sam.decoder_attention", "SamPredictor.predict", "SamPredictor.predict_torch"),
+    *("SamProcessor.__call__", "SamProcessor.post_process_masks", "SamAutomaticMaskGenerator"),
+    *("MaskGenerationOptions", "show_points", "join_prompts", "batch_losses"),
+    *("interactive_losses", "train_step"),
 }
 PUBLIC = ("", ".training", ".training.sharding", ".training.checkpointing", ".checkpoints")
 PUBLIC += (".automatic", ".evaluation", ".export", ".visualize")

@@ -77,12 +77,14 @@ def test_decoder(model, with_masks):
     graphdef, params = nnx.split(model)
     grid, side = model.config.image_embedding_size, model.config.mask_size
     exported = lowered(
-        lambda params, *arrays: nnx.merge(graphdef, params).decode(*arrays, prompts_chunk_size=4),
+        lambda params, masks, *arrays: nnx.merge(graphdef, params).decode(
+            *arrays, masks=masks, prompts_chunk_size=4
+        ),
         params,
+        shape(1, 4, side, side) if with_masks else None,
         shape(1, grid, grid, model.config.prompt_embed_dim),
         shape(1, 4, 3, 2),
         shape(1, 4, 3, dtype=jnp.int32),
-        shape(1, 4, side, side) if with_masks else None,
     )
     assert exported.out_avals[0].shape == (1, 4, 3, side, side)
 

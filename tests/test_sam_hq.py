@@ -172,7 +172,7 @@ def test_gradients_are_the_originals(original, model):
     @jax.grad
     def gradient(params):
         sam = nnx.merge(graphdef, params, rest)
-        masks, scores = sam.decode(sam.encode_image(pixels), points, labels, None, None)
+        masks, scores = sam.decode(sam.encode_image(pixels), points, labels, multimask_output=None)
         return (masks[0] * weights).sum() + scores.sum()
 
     found = flat_params(nnx.merge(graphdef, gradient(params), rest))

@@ -50,7 +50,7 @@ class Measured(NamedTuple):
 def points_at_once(points_per_batch: int, platform: str) -> AtOnce:
     """How many of each are computed together on a platform."""
     if platform == "cpu":
-        # What two points need stays in a CPU's cache; measured in benchmarks/README.md.
+        # What two points need stays in a CPU's cache (docs/design/everything-mode.md).
         return AtOnce(2, 1, 1, 64)
     return AtOnce(points_per_batch, -(-points_per_batch // 4), 3, 256)
 

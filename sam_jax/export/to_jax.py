@@ -95,7 +95,7 @@ def export_jax(
 
     def decode(params, embeddings, points, labels, masks=None):
         sam = with_params(model, params.__getitem__)
-        return sam.decode(embeddings, points, labels, masks, None)
+        return tuple(sam.decode(embeddings, points, labels, masks=masks, multimask_output=None))
 
     programs = {
         "encoder": (encode, (pixels,)),

@@ -17,21 +17,79 @@ from sam_jax.ops.prompts import (
     concrete,
 )
 
-JOIN_HINT = "join_prompts(points, labels, boxes) of sam_jax.ops.prompts makes points and labels"
+JOIN_HINT = "sam_jax.join_prompts(points, labels, boxes) makes points and labels"
 
 
 class Prompts(NamedTuple):
-    """Prompts as the model takes them; leading axes are images, then prompts."""
+    """Prompts as the model takes them; leading axes are images, then prompts.
 
-    points: Float[Array, "b p n 2"]
-    labels: Int[Array, "b p n"]
-    masks: Float[Array, "b #p 4*g 4*g"] | None  # one for each prompt, or for each image
-    attention_similarity: Float[Array, "b p #heads #t g*g"] | None
-    target_embedding: Float[Array, "b p #t c"] | None
+    Of masks and dense embeddings there is one for each prompt, or one for each image.
+    """
+
+    points: Float[Array, "b p n 2"] | None = None
+    labels: Int[Array, "b p n"] | None = None
+    masks: Float[Array, "b #p 4*g 4*g"] | None = None
+    sparse_embeddings: Float[Array, "b p s c"] | None = None
+    dense_embeddings: Float[Array, "b #p g g c"] | None = None
+    attention_similarity: Float[Array, "b p #heads #t g*g"] | None = None
+    target_embedding: Float[Array, "b p #t c"] | None = None
+
+    @property
+    def count(self) -> int:
+        """How many prompts each image has."""
+        tokens = self.sparse_embeddings if self.labels is None else self.labels
+        assert tokens is not None  # as `check_prompts` made sure
+        return tokens.shape[1]
 
 
-def check_prompts(config: SamConfig, images, points, labels, masks, similarity, target) -> Prompts:
-    """The prompts of `Sam.decode` for so many images, as arrays of numpy or JAX."""
+def check_prompts(config: SamConfig, images: int, prompts: Prompts) -> Prompts:
+    """The prompts of `Sam.decode` for so many images, as arrays of JAX."""
+    points, labels, masks, sparse, dense, similarity, target = prompts
+    tokens, count = 0, None
+    if (points is None) != (labels is None):
+        raise ValueError(f"points and labels belong together; {JOIN_HINT}")
+    if points is not None:
+        points, labels = _check_points(images, points, labels)
+        _, count, tokens = labels.shape
+    if sparse is not None:
+        shape = images, count, None, config.prompt_embed_dim
+        sparse = _check_floats("sparse_embeddings", sparse, shape)
+        count, tokens = sparse.shape[1], tokens + sparse.shape[2]
+    if count is None:
+        raise ValueError(
+            "there are neither points nor sparse_embeddings; for a mask alone, give one point "
+            "(0, 0) with label -10, which is padding"
+        )
+    if masks is not None and dense is not None:
+        raise ValueError(
+            "masks and dense_embeddings are both given, but the embeddings take the place of the "
+            "masks'; leave one out"
+        )
+    if masks is not None:
+        shape = images, None, config.mask_size, config.mask_size
+        masks = check_shape("masks", masks, shape, MASK_HINT)
+        check_logits(masks, "masks")
+        masks = _check_count("masks", to_device(masks), count)
+    if dense is not None:
+        grid = config.image_embedding_size
+        shape = images, None, grid, grid, config.prompt_embed_dim
+        dense = _check_floats("dense_embeddings", dense, shape)
+        dense = _check_count("dense_embeddings", dense, count)
+    if similarity is not None:
+        heads, tokens_in_all, pixels = guidance_shape(config, tokens)
+        shape = images, count, None, None, pixels
+        similarity = check_shape("attention_similarity", similarity, shape)
+        shape = images, count, heads, tokens_in_all, pixels
+        similarity = check_broadcast("attention_similarity", similarity, shape)
+    if target is not None:
+        _, tokens_in_all, _ = guidance_shape(config, tokens)
+        shape = images, count, None, config.prompt_embed_dim
+        target = check_shape("target_embedding", target, shape)
+        target = check_broadcast("target_embedding", target, (*shape[:2], tokens_in_all, shape[3]))
+    return Prompts(points, labels, masks, sparse, dense, similarity, target)
+
+
+def _check_points(images, points, labels):
     points = check_shape("points", points, (images, None, None, 2), JOIN_HINT)
     labels = check_shape("labels", labels, points.shape[:-1], JOIN_HINT)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -39,35 +97,47 @@ def check_prompts(config: SamConfig, images, points, labels, masks, similarity, 
     if not jnp.isdtype(points.dtype, ("real floating", "integral")):
         raise TypeError(f"points are {points.dtype}, expected floats; {JOIN_HINT}")
     check_joined(concrete(points), concrete(labels))
-    points, labels = to_device(points, jnp.float32), to_device(labels, jnp.int32)
-    prompts, side = points.shape[1], config.mask_size
-    if masks is not None:
-        masks = check_shape("masks", masks, (images, None, side, side), MASK_HINT)
-        check_logits(masks, "masks")
-        masks = to_device(masks)
-        if masks.shape[1] not in (1, prompts):
-            raise ValueError(
-                f"masks have shape {masks.shape}: expected one per image, or one for each of "
-                f"its {prompts} prompts"
-            )
-    if similarity is not None:
-        heads, tokens, pixels = guidance_shape(config, points.shape[2])
-        shape = images, prompts, None, None, pixels
-        similarity = check_shape("attention_similarity", similarity, shape)
-        shape = images, prompts, heads, tokens, pixels
-        similarity = check_broadcast("attention_similarity", similarity, shape)
-    if target is not None:
-        _, tokens, _ = guidance_shape(config, points.shape[2])
-        shape = images, prompts, None, config.prompt_embed_dim
-        target = check_shape("target_embedding", target, shape)
-        target = check_broadcast("target_embedding", target, (*shape[:2], tokens, shape[3]))
-    return Prompts(points, labels, masks, similarity, target)
+    return to_device(points, jnp.float32), to_device(labels, jnp.int32)
 
 
-def guidance_shape(config: SamConfig, points: int) -> tuple[int, int, int]:
-    """PerSAM's heads, tokens and pixels for so many points, a box's corners included."""
+def _check_floats(name, array, shape):
+    array = check_shape(name, array, shape)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} are {array.dtype}, expected floats")
+    return to_device(array)
+
+
+def _check_count(name, array, prompts):
+    if array.shape[1] not in (1, prompts):
+        raise ValueError(
+            f"{name} have shape {array.shape}: expected one per image, or one for each of "
+            f"its {prompts} prompts"
+        )
+    return array
+
+
+def check_pixels(config: SamConfig, pixel_values: Any) -> Array:
+    """The pixels of `Sam.encode_image`."""
+    size = config.image_size
+    pixel_values = check_shape("pixel_values", pixel_values, (None, size, size, 3))
+    if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
+        raise TypeError(
+            f"pixel_values are {pixel_values.dtype}, expected floats, normalized as by "
+            "SamProcessor or sam_jax.preprocess"
+        )
+    return to_device(pixel_values)
+
+
+def check_embeddings(config: SamConfig, image_embeddings: Any) -> Array:
+    """The image embeddings of `Sam.decode`."""
+    grid, channels = config.image_embedding_size, config.image_embedding_channels
+    return _check_floats("image_embeddings", image_embeddings, (None, grid, grid, channels))
+
+
+def guidance_shape(config: SamConfig, prompt_tokens: int) -> tuple[int, int, int]:
+    """PerSAM's heads, tokens and pixels for a prompt of so many tokens."""
     decoder, grid = config.mask_decoder, config.image_embedding_size
-    tokens = 1 + (decoder.num_multimask_outputs + 1) + config.hq + points
+    tokens = 1 + (decoder.num_multimask_outputs + 1) + config.hq + prompt_tokens
     return decoder.num_heads, tokens, grid * grid
 
 

@@ -12,7 +12,13 @@ from jaxtyping import Array, Float
 from sam_jax.arrays import AnyArray, as_array
 from sam_jax.config import SamConfig
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
-from sam_jax.models.checks import check_broadcast, check_shape, guidance_shape, to_device
+from sam_jax.models.checks import (
+    check_broadcast,
+    check_pixels,
+    check_shape,
+    guidance_shape,
+    to_device,
+)
 from sam_jax.models.compiled import (
     chunk_size_for,
     decode,
@@ -149,7 +155,7 @@ class HuggingFaceAPI(WithAdvice):
         graphdef, params = nnx.split(self)
         embeddings: Array
         if image_embeddings is None:
-            embeddings = encode_image(graphdef, params, to_device(pixel_values))
+            embeddings = encode_image(graphdef, params, pixel_values)
         else:
             embeddings = jnp.moveaxis(to_device(image_embeddings), 1, -1)
         batch = embeddings.shape[0]
@@ -196,7 +202,7 @@ class HuggingFaceAPI(WithAdvice):
             TypeError: for what is no array of floats.
             ValueError: for pixels of another shape.
         """
-        pixel_values = to_device(self._check_pixels(pixel_values))
+        pixel_values = self._check_pixels(pixel_values)
         return jnp.moveaxis(encode_image(*nnx.split(self), pixel_values), -1, 1)
 
     def get_prompt_embeddings(
@@ -232,7 +238,6 @@ class HuggingFaceAPI(WithAdvice):
         return encode_positions(*nnx.split(self))
 
     def _check_pixels(self, pixel_values):
-        size = self.config.image_size
         if isinstance(pixel_values, (list, tuple)) and all(
             isinstance(image, dict) for image in pixel_values
         ):
@@ -241,13 +246,7 @@ class HuggingFaceAPI(WithAdvice):
                 "call model(**processor(images, input_points=..., input_boxes=...)), then "
                 "processor.post_process_masks"
             )
-        pixel_values = check_shape("pixel_values", pixel_values, (None, size, size, 3))
-        if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
-            raise TypeError(
-                f"pixel_values are {pixel_values.dtype}, expected floats, normalised as by "
-                "SamProcessor"
-            )
-        return pixel_values
+        return check_pixels(self.config, pixel_values)
 
     def _broadcast_guidance(self, similarity, target, prompts: tuple[int, ...]):
         """PerSAM's two arguments as `decode` takes them, for labels of the shape `prompts`."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sam_jax.ops.operation import operation
+
+# Whether a block is computed again in the backward pass, rather than kept: not, all of it, or what
+# a policy of `jax.checkpoint_policies` does not save.
+Remat = bool | Callable[..., bool]
 
 
 class Buffer(nnx.Variable):
@@ -228,10 +233,15 @@ def split_keys(keys: Array, count: int) -> Array:
     return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
 
 
-def call_block(block, x: Array, *args, remat: bool) -> Array:
-    """`block(x, *args)`; with `remat` it is computed again in the backward pass, not kept."""
-    call = jax.checkpoint(lambda x: block(x, *args)) if remat else lambda x: block(x, *args)
-    return call(x)
+def call_block(block, x: Array, *args, remat: Remat) -> Array:
+    """`block(x, *args)`, whose activations are kept for the backward pass or not."""
+
+    def call(x):
+        return block(x, *args)
+
+    if not remat:
+        return call(x)
+    return jax.checkpoint(call, policy=remat if callable(remat) else None)(x)
 
 
 def partition_windows(

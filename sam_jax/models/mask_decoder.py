@@ -55,6 +55,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
         hq_features: Float[Array, "h w hq"] | None = None,
         hq_token_only: bool = False,
         image_is_shared: bool = False,
+        weights: list[Array] | None = None,
     ) -> tuple[Float[Array, "m 4*g 4*g"], Float[Array, " m"]]:
         """Mask logits and predicted IoUs, both float32.
 
@@ -71,6 +72,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
             hq_features: SAM-HQ's, else None.
             hq_token_only: see `predict_masks`.
             image_is_shared: see `TwoWayTransformer`.
+            weights: see `run_transformer`.
         """
         outputs = output_slice(multimask_output)
         iou_token, mask_tokens, image_embedding = self.run_transformer(
@@ -83,6 +85,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
             attention_similarity=attention_similarity,
             target_embedding=target_embedding,
             image_is_shared=image_is_shared,
+            weights=weights,
         )
         masks = self.predict_masks(
             mask_tokens, image_embedding, outputs, hq_features, hq_token_only
@@ -114,10 +117,13 @@ class MaskDecoder(WithAdvice, nnx.Module):
         attention_similarity: Float[Array, "*heads_and_t g*g"] | None = None,
         target_embedding: Float[Array, "#t c"] | None = None,
         image_is_shared: bool = False,
+        weights: list[Array] | None = None,
     ) -> tuple[Float[Array, " c"], Float[Array, "m c"], Float[Array, "g g c"]]:
         """The IoU token, the mask tokens and the image embedding after the two-way transformer.
 
-        The mask tokens are those of `outputs`, and SAM-HQ's the last.
+        The mask tokens are those of `outputs`, and SAM-HQ's the last. For `weights` see
+        `TwoWayTransformer`; its tokens are the IoU token, the mask tokens, SAM-HQ's, and the
+        prompt's.
         """
         # Token order: IoU, masks, SAM-HQ's, points, box corners.
         own_tokens = [self.iou_token[...], self.mask_tokens[...]]
@@ -142,6 +148,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
             target_embedding,
             [0, *masks, *hq],
             image_is_shared,
+            weights,
         )
         return tokens[0], tokens[1:], keys.reshape(grid)
 

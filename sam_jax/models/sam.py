@@ -11,23 +11,35 @@ Two ways in:
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from sam_jax.config import SamConfig, ViTConfig
-from sam_jax.models.checks import Prompts, check_prompts, check_shape, to_device
+from sam_jax.models.checks import Prompts, check_embeddings, check_pixels, check_prompts
 from sam_jax.models.compiled import fastest_chunk_size
 from sam_jax.models.hf_api import HuggingFaceAPI
+from sam_jax.models.image_encoder import ImageEncoder, call_encoder
+from sam_jax.models.layers import Remat
 from sam_jax.models.mask_decoder import MaskDecoder
 from sam_jax.models.prompt_encoder import PromptEncoder
 from sam_jax.models.tiny_vit import TinyViT
 from sam_jax.models.vit import ImageEncoderViT
 from sam_jax.ops.attention import Implementation, check_implementation
+
+
+class Decoded(NamedTuple):
+    """What `Sam.decode` returns, of every prompt of every image; both float32."""
+
+    masks: Float[Array, "b p m 4*g 4*g"]
+    """Mask logits, four times as fine as the grid of the image embeddings."""
+    scores: Float[Array, "b p m"]
+    """The predicted IoU of each mask."""
 
 
 class Sam(HuggingFaceAPI, nnx.Module):
@@ -53,6 +65,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise ValueError(f"dtype is {jnp.dtype(dtype)}, expected float32, bfloat16 or float16")
         check_implementation(attention)
+        self.image_encoder: ImageEncoder
         # Initializers give the widest floats that JAX is set to.
         with jax.enable_x64(False):
             if isinstance(config.image_encoder, ViTConfig):
@@ -91,49 +104,54 @@ class Sam(HuggingFaceAPI, nnx.Module):
         self,
         pixel_values: Float[Array, "b h w rgb"],
         *,
-        remat: bool = False,
+        remat: Remat = False,
         drop_path_rate: float = 0.0,
         keys: Array | None = None,
     ) -> Float[Array, "b grid grid c"]:
-        """Image embeddings of normalised, padded pixels [b, size, size, 3], channels last.
+        """Image embeddings of normalized, padded pixels [b, size, size, 3], channels last.
 
         Args:
-            pixel_values: channels last.
-            remat: to train with less memory: activations within blocks are computed again in the
-                backward pass.
-            drop_path_rate: to train a ViT with stochastic depth, the last block's rate (the paper's
-                is 0.4, for ViT-H); earlier blocks have less, in proportion.
-            keys: for it, [b] of `jax.random`, one for each image.
+            pixel_values: as `SamProcessor` or `sam_jax.preprocess` makes them.
+            remat: to train with less memory: True computes the activations within blocks again in
+                the backward pass; a policy of `jax.checkpoint_policies` says which of them.
+            drop_path_rate: stochastic depth, to train a ViT: the rate of the last block (0.4 in
+                the paper, for ViT-H); earlier blocks have less, in proportion.
+            keys: [b] keys of `jax.random` for stochastic depth, one for each image.
 
         Raises:
-            TypeError, ValueError: for what is no array of that shape, and for a `drop_path_rate`
-                of no ViT or without keys.
+            TypeError: if `pixel_values` are not an array of floats, and if an image encoder of
+                your own does not take these arguments (`sam_jax.ImageEncoder`).
+            ValueError: for another shape, and for a `drop_path_rate` without a ViT or keys.
         """
-        size = self.config.image_size
-        pixel_values = check_shape("pixel_values", pixel_values, (None, size, size, 3))
-        if drop_path_rate == 0:
-            return self.image_encoder(pixel_values, remat=remat)
-        if not isinstance(self.image_encoder, ImageEncoderViT) or keys is None:
-            raise ValueError(
-                f"drop_path_rate is {drop_path_rate}, which needs a ViT encoder and keys"
-            )
-        return self.image_encoder(
-            pixel_values, remat=remat, drop_path_rate=drop_path_rate, keys=keys
-        )
+        pixel_values = check_pixels(self.config, pixel_values)
+        options: dict[str, Any] = {"remat": remat} if remat else {}
+        if drop_path_rate:
+            if isinstance(self.image_encoder, TinyViT) or keys is None:
+                raise ValueError(
+                    f"drop_path_rate is {drop_path_rate}, which needs a ViT encoder and keys"
+                )
+            options |= {"drop_path_rate": drop_path_rate, "keys": keys}
+
+        def encode(pixel_values, model, options):
+            return call_encoder(model.image_encoder, self.config, pixel_values, **options)
+
+        return _with_auto_axes(encode, pixel_values, self, options)
 
     def decode(
         self,
         image_embeddings: Float[Array, "b g g c"],
-        points: Float[Array, "b p n 2"],
-        labels: Int[Array, "b p n"],
+        points: Float[Array, "b p n 2"] | None = None,
+        labels: Int[Array, "b p n"] | None = None,
+        *,
         masks: Float[Array, "b #p 4*g 4*g"] | None = None,
+        sparse_embeddings: Float[Array, "b p s c"] | None = None,
+        dense_embeddings: Float[Array, "b #p g g c"] | None = None,
         multimask_output: bool | None = True,
         attention_similarity: Float[Array, "b p #heads #t g*g"] | None = None,
         target_embedding: Float[Array, "b p #t c"] | None = None,
-        *,
         hq_token_only: bool = False,
         prompts_chunk_size: int | None = None,
-    ) -> tuple[Float[Array, "b p m 4*g 4*g"], Float[Array, "b p m"]]:
+    ) -> Decoded:
         """Mask logits and predicted IoUs of every prompt of every image, both float32.
 
         Prompt encoder and mask decoder are written for one prompt of one image; this maps them over
@@ -143,9 +161,13 @@ class Sam(HuggingFaceAPI, nnx.Module):
             image_embeddings: of `encode_image`.
             points: (x, y) in pixels of the model's padded input.
             labels: of the points; see `sam_jax.models.prompt_encoder`. Boxes are two points each,
-                and a list without a box ends with a point labelled -1: `join_prompts` makes such
-                lists. Points labelled -10 are padding and change nothing.
+                and a list without a box ends with a point labeled -1: `join_prompts` makes such
+                lists. Points labeled -10 are padding and change nothing.
             masks: low-resolution logits, one per image or one per prompt.
+            sparse_embeddings: prompt tokens of your own, such as learned ones. They follow those
+                of the points; without points they are the prompt.
+            dense_embeddings: added to the image embeddings, in the place of what the prompt encoder
+                makes of `masks`; one per image or one per prompt.
             multimask_output: three masks per prompt, or one; None for all four, the one first.
             attention_similarity: added to the token-to-image logits (PerSAM).
             target_embedding: added to the tokens before each block (PerSAM).
@@ -155,10 +177,11 @@ class Sam(HuggingFaceAPI, nnx.Module):
                 compiled for a CPU, and elsewhere about 64 prompts of all images together.
 
         Raises:
-            TypeError: for anything but arrays, and for dtypes of something else.
-            ValueError: for shapes that do not fit, for `hq_token_only` of another model than a
-                SAM-HQ, and for a `prompts_chunk_size` below 1; and, unless traced, for values that
-                `join_prompts` would not give, and masks that are no logits.
+            TypeError: for anything but arrays, and for arrays of another kind of numbers.
+            ValueError: for shapes that do not fit, for no prompts, for `masks` with
+                `dense_embeddings`, for `hq_token_only` of another model than a SAM-HQ, and for a
+                `prompts_chunk_size` below 1; and, unless traced, for values that `join_prompts`
+                would not give, and masks that are not logits.
         """
         if hq_token_only and not self.config.hq:
             raise ValueError("hq_token_only is True, but the model is not a SAM-HQ")
@@ -166,19 +189,16 @@ class Sam(HuggingFaceAPI, nnx.Module):
             raise ValueError(
                 f"prompts_chunk_size is {prompts_chunk_size}, expected at least 1, or None"
             )
-        grid, channels = self.config.image_embedding_size, self.config.image_embedding_channels
-        image_embeddings = check_shape(
-            "image_embeddings", image_embeddings, (None, grid, grid, channels)
+        prompts = Prompts(
+            points,
+            labels,
+            masks,
+            sparse_embeddings,
+            dense_embeddings,
+            attention_similarity,
+            target_embedding,
         )
-        if not jnp.issubdtype(image_embeddings.dtype, jnp.floating):
-            raise TypeError(f"image_embeddings are {image_embeddings.dtype}, expected floats")
-        image_embeddings = to_device(image_embeddings)
-        images = image_embeddings.shape[0]
-        prompts = check_prompts(
-            self.config, images, points, labels, masks, attention_similarity, target_embedding
-        )
-        return _decode(
-            self,
+        return self._run_decoder(
             image_embeddings,
             prompts,
             multimask_output=multimask_output,
@@ -186,54 +206,124 @@ class Sam(HuggingFaceAPI, nnx.Module):
             prompts_chunk_size=prompts_chunk_size,
         )
 
+    def decoder_attention(
+        self,
+        image_embeddings: Float[Array, "b g g c"],
+        points: Float[Array, "b p n 2"] | None = None,
+        labels: Int[Array, "b p n"] | None = None,
+        **prompts: Array | None,
+    ) -> Float[Array, "b p blocks heads t g g"]:
+        """How much each token attends to each place of the image, in each block of the decoder.
+
+        The tokens are the IoU token, the four mask tokens (the single mask's first), SAM-HQ's, and
+        the prompt's. Weights are float32 and sum to 1 over the grid.
+
+        Args:
+            image_embeddings: as of `decode`.
+            points: as of `decode`.
+            labels: as of `decode`.
+            **prompts: those that `decode` takes by name.
+
+        Raises:
+            TypeError, ValueError: as `decode`.
+        """
+        weights = self._run_decoder(
+            image_embeddings, Prompts(points, labels, **prompts), return_attention=True
+        )
+        return weights.reshape(*weights.shape[:-1], *image_embeddings.shape[1:3])
+
+    def _run_decoder(self, image_embeddings, prompts, **options):
+        image_embeddings = check_embeddings(self.config, image_embeddings)
+        prompts = check_prompts(self.config, image_embeddings.shape[0], prompts)
+        decode = functools.partial(_decode, **options)
+        return _with_auto_axes(decode, image_embeddings, self, prompts)
+
     def _decode_in_chunks(
         self,
         image_embeddings: Float[Array, "b g g c"],
         prompts: Prompts,
         *,
-        multimask_output: bool | None,
-        hq_token_only: bool,
         prompts_chunk_size: int | None,
-    ) -> tuple[Float[Array, "b p m 4*g 4*g"], Float[Array, "b p m"]]:
-        # A mask for all prompts of an image: without their axis, vmap embeds it once.
-        shared_masks, (_, count) = None, prompts.labels.shape[:2]
-        if prompts.masks is not None and prompts.masks.shape[1] != count:
-            shared_masks, prompts = prompts.masks[:, 0], prompts._replace(masks=None)
+        multimask_output: bool | None = True,
+        hq_token_only: bool = False,
+        return_attention: bool = False,
+    ) -> Decoded | Float[Array, "b p blocks heads t n"]:
+        count = prompts.count
+        # One for all prompts of an image: without their axis, vmap embeds it once.
+        shared = {
+            name: array[:, 0]
+            for name in ("masks", "dense_embeddings")
+            if (array := getattr(prompts, name)) is not None and array.shape[1] != count
+        }
+        prompts = prompts._replace(**dict.fromkeys(shared))
+        is_dense = prompts.masks is not None or prompts.dense_embeddings is not None
         # From three prompts on it is less work to share; in `jax.export` their number may be open.
-        is_shared = prompts.masks is None and (not isinstance(count, int) or count > 2)
+        is_shared = not is_dense and (not isinstance(count, int) or count > 2)
         image_pe = self.prompt_encoder.get_dense_pe()
 
         def decode_image(arrays):
-            image_embedding, shared_mask, prompts = arrays
+            image_embedding, shared, prompts = arrays
             embedding, hq_features = self.mask_decoder.image_features(image_embedding)
 
             def decode_prompt(prompt: Prompts):
-                mask = shared_mask if prompt.masks is None else prompt.masks
-                sparse, sparse_mask = self.prompt_encoder(prompt.points, prompt.labels)
-                return self.mask_decoder(
+                prompt = prompt._replace(**shared)
+                sparse, sparse_mask = self._sparse_embeddings(prompt)
+                dense = prompt.dense_embeddings
+                if dense is None:
+                    dense = self.prompt_encoder.embed_mask(prompt.masks)
+                weights = [] if return_attention else None
+                masks, scores = self.mask_decoder(
                     embedding,
                     image_pe,
                     sparse,
                     sparse_mask,
-                    self.prompt_encoder.embed_mask(mask),
+                    dense,
                     multimask_output=multimask_output,
                     attention_similarity=prompt.attention_similarity,
                     target_embedding=prompt.target_embedding,
                     hq_features=hq_features,
                     hq_token_only=hq_token_only,
                     image_is_shared=is_shared,
+                    weights=weights,
                 )
+                return Decoded(masks, scores) if weights is None else jnp.stack(weights)
 
             return _map(decode_prompt, prompts, prompts_chunk_size)
 
         images_chunk_size = 1 if prompts_chunk_size == 1 else None
-        return _map(decode_image, (image_embeddings, shared_masks, prompts), images_chunk_size)
+        return _map(decode_image, (image_embeddings, shared, prompts), images_chunk_size)
+
+    def _sparse_embeddings(self, prompt: Prompts):
+        """One prompt's tokens, and which of them are real rather than padding."""
+        given = prompt.sparse_embeddings
+        if prompt.points is None or prompt.labels is None:
+            assert given is not None  # as `check_prompts` made sure
+            return given, jnp.ones(len(given), bool)
+        tokens, is_real = self.prompt_encoder(prompt.points, prompt.labels)
+        if given is None:
+            return tokens, is_real
+        tokens = jnp.concatenate([tokens, given.astype(tokens.dtype)])
+        return tokens, jnp.concatenate([is_real, jnp.ones(len(given), bool)])
+
+
+def _with_auto_axes(function: Callable, array: Array, *others: Any) -> Any:
+    """`function(array, *others)`, on a mesh with Explicit axes, too.
+
+    Its results are spread over images as `array` is. Inside, these axes are Auto: windows join the
+    axis of images with others, which Explicit axes do not allow.
+    """
+    sharding = jax.typeof(array).sharding
+    if set(sharding.mesh.axis_types) <= {AxisType.Auto, AxisType.Manual}:
+        return function(array, *others)
+    spread = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+    return jax.sharding.auto_axes(function, out_sharding=spread)(array, *others)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("multimask_output", "hq_token_only", "prompts_chunk_size")
+    jax.jit,
+    static_argnames=("multimask_output", "hq_token_only", "prompts_chunk_size", "return_attention"),
 )
-def _decode(model, image_embeddings, prompts, *, prompts_chunk_size, **options):
+def _decode(image_embeddings, model, prompts, *, prompts_chunk_size=None, **options):
     """`Sam.decode` of checked arrays; compiled, so that their platform decides and not JAX's."""
 
     def in_chunks_of(size):
@@ -242,7 +332,8 @@ def _decode(model, image_embeddings, prompts, *, prompts_chunk_size, **options):
     arrays = image_embeddings, prompts
     if prompts_chunk_size is not None:
         return in_chunks_of(prompts_chunk_size)(*arrays)
-    cpu, other = (fastest_chunk_size(name, *prompts.labels.shape[:2]) for name in ("cpu", "gpu"))
+    sizes = len(image_embeddings), prompts.count
+    cpu, other = (fastest_chunk_size(platform, *sizes) for platform in ("cpu", "gpu"))
     return jax.lax.platform_dependent(*arrays, cpu=in_chunks_of(cpu), default=in_chunks_of(other))
 
 

@@ -46,6 +46,7 @@ class TwoWayTransformer(nnx.Module):
         target_embedding: Float[Array, "#t c"] | None = None,
         outputs: Sequence[int] | None = None,
         image_is_shared: bool = False,
+        weights: list[Array] | None = None,
     ) -> tuple[Float[Array, "outputs c"], Float[Array, "n c"]]:
         """Returns the updated tokens and image embedding.
 
@@ -62,6 +63,8 @@ class TwoWayTransformer(nnx.Module):
             outputs: which tokens are returned, None for all. The last attention is of them alone.
             image_is_shared: that several prompts are computed for this image embedding (by a vmap
                 or a loop), so that what the first block makes of it alone is computed once.
+            weights: a list to which each block appends how much its tokens attend to the image's
+                positions, [heads, t, n].
         """
         if target_embedding is not None:
             target_embedding = target_embedding.astype(tokens.dtype)
@@ -78,6 +81,7 @@ class TwoWayTransformer(nnx.Module):
                 token_mask,
                 attention_similarity,
                 keys_are_shared=image_is_shared and i == 0,
+                weights=weights,
             )
         if outputs is not None:
             queries, tokens = (
@@ -115,6 +119,7 @@ class TwoWayAttentionBlock(nnx.Module):
         token_mask: Bool[Array, " t"],
         attention_similarity: Float[Array, "*heads_and_t n"] | None = None,
         keys_are_shared: bool = False,
+        weights: list[Array] | None = None,
     ) -> tuple[Float[Array, "t c"], Float[Array, "n c"]]:
         # Padded tokens may attend, but are never attended to.
         padding_bias = jnp.where(token_mask, 0.0, -jnp.inf)
@@ -127,9 +132,10 @@ class TwoWayAttentionBlock(nnx.Module):
 
         k = keys + key_pe
         regroup = not keys_are_shared
-        attended = self.cross_attn_token_to_image(
-            queries + query_pe, k, keys, attention_similarity, regroup=regroup
-        )
+        to_image, q = self.cross_attn_token_to_image, queries + query_pe
+        if weights is not None:
+            weights.append(to_image.weights(q, k, attention_similarity))
+        attended = to_image(q, k, keys, attention_similarity, regroup=regroup)
         queries = self.norm2(queries + attended)
 
         queries = self.norm3(queries + self.mlp(queries))
@@ -174,19 +180,11 @@ class Attention(nnx.Module):
             return self._few_queries(q, k, v, bias)
         if self._regroups(k.shape[0], q.shape[0]):
             return self._few_keys(q, k, v, bias, regroup)
-        q = self._scaled(self.q_proj(q)).reshape(q.shape[0], self.num_heads, -1)
-        # Keys and values with positions last, as they are multiplied: nothing to transpose.
-        k, v = (
-            self._transposed(linear, x).reshape(self.num_heads, -1, x.shape[0])
-            for linear, x in ((self.k_proj, k), (self.v_proj, v))
-        )
+        q = self._heads_of_queries(q)
+        k, v = self._heads_of_keys(self.k_proj, k), self._heads_of_keys(self.v_proj, v)
 
         def attend(q):
-            logits = jnp.einsum("qhd,hdk->hqk", q, k, preferred_element_type=jnp.float32)
-            if bias is not None:
-                logits = logits + align(bias, logits)
-            weights = softmax(logits).astype(v.dtype)
-            return jnp.einsum("hqk,hdk->qhd", weights, v)
+            return jnp.einsum("hqk,hdk->qhd", self._softmax(q, k, bias).astype(v.dtype), v)
 
         at_once = self._queries_at_once(q.shape[0], k.shape[-1])
         if at_once is None or (bias is not None and bias.ndim > 1):
@@ -194,6 +192,26 @@ class Attention(nnx.Module):
         else:
             out = jax.lax.map(lambda one: attend(one[None])[0], q, batch_size=at_once)
         return self.out_proj(out.reshape(out.shape[0], inner))
+
+    def weights(
+        self,
+        q: Float[Array, "q c"],
+        k: Float[Array, "k c"],
+        bias: Float[Array, "*heads_and_q k"] | None = None,
+    ) -> Float[Array, "heads q k"]:
+        """How much each query attends to each key, float32."""
+        return self._softmax(self._heads_of_queries(q), self._heads_of_keys(self.k_proj, k), bias)
+
+    def _softmax(self, q, k, bias):
+        logits = jnp.einsum("qhd,hdk->hqk", q, k, preferred_element_type=jnp.float32)
+        return softmax(logits if bias is None else logits + align(bias, logits))
+
+    def _heads_of_queries(self, q):
+        return self._scaled(self.q_proj(q)).reshape(q.shape[0], self.num_heads, -1)
+
+    def _heads_of_keys(self, linear, x):
+        """Keys or values with positions last, as they are multiplied: nothing to transpose."""
+        return self._transposed(linear, x).reshape(self.num_heads, -1, x.shape[0])
 
     def _queries_at_once(self, queries, keys):
         """How many queries' logits are held together; None for all, as but for thousands of points.

@@ -4,6 +4,8 @@ A plain ViT whose blocks attend within 14 x 14 windows, four of them globally, w
 relative positions; a neck of two convolutions brings the result to 256 channels.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,6 +20,7 @@ from sam_jax.models.layers import (
     Linear,
     Neck,
     PatchConv,
+    Remat,
     call_block,
     drop_path,
     gelu,
@@ -25,11 +28,11 @@ from sam_jax.models.layers import (
     partition_windows,
     split_keys,
 )
-from sam_jax.ops.attention import Implementation, rel_pos_attention
+from sam_jax.ops.attention import Implementation, attention_weights, rel_pos_attention
 
 
 class ImageEncoderViT(WithAdvice, nnx.Module):
-    """Normalised pixels to image embeddings."""
+    """Normalized pixels to image embeddings."""
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class ImageEncoderViT(WithAdvice, nnx.Module):
             )
             for i in range(vit.depth)
         )
-        # SAM-HQ's decoder looks at the output of the first block that attends globally.
+        # SAM-HQ's decoder reads the output of the first block that attends globally.
         self.early_block = min(vit.global_attn_indexes) if config.hq else None
         self.neck = Neck(vit.embed_dim, config.prompt_embed_dim, dtype=dtype, rngs=rngs)
 
@@ -64,10 +67,27 @@ class ImageEncoderViT(WithAdvice, nnx.Module):
         self,
         pixel_values: Float[Array, "b size size 3"],
         *,
-        remat: bool = False,
+        remat: Remat = False,
         drop_path_rate: float = 0.0,
         keys: Array | None = None,
     ) -> Float[Array, "b grid grid c"]:
+        return self.embed(
+            self.hidden_states(pixel_values, remat=remat, drop_path_rate=drop_path_rate, keys=keys)
+        )
+
+    def hidden_states(
+        self,
+        pixel_values: Float[Array, "b size size 3"],
+        *,
+        remat: Remat = False,
+        drop_path_rate: float = 0.0,
+        keys: Array | None = None,
+    ) -> list[Float[Array, "b grid grid width"]]:
+        """The embeddings of the patches, then the output of each block.
+
+        So the input of `blocks[i]` is entry i, and `blocks[i].attention_weights` of it says what
+        the block attends to.
+        """
         x = self.patch_embed(pixel_values)
         if self.pos_embed is not None:
             x = x + self.pos_embed[...].astype(x.dtype)
@@ -75,15 +95,19 @@ class ImageEncoderViT(WithAdvice, nnx.Module):
         # From 0 in the first block to the whole rate in the last.
         rates = np.linspace(0, drop_path_rate, depth)
         block_keys = [None] * depth if keys is None else split_keys(keys, depth)
-        early = None
-        for i, (block, rate, some_keys) in enumerate(
-            zip(self.blocks, rates, block_keys, strict=True)
-        ):
-            x = call_block(block, x, rate, some_keys, remat=remat)
-            if i == self.early_block:
-                early = x
-        x = self.neck(x)
-        return x if early is None else jnp.concatenate([x, early], -1)
+        states = [x]
+        for block, rate, some_keys in zip(self.blocks, rates, block_keys, strict=True):
+            states.append(call_block(block, states[-1], rate, some_keys, remat=remat))
+        return states
+
+    def embed(
+        self, hidden_states: Sequence[Float[Array, "b grid grid width"]]
+    ) -> Float[Array, "b grid grid c"]:
+        """The image embeddings, from `hidden_states`."""
+        x = self.neck(hidden_states[-1])
+        if self.early_block is None:
+            return x
+        return jnp.concatenate([x, hidden_states[self.early_block + 1]], -1)
 
 
 class Block(nnx.Module):
@@ -103,6 +127,15 @@ class Block(nnx.Module):
         attn_keys, mlp_keys = (None, None) if keys is None else split_keys(keys, 2)
         x = x + drop_path(self.attn(self.norm1(x)), drop_path_rate, attn_keys)
         return x + drop_path(self.mlp(self.norm2(x)), drop_path_rate, mlp_keys)
+
+    def attention_weights(self, x: Float[Array, "b h w c"]) -> Float[Array, "windows heads n n"]:
+        """How much each position (third axis) attends to each (last axis); they sum to 1, float32.
+
+        Positions are those of a window of `attn.window` x `attn.window`, row by row, and windows
+        follow each other row by row, image by image. A block that attends globally has one window,
+        the grid.
+        """
+        return self.attn.weights(self.norm1(x))
 
 
 class Attention(nnx.Module):
@@ -125,6 +158,19 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         grid, c = (x.shape[1], x.shape[2]), x.shape[-1]
+        q, k, v, rel_pos, (h, w) = self._heads(x)
+        out = rel_pos_attention(q, k, v, rel_pos, (h, w), self.implementation)
+        out = out.transpose(0, 2, 1, 3).reshape(q.shape[0], h, w, c)
+        return self.proj(join_windows(out, grid) if self.window else out)
+
+    def weights(self, x: Float[Array, "b h w c"]) -> Float[Array, "windows heads n n"]:
+        """What the values are averaged with; see `Block.attention_weights`."""
+        q, k, _, rel_pos, grid = self._heads(x)
+        return attention_weights(q, k, rel_pos, grid)
+
+    def _heads(self, x):
+        """Queries, keys and values [windows, heads, n, d], the tables, and (h, w) of a window."""
+        c = x.shape[-1]
         qkv = self.qkv(x)
         if self.window:  # the reference pads its input with zeros
             bias = jnp.zeros(3 * c) if self.qkv.bias is None else self.qkv.bias[...]
@@ -135,6 +181,4 @@ class Attention(nnx.Module):
         rel_pos = None
         if self.rel_pos_h is not None and self.rel_pos_w is not None:
             rel_pos = self.rel_pos_h[...].astype(q.dtype), self.rel_pos_w[...].astype(q.dtype)
-        out = rel_pos_attention(q, k, v, rel_pos, (h, w), self.implementation)
-        out = out.transpose(0, 2, 1, 3).reshape(b, h, w, c)
-        return self.proj(join_windows(out, grid) if self.window else out)
+        return q, k, v, rel_pos, (h, w)

@@ -100,13 +100,19 @@ def rel_pos_attention(
     Raises:
         ValueError: if the implementation is unknown or does not support the inputs.
     """
-    h, w = grid
     check_implementation(implementation)
-    tables = None
-    if rel_pos is not None:
-        tables = relative_positions(rel_pos[0], h), relative_positions(rel_pos[1], w)
     attend = _fastest if implementation is None else _IMPLEMENTATIONS[implementation]
-    return attend(q, k, v, tables, grid)
+    return attend(q, k, v, _tables(rel_pos, grid), grid)
+
+
+def attention_weights(
+    q: Float[Array, "b heads n d"],
+    k: Float[Array, "b heads n d"],
+    rel_pos: tuple[Float[Array, "lh d"], Float[Array, "lw d"]] | None,
+    grid: tuple[int, int],
+) -> Float[Array, "b heads n n"]:
+    """What `rel_pos_attention` averages the values with, float32: for each query, of each key."""
+    return softmax(_logits(q, k, _tables(rel_pos, grid), grid))
 
 
 def check_implementation(name: str | None) -> None:
@@ -114,6 +120,12 @@ def check_implementation(name: str | None) -> None:
     if name is not None and name not in _IMPLEMENTATIONS:
         known = get_args(Implementation)
         raise ValueError(f"unknown attention implementation {name!r}; known: {list(known)}")
+
+
+def _tables(rel_pos, grid):
+    if rel_pos is None:
+        return None
+    return tuple(relative_positions(*pair) for pair in zip(rel_pos, grid, strict=True))
 
 
 def _fastest(q, k, v, tables, grid):
@@ -137,15 +149,19 @@ def _by_platform(*arrays, grid, **functions):
 
 
 def _xla(q, k, v, tables, grid):
+    weights = softmax(_logits(q, k, tables, grid)).astype(v.dtype)
+    return jnp.einsum("bnqk,bnkd->bnqd", weights, v)
+
+
+def _logits(q, k, tables, grid):
     h, w = grid
     b, heads, n, d = q.shape
     logits = jnp.einsum("bnqd,bnkd->bnqk", q * d**-0.5, k, preferred_element_type=jnp.float32)
-    if tables is not None:
-        rel_h, rel_w = _position_terms(q, tables)
-        logits = logits.reshape(b, heads, n, h, w) + rel_h[..., :, None] + rel_w[..., None, :]
-        logits = logits.reshape(b, heads, n, n)
-    weights = softmax(logits).astype(v.dtype)
-    return jnp.einsum("bnqk,bnkd->bnqd", weights, v)
+    if tables is None:
+        return logits
+    rel_h, rel_w = _position_terms(q, tables)
+    logits = logits.reshape(b, heads, n, h, w) + rel_h[..., :, None] + rel_w[..., None, :]
+    return logits.reshape(b, heads, n, n)
 
 
 def _folded(q, k, v, tables, grid):

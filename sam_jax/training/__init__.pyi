@@ -17,6 +17,7 @@ from .lora import unmerge_lora as unmerge_lora
 from .losses import LossWeights as LossWeights
 from .rules import DECODER_ONLY as DECODER_ONLY
 from .rules import EVERYTHING as EVERYTHING
+from .rules import HQ_ONLY as HQ_ONLY
 from .rules import LORA_ONLY as LORA_ONLY
 from .rules import TABLES as TABLES
 from .rules import OptimizerConfig as OptimizerConfig

@@ -21,6 +21,8 @@ from sam_jax.files import folder_size, read_json
 from sam_jax.training.sharding import any_host
 from sam_jax.training.step import TrainState
 
+__all__ = ["load_state", "non_finite_error", "open_checkpoints", "save_state"]
+
 _METRIC = "miou"
 _MAX_DESCRIPTION_BYTES = 1 << 20
 _MAX_METADATA_BYTES = 64 << 20  # of ViT-H and its optimizer about 1 MB

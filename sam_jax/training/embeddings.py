@@ -101,5 +101,5 @@ def _write(file: Path, embedding: np.ndarray) -> None:
 
 def _encoder_key(model: Sam) -> str:
     weights = {k: v for k, v in flat_params(model).items() if k.startswith("image_encoder.")}
-    settings = repr((model.config, model.image_encoder.neck.norm2.dtype))
+    settings = repr((model.config, model.dtype, type(model.image_encoder).__name__))
     return hashlib.sha256(f"{settings} {params_sha256(weights)}".encode()).hexdigest()[:32]

@@ -21,18 +21,23 @@ from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.models.sam import Sam
 
 Table = Sequence[tuple[str, float | None]]
+
 DECODER_ONLY: Table = ((r"mask_decoder\..*", 1.0), (".*", None))
-# As SAM-HQ was trained: what it adds to SAM, and nothing else.
+"""Trains the mask decoder."""
 HQ_ONLY: Table = ((r"mask_decoder\.hq\..*", 1.0), (".*", None))
+"""Trains what SAM-HQ adds to SAM, as its authors did."""
 EVERYTHING: Table = ((".*", 1.0),)
+"""Trains all parameters."""
 LORA_ONLY: Table = ((r".*\.lora_[ab]", 1.0), (".*", None))
+"""Trains the adapters of LoRA."""
 
 TABLES = {
     "decoder": DECODER_ONLY,
     "hq": HQ_ONLY,
-    "lora": (LORA_ONLY[0], *DECODER_ONLY),  # and the decoder
+    "lora": (LORA_ONLY[0], *DECODER_ONLY),
     "everything": EVERYTHING,
 }
+"""The tables by name; "lora" trains the mask decoder, too."""
 
 
 def learning_rate_scale(path: str, table: Table) -> float | None:

@@ -16,7 +16,20 @@ from sam_jax.arrays import Device
 from sam_jax.models.sam import Sam
 from sam_jax.training.rules import Rest, combine
 
+__all__ = [
+    "Parallelism",
+    "any_host",
+    "fetch",
+    "init_sharded",
+    "make_mesh",
+    "merge_on_host",
+    "put_batch",
+    "shard_tree",
+    "shardings",
+]
+
 Parallelism = Literal["data", "fsdp"]
+"""All parameters on every device, or each device its share."""
 
 # Smaller parameters stay whole on every device: gathering them would cost more than it saves.
 _MIN_SIZE = 2**12
@@ -62,7 +75,7 @@ def init_sharded(
 ) -> PyTree:
     """`function(*args)` of arrays that are placed, made where it belongs: no device holds it whole.
 
-    For the state of an optimiser, which with FSDP may be more than fits one device:
+    For the state of an optimizer, which with FSDP may be more than fits one device:
 
         params = shard_tree(params, mesh, parallelism="fsdp")
         state = init_sharded(partial(init_state, tx=tx), params, mesh=mesh, parallelism="fsdp")

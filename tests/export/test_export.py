@@ -111,8 +111,8 @@ def test_jax_decoder(jax_folder, model, b, p, n, with_masks):
 
     @jax.jit
     def decode(embeddings, points, labels, masks=None):
-        one = model.decode(embeddings, points, labels, masks, multimask_output=False)
-        three = model.decode(embeddings, points, labels, masks, multimask_output=True)
+        one = model.decode(embeddings, points, labels, masks=masks, multimask_output=False)
+        three = model.decode(embeddings, points, labels, masks=masks, multimask_output=True)
         return [jnp.concatenate(parts, 2) for parts in zip(one, three, strict=True)]
 
     expected_logits, expected_scores = decode(*arrays)
@@ -157,7 +157,7 @@ def test_jax_programs_with_a_gradient(tmp_path):
 
     def by_model(state, pixels, points):
         sam = nnx.merge(graphdef, state)
-        logits, scores = sam.decode(sam.encode_image(pixels), points, labels, None, None)
+        logits, scores = sam.decode(sam.encode_image(pixels), points, labels, multimask_output=None)
         return (logits[:, :, 1:] ** 2).mean() + (scores[:, :, 1:] ** 2).sum()
 
     of_params, *found = jax.jit(jax.grad(by_program, (0, 1, 2)))(params, pixels, points)
@@ -456,7 +456,8 @@ def test_sam_hq_and_tiny_vit(config, tmp_path):
     labels = np.array([[[1, -1]]], np.int32)
     embedding = jnp.moveaxis(model.get_image_embeddings(pixels), 1, -1)
     prompts = jnp.asarray(points), jnp.asarray(labels)
-    expected, scores = jax.jit(lambda *x: model.decode(*x, None, None))(embedding, *prompts)
+    decode = jax.jit(lambda *arrays: model.decode(*arrays, multimask_output=None))
+    expected, scores = decode(embedding, *prompts)
 
     export_jax(model, tmp_path / "jax", platforms=["cpu"])
     params = load_file(tmp_path / "jax" / "params.safetensors")

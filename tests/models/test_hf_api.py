@@ -169,7 +169,7 @@ def test_masks_must_fit_the_prompts(model, embeddings):
             model(image_embeddings=embeddings.numpy(), input_masks=masks)
     points, labels = join_prompts(POINTS, LABELS, None)
     with pytest.raises(ValueError, match="one per image, or one for each of its 3 prompts"):
-        model.decode(jnp.zeros((2, 12, 12, 32)), points, labels, jnp.asarray(MASKS[:, :2]))
+        model.decode(jnp.zeros((2, 12, 12, 32)), points, labels, masks=MASKS[:, :2])
 
 
 @pytest.mark.usefixtures("unchecked")

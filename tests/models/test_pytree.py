@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from reference import SMALL, SMALL_TINY, assert_close, normal
 
 from sam_jax import combine, join_prompts, partition
@@ -85,13 +85,28 @@ def test_a_donated_step(model, arrays):
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_sharded_by_device_put(model, arrays, expected):
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_by_device_put(model, arrays, expected, axes):
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), (axes,))
     everywhere = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
     spread = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
     found = jax.jit(scores_of)(everywhere, *spread)
     assert found.sharding.mesh == mesh
     assert_close(found, expected)
+
+
+def test_a_mesh_with_explicit_axes(model, arrays):
+    """Of eight devices, which tracing needs none of: types say how arrays are spread."""
+    mesh = AbstractMesh((8,), ("data",), (AxisType.Explicit,))
+    spread = [
+        jax.ShapeDtypeStruct(
+            (16, *x.shape[1:]), x.dtype, sharding=NamedSharding(mesh, PartitionSpec("data"))
+        )
+        for x in arrays
+    ]
+    found = jax.jit(scores_of).trace(model, *spread).out_info
+    assert found.shape == (16, 1, 3)
+    assert found.sharding.spec[0] == "data"
 
 
 def test_pickle(model, arrays, expected):

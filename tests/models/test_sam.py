@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from prompts import BOXES, LABELS, MASKS, POINTS, PROMPTS
 from reference import (
@@ -52,10 +53,10 @@ def test_prompts_at_once_change_nothing(model, embeddings, masks):
     """Whether mapped, in groups or, as on a GPU or TPU, all together."""
     image_embeddings = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
     points, labels = join_prompts(POINTS, LABELS, None)
-    arguments = jax.tree.map(jnp.asarray, (image_embeddings, points, labels, masks))
-    expected = model.decode(*arguments)
+    *arguments, masks = jax.tree.map(jnp.asarray, (image_embeddings, points, labels, masks))
+    expected = model.decode(*arguments, masks=masks)
     for prompts_chunk_size in (1, 2, 64):
-        found = model.decode(*arguments, prompts_chunk_size=prompts_chunk_size)
+        found = model.decode(*arguments, masks=masks, prompts_chunk_size=prompts_chunk_size)
         jax.tree.map(assert_close, found, expected)
     with pytest.raises(ValueError, match="prompts_chunk_size is 0, expected at least 1, or None"):
         model.decode(*arguments, prompts_chunk_size=0)
@@ -130,7 +131,7 @@ def test_what_depends_on_the_image_alone_is_computed_once(model):
     def products(masks):
         prompts = join_prompts(jnp.asarray(POINTS), jnp.asarray(LABELS), None)
         decode = functools.partial(model.decode, prompts_chunk_size=len(POINTS[0]))
-        jaxpr = jax.make_jaxpr(decode)(jnp.zeros((2, 12, 12, 32)), *prompts, masks)
+        jaxpr = jax.make_jaxpr(decode)(jnp.zeros((2, 12, 12, 32)), *prompts, masks=masks)
         (inner,) = (
             eqn.params["jaxpr"] for eqn in jaxpr.eqns if eqn.params.get("name") == "_decode"
         )
@@ -142,6 +143,45 @@ def test_what_depends_on_the_image_alone_is_computed_once(model):
     # A mask per image: also two of its convolutions. A mask per prompt: none.
     assert products(jnp.asarray(MASKS[:, :1])) == 3 + 2
     assert products(jnp.asarray(MASKS)) == 0
+
+
+@pytest.mark.parametrize("masks", [None, MASKS[:, :1], MASKS], ids=["none", "shared", "own"])
+def test_embeddings_in_the_place_of_prompts(model, embeddings, masks):
+    """What `get_prompt_embeddings` returns fits; and tokens may follow those of the points."""
+    image_embeddings = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
+    points, labels = map(jnp.asarray, join_prompts(POINTS, LABELS, None))
+    masks = None if masks is None else jnp.asarray(masks)
+    expected = model.decode(image_embeddings, points, labels, masks=masks)
+
+    sparse, dense = model.get_prompt_embeddings(POINTS, LABELS, None, masks)
+    dense = jnp.moveaxis(dense, 1, -1).reshape(2, -1, 12, 12, 32)
+    prompts = {"sparse_embeddings": sparse, "dense_embeddings": dense}
+    jax.tree.map(assert_close, model.decode(image_embeddings, **prompts), expected)
+
+    more = model.decode(
+        image_embeddings, points, labels, sparse_embeddings=sparse[:, :, :2], masks=masks
+    )
+    both = jnp.concatenate([sparse, sparse[:, :, :2]], 2)
+    found = model.decode(image_embeddings, sparse_embeddings=both, dense_embeddings=dense)
+    jax.tree.map(assert_close, found, more)
+    assert not np.allclose(found.masks, expected.masks)
+
+
+def test_decoder_attention(hf, model, embeddings):
+    """How tokens attend to the image in both blocks, as in the reference computed eagerly."""
+    hf.set_attn_implementation("eager")
+    weights = []
+    for layer in hf.mask_decoder.transformer.layers:
+        layer.cross_attn_token_to_image.register_forward_hook(lambda *x: weights.append(x[-1][1]))
+    hf(
+        image_embeddings=embeddings,
+        input_points=torch.tensor(POINTS[:, :2]),
+        input_labels=torch.tensor(LABELS[:, :2]),
+    )
+    prompts = map(jnp.asarray, join_prompts(POINTS[:, :2], LABELS[:, :2], None))
+    found = model.decoder_attention(jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1), *prompts)
+    expected = torch.stack(weights).reshape(2, 2, 2, *weights[0].shape[1:-1], 12, 12)
+    assert_close(found, expected.permute(1, 2, 0, 3, 4, 5, 6))
 
 
 @pytest.mark.slow
@@ -262,8 +302,8 @@ def our_objective(sam, pixels, points, labels, box, mask):
             embedding,
             jnp.asarray(coords)[None, None],
             jnp.asarray(kinds)[None, None],
-            None if masks is None else masks[None, None],
-            multimask,
+            masks=None if masks is None else masks[None, None],
+            multimask_output=multimask,
         )
         weights = objective_weights(low_res.shape[1:]).reshape(low_res.shape)
         total = total + (low_res * weights).mean() + scores.sum()

@@ -1,10 +1,5 @@
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from reference import (
     MOBILE,
     assert_close,
@@ -16,8 +11,6 @@ from reference import (
     tensor,
     to_torch,
 )
-
-from sam_jax.models.tiny_vit import _depthwise_conv, _halving_conv
 
 pytestmark = pytest.mark.optimised
 
@@ -85,66 +78,22 @@ def test_block_with_padded_window(pair, platform):
         assert_close(run(encoder.layers[stage].blocks[0], x), grid_last(expected))
 
 
-def assert_like_torch(conv, x, kernel, **options):
-    """The result and both gradients."""
-    given = [
-        tensor(to_torch(x)).requires_grad_(),
-        tensor(kernel.transpose(3, 2, 0, 1)).requires_grad_(),
-    ]
-    expected = torch.conv2d(*given, padding=1, **options)
-    actual, pullback = jax.vjp(conv, x, kernel)
-    assert_close(actual, from_torch_image(expected))
-    weights = normal(actual.shape, seed=2)
-    expected.backward(to_torch(weights))
-    of_x, of_kernel = pullback(weights)
-    assert_close(of_x, from_torch_image(given[0].grad))
-    assert_close(of_kernel, given[1].grad.permute(2, 3, 1, 0))
+def test_hidden_states_and_attention(pair, intermediates):
+    """The stages' outputs, and the weights of a block's average, whose values are the reference's.
 
+    The reference has its weights in no module: its average of the same values is compared.
+    """
+    reference, encoder = pair
+    pixels = from_torch_image(intermediates["encoder"][0])
+    states = run(encoder, pixels, method="hidden_states")
+    for i, state in enumerate(states[1:]):
+        assert_close(state, grid_last(intermediates[f"layer{i}"][1]))
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("hw", [(32, 20), (7, 9), (34, 3)], ids=str)
-def test_depthwise_conv(hw, stride, platform):
-    """The kernel's gradient goes by rows on a CPU, at once elsewhere."""
-    conv = functools.partial(_depthwise_conv, stride=stride)
-    x, kernel = normal((2, *hw, 5)), normal((3, 3, 1, 5), seed=1)
-    assert_like_torch(conv, x, kernel, stride=stride, groups=5)
-
-
-@pytest.mark.parametrize("hw", [(32, 20), (6, 8), (2, 2)], ids=str)
-def test_halving_conv(hw, platform):
-    """The kernel's gradient is of products on a CPU, XLA's own elsewhere."""
-    x, kernel = normal((2, *hw, 5)), normal((3, 3, 5, 7), seed=1)
-    assert_like_torch(_halving_conv, x, kernel, stride=2)
-
-
-CONVS = {
-    "depthwise": (functools.partial(_depthwise_conv, stride=1), 1),
-    "halving": (_halving_conv, 3),
-}
-
-
-@pytest.mark.parametrize("name", CONVS)
-def test_gradients_with_an_open_batch(name):
-    conv, channels = CONVS[name]
-
-    def total(x, kernel):
-        return jnp.sum(jnp.sin(conv(x, kernel)))
-
-    gradients = jax.jit(jax.grad(total, (0, 1)))
-    x, kernel = normal((2, 6, 6, 3)), normal((3, 3, channels, 3), seed=1)
-    shape = jax.export.symbolic_shape("batch, 6, 6, 3")
-    exported = jax.export.export(gradients)(jax.ShapeDtypeStruct(shape, x.dtype), kernel)
-    for actual, expected in zip(exported.call(x, kernel), gradients(x, kernel), strict=True):
-        assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("name", CONVS)
-def test_forward_mode_and_vmap(name):
-    conv, channels = CONVS[name]
-    x, kernel = normal((2, 6, 6, 3)), normal((3, 3, channels, 3), seed=1)
-
-    def total(kernel, x):
-        return jnp.sum(jnp.sin(conv(x[None], kernel)))
-
-    reverse = jax.vmap(jax.grad(total), (None, 0))(kernel, x)
-    assert_close(jax.vmap(jax.jacfwd(total), (None, 0))(kernel, x), reverse)
+    x = normal((1, 14, 14, 160), seed=3)  # one window, so that nothing is padded
+    block, torch_block = encoder.layers[2].blocks[0], reference.layers[2].blocks[0]
+    weights = run(block, x, method="attention_weights")
+    flat = tensor(x).reshape(1, 196, 160)
+    attention = torch_block.attn
+    values = attention.qkv(attention.norm(flat)).reshape(1, 196, 5, 96)[..., 64:].detach().numpy()
+    averaged = np.einsum("whqk,wkhd->wqhd", weights, values).reshape(1, 196, 160)
+    assert_close(tensor(attention.proj(tensor(averaged)).detach()), attention(flat))

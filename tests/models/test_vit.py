@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,6 +68,44 @@ def test_encoder_matches_hf():
     x = pixels(config)
     expected = model.get_image_embeddings(to_torch(x))
     assert_close(run(ours(model, config).image_encoder, x), from_torch_image(expected))
+
+
+def test_hidden_states_and_attention_match_hf():
+    """A window's block, of padded windows, and a global one."""
+    config = dataclasses.replace(
+        SMALL, mask_decoder=dataclasses.replace(SMALL.mask_decoder, layer_norm_eps=1e-6)
+    )
+    model = hf_sam(config)
+    model.set_attn_implementation("eager")
+    x = pixels(config, batch=2)
+    options = {"output_hidden_states": True, "output_attentions": True}
+    expected = model.vision_encoder(to_torch(x), **options)
+    encoder = ours(model, config).image_encoder
+    states = run(encoder, x, method="hidden_states")
+    for found, state in zip(states, expected.hidden_states, strict=True):
+        assert_close(found, state)
+    for block, state, weights in zip(encoder.blocks, states, expected.attentions, strict=False):
+        found = run(block, state, method="attention_weights")
+        assert found.shape == ((2 * 9, 3, 25, 25) if block.attn.window else (2, 3, 144, 144))
+        assert_close(found, weights.reshape(found.shape))
+    assert_close(run(encoder, states, method="embed"), run(encoder, x))
+
+
+@pytest.mark.parametrize("policy", [True, jax.checkpoint_policies.dots_saveable])
+def test_remat(pair, policy):
+    """The same gradient, and other residuals."""
+    _, encoder = pair
+    x = pixels(SMALL)
+
+    def gradient(remat):
+        return jax.jit(jax.grad(lambda x: jnp.sin(encoder(x, remat=remat)).sum()))(x)
+
+    def saved(remat):
+        _, pullback = jax.eval_shape(lambda x: jax.vjp(lambda x: encoder(x, remat=remat), x), x)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    assert_close(gradient(policy), gradient(False), 1e-4)
+    assert saved(True) <= saved(policy) < saved(False)
 
 
 @pytest.mark.parametrize(

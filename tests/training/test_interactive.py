@@ -46,7 +46,7 @@ def step_by_step(model, embedding, target, key, rounds, is_box):
     @functools.partial(jax.jit, static_argnames="multimask_output")
     def one_round(points, labels, previous, step, multimask_output):
         masks, scores = model.decode(
-            embedding[None], points, labels, previous, multimask_output=multimask_output
+            embedding[None], points, labels, masks=previous, multimask_output=multimask_output
         )
         masks, scores = masks[0, 0], scores[0, 0]
         best = masks[scores.argmax()]
