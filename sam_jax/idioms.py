@@ -27,7 +27,8 @@ _MODULE = {  # of the model and of its three parts
     "state_dict": "use nnx.state(model), or save_pretrained(model, folder)",
     "load_state_dict": "use from_pretrained(path)",
 }
-_HIDDEN = "vision_hidden_states", "vision_attentions", "mask_decoder_attentions"
+_STATES = "use model.image_encoder.hidden_states(pixel_values)"
+_ATTENTION = "use model.decoder_attention, or attention_weights of the image encoder's blocks"
 _STEPS = "leave it out: processor.resize(image) and processor.normalize(image) are the steps"
 
 # By class, or by function for its arguments; then by name.
@@ -51,9 +52,8 @@ ADVICE = {
     },
     "Sam.__call__": {
         "return_dict": "leave it out: the outputs are a named tuple",
-        **dict.fromkeys(
-            ("output_attentions", "output_hidden_states"), "leave it out: they are not kept"
-        ),
+        "output_hidden_states": _STATES,
+        "output_attentions": _ATTENTION,
     },
     "ImageEncoderViT": {**_MODULE, "img_size": "use model.config.image_size"},
     "TinyViT": {**_MODULE, "img_size": "use model.config.image_size"},
@@ -98,7 +98,8 @@ ADVICE = {
     },
     "SamInputs": {"to": _NUMPY, "data": "leave it out: the inputs are a dictionary"},
     "SamImageSegmentationOutput": {
-        **dict.fromkeys(_HIDDEN, "use model.get_image_embeddings(pixel_values): it is not kept"),
+        "vision_hidden_states": _STATES,
+        **dict.fromkeys(("vision_attentions", "mask_decoder_attentions"), _ATTENTION),
         "to_tuple": "it is a tuple",
         "to": _NO_DEVICES,
     },
