@@ -1,7 +1,16 @@
 """Exceptions, and how their messages show names from files."""
 
+import contextlib
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+
+# The packages of each extra that sam_jax imports, or that those import when they are used.
+EXTRAS = {
+    "demo": ("starlette", "uvicorn"),
+    "onnx": ("onnx",),
+    "ray": ("ray", "pyarrow"),
+    "train": ("grain", "tensorboardX"),
+}
 
 
 class NonFiniteError(ValueError):
@@ -10,6 +19,24 @@ class NonFiniteError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: what it is, what was expected, what to do."""
+
+
+class MissingExtra(ImportError):
+    """An optional package is not installed; the message says which command installs it."""
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Around the import of an extra's packages, which raises MissingExtra if one is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS[extra]:
+            raise
+        raise MissingExtra(
+            f'{package} is not installed; run: pip install "sam_jax[{extra}]"', name=package
+        ) from error
 
 
 def clip(name: str) -> str:

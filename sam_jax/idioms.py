@@ -6,7 +6,10 @@ Idioms that can work do. For the others there is advice in the error; `docs/migr
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _NO_DEVICES = "leave it out: JAX computes on the GPU or TPU that is there"
 _NUMPY = "leave it out: the arrays are numpy's, which the model takes and moves itself"
@@ -158,17 +161,17 @@ def unknown_attribute(owner: Any, name: str) -> AttributeError:
     return AttributeError(message, name=name, obj=owner)
 
 
-def with_advice(function: Callable) -> Callable:
+def with_advice(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """The method, of which unknown keyword arguments raise a TypeError with advice."""
     known = inspect.signature(function).parameters
 
     @functools.wraps(function)
-    def call(self, *args, **kwargs):
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         for name in kwargs:
             if name not in known:
-                kind = f"{type(self).__name__}.{function.__name__}"
+                kind = f"{type(args[0]).__name__}.{function.__name__}"
                 raise TypeError(f"{kind} has no argument {name!r}{_advice(kind, name)}")
-        return function(self, *args, **kwargs)
+        return function(*args, **kwargs)
 
     return call
 

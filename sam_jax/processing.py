@@ -7,18 +7,17 @@ The surface is that of `transformers.SamProcessor`; what Meta's `ResizeLongestSi
 import os
 import reprlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
-from sam_jax.arrays import as_numpy
+from sam_jax.arrays import ArrayLike, Device, PromptsLike, as_numpy
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
-from sam_jax.image import ImageInput, load_image
+from sam_jax.image import ImageInput, image_list, load_image
 from sam_jax.models.preprocessing import fit
 from sam_jax.ops.prompts import (
     PADDING,
@@ -76,10 +75,10 @@ class SamProcessor(WithAdvice):
     def __call__(
         self,
         images: ImageInput | Sequence[ImageInput],
-        segmentation_maps: Any = None,
-        input_points: Any = None,
-        input_labels: Any = None,
-        input_boxes: Any = None,
+        segmentation_maps: ArrayLike | None = None,
+        input_points: PromptsLike | None = None,
+        input_labels: PromptsLike | None = None,
+        input_boxes: PromptsLike | None = None,
         return_tensors: str | None = None,
     ) -> "SamInputs":
         """Arrays for `model(**inputs)`, all numpy; B images, P prompts each, N points each.
@@ -117,11 +116,9 @@ class SamProcessor(WithAdvice):
                 f"return_tensors is {return_tensors!r}, expected 'np' or nothing: the arrays are "
                 "numpy's, which the model takes"
             )
-        if not isinstance(images, (list, tuple)):
-            images = [images]
-        if not images:
+        arrays = [load_image(image) for image in image_list(images)]
+        if not arrays:
             raise ValueError("images is an empty list, expected at least one picture")
-        arrays = [load_image(image) for image in images]
         sizes = [array.shape[:2] for array in arrays]
         result = SamInputs(
             pixel_values=np.stack([self.preprocess(array) for array in arrays]),
@@ -130,6 +127,7 @@ class SamProcessor(WithAdvice):
         )
         if input_labels is not None and input_points is None:
             raise ValueError("input_labels are given without input_points")
+        points = None
         if input_points is not None:
             points, labels = point_lists(input_points, input_labels, len(arrays))
             for i, (size, of_image, kinds) in enumerate(zip(sizes, points, labels, strict=True)):
@@ -144,7 +142,7 @@ class SamProcessor(WithAdvice):
             result["input_labels"] = pad_nested(labels, PADDING, np.int32, ())
         if input_boxes is not None:
             boxes = box_lists(input_boxes, len(arrays))
-            if input_points is not None:
+            if points is not None:
                 check_counts(points, boxes)
             for i, (of_image, size) in enumerate(zip(boxes, sizes, strict=True)):
                 warn_outside(None, None, of_image, size, f"input_boxes[{i}]")
@@ -158,7 +156,7 @@ class SamProcessor(WithAdvice):
             result["labels"] = self._segmentation_labels(segmentation_maps, sizes)
         return result
 
-    def input_size(self, original_size: Any) -> tuple[int, int]:
+    def input_size(self, original_size: ArrayLike) -> tuple[int, int]:
         """(h, w) of a picture of that (h, w) once it is resized to the model's image size.
 
         Raises:
@@ -167,7 +165,9 @@ class SamProcessor(WithAdvice):
         (size,) = check_sizes([original_size], 1, "original_size")
         return fit(size, self.config.image_size, self.config)
 
-    def scale_coords(self, coords: Any, original_size: Any) -> Float[np.ndarray, "*batch 2"]:
+    def scale_coords(
+        self, coords: ArrayLike, original_size: ArrayLike
+    ) -> Float[np.ndarray, "*batch 2"]:
         """(x, y) in pixels of a picture of (h, w) -> in pixels of the model's input; float32.
 
         Raises:
@@ -207,9 +207,9 @@ class SamProcessor(WithAdvice):
     @with_advice
     def post_process_masks(
         self,
-        masks: Any,
-        original_sizes: Any,
-        reshaped_input_sizes: Any,
+        masks: ArrayLike,
+        original_sizes: ArrayLike,
+        reshaped_input_sizes: ArrayLike,
         mask_threshold: float | None = None,
         binarize: bool = True,
     ) -> list[np.ndarray]:
@@ -250,7 +250,12 @@ class SamProcessor(WithAdvice):
                     f"{side}): low-resolution logits, as the model returns them"
                 )
             flat = logits.reshape(-1, side, side)
-            full = self.resize_masks(flat, original, reshaped, threshold if binarize else None)
+            full = self.resize_masks(
+                flat,
+                original,
+                input_size=reshaped,
+                threshold=threshold if binarize else None,
+            )
             results.append(full.reshape(*logits.shape[:-2], *original))
         return results
 
@@ -258,9 +263,10 @@ class SamProcessor(WithAdvice):
         self,
         masks: Float[np.ndarray, "n side side"],
         original_size: tuple[int, int],
+        *,
         input_size: tuple[int, int],
         threshold: float | None,
-        device: jax.Device | None = None,
+        device: Device | None = None,
     ) -> Bool[np.ndarray, "n h w"] | Float[np.ndarray, "n h w"]:
         """Low-resolution logits to one picture's size; above `threshold`, or the logits if None.
 
@@ -281,7 +287,7 @@ class SamProcessor(WithAdvice):
         # A copy, which may be written to and holds no padding in memory.
         return np.array(jax.device_get(full)[: len(masks), :height, :width])
 
-    def mask_to_logits(self, mask: Any) -> Float[np.ndarray, "*batch 1 side side"]:
+    def mask_to_logits(self, mask: ArrayLike) -> Float[np.ndarray, "*batch 1 side side"]:
         """A mask of the image's size as low-resolution logits, to be a prompt.
 
         `predictor.predict(mask_input=processor.mask_to_logits(mask))`. The mask is resized and

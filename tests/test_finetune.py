@@ -446,10 +446,12 @@ def test_options_of_the_model_and_the_pictures(monkeypatch):
     with pytest.raises(InterruptedError, match="model in bfloat16"):
         finetune.main(config_of(*NOWHERE, "--dtype", "bfloat16"))
     prepare = finetune.preparation(SHALLOW, config_of(*NOWHERE))
-    assert prepare == ExampleTransform(SHALLOW, 2, SHALLOW.mask_size)
+    assert prepare == ExampleTransform(SHALLOW, 2, target_size=SHALLOW.mask_size)
     options = "--full-resolution", "--flip", "0.5", "--scale-range", "0.5", "2"
     prepare = finetune.preparation(SHALLOW, config_of(*NOWHERE, *options))
-    assert prepare == ExampleTransform(SHALLOW, 2, SHALLOW.image_size, 0.5, (0.5, 2.0))
+    assert prepare == ExampleTransform(
+        SHALLOW, 2, target_size=SHALLOW.image_size, flip=0.5, scale_range=(0.5, 2.0)
+    )
 
 
 def test_what_trains(model):
@@ -494,5 +496,5 @@ def test_the_extra_is_named_that_is_missing(monkeypatch):
     for name in ("finetune", "sam_jax.training.log"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(SystemExit, match=r"tensorboardX is not installed; .* its extra `train`"):
+    with pytest.raises(SystemExit, match=r"^finetune: tensorboardX is not installed; run: "):
         importlib.import_module("finetune")

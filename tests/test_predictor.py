@@ -160,8 +160,8 @@ def test_number_of_compilations_of_the_rest(compilations):
             predictor.predict_batch(
                 np.ones((count, points, 2)),
                 np.ones((count, points), int),
-                np.ones((count, 4)),
-                low_res_logits(count)[:, None],
+                boxes=np.ones((count, 4)),
+                mask_input=low_res_logits(count)[:, None],
                 return_logits=logits,
             )
             predictor.predict(box=[1, 2, 3, 4], return_logits=logits)
@@ -242,6 +242,15 @@ def test_set_image(size, image_format):
     coords = np.array([[size[1] / 3, size[0] / 2], [size[1] - 1, 0]])
     expected = reference.predict(coords, np.array([1, 0]), return_logits=True)
     assert_same(predictor.predict(coords, [1, 0], return_logits=True), expected, logits=True)
+
+
+def test_results_have_names(predictor):
+    for result in (predictor.predict(POINTS, LABELS), predictor.predict_batch([POINTS], [LABELS])):
+        masks, scores, logits = result
+        assert masks is result.masks
+        assert scores is result.scores
+        assert logits is result.logits
+        assert masks.shape[:-2] == scores.shape == logits.shape[:-2]
 
 
 def test_results_may_be_written_to(predictor):
@@ -357,7 +366,7 @@ def test_ragged_points(predictor, reference):
 def test_ragged_points_with_boxes_and_logits(predictor):
     coords, labels = [POINTS[:1], POINTS[1:], POINTS[:0]], [[1], [0, 1], []]
     boxes = [BOX, BOX / 2, BOX / 3]
-    found = predictor.predict_batch(coords, labels, boxes, return_logits=True)
+    found = predictor.predict_batch(coords, labels, boxes=boxes, return_logits=True)
     for i in range(3):
         alone = predictor.predict(coords[i], labels[i], boxes[i], return_logits=True)
         for part, expected in zip(found, alone, strict=True):

@@ -86,8 +86,8 @@ def generate_folder(
     generator: SamAutomaticMaskGenerator,
     pictures: Sequence[Path],
     results: Results,
-    on_image: Callable[[], None],
-    on_failure: Callable[[Path, str], None],
+    on_image: Callable[[], object],
+    on_failure: Callable[[Path, str], object],
 ) -> None:
     """Generates and writes the masks of pictures, as many at a time as the generator has devices.
 

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from PIL import Image
 
-from sam_jax.arrays import is_array
+from sam_jax.arrays import ArrayLike, is_array
 from sam_jax.automatic.device import (
     Frame,
     Measured,
@@ -145,7 +145,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         return records
 
     def generate_batch(
-        self, images: Iterable[ImageInput], on_image: Callable[[], None] | None = None
+        self, images: Iterable[ImageInput], on_image: Callable[[], object] | None = None
     ) -> Iterator[list[dict[str, Any]]]:
         """The masks of several pictures, of any sizes: one after the other what `generate` returns.
 
@@ -174,9 +174,10 @@ class SamAutomaticMaskGenerator(WithAdvice):
 
     def generate_from_embedding(
         self,
-        embedding: Any,
+        embedding: ArrayLike,
         original_size: tuple[int, int],
-        on_batch: Callable[[int, int], None] | None = None,
+        *,
+        on_batch: Callable[[int, int], object] | None = None,
     ) -> list[dict[str, Any]]:
         """What `generate` returns for a picture whose embedding is known.
 
@@ -216,8 +217,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
     def _generate(
         self,
         groups: "Iterable[list[list[Crop]]]",
-        on_batch: Callable[[int, int], None] | None = None,
-        on_image: Callable[[], None] | None = None,
+        on_batch: Callable[[int, int], object] | None = None,
+        on_image: Callable[[], object] | None = None,
     ) -> Iterator[list[dict[str, Any]]]:
         """The records of groups of at most as many pictures as there are devices.
 
@@ -255,7 +256,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         crops: "list[Crop]",
         pixels: list[np.ndarray],
         host: ThreadPoolExecutor,
-        on_batch: Callable[[int, int], None] | None,
+        on_batch: Callable[[int, int], object] | None,
     ) -> None:
         """Finds the masks of a crop on each device and adds them to those of its picture."""
         if pixels:

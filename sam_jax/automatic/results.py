@@ -38,22 +38,20 @@ _COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """A folder of results.
-
-    * "png": `<stem>/0.png`, `1.png`, ... and `<stem>/metadata.csv` for each picture, as Meta's
-      `amg.py` writes them, with `source.json`, which tells the picture; with `overlays` also
-      `<stem>/overlay.png`, the picture with its masks;
-    * "coco": the records of each image in `parts/`, as Python has them, put together as
-      `annotations.json` at the end of a run (category "object"; masks as `segmentation` says);
-      `ids.json`, which keeps the ids the same from run to run; `overlays/<stem>.png`.
-
-    `sam_jax.json` has the settings.
-    """
+    """A folder of results, with the settings in `sam_jax.json`."""
 
     folder: Path
+    """The folder."""
     format: ResultsFormat = "png"
+    """The files. "png": `<stem>/0.png`, `1.png`, ... and `<stem>/metadata.csv` for each image, as
+    Meta's `amg.py` writes them, and `source.json`, which names the image. "coco": the records of
+    each image in `parts/`, joined as `annotations.json` at the end of a run (category "object"),
+    and `ids.json`, which keeps ids the same from run to run."""
     overlays: bool = False
+    """Whether each image is also written with its masks: `<stem>/overlay.png`, or for "coco"
+    `overlays/<stem>.png`."""
     segmentation: Segmentation = "rle"
+    """Of "coco": how `annotations.json` holds masks."""
 
     def begin(self, settings: dict[str, Any], pictures: Sequence[Path]) -> list[Path]:
         """Makes the folder; the pictures that have no result in it yet.

@@ -47,11 +47,17 @@ class Source:
     """Where a model's checkpoint comes from, and how to know that it is the right one."""
 
     file_name: str
+    """Name of the file in the cache."""
     sha256: str
-    size: int  # in bytes
+    """Of the file, in hexadecimal."""
+    size: int
+    """Of the file, in bytes."""
     hub_repository: str | None = None
+    """Repository of the Hugging Face Hub that has it."""
     hub_path: str | None = None
+    """Its path in that repository."""
     package: PackageMember | None = None
+    """The package of the package index that has it."""
 
 
 MODELS: dict[str, Source] = {

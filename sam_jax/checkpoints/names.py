@@ -29,7 +29,9 @@ class Layout:
     """How a tensor is laid out here and in PyTorch; both ways are views."""
 
     to_ours: Callable[[np.ndarray], np.ndarray]
+    """From PyTorch's layout."""
     to_torch: Callable[[np.ndarray], np.ndarray]
+    """To PyTorch's layout."""
 
 
 def _transpose(*axes: int) -> Layout:

@@ -39,8 +39,9 @@ def export(args: Export) -> None:
 
     Raises:
         OSError: for an output that exists or cannot be written.
-        ValueError: for options that do not go together or that the model does not allow, an unknown
-            model, and without the extra `onnx` where it is needed.
+        ValueError: for options that do not go together or that the model does not allow, and for
+            an unknown model.
+        MissingExtra: for ONNX without the extra `onnx`.
     """
     from sam_jax.checkpoints import from_pretrained
     from sam_jax.export import export_jax, export_onnx

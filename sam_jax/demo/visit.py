@@ -293,7 +293,8 @@ def find_everything(
         model, points_per_side, points_per_batch=at_once, output_mode="coco_rle"
     )
     return Found(
-        picture, generator.generate_from_embedding(picture.embedding, picture.size, on_batch)
+        picture,
+        generator.generate_from_embedding(picture.embedding, picture.size, on_batch=on_batch),
     )
 
 

@@ -77,7 +77,7 @@ def evaluate(
     return {**{name: float(np.mean(values)) for name, values in found.items()}, "objects": objects}
 
 
-def draw_clicks(model: Sam, source: Dataset, count: int = 4) -> Image.Image:
+def draw_clicks(model: Sam, source: Dataset, *, count: int = 4) -> Image.Image:
     """The first pictures side by side, with the best mask of a click in each object's middle.
 
     Of more than 16 objects the first are drawn.
@@ -94,7 +94,8 @@ def draw_clicks(model: Sam, source: Dataset, count: int = 4) -> Image.Image:
         set_image(predictor, example)
         masks, scores, _ = predictor.predict_batch(points, np.ones(points.shape[:2]))
         best = masks[np.arange(len(masks)), scores.argmax(1)]
-        pictures.append(overlay(example["image"], best, points[:, 0], np.ones(len(points), int)))
+        marks = {"point_coords": points[:, 0], "point_labels": np.ones(len(points), int)}
+        pictures.append(overlay(example["image"], best, **marks))
     sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)))
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (sum(p.width for p in pictures[:i]), 0))

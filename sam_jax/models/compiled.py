@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 
@@ -84,7 +85,7 @@ def decode(
 
 def chunk_size_for(image_embeddings: Float[Array, "b g g c"], prompts: int) -> int | None:
     """`prompts_chunk_size` of `decode` where they are, so that no other platform's is traced."""
-    if isinstance(image_embeddings, jax.core.Tracer):
+    if isinstance(image_embeddings, Tracer):
         return None
     (device, *_) = image_embeddings.devices()
     return fastest_chunk_size(device.platform, len(image_embeddings), prompts)

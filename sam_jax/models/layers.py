@@ -81,7 +81,10 @@ def _normalize_jvp(eps, primals, tangents):
 class Linear(nnx.Linear):
     """`nnx.Linear`, by `rowwise`."""
 
-    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+    # Without the sharding of its result: rows are joined.
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Array, "*batch i"]
+    ) -> Float[Array, "*batch o"]:
         return rowwise(super().__call__, x)
 
     def weight(self) -> Float[Array, "i o"]:

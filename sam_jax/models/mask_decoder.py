@@ -176,6 +176,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
         masks = jnp.moveaxis(join_pixels(masks), -1, 0)
         if self.hq is None:
             return masks
+        assert hq_features is not None
         hq_mask = self.hq.mask(mask_tokens[-1], join_pixels(upscaled), hq_features)
         return hq_mask[None] + (jnp.zeros_like(masks) if hq_token_only else masks)
 

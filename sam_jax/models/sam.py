@@ -297,6 +297,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
         """One prompt's tokens, and which of them are real rather than padding."""
         given = prompt.sparse_embeddings
         if prompt.points is None or prompt.labels is None:
+            assert given is not None  # as `check_prompts` made sure
             return given, jnp.ones(len(given), bool)
         tokens, is_real = self.prompt_encoder(prompt.points, prompt.labels)
         if given is None:

@@ -37,8 +37,9 @@ class CachedEmbeddings:
         self,
         source: Dataset,
         model: Sam,
+        *,
         folder: str | Path,
-        on_image: Callable[[], None] = lambda: None,
+        on_image: Callable[[], object] = lambda: None,
     ):
         self.source = source
         self.folder = Path(folder) / _encoder_key(model)
@@ -73,8 +74,8 @@ class CachedEmbeddings:
         return {**self.source[index], "image_embedding": embedding}
 
     def image_id(self, index: int) -> Any:
-        """What the dataset calls the image."""
-        return self.source.image_id(index)
+        """What the dataset calls the image; its number if it has no names."""
+        return getattr(self.source, "image_id", int)(index)
 
 
 def _is_whole(file: Path, config: SamConfig) -> bool:

@@ -311,7 +311,7 @@ def test_what_on_batch_raises_ends_the_work(monkeypatch):
 
     with pytest.raises(InterruptedError):
         generator(points_per_batch=7).generate_from_embedding(
-            predictor.get_image_embedding(), (70, 110), stop
+            predictor.get_image_embedding(), (70, 110), on_batch=stop
         )
     assert len(batches) == 2
 

@@ -289,7 +289,7 @@ def test_hugging_face_loads_what_we_write(meta, tmp_path):
     """Meta's weights in Hugging Face's names, and the same masks from its model."""
     torch.save(meta.state_dict(), tmp_path / "sam.pth")
     params, config = load_params(tmp_path / "sam.pth")
-    write_checkpoint(tmp_path / "hf/model.safetensors", params, config, "hf")
+    write_checkpoint(tmp_path / "hf/model.safetensors", params, config=config, fmt="hf")
     # The decoder's heads stand in the configuration, and Meta's epsilon too.
     theirs, report = transformers.SamModel.from_pretrained(
         tmp_path / "hf", output_loading_info=True
@@ -317,10 +317,10 @@ def test_a_write_that_fails_leaves_nothing(meta, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sam_jax.checkpoints, "write_safetensors", full)
         with pytest.raises(OSError, match="No space left"):
-            write_checkpoint(tmp_path / "hf/model.safetensors", params, config, "hf")
+            write_checkpoint(tmp_path / "hf/model.safetensors", params, config=config, fmt="hf")
     assert list((tmp_path / "hf").iterdir()) == []
     # What a kill would have left there is in nobody's way.
-    write_checkpoint(tmp_path / "killed/model.safetensors", params, config, "hf")
+    write_checkpoint(tmp_path / "killed/model.safetensors", params, config=config, fmt="hf")
     assert load_config(tmp_path / "killed") == config
 
 
@@ -380,14 +380,14 @@ def test_nothing_is_overwritten(meta, tmp_path):
     torch.save(meta.state_dict(), tmp_path / "sam.pth")
     params, config = load_params(tmp_path / "sam.pth")
     with pytest.raises(FileExistsError, match="exists already"):
-        write_checkpoint(tmp_path / "sam.pth", params, config, "meta")
+        write_checkpoint(tmp_path / "sam.pth", params, config=config, fmt="meta")
     with pytest.raises(ValueError, match=r"looks for model.safetensors or pytorch_model.bin"):
-        write_checkpoint(tmp_path / "sam.safetensors", params, config, "hf")
+        write_checkpoint(tmp_path / "sam.safetensors", params, config=config, fmt="hf")
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(FileExistsError, match=r"config\.json exists"):
-        write_checkpoint(tmp_path / "model.safetensors", params, config, "hf")
+        write_checkpoint(tmp_path / "model.safetensors", params, config=config, fmt="hf")
     with pytest.raises(ValueError, match=r"\.h5.*suffix must be one of"):
-        write_checkpoint(tmp_path / "sam.h5", params, config, "meta")
+        write_checkpoint(tmp_path / "sam.h5", params, config=config, fmt="meta")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "sam.pth"]
 
 

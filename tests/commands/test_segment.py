@@ -154,7 +154,7 @@ def test_overlay_shows_the_best_mask_and_the_prompt(run, predictor, folder, tmp_
         pixels = np.asarray(file)
     masks, scores, _ = predictor.predict([[60, 30]], [1])
     expected = sam_jax.visualize.overlay(
-        folder / "photo.png", [masks[scores.argmax()]], [[60, 30]], [1]
+        folder / "photo.png", [masks[scores.argmax()]], point_coords=[[60, 30]], point_labels=[1]
     )
     assert np.array_equal(pixels, expected)
     assert tuple(pixels[30, 60]) == (40, 200, 80)

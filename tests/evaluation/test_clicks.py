@@ -67,8 +67,8 @@ def test_later_clicks_are_the_farthest_from_the_boundary_of_an_error(model, sour
     calls = []
     predict = SamPredictor.predict_batch
 
-    def spy(self, points=None, labels=None, boxes=None, **options):
-        result = predict(self, points, labels, boxes, **options)
+    def spy(self, points=None, labels=None, *, boxes=None, **options):
+        result = predict(self, points, labels, boxes=boxes, **options)
         if points is not None:
             scores = result[1]
             best = result[0][np.arange(len(scores)), scores.argmax(1)]
@@ -116,7 +116,7 @@ def test_a_thin_rim_is_no_large_error():
 
 
 def test_cached_embeddings_give_the_same(model, source, tmp_path):
-    cached = CachedEmbeddings(source, model, tmp_path)
+    cached = CachedEmbeddings(source, model, folder=tmp_path)
     assert evaluate(model, cached, clicks=(1,)) == evaluate(model, source, clicks=(1,))
 
 

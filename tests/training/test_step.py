@@ -132,7 +132,7 @@ def test_a_step_on_every_parameter_is_pytorchs():
 def compiled_gradients(model, everything, recipe):
     """`gradients` for a batch of 4, and what memory it takes."""
     split = partition(model, EVERYTHING if everything else DECODER_ONLY)
-    run = jax.jit(lambda batch, keys: grads_and_metrics(*split, batch, keys, recipe))
+    run = jax.jit(lambda batch, keys: grads_and_metrics(*split, batch, keys, recipe=recipe))
     compiled = run.lower(batch_of(4), KEYS).compile()
     return compiled, compiled.memory_analysis()
 
@@ -169,7 +169,7 @@ def test_steps_draw_anew_keep_what_is_frozen_and_the_moving_average(model):
     tx = adamw(1e-2, DECODER_ONLY)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
-    step = compile_step(state, tx, RECIPE._replace(ema_decay=decay))
+    step = compile_step(state, tx, recipe=RECIPE._replace(ema_decay=decay))
     # What a step draws depends on its number: the same state has another loss in another step.
     copies = [jax.tree.map(jnp.copy, state)._replace(step=jnp.int32(k)) for k in (0, 0, 1)]
     first, again, other = (step(s, rest, batch, key)[1]["loss"] for s in copies)
@@ -192,7 +192,9 @@ def test_steps_draw_anew_keep_what_is_frozen_and_the_moving_average(model):
 
 def test_invalid_objects_change_nothing(model):
     batch, keys = batch_of(2), jax.random.split(jax.random.key(0), 2)
-    run = jax.jit(lambda batch: mean_loss(batch_losses(model, batch, keys, RECIPE), batch["valid"]))
+    run = jax.jit(
+        lambda batch: mean_loss(batch_losses(model, batch, keys, recipe=RECIPE), batch["valid"])
+    )
     expected, _ = run(batch)
     other = {name: array.copy() for name, array in batch.items()}
     other["masks"][0, -1] = False
@@ -209,7 +211,7 @@ def test_a_batch_without_objects_is_no_step(model, accumulate):
     tx, _ = OptimizerConfig(warmup=0, weight_decay=0.1).build(DECODER_ONLY, 10)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
-    step = compile_step(state, tx, RECIPE._replace(ema_decay=0.5, accumulate=accumulate))
+    step = compile_step(state, tx, recipe=RECIPE._replace(ema_decay=0.5, accumulate=accumulate))
     key, batch = jax.random.key(0), {**batch_of(2), "dropped": np.array([0, 3], np.int32)}
     nothing = {**batch, "valid": np.zeros((2, 3), np.float32)}
     state, metrics = step(state, rest, batch, key)
@@ -233,7 +235,7 @@ def test_training_under_jaxs_strict_switches(what):
     """The whole loop but for making the model; on a CPU, transfers to the host are not seen."""
     model, mesh = ours(meta_sam(SMALL), SMALL), sharding.make_mesh()
     if what == "lora":
-        model = add_lora(model, r"image_encoder\..*\.(qkv|proj)", 2, rngs=nnx.Rngs(0))
+        model = add_lora(model, r"image_encoder\..*\.(qkv|proj)", rank=2, rngs=nnx.Rngs(0))
     encoder = {} if what == "decoder" else {"remat": True, "drop_path_rate": 0.1}
     recipe = TrainConfig(num_rounds=4, accumulate=2, ema_decay=0.9, **encoder)
     batch, key = {**batch_of(2), "dropped": np.zeros(2, np.int32)}, jax.random.key(0)
@@ -248,14 +250,14 @@ def test_training_under_jaxs_strict_switches(what):
     ):
         tx, _ = OptimizerConfig().build(TABLES[what], 10)
         trained, rest = partition(model, TABLES[what])
-        trained, rest = sharding.shard_tree((trained, rest), mesh, "data")
+        trained, rest = sharding.shard_tree((trained, rest), mesh, parallelism="data")
         make = functools.partial(init_state, tx=tx, ema=True)
         state = sharding.init_sharded(make, trained, mesh=mesh, parallelism="data")
-        step = compile_step(state, tx, recipe)
+        step = compile_step(state, tx, recipe=recipe)
         state, metrics = step(state, rest, sharding.put_batch(batch, mesh), key)
         assert np.isfinite(list(jax.device_get(metrics).values())).all()
         assert updates_made(state.opt_state) == 1
-        tuned = sharding.merge_on_host(state.result, rest, mesh)
+        tuned = sharding.merge_on_host(state.result, rest, mesh=mesh)
         assert len(jax.tree.leaves(tuned)) == len(jax.tree.leaves(model))
 
 
@@ -274,7 +276,7 @@ def test_a_tiny_vits_step_promotes_nothing():
     trained, rest = partition(model, EVERYTHING)
     state = init_state(trained, tx)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        step = compile_step(state, tx, TrainConfig(num_rounds=2, remat=True))
+        step = compile_step(state, tx, recipe=TrainConfig(num_rounds=2, remat=True))
         step.trace(state, rest, batch, jax.random.key(0))
 
 
@@ -344,7 +346,7 @@ def test_bfloat16_trains_float32_parameters(compilations):
     # Also those of a checkpoint that was kept in bfloat16.
     trained = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)
     state = init_state(trained, tx)
-    step = compile_step(state, tx, RECIPE)
+    step = compile_step(state, tx, recipe=RECIPE)
     losses = []
     for _ in range(8):
         compilations.clear()
@@ -369,7 +371,7 @@ def test_a_loop_of_ones_own(model):
     def step(params, opt_state, key):
         def loss(params):
             sam = nnx.merge(graphdef, params, rest)
-            losses = batch_losses(sam, batch, jax.random.split(key, 2), RECIPE)
+            losses = batch_losses(sam, batch, jax.random.split(key, 2), recipe=RECIPE)
             return mean_loss(losses, batch["valid"])[0]
 
         value, grads = jax.value_and_grad(loss)(params)
@@ -396,7 +398,7 @@ def test_a_loop_of_ones_own(model):
 )
 def test_recipes_that_make_no_sense(model, options, message):
     with pytest.raises(ValueError, match=message):
-        batch_losses(model, batch_of(1), KEYS[:1], TrainConfig(**options))
+        batch_losses(model, batch_of(1), KEYS[:1], recipe=TrainConfig(**options))
 
 
 @pytest.mark.parametrize(
@@ -410,7 +412,7 @@ def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
     tx = adamw(1e-3, DECODER_ONLY)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=ema)
-    step = compile_step(state, tx, TrainConfig(ema_decay=decay))
+    step = compile_step(state, tx, recipe=TrainConfig(ema_decay=decay))
     with pytest.raises(ValueError, match=message):
         step(state, rest, batch_of(1), KEYS[0])
 
@@ -422,7 +424,7 @@ def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
 def test_what_needs_an_encoder_that_trains(model, options, given):
     batch = {**batch_of(1), "image_embedding": np.zeros((1, 1))}
     with pytest.raises(ValueError, match=f"{given}, .* image encoder, which it is for, does not"):
-        batch_losses(model, batch, KEYS[:1], TrainConfig(**options))
+        batch_losses(model, batch, KEYS[:1], recipe=TrainConfig(**options))
 
 
 def test_losses_are_of_the_recipe(model, monkeypatch):
@@ -437,7 +439,7 @@ def test_losses_are_of_the_recipe(model, monkeypatch):
     batch = {**batch_of(1), "image_embedding": normal((1, *EMBEDDING))}
     expected = {"num_rounds": 3, "box_probability": 0.25, "weights": LossWeights(2.0, 3.0, 4.0)}
     losses = jax.eval_shape(
-        lambda b: batch_losses(model, b, KEYS[:1], TrainConfig(**expected)), batch
+        lambda b: batch_losses(model, b, KEYS[:1], recipe=TrainConfig(**expected)), batch
     )
     assert losses.total.shape == (1, 3, 3)
     assert given == expected
