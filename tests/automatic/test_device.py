@@ -1,11 +1,5 @@
 import pytest
-from everything import (
-    assert_same_records,
-    generator,
-    picture,
-)
-
-from sam_jax.automatic.device import points_at_once
+from everything import as_on_a_gpu, assert_same_records, generator, picture
 
 
 @pytest.mark.parametrize("points_per_batch", [1, 7, 1024])
@@ -18,7 +12,6 @@ def test_points_per_batch_changes_nothing(points_per_batch):
 
 @pytest.mark.slow
 def test_the_schedule_of_accelerators_changes_nothing():
-    image, some = picture(100, 75), generator(points_per_side=9)
-    expected = some.generate(image)
-    some._at_once = points_at_once(64, "gpu")
-    assert_same_records(some.generate(image), expected, exact=True)
+    image = picture(100, 75)
+    expected = generator(points_per_side=9).generate(image)
+    assert_same_records(as_on_a_gpu(points_per_side=9).generate(image), expected, exact=True)
