@@ -19,6 +19,7 @@ from reference import (
     ours,
     tensor,
     to_torch,
+    torch_encode,
 )
 
 from sam_jax.checkpoints.names import torch_name
@@ -220,17 +221,6 @@ def test_functional_use():
 
 def objective_weights(shape):
     return np.random.default_rng(7).normal(size=shape).astype(np.float32)
-
-
-def torch_encode(sam, pixels):
-    encoder = sam.image_encoder
-    if not hasattr(encoder, "forward_features"):
-        return encoder(pixels)
-    x = encoder.patch_embed(pixels)  # TinyViT's own forward takes 1024 pixels only
-    for layer in encoder.layers:
-        x = layer(x)
-    side = pixels.shape[-1] // 16
-    return encoder.neck(x.reshape(1, side, side, -1).permute(0, 3, 1, 2))
 
 
 def torch_objective(sam, pixels, points, labels, box, mask):

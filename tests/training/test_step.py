@@ -103,8 +103,8 @@ def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
 
 def test_a_step_on_every_parameter_is_pytorchs():
     """A large epsilon, so that the update is in proportion to the gradient, not its sign."""
-    reference = meta_sam(SMALL)
-    model = ours(reference, SMALL)
+    reference = meta_sam(SHALLOW)
+    model = ours(reference, SHALLOW)
     batch, key = batch_of(2), jax.random.key(1)
     keys = jax.random.split(jax.random.fold_in(key, 0), 2)
     rate, decay, eps = 1e-3, 0.1, 1e-2
@@ -119,7 +119,7 @@ def test_a_step_on_every_parameter_is_pytorchs():
     assert float(metrics["loss"]) == pytest.approx(expected_loss, rel=1e-5)
     after = flat_params(combine(state.params, rest))
     tensors = {k: v.detach().numpy() for k, v in reference.state_dict().items()}
-    expected = from_torch(tensors, SMALL, param_shapes(SMALL))
+    expected = from_torch(tensors, SHALLOW, param_shapes(SHALLOW))
     moved = 0
     for name, value in after.items():
         difference = np.abs(np.asarray(value) - expected[name]).max()
