@@ -129,16 +129,16 @@ class ConvBN(nnx.Module):
         bias = (bias - mean * scale).astype(self.dtype)
         x = x.astype(self.dtype)
         if self.depthwise:
-            return _depthwise_conv(x, kernel, self.stride) + align(bias, x)
+            return depthwise_conv(x, kernel, self.stride) + align(bias, x)
         if kernel.shape[0] == 1:
             return rowwise(lambda rows: rows @ kernel[0, 0] + bias[None], x)
-        return _halving_conv(x, kernel) + align(bias, x)
+        return halving_conv(x, kernel) + align(bias, x)
 
 
 @jax.custom_jvp
 @jax.jit
 @operation("sam.conv")
-def _halving_conv(
+def halving_conv(
     x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]
 ) -> Float[Array, "b h//2 w//2 o"]:
     """The stem's convolution, of stride 2, as one of stride 1 whose pixels are blocks of 2 x 2.
@@ -157,17 +157,17 @@ def _halving_conv(
     )
 
 
-@_halving_conv.defjvp
+@halving_conv.defjvp
 def _halving_conv_jvp(primals, tangents):
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
     by_kernel = _halving_conv_by_kernel(x, kernel_dot)
-    return _halving_conv(x, kernel), _halving_conv(x_dot, kernel) + by_kernel
+    return halving_conv(x, kernel), halving_conv(x_dot, kernel) + by_kernel
 
 
 @jax.jit
 def _halving_conv_by_kernel(x, kernel):
-    """`_halving_conv`, written for the kernel's gradient."""
-    return jax.lax.platform_dependent(x, kernel, cpu=_product_by_rows, default=_halving_conv)
+    """`halving_conv`, written for the kernel's gradient."""
+    return jax.lax.platform_dependent(x, kernel, cpu=_product_by_rows, default=halving_conv)
 
 
 def _product_by_rows(x, kernel):
@@ -190,18 +190,18 @@ def _product_by_rows(x, kernel):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 @functools.partial(jax.jit, static_argnums=2)
 @operation("sam.conv")
-def _depthwise_conv(
+def depthwise_conv(
     x: Float[Array, "b h w c"], kernel: Float[Array, "n n 1 c"], stride: int
 ) -> Float[Array, "b h2 w2 c"]:
     """A depthwise convolution, ten times faster on a CPU than XLA's grouped convolution."""
     return _shifted_sum(_pad(x, kernel), _taps(kernel), stride)
 
 
-@_depthwise_conv.defjvp
+@depthwise_conv.defjvp
 def _depthwise_conv_jvp(stride, primals, tangents):
     """Written for its transpose, which is what training needs, to be fast on a CPU."""
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
-    by_x = _padded_sum(x_dot, kernel) if stride == 1 else _depthwise_conv(x_dot, kernel, stride)
+    by_x = _padded_sum(x_dot, kernel) if stride == 1 else depthwise_conv(x_dot, kernel, stride)
     padded = _barrier_on_cpu(_pad(x, kernel))
     by_kernel = _depthwise_conv_by_kernel(padded, kernel_dot, stride)
     return _shifted_sum(padded, _taps(kernel), stride), by_x + by_kernel
@@ -216,7 +216,7 @@ def _barrier_on_cpu(padded):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _depthwise_conv_by_kernel(padded, kernel, stride):
-    """`_depthwise_conv` of padded pixels, written for the kernel's gradient."""
+    """`depthwise_conv` of padded pixels, written for the kernel's gradient."""
     height = (padded.shape[1] - len(kernel)) // stride + 1
     some_rows = functools.partial(_sum_by_rows, stride=stride)
     return jax.lax.platform_dependent(

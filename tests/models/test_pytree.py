@@ -39,6 +39,11 @@ def expected(model, arrays):
     return jax.jit(scores_of)(model, *arrays)
 
 
+# What is the same of both kinds, and compiles long.
+VIT_ALONE = pytest.mark.parametrize("model", [SHALLOW], ids=["vit"], indirect=True)
+
+
+@VIT_ALONE
 def test_without_jit(model, arrays, expected):
     assert_close(scores_of(model, *arrays), expected)
 
@@ -65,6 +70,7 @@ def test_vmap_over_two_models(model, arrays, expected):
     assert_close(found[1], jax.jit(scores_of)(other, *arrays))
 
 
+@VIT_ALONE
 def test_a_donated_step(model, arrays):
     params, rest = partition(jax.tree.map(jnp.array, model))
     optimizer = optax.sgd(1e-3)

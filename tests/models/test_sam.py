@@ -89,8 +89,9 @@ def test_batch_equals_one_at_a_time(model, pixels):
             assert_close(together.iou_scores[i, j], alone.iou_scores[0, 0])
 
 
-@pytest.mark.parametrize("length", [5, 8, 40])
-@pytest.mark.parametrize("boxes", [None, jnp.asarray(BOXES)], ids=["no_boxes", "boxes"])
+@pytest.mark.parametrize(
+    ("length", "boxes"), [(5, None), (40, jnp.asarray(BOXES))], ids=["no_boxes", "boxes"]
+)
 def test_padded_points_change_nothing(model, embeddings, length, boxes):
     plain = model(
         image_embeddings=embeddings.numpy(),

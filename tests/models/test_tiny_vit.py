@@ -18,7 +18,7 @@ from reference import (
     torch_encode,
 )
 
-from sam_jax.models.tiny_vit import _depthwise_conv, _halving_conv
+from sam_jax.models.tiny_vit import depthwise_conv, halving_conv
 
 pytestmark = pytest.mark.optimised
 
@@ -104,7 +104,7 @@ def assert_like_torch(conv, x, kernel, **options):
 @pytest.mark.parametrize("hw", [(7, 9), (34, 4)], ids=str)
 def test_depthwise_conv(hw, stride, platform):
     """The kernel's gradient goes by rows on a CPU, at once elsewhere."""
-    conv = functools.partial(_depthwise_conv, stride=stride)
+    conv = functools.partial(depthwise_conv, stride=stride)
     x, kernel = normal((2, *hw, 5)), normal((3, 3, 1, 5), seed=1)
     assert_like_torch(conv, x, kernel, stride=stride, groups=5)
 
@@ -113,12 +113,12 @@ def test_depthwise_conv(hw, stride, platform):
 def test_halving_conv(hw, platform):
     """The kernel's gradient is of products on a CPU, XLA's own elsewhere."""
     x, kernel = normal((2, *hw, 5)), normal((3, 3, 5, 7), seed=1)
-    assert_like_torch(_halving_conv, x, kernel, stride=2)
+    assert_like_torch(halving_conv, x, kernel, stride=2)
 
 
 CONVS = {
-    "depthwise": (functools.partial(_depthwise_conv, stride=1), 1),
-    "halving": (_halving_conv, 3),
+    "depthwise": (functools.partial(depthwise_conv, stride=1), 1),
+    "halving": (halving_conv, 3),
 }
 
 

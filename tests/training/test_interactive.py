@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import first_prompts
 from flax import nnx
 from reference import SHALLOW, meta_sam, normal, ours
 
-from sam_jax.training.interactive import _brings_click, interactive_losses
+from sam_jax.training.interactive import click_schedule, interactive_losses
 from sam_jax.training.losses import mask_losses, resize_logits
-from sam_jax.training.simulate import next_click, noisy_box, sample_point
+from sam_jax.training.simulate import next_click
 
 SIZE, SIDE = SHALLOW.image_size, SHALLOW.mask_size
 BOX = jnp.array([20.0, 10.0, 60.0, 70.0])
@@ -34,12 +35,10 @@ def target(side):
 def step_by_step(model, embedding, target, key, rounds, is_box):
     """The same, written as one would use the model: a call of `Sam.decode` for each round."""
     first, idle, clicks = jax.random.split(key, 3)
-    _, point_key, box_key = jax.random.split(first, 3)
+    point, box, _ = map(np.asarray, first_prompts(first, target > 0.5, BOX))
     if is_box:
-        corners = np.asarray(jax.jit(noisy_box, static_argnums=2)(box_key, BOX, SIZE))
-        prompt = list(zip(corners.reshape(2, 2), (2, 3), strict=True))
+        prompt = list(zip(box.reshape(2, 2), (2, 3), strict=True))
     else:
-        point, _ = jax.jit(sample_point, static_argnums=2)(point_key, target > 0.5, SIZE)
         prompt = [(point, 1), (np.zeros(2, np.float32), -1)]
 
     # Compiled once for every number of points, not operation by operation.
@@ -54,7 +53,7 @@ def step_by_step(model, embedding, target, key, rounds, is_box):
         click = next_click(jax.random.fold_in(clicks, step), big > 0, target > 0.5, SIZE)
         return mask_losses(masks, scores, target), best[None, None], click
 
-    brings_click, previous, losses = np.asarray(_brings_click(idle, rounds)), None, []
+    brings_click, previous, losses = np.asarray(click_schedule(idle, rounds)), None, []
     for step in range(rounds):
         points, labels = (np.array(x)[None, None] for x in zip(*prompt, strict=True))
         loss, previous, (point, label) = one_round(
@@ -84,12 +83,12 @@ def test_rounds_are_calls_of_the_model(model, embedding, is_box, side, rounds):
 def test_schedule_is_the_papers():
     """Eight clicks in eleven rounds; none in the last and in one by chance."""
     keys = jax.vmap(jax.random.key)(np.arange(200))
-    schedules = np.asarray(jax.vmap(lambda key: _brings_click(key, 11))(keys))
+    schedules = np.asarray(jax.vmap(lambda key: click_schedule(key, 11))(keys))
     assert (schedules.sum(1) == 8).all()
     assert not schedules[:, -2:].any()
     assert set(np.nonzero(~schedules[:, :-2])[1]) == set(range(9))
-    assert np.asarray(_brings_click(jax.random.key(0), 1)).tolist() == [False]
-    assert np.asarray(_brings_click(jax.random.key(0), 3)).tolist() == [True, True, False]
+    assert np.asarray(click_schedule(jax.random.key(0), 1)).tolist() == [False]
+    assert np.asarray(click_schedule(jax.random.key(0), 3)).tolist() == [True, True, False]
 
 
 def test_box_and_point_are_as_likely(model, embedding):
