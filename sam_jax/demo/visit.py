@@ -288,7 +288,8 @@ def find_everything(
 ) -> Found:
     """Everything mode; see `SamAutomaticMaskGenerator.generate_from_embedding`."""
     # Short steps on a CPU, where more points at once are not faster: clicks come in between.
-    at_once = 8 if model.device.platform == "cpu" else 64
+    (device, *_) = jax.tree.leaves(model)[0].devices()
+    at_once = 8 if device.platform == "cpu" else 64
     generator = SamAutomaticMaskGenerator(
         model, points_per_side, points_per_batch=at_once, output_mode="coco_rle"
     )
