@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import torch_reference
 from flax import nnx
 from prompts import BOXES, LABELS, MASKS, POINTS, PROMPTS
 from reference import (
@@ -22,11 +24,12 @@ from reference import (
     torch_encode,
 )
 
+import sam_jax.config
 from sam_jax.checkpoints.names import torch_name
 from sam_jax.checkpoints.params import build_model, flat_params
 from sam_jax.models import compiled as sam_module
 from sam_jax.models import two_way_transformer
-from sam_jax.models.layers import Buffer
+from sam_jax.models.layers import Buffer, LayerNorm
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import join_prompts
 
@@ -173,6 +176,29 @@ def test_parameters_kept_in_bfloat16():
     actual, expected = (build_model(p, SMALL)(pixels, **prompts) for p in (short, long))
     assert_close(actual.pred_masks, expected.pred_masks)
     assert_close(actual.iou_scores, expected.iou_scores)
+
+
+@pytest.mark.parametrize("name", ["vit_b", "mobile_sam"])
+def test_epsilons_of_norms_are_the_references(name):
+    """Random weights and few layers hardly show them."""
+    config = getattr(sam_jax.config, name)()
+    if name == "vit_b":
+        with torch.device("meta"):
+            models = torch_reference.import_reference("segment_anything").sam_model_registry
+            reference = models[name]()
+    else:
+        reference = torch_reference.meta_sam(config)
+    model = nnx.eval_shape(lambda: Sam(config, rngs=nnx.Rngs(0)))
+    norms = {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, LayerNorm)
+    }
+    assert len(norms) > 20
+    for path, norm in norms.items():
+        tensor_name, _ = torch_name(f"{path}.scale", config, "meta")
+        module = reference.get_submodule(tensor_name.removesuffix(".weight"))
+        assert norm.eps == module.eps, path
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
