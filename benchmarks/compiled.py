@@ -31,7 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.common import VITS, Table, check_at_least_one
-from sam_jax.automatic.device import Frame, Points, measure, points_at_once, size_to_pad_to
+from sam_jax.automatic.device import Frame, Points, chunk_sizes, measure, size_to_pad_to
 from sam_jax.models.compiled import decode, encode_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops import attention
@@ -132,10 +132,10 @@ def decoder(mesh: Mesh, model: Sam, batch: int):
 
 def everything(mesh: Mesh, model: Sam, batch: int):
     """A batch of points of everything-mode, measured at the size of a photo of 12 megapixels."""
-    at_once = points_at_once(PROMPTS, "gpu")
+    chunks = chunk_sizes(PROMPTS, "gpu")
     size, input_size = (3000, 4000), (768, 1024)
     frame = Frame(
-        make_upsampler(256, 1024, input_size, size, size_to_pad_to(max(size)), at_once.tile),
+        make_upsampler(256, 1024, input_size, size, size_to_pad_to(max(size)), chunks.tile),
         np.zeros(3, np.float32),
     )
     points = Points(
@@ -144,7 +144,7 @@ def everything(mesh: Mesh, model: Sam, batch: int):
     embedding = shape(1, 64, 64, 256, dtype=jnp.bfloat16)
     frame, points = jax.tree.map(lambda x: shape(1, *x.shape, dtype=x.dtype), (frame, points))
     arguments = *nnx.split(model), embedding, frame, points
-    return compiled(mesh, measure, *arguments, mesh=mesh, at_once=at_once)
+    return compiled(mesh, measure, *arguments, mesh=mesh, chunks=chunks)
 
 
 PARTS = {"encoder": encoder, "training": training, "decoder": decoder, "everything": everything}

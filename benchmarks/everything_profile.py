@@ -20,7 +20,7 @@ from flax import nnx
 
 from benchmarks.common import Table, machine_line, timed
 from sam_jax import SamAutomaticMaskGenerator, SamProcessor, from_pretrained
-from sam_jax.automatic.device import _attend, points_at_once
+from sam_jax.automatic.device import _attend, chunk_sizes
 from sam_jax.models.compiled import encode_image
 from sam_jax.models.mask_decoder import output_slice
 from sam_jax.ops.boxes import build_point_grid
@@ -50,7 +50,7 @@ def main() -> None:
     graphdef, params = nnx.split(model)
     pixels = processor.preprocess(photo)[None]
     embedding = encode_image(graphdef, params, pixels)[0]
-    at_once, _, _, tile = points_at_once(64, "cpu")
+    chunk, _, _, tile = chunk_sizes(64, "cpu")
     grid = build_point_grid(int(POINTS**0.5)) * np.array(photo.shape[1::-1])
     coords = processor.scale_coords(grid, photo.shape[:2])
 
@@ -75,11 +75,11 @@ def main() -> None:
 
         return jax.jit(call)
 
-    def per_point_of(at_once):
-        return seconds(one_by_one(of_points), params, coords.reshape(-1, at_once, 2)) / POINTS
+    def per_point_of(chunk):
+        return seconds(one_by_one(of_points), params, coords.reshape(-1, chunk, 2)) / POINTS
 
-    groups = coords.reshape(-1, at_once, 2)
-    per_point = per_point_of(at_once)
+    groups = coords.reshape(-1, chunk, 2)
+    per_point = per_point_of(chunk)
     iou_tokens, tokens, keys = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:]), over_all(of_points)(params, groups)
     )

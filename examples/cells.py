@@ -4,7 +4,7 @@
 
 A click in the middle of such a cell is on its nucleus, and SAM takes that, or one of its spots, for
 the object as often as the whole cell, which is what is annotated. `cells/train.json` and
-`cells/test.json` are COCO instance files, of the pictures in `cells/images`.
+`cells/test.json` are COCO instance files, of the images in `cells/images`.
 """
 
 import json

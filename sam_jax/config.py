@@ -93,7 +93,7 @@ class TinyViTConfig:
     """MobileSAM's image encoder (`TinyViT`): one stage of MBConv blocks, three of attention.
 
     `stem_stride` is that of each of the stem's two convolutions: 2 (3 x 3 pixels), or 1 (1 x 1) for
-    LiteMedSAM, whose pictures are four times as small. `num_classes` is None where the checkpoint
+    LiteMedSAM, whose images are four times as small. `num_classes` is None where the checkpoint
     has no classifier.
     """
 
@@ -187,12 +187,12 @@ class MaskDecoderConfig:
 class SamConfig(WithAdvice):
     """A whole SAM.
 
-    `image_size` is the side of the square, padded picture in pixels, `prompt_embed_dim` the width
+    `image_size` is the side of the square, padded image in pixels, `prompt_embed_dim` the width
     of image embeddings and prompt tokens. `pixel_mean` and `pixel_std` are per RGB channel for
     values 0 to 255.
 
-    `resize` is "longest_side", padded to the square, or "square", which changes the picture's
-    proportions. With `normalization` "min_max", for medical pictures, a picture's smallest value
+    `resize` is "longest_side", padded to the square, or "square", which changes the image's
+    proportions. With `normalization` "min_max", for medical images, an image's smallest value
     becomes 0 and its largest 1, and mean and deviation do not count.
 
     `hq` is for SAM-HQ (Ke et al. 2023), whose decoder has a token more and also looks at an early
@@ -348,7 +348,7 @@ def mobile_sam() -> SamConfig:
 
 
 def lite_medsam() -> SamConfig:
-    """LiteMedSAM, for medical pictures of 256 pixels: MobileSAM, but its stem halves nothing."""
+    """LiteMedSAM, for medical images of 256 pixels: MobileSAM, but its stem halves nothing."""
     return dataclasses.replace(
         mobile_sam(),
         image_encoder=TinyViTConfig(stem_stride=1, num_classes=None),
@@ -358,10 +358,10 @@ def lite_medsam() -> SamConfig:
 
 
 def with_preprocessing(config: SamConfig, name: Preprocessing | None) -> SamConfig:
-    """The configuration with pictures prepared in another way than it says; None for as it says.
+    """The configuration with images prepared in another way than it says; None for as it says.
 
     "medsam" is what MedSAM was trained with (Ma et al. 2024), of whose checkpoints none says so:
-    pictures are resized to a square, and their values brought to 0 to 1.
+    images are resized to a square, and their values brought to 0 to 1.
 
     Raises:
         ValueError: for an unknown name.

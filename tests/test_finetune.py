@@ -196,12 +196,12 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(whole, cells, model, tmp_path)
 
 def test_other_settings_are_refused_and_a_finished_run_stays(whole, cells, model):
     before = (whole / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"settings: seed was '0' and is '1'\. Choose another"):
+    with pytest.raises(ValueError, match=r"settings: seed was '0', now '1'\. Choose another"):
         finetune.main(config_of(cells, model, whole, *RANDOM, "--seed", "1"))
     annotations = cells / "train.json"
     content = annotations.read_text()
     annotations.write_text(content + "\n")
-    with pytest.raises(ValueError, match=r"other settings: data was '\w{64}' and is '\w{64}'\. "):
+    with pytest.raises(ValueError, match=r"different settings: data was '\w{64}', now '\w{64}'\. "):
         finetune.main(config_of(cells, model, whole, *RANDOM))
     annotations.write_text(content)
     # Paths are the same from wherever they are said.
@@ -254,7 +254,7 @@ def test_a_run_that_is_stopped_or_extended_is_as_one(cells, model, tmp_path, mon
         np.testing.assert_array_equal(value, expected[name])
     with pytest.raises(ValueError, match=r"--steps is 9, but .*extended has made 14 already"):
         finetune.main(config_of(cells, model, extended, *options, "--steps", 9))
-    with pytest.raises(ValueError, match=r"schedule was 'constant' and is 'cosine'.*--model .*mod"):
+    with pytest.raises(ValueError, match=r"schedule was 'constant', now 'cosine'.*--model .*mod"):
         finetune.main(config_of(cells, model, extended, *options, "--schedule", "cosine"))
 
 

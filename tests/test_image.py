@@ -15,7 +15,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from reference import SMALL
 
 from sam_jax import Sam, SamPredictor, SamProcessor, cli, pipeline
-from sam_jax.demo.visit import open_picture
+from sam_jax.demo.session import open_image_file
 from sam_jax.image import FORMATS, load_image, read_stored
 from sam_jax.training.datasets import open_annotations
 from sam_jax.visualize import overlay
@@ -164,7 +164,7 @@ ROUTES = {
     ),
     "training": train_on,
     "command": lambda image: cli.segment(cli.Segment(image, point=["1,1"])),
-    "page": lambda image: open_picture(Sam(SMALL, rngs=nnx.Rngs(0)), image.read_bytes()),
+    "page": lambda image: open_image_file(Sam(SMALL, rngs=nnx.Rngs(0)), image.read_bytes()),
 }
 
 
@@ -213,7 +213,7 @@ def test_arrays():
 
 @pytest.mark.parametrize("dtype", [bool, np.float32, np.float64, np.uint16, np.int64])
 def test_other_dtypes_are_refused(dtype):
-    how = "scale it to that" if np.issubdtype(dtype, np.integer) else "convert it, for instance"
+    how = "scale it to that" if np.issubdtype(dtype, np.integer) else "convert it, such as"
     message = f"dtype is {np.dtype(dtype)}, expected uint8 with values 0 to 255; {how}"
     with pytest.raises(TypeError, match=message):
         load_image(np.zeros((4, 5, 3), dtype))
@@ -291,8 +291,8 @@ def test_a_file_of_far_too_many_pixels(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("value", [None, [[1, 2], [3, 4]], 5, b"bytes"])
 def test_other_types_are_refused(value):
-    message = f"an image is a {type(value).__name__}, expected a PIL image, an array"
+    message = f"the image is a {type(value).__name__}, expected a PIL image, an array"
     with pytest.raises(TypeError, match=message):
         load_image(value)
-    with pytest.raises(TypeError, match=r"an image is a .*, expected a PIL image"):
+    with pytest.raises(TypeError, match=r"the image is a .*, expected a PIL image"):
         SamProcessor(SMALL)(value)

@@ -531,7 +531,7 @@ def test_parameters_are_those_of_when_it_was_made():
         ({"point_labels": LABELS}, "point_labels are given without point_coords"),
         (
             {"point_coords": POINTS, "point_labels": [1]},
-            r"are 3 points, but their labels have shape \(1,\); expected one label per point",
+            r"are 3 points, but their labels have shape \(1,\); expected one label for each point",
         ),
         (
             {"point_coords": POINTS, "point_labels": [1, 4, 0]},

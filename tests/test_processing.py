@@ -397,7 +397,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
         ),
         (
             {"input_points": [[POINTS, POINTS]], "input_labels": [[1, 1]]},
-            r"input_points\[0\] are 2 prompts, but input_labels\[0\] are of 1",
+            r"input_points\[0\] are 2 prompts, but input_labels\[0\] are for 1",
         ),
         (
             {"input_points": [[POINT]], "input_labels": [[1], [1]]},
@@ -429,7 +429,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
         ({"input_boxes": [[[1, 2, 3]]]}, r"have shape \(1, 3\), expected \(n, 4\)"),
         ({"input_boxes": [[BOX, [1, 2]]]}, r"input_boxes\[0\] are .*, expected numbers in lists"),
         ({"input_boxes": [[[1, 2, 3, float("nan")]]]}, r"input_boxes\[0\] hold .* not finite"),
-        ({"input_boxes": [[]]}, "input_boxes hold no box; leave them out"),
+        ({"input_boxes": [[]]}, "input_boxes are empty; leave them out"),
         (
             {"input_points": [[POINTS, POINTS]], "input_boxes": [[BOX]]},
             r"input_points\[0\] are 2 prompts, but there are 1 boxes in input_boxes\[0\]",

@@ -73,7 +73,7 @@ def from_pretrained(
         attention: how the ViT's attention is computed; None chooses by platform.
         image_size: side of the model's input in pixels if it is to differ from the checkpoint's;
             position embeddings are resized.
-        preprocessing: "medsam" for a MedSAM (such as "wanglab/medsam-vit-base"): pictures are
+        preprocessing: "medsam" for a MedSAM (such as "wanglab/medsam-vit-base"): images are
             resized to a square and their values brought to 0 to 1; None for what the checkpoint
             says.
 
@@ -271,7 +271,7 @@ def _torch_config(path: Path, tensors: dict[str, np.ndarray]) -> SamConfig:
 
 
 def _hf_preprocessor(folder: Path) -> Any:
-    """What the folder says of pictures, in the order of `ImageProcessingMixin`.
+    """What the folder says of images, in the order of `ImageProcessingMixin`.
 
     `SamProcessor` of transformers 5 writes `processor_config.json`, others the second file.
     """

@@ -170,7 +170,7 @@ def to_hf(config: SamConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: for a TinyViT, which `transformers` has no class for, and for a threshold of
-            masks other than 0 or pictures prepared in another way than SAM's, which it has no place
+            masks other than 0 or images prepared in another way than SAM's, which it has no place
             for.
     """
     if (config.resize, config.normalization) != ("longest_side", "statistics"):

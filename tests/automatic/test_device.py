@@ -5,7 +5,7 @@ from everything import (
     picture,
 )
 
-from sam_jax.automatic.device import points_at_once
+from sam_jax.automatic.device import chunk_sizes
 
 
 @pytest.mark.parametrize("points_per_batch", [1, 7, 1024])
@@ -20,5 +20,5 @@ def test_points_per_batch_changes_nothing(points_per_batch):
 def test_the_schedule_of_accelerators_changes_nothing():
     image, some = picture(100, 75), generator(points_per_side=9)
     expected = some.generate(image)
-    some._at_once = points_at_once(64, "gpu")
+    some._chunks = chunk_sizes(64, "gpu")
     assert_same_records(some.generate(image), expected, exact=True)

@@ -16,7 +16,7 @@ from folders import ALL_PASS, OPTIONS, SIZES, files
 from PIL import Image
 
 from sam_jax import from_pretrained, save_pretrained
-from sam_jax.automatic.folder import find_pictures
+from sam_jax.automatic.folder import find_images
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 from sam_jax.automatic.results import Results
 from sam_jax.files import lock_folder
@@ -36,7 +36,7 @@ def test_in_bfloat16(run, model, tmp_path, expected):
     assert scores == [record["predicted_iou"] for record in records]
     assert scores != [record["predicted_iou"] for record in expected["small"]]
     # Results of both are not mixed.
-    assert "dtype was 'bfloat16' and is 'float32'" in run("--format", "coco")[0]
+    assert "dtype was 'bfloat16', now 'float32'" in run("--format", "coco")[0]
 
 
 @pytest.mark.parametrize("kind", ["png", "coco"])
@@ -131,7 +131,7 @@ def test_what_is_no_image_and_what_lies_deeper(run, photos, tmp_path):
     assert f"that can be read are passed over: {photos / 'data.h5'} and 5 more\n" in printed.err
     (tmp_path / "outer" / "inner").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"no image in .*outer; subfolders are passed over, giv"):
-        find_pictures([tmp_path / "outer"])
+        find_images([tmp_path / "outer"])
 
 
 def test_one_that_cannot_be_written_does_not_stop_the_rest(run, photos, tmp_path):
@@ -217,10 +217,10 @@ def test_what_is_said_while_one_waits(run):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "and 80 points are decoded instead of 16; expect 5 times the time"),
+        ([], "and 80 points are decoded instead of 16; expect 5 times the run time"),
         (
             ["--crop-n-points-downscale-factor", "2"],
-            "and 32 points are decoded instead of 16; expect 2.0 to 5 times the time",
+            "and 32 points are decoded instead of 16; expect 2.0 to 5 times the run time",
         ),
     ],
     ids=str,
@@ -276,7 +276,7 @@ def test_point_grids(run, tmp_path):
     grid.write_text("[[[0.5, 2]]]")
     assert "point_grids[0] holds [0.5, 2.0]" in run("--point-grids", grid, **other)[0]
     grid.write_text("5")
-    assert "is no JSON list of lists of points" in run("--point-grids", grid, **other)[0]
+    assert "is not a JSON list of lists of points" in run("--point-grids", grid, **other)[0]
 
 
 def test_bad_arguments(run, photos, tmp_path):
@@ -300,6 +300,6 @@ def test_a_folder_that_cannot_be_written(run, tmp_path):
 def test_two_pictures_of_one_name(photos, tmp_path):
     (photos / "wide.jpg").write_bytes((photos / "wide.png").read_bytes())
     with pytest.raises(ValueError, match=r"would both be written as 'wide'"):
-        find_pictures([photos])
+        find_images([photos])
     # The same file twice is one.
-    assert find_pictures([photos / "tall.png"] * 2) == [photos / "tall.png"]
+    assert find_images([photos / "tall.png"] * 2) == [photos / "tall.png"]

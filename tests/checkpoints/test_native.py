@@ -309,7 +309,7 @@ def test_a_pipe_in_the_folder_is_not_waited_for(tmp_path, saved, name):
     pipe = tmp_path / "model" / name
     pipe.unlink(missing_ok=True)
     os.mkfifo(pipe)
-    with pytest.raises(CheckpointError, match=f"{pipe} is neither a file nor a folder"):
+    with pytest.raises(CheckpointError, match=f"{pipe} is neither a regular file nor a folder"):
         native.load(tmp_path / "model")
 
 
@@ -319,7 +319,7 @@ def test_a_link_to_a_folder_is_not_followed_out_of_the_check(tmp_path, saved):
     os.mkfifo(data / "pipe")
     data.rename(tmp_path / "hidden")
     data.symlink_to(tmp_path / "hidden")
-    with pytest.raises(CheckpointError, match=f"{data} is neither a file nor a folder"):
+    with pytest.raises(CheckpointError, match=f"{data} is neither a regular file nor a folder"):
         native.load(tmp_path / "model")
 
 

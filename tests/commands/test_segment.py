@@ -176,7 +176,7 @@ def test_other_peoples_files_are_left_alone(fails, tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
     message = fails("--point", "3,4", "--output", "out", model="/no/such/model")
-    assert f"out/{name} is not of an earlier run, and is not overwritten" in message
+    assert f"out/{name} was not written by an earlier run and is not overwritten" in message
     assert (tmp_path / "out" / name).read_text() == "mine"
 
 
@@ -290,7 +290,7 @@ def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed)
         (["--point", ""], "--point is '', expected"),
         (["--point", "nan,3"], "--point is 'nan,3', expected"),
         (["--point", "3,inf"], "--point is '3,inf', expected"),
-        (["--point", "3,4,2"], "--point has label 2, expected 1 (on the object) or 0 (not)"),
+        (["--point", "3,4,2"], "--point has label 2, expected 1 (on the object) or 0 (background)"),
         (["--point", "3,4,-1"], "--point has label -1, expected"),
         (["--point", "3,4,0.5"], "--point has label 0.5, expected"),
         (["--box", "1,2,3"], "--box is '1,2,3', expected X0,Y0,X1,Y1"),
@@ -305,7 +305,7 @@ def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed)
         (["--box", "1,2,114,5"], "--box has (114, 5), outside the image"),
         (
             ["--point", "1,1", "--box", "1,2,3,4", "--box", "1,2,3,4"],
-            "--point goes together with one --box at the most, but there are 2",
+            "--point can be combined with at most one --box, but there are 2",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

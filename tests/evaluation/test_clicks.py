@@ -137,7 +137,7 @@ def test_an_empty_mask_is_no_object(model, source):
 
 
 def test_nothing_to_evaluate_on(model, source):
-    with pytest.raises(ValueError, match="there is no object to evaluate on"):
+    with pytest.raises(ValueError, match="there are no objects to evaluate on"):
         evaluate(model, source[1:])
 
 

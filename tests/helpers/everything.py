@@ -9,7 +9,7 @@ from PIL import Image
 from reference import SMALL, mask_iou, meta_sam, ours
 
 from sam_jax import SamAutomaticMaskGenerator, SamPredictor
-from sam_jax.automatic.device import points_at_once
+from sam_jax.automatic.device import chunk_sizes
 
 amg = torch_reference.import_reference("segment_anything")
 
@@ -73,5 +73,5 @@ def found_in_a_picture():
     predictor.set_image(image)
     outputs = predictor.predict([[30, 40]], [1], return_logits=True)
     some = generator(points_per_side=3, output_mode="coco_rle")
-    some._at_once = points_at_once(4, "gpu")  # some one by one, some together
+    some._chunks = chunk_sizes(4, "gpu")  # some one by one, some together
     return [str(array.dtype) for array in outputs], outputs[1].tolist(), some.generate(image)

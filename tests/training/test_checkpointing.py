@@ -153,7 +153,7 @@ def test_the_devices_that_a_state_was_on_do_not_matter(tmp_path):
 @pytest.mark.parametrize(
     ("put", "message"),
     [
-        (os.mkfifo, "is neither a file nor a folder"),
+        (os.mkfifo, "is neither a regular file nor a folder"),
         (lambda file: file.touch() or os.truncate(file, 1 << 40), "is a sparse file"),
     ],
 )
