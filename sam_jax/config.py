@@ -1,4 +1,4 @@
-"""What a SAM is made of: frozen dataclasses, the published sizes, and Hugging Face's `config.json`.
+"""The configuration of a SAM as frozen dataclasses, and the published sizes.
 
 Field names are those of Meta's `segment_anything`; the defaults of each class are ViT-B's.
 """
@@ -12,17 +12,17 @@ from typing import Any, Literal, get_args, get_origin
 from sam_jax.idioms import WithAdvice
 
 Preprocessing = Literal["medsam"]
-# The largest number, and the most layers or outputs, that a configuration may have: more than any
-# model's, and few enough for one from a forged file to be compared with the tensors in seconds.
+# The largest number, and the largest number of layers or outputs, in a configuration: more than any
+# model has, and few enough to compare a forged file's configuration with its tensors in seconds.
 MAX_SIZE, _MOST_LAYERS = 65_536, 128
 _LAYERS = ("depth", "depths", "transformer_depth", "iou_head_depth", "num_multimask_outputs")
 
 
 def _check_types(config: Any) -> None:
-    """Raises ValueError for the first field whose value is not of its type, or too large.
+    """Raises ValueError for the first field whose value has the wrong type or is too large.
 
-    Integers are positive. Configurations are read from files, and a wrong value would come to light
-    far from there.
+    Integers must be positive. Configurations are read from files; without this check, a wrong value
+    would cause an error far from there.
     """
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -36,11 +36,11 @@ def _check_types(config: Any) -> None:
 
 
 def fits(value: Any, hint: Any, least: int = 1, most: int = MAX_SIZE) -> bool:
-    """Whether a value is of the type, and not too large."""
+    """Whether a value has the type and is within the limits."""
     if hint is int:
         return type(value) is int and least <= value <= most
     if hint is float:
-        return type(value) in (int, float) and abs(value) <= most  # which NaN is not
+        return type(value) in (int, float) and abs(value) <= most  # False for NaN
     if get_origin(hint) is tuple:
         kind = get_args(hint)[0]
         return isinstance(value, tuple) and all(fits(v, kind, 0, most) for v in value)
@@ -79,7 +79,7 @@ class ViTConfig:
 
     @property
     def early_dim(self) -> int:
-        """Channels of the layer that SAM-HQ looks at, the first block with global attention."""
+        """Channels of the layer that SAM-HQ also uses, the first block with global attention."""
         return self.embed_dim
 
     @property
@@ -92,9 +92,9 @@ class ViTConfig:
 class TinyViTConfig:
     """MobileSAM's image encoder (`TinyViT`): one stage of MBConv blocks, three of attention.
 
-    `stem_stride` is that of each of the stem's two convolutions: 2 (3 x 3 pixels), or 1 (1 x 1) for
-    LiteMedSAM, whose images are four times as small. `num_classes` is None where the checkpoint
-    has no classifier.
+    `stem_stride` is the stride of each of the stem's two convolutions: 2 (3 x 3 pixels), or 1
+    (1 x 1) for LiteMedSAM, whose images have a quarter of the side. `num_classes` is None if the
+    checkpoint does not have a classifier.
     """
 
     embed_dims: tuple[int, ...] = (64, 128, 160, 320)
@@ -110,8 +110,8 @@ class TinyViTConfig:
         _check_types(self)
         if self.stem_stride not in (1, 2):
             raise ValueError(f"stem_stride is {self.stem_stride}, expected 1 or 2")
-        # The first stage has no attention: its heads and its window do not count. The stem's first
-        # convolution has half of the first stage's channels.
+        # The first stage has no attention, so its heads and window are ignored. The stem's first
+        # convolution has half as many channels as the first stage.
         for name, first, least in (
             ("embed_dims", 0, 2),
             ("depths", 0, 1),
@@ -128,7 +128,7 @@ class TinyViTConfig:
             if dim % heads:
                 raise ValueError(
                     f"embed_dims is {self.embed_dims} and num_heads is {self.num_heads}, expected "
-                    f"multiples of the heads, which {dim} is not of {heads}"
+                    f"multiples of the heads, but {dim} is not a multiple of {heads}"
                 )
         ratios = self.mlp_ratio, self.mbconv_expand_ratio
         if min(ratios) * min(self.embed_dims) < 1 or max(ratios) * max(self.embed_dims) > MAX_SIZE:
@@ -140,25 +140,25 @@ class TinyViTConfig:
 
     @property
     def early_dim(self) -> int:
-        """Channels of the layer that SAM-HQ looks at, the output of the second stage."""
+        """Channels of the layer that SAM-HQ also uses, the output of the second stage."""
         return self.embed_dims[2]
 
     @property
     def patch_size(self) -> int:
-        """Pixels per position of the embedding: the first two stages halve the grid once each."""
+        """Pixels per embedding position: the first two stages also halve the grid, once each."""
         return 4 * self.stem_stride**2
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptEncoderConfig:
-    """Points, boxes and masks to tokens (`PromptEncoder`)."""
+    """The prompt encoder (`PromptEncoder`)."""
 
     mask_in_chans: int = 16
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self):
         _check_types(self)
-        if self.mask_in_chans < 4:  # the first convolution has a fourth of them
+        if self.mask_in_chans < 4:  # the first convolution has a quarter of them
             raise ValueError(f"mask_in_chans is {self.mask_in_chans}, expected at least 4")
 
 
@@ -166,8 +166,8 @@ class PromptEncoderConfig:
 class MaskDecoderConfig:
     """The two-way transformer and its heads (`MaskDecoder`).
 
-    `layer_norm_eps` is that of `norm1` to `norm4` of the two-way blocks: 1e-5 in Meta's code, 1e-6
-    in Hugging Face's. The final norm has 1e-5 in both.
+    `layer_norm_eps` applies to `norm1` to `norm4` of the two-way blocks: 1e-5 in Meta's code, 1e-6
+    in Hugging Face's. The final norm uses 1e-5 in both.
     """
 
     transformer_depth: int = 2
@@ -187,16 +187,16 @@ class MaskDecoderConfig:
 class SamConfig(WithAdvice):
     """A whole SAM.
 
-    `image_size` is the side of the square, padded image in pixels, `prompt_embed_dim` the width
-    of image embeddings and prompt tokens. `pixel_mean` and `pixel_std` are per RGB channel for
-    values 0 to 255.
+    `image_size` is the side of the square, padded image in pixels; `prompt_embed_dim` is the width
+    of image embeddings and prompt tokens. `pixel_mean` and `pixel_std` are per RGB channel, for
+    values from 0 to 255.
 
-    `resize` is "longest_side", padded to the square, or "square", which changes the image's
-    proportions. With `normalization` "min_max", for medical images, an image's smallest value
-    becomes 0 and its largest 1, and mean and deviation do not count.
+    `resize` is "longest_side", which pads to the square, or "square", which changes the image's
+    aspect ratio. With `normalization` "min_max", for medical images, each image's smallest value
+    becomes 0 and its largest 1; `pixel_mean` and `pixel_std` are ignored.
 
-    `hq` is for SAM-HQ (Ke et al. 2023), whose decoder has a token more and also looks at an early
-    layer of the image encoder: image embeddings have its channels after their own.
+    `hq` is True for SAM-HQ (Ke et al. 2023), whose decoder has one more token and also uses an
+    early layer of the image encoder; its channels are appended to the image embedding.
     """
 
     image_encoder: ViTConfig | TinyViTConfig = ViTConfig()
@@ -223,7 +223,7 @@ class SamConfig(WithAdvice):
                 raise ValueError(
                     f"{name} is {short(getattr(self, name))}, expected {' or '.join(known)}"
                 )
-        # Half of them are sines, and the decoder's masks have an eighth of them.
+        # Half of the channels are sines, and the decoder's masks have an eighth of the channels.
         if self.prompt_embed_dim % 2 or self.prompt_embed_dim < 8:
             raise ValueError(
                 f"prompt_embed_dim is {self.prompt_embed_dim}, expected an even number of at least "
@@ -256,7 +256,7 @@ class SamConfig(WithAdvice):
 
     @property
     def image_embedding_channels(self) -> int:
-        """Channels of an image embedding: 256, and for SAM-HQ those of an early layer besides."""
+        """Channels of an image embedding: 256, plus those of an early layer for SAM-HQ."""
         return self.prompt_embed_dim + (self.image_encoder.early_dim if self.hq else 0)
 
     @property
@@ -265,16 +265,16 @@ class SamConfig(WithAdvice):
         return 4 * self.image_embedding_size
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; `from_dict` is the inverse."""
+        """The configuration as plain JSON values; `from_dict` is the inverse."""
         kind = "vit" if isinstance(self.image_encoder, ViTConfig) else "tiny_vit"
         return {"model_type": "sam_jax", "image_encoder_type": kind, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Any) -> "SamConfig":
-        """From `to_dict`'s values, also after a trip through JSON; anything else is refused.
+        """Builds the configuration from the values of `to_dict`, also after a round trip by JSON.
 
         Raises:
-            ValueError: for a key that this version does not know, or a value that no model has.
+            ValueError: for an unknown key or an invalid value.
         """
         check_mapping(values, "config")
         values = {k: v for k, v in values.items() if k != "model_type"}
@@ -348,7 +348,7 @@ def mobile_sam() -> SamConfig:
 
 
 def lite_medsam() -> SamConfig:
-    """LiteMedSAM, for medical images of 256 pixels: MobileSAM, but its stem halves nothing."""
+    """LiteMedSAM, for medical images of 256 pixels: MobileSAM with stride 1 in the stem."""
     return dataclasses.replace(
         mobile_sam(),
         image_encoder=TinyViTConfig(stem_stride=1, num_classes=None),
@@ -358,10 +358,10 @@ def lite_medsam() -> SamConfig:
 
 
 def with_preprocessing(config: SamConfig, name: Preprocessing | None) -> SamConfig:
-    """The configuration with images prepared in another way than it says; None for as it says.
+    """The configuration with other preprocessing; None keeps it.
 
-    "medsam" is what MedSAM was trained with (Ma et al. 2024), of whose checkpoints none says so:
-    images are resized to a square, and their values brought to 0 to 1.
+    "medsam" is the preprocessing of MedSAM (Ma et al. 2024), which MedSAM's checkpoints do not
+    record: images are resized to a square, and their values are scaled to 0 to 1.
 
     Raises:
         ValueError: for an unknown name.

@@ -99,7 +99,7 @@ def test_the_configuration_goes_to_hf_and_back(tmp_path):
 
 def test_what_metas_format_cannot_say_is_said(tmp_path):
     save_pretrained(ours(hf_sam(HF), HF), tmp_path / "ours")
-    with pytest.warns(UserWarning, match=r"mask_decoder.num_heads is 4, taken to be 8$"):
+    with pytest.warns(UserWarning, match=r"mask_decoder.num_heads is 4, inferred as 8$"):
         to_torch(tmp_path / "ours", tmp_path / "sam.pth", "meta")
 
 

@@ -24,9 +24,7 @@ class Limits:
     json_bytes: int = 64 * 1024  # of any other body
     visitors: int = 50  # whose images are kept, about 10 MB each
     forget: float = 3600  # seconds without a request after which a visitor's image is removed
-    recent: float = (
-        600  # seconds idle before a newcomer from the same address may replace it
-    )
+    recent: float = 600  # seconds idle before a newcomer from the same address may replace it
     requests: tuple[int, ...] = (100, 16, 4)  # being answered: in total, per address, per visitor
     bodies: tuple[int, ...] = (128, 16)  # request bodies still arriving: in total, per address
     uploads: tuple[int, ...] = (16, 4)  # image files in memory: in total, per address

@@ -105,7 +105,7 @@ def test_a_second_model_is_named_by_its_prefix():
     plain, _ = strip_prefix(tensors)
     with pytest.raises(CheckpointError, match=r"2 do not") as caught:
         from_torch(plain, SMALL, param_shapes(SMALL))
-    assert re.search(r"left over: \d+ tensors whose names begin with 'ema\.'", str(caught.value))
+    assert re.search(r"unexpected: \d+ tensors whose names begin with 'ema\.'", str(caught.value))
     assert len(str(caught.value)) < 1000
 
 

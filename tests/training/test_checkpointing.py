@@ -138,7 +138,7 @@ def test_a_forged_chunk_is_passed_over_before_it_is_allocated(tmp_path):
     layout["chunk_grid"]["configuration"]["chunk_shape"] = chunk
     layout["codecs"][0]["configuration"]["chunk_shape"] = chunk
     store[key] = json.dumps(layout).encode()
-    with pytest.warns(UserWarning, match=r"the chunks of .* do not fit its shape.* step 4 takes"):
+    with pytest.warns(UserWarning, match=r"the chunks of .* do not match its shape.* step 4 takes"):
         assert_same(last(tmp_path), state_of(4, 4 / 7))
 
 
