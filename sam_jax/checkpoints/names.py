@@ -337,7 +337,7 @@ def detect_format(tensors: Tensors) -> Format:
         return "hf"
     some = ", ".join(map(clip, sorted(tensors)[:5]))
     raise CheckpointError(
-        f"this is not a SAM checkpoint: found {len(tensors)} tensors{some and f' such as {some}'}; "
+        f"this is not a SAM checkpoint: found {len(tensors)} tensors{some and f', such as {some}'}; "
         "expected Meta's names (image_encoder.patch_embed...) or Hugging Face's "
         "(vision_encoder.patch_embed...)"
     )

@@ -484,7 +484,7 @@ def test_without_the_hub_a_downloaded_repository_will_do(repository):
 def test_without_the_hub_and_without_weights(repository, local):
     repository.error = OSError("no route")
     repository.local = local
-    with pytest.raises(ConnectionError, match=r"could not be asked for it \(no route\)"):
+    with pytest.raises(ConnectionError, match=r"hub is unreachable \(no route\)"):
         resolve("owner/toy")
 
 

@@ -190,7 +190,7 @@ def test_folders_that_are_no_checkpoints(hf, tmp_path):
     with pytest.raises(ValueError, match="'bert' model, expected model_type 'sam'"):
         from_pretrained(tmp_path)
     config.write_text('{"learning_rate": 0.1}')
-    with pytest.raises(CheckpointError, match=r"has no model_type, expected .* path of their file"):
+    with pytest.raises(CheckpointError, match=r"has no model_type, expected .* path of the weights' file"):
         from_pretrained(tmp_path)
     for content in ("{", "[" * 100_000):
         config.write_text(content)
@@ -281,7 +281,7 @@ def test_a_pipe_is_not_waited_for(hf, tmp_path, name):
         assert load_config(tmp_path) == HF
         return
     path = tmp_path / name if name.startswith("sam") else tmp_path
-    with pytest.raises(CheckpointError, match=r"is no file|does not have a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is not a file|does not have a checkpoint"):
         from_pretrained(path)
 
 

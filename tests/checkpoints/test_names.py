@@ -67,13 +67,13 @@ def test_everything_that_does_not_fit_is_listed():
 
 @pytest.mark.parametrize("start", ["", "image_encoder.", "vision_encoder."])
 def test_an_image_encoder_alone(start):
-    with pytest.raises(CheckpointError, match="tensors of an image encoder, expected a whole SAM"):
+    with pytest.raises(CheckpointError, match="checkpoint of an image encoder, expected a whole SAM"):
         detect_format({f"{start}patch_embed.proj.weight": np.zeros(3)})
 
 
 def test_tensors_of_another_model():
     with pytest.raises(
-        CheckpointError, match=r"not a SAM checkpoint: 1 tensors, such as fc.weight"
+        CheckpointError, match=r"not a SAM checkpoint: found 1 tensors, such as fc.weight"
     ):
         detect_format({"fc.weight": np.zeros(3)})
     with pytest.raises(CheckpointError, match="none at all"):

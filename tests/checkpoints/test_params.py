@@ -73,7 +73,7 @@ def test_check_tensors_lists_all():
         "  missing: c (4, 5)",
         "  wrong shape: b is (2,), expected (3,)",
         "  unexpected: d ()",
-        "  wrong dtype: e is int8",
+        "  wrong dtype: e is int8, expected floats",
     ]
 
 

@@ -76,9 +76,9 @@ def test_code_is_named_and_not_run(tmp_path, function, name, protocol):
         # NEWOBJ, NEWOBJ_EX, INST, OBJ, EXT1: the other ways to call something.
         (b"cos\nmkdir\nX\x01\x00\x00\x00.\x85\x81", r"entry 'w' is os\.mkdir; nothing was run"),
         (b"cos\nmkdir\n)}\x92", r"entry 'w' is os\.mkdir; nothing was run"),
-        (b"(X\x01\x00\x00\x00.ios\nmkdir\n", r"what torch\.save does not .INST"),
-        (b"(ccollections\nOrderedDict\no", r"what torch\.save does not .OBJ"),
-        (b"\x82\x01", r"what torch\.save does not .EXT1"),
+        (b"(X\x01\x00\x00\x00.ios\nmkdir\n", r"that torch\.save does not write .INST"),
+        (b"(ccollections\nOrderedDict\no", r"that torch\.save does not write .OBJ"),
+        (b"\x82\x01", r"that torch\.save does not write .EXT1"),
         # A path through a known module.
         (b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n", r"'w' is torch\._utils\._rebuild_ten"),
         (b"ctorch.storage\n_load_from_bytes\n)R", r"'w' is torch\.storage\._load_from_bytes"),
