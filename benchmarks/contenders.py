@@ -386,7 +386,7 @@ def training(setting: Setting) -> Contenders:
         tx = adamw(LEARNING_RATE, EVERYTHING, weight_decay=WEIGHT_DECAY)
         trained, rest = partition(model, EVERYTHING)
         state = init_state(trained, tx)
-        step = compile_step(state, tx, recipe)
+        step = compile_step(state, tx, recipe=recipe)
 
         def run():
             nonlocal state

@@ -30,7 +30,7 @@ class Args:
 def main(args: Args) -> None:
     """Converts."""
     params, config = load_params(args.checkpoint)
-    write_checkpoint(args.output, params, config, args.format)
+    write_checkpoint(args.output, params, config=config, fmt=args.format)
     print(f"{args.output}: {len(params)} tensors in the names of {args.format}")
 
 

@@ -29,9 +29,10 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from sam_jax import from_pretrained, partition, save_pretrained
+from sam_jax import MissingExtra, from_pretrained, partition, save_pretrained
 from sam_jax.checkpoints import flat_params, params_sha256
 from sam_jax.config import SamConfig
+from sam_jax.errors import needs_extra
 from sam_jax.evaluation import draw_clicks, evaluate
 from sam_jax.files import check_or_write_settings, lock_folder, read_json, write_json
 from sam_jax.training import (
@@ -59,13 +60,12 @@ from sam_jax.training import (
 from sam_jax.types import OnBadAnnotation
 
 try:
-    import grain  # noqa: F401
+    with needs_extra("train"):
+        import grain  # noqa: F401
 
     from sam_jax.training.log import MetricsLog, read_metrics
-except ModuleNotFoundError as error:
-    if error.name not in ("grain", "tensorboardX"):
-        raise
-    sys.exit(f"finetune: {error.name} is not installed; install sam_jax with its extra `train`")
+except MissingExtra as error:
+    sys.exit(f"finetune: {error}")
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,12 @@ def run(config: Config) -> int:
     tx, schedule = config.optimizer.build(table, config.steps)
     prepare = preparation(model.config, config)
     source, held_out = sources(config)
-    check_objects(source, prepare, config.seed)
+    check_objects(source, prepare, seed=config.seed)
     if held_out is not None:
         check_objects(held_out, None)
     source, held_out = with_embeddings(source, held_out, model, config)
     mesh = sharding.make_mesh()
-    params, rest = sharding.shard_tree((params, rest), mesh, config.parallelism)
+    params, rest = sharding.shard_tree((params, rest), mesh, parallelism=config.parallelism)
     begin = functools.partial(init_state, tx=tx, ema=config.recipe.ema_decay is not None)
     state = sharding.init_sharded(begin, params, mesh=mesh, parallelism=config.parallelism)
     del model, params  # which the first device would hold beside its share of the state
@@ -158,14 +158,19 @@ def run(config: Config) -> int:
             raise ValueError(f"--steps is {config.steps}, but {output} has made {start} already")
         if start:
             say(f"resuming from step {start} of {config.steps}")
-        train_step = compile_step(state, tx, config.recipe)
+        train_step = compile_step(state, tx, recipe=config.recipe)
         data = make_loader(
-            source, prepare, config.batch_size, config.seed, start=start, workers=config.workers
+            source,
+            prepare,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start=start,
+            workers=config.workers,
         )
         log = MetricsLog(output, start + 1 if start else 0)
         if start == 0 and held_out is not None:  # what the model can before it is trained
             found = evaluate_and_log(
-                sharding.merge_on_host(state.result, rest, mesh), held_out, log, 0
+                sharding.merge_on_host(state.result, rest, mesh=mesh), held_out, log, 0
             )
             log.write(0, found, show=True)
         updates, used, dropped = updates_made(state.opt_state), 0, 0
@@ -179,7 +184,9 @@ def run(config: Config) -> int:
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 if not np.isfinite(list(metrics.values())).all():
                     images = [source.image_id(i) for i in sharding.fetch(batch["index"], mesh)]
-                    raise checkpointing.non_finite_error(step, metrics, images, checkpoints)
+                    raise checkpointing.non_finite_error(
+                        step, metrics, image_ids=images, checkpoints=checkpoints
+                    )
                 if step == start + 1:  # the rate is of steps, not of compiling
                     bar.set_description("training")
                     bar.unpause()
@@ -198,12 +205,12 @@ def run(config: Config) -> int:
                     )
                 due = step % config.eval_every == 0 or step == config.steps
                 if due and held_out is not None:
-                    tuned = sharding.merge_on_host(state.result, rest, mesh)
+                    tuned = sharding.merge_on_host(state.result, rest, mesh=mesh)
                     metrics |= evaluate_and_log(tuned, held_out, log, step)
                 log.write(step, metrics, show=due)
                 stopped = sharding.any_host(interrupts.received is not None)
                 if due or stopped:
-                    checkpointing.save_state(checkpoints, state, metrics.get("miou@1"))
+                    checkpointing.save_state(checkpoints, state, miou=metrics.get("miou@1"))
                 if stopped:
                     break
         bar.close()
@@ -224,7 +231,7 @@ def run(config: Config) -> int:
         best = checkpointing.load_state(checkpoints, state, best=True)
     for name, chosen in {"model": state, "best": best if held_out else None}.items():
         if chosen and not is_written(output, name, config.steps):
-            tuned = sharding.merge_on_host(chosen.result, rest, mesh)
+            tuned = sharding.merge_on_host(chosen.result, rest, mesh=mesh)
             if is_first:  # of fewer steps
                 shutil.rmtree(output / name, ignore_errors=True)
             multihost_utils.sync_global_devices(f"may write {name}")
@@ -377,7 +384,7 @@ def build_trainable(model, config: Config):
     """The model, with adapters if they are asked for, and the table of what trains."""
     if config.train == "lora":
         layers = r"image_encoder\..*\.(qkv|proj)"
-        model = add_lora(model, layers, config.lora_rank, rngs=nnx.Rngs(config.seed))
+        model = add_lora(model, layers, rank=config.lora_rank, rngs=nnx.Rngs(config.seed))
     elif config.layer_decay is not None:
         return model, layer_decay(model.config, config.layer_decay)
     return model, TABLES[config.train]
@@ -386,18 +393,26 @@ def build_trainable(model, config: Config):
 def preparation(model_config: SamConfig, config: Config) -> ExampleTransform:
     """What gives pictures and masks the shape that a step takes."""
     size = model_config.image_size if config.full_resolution else model_config.mask_size
-    return ExampleTransform(model_config, config.max_objects, size, config.flip, config.scale_range)
+    return ExampleTransform(
+        model_config,
+        config.max_objects,
+        target_size=size,
+        flip=config.flip,
+        scale_range=config.scale_range,
+    )
 
 
 def sources(config: Config):
     """Images to train on, and held-out ones or None."""
     source, held_out = (
-        open_annotations(config.annotations, config.images, config.on_bad_annotation),
+        open_annotations(
+            config.annotations, config.images, on_bad_annotation=config.on_bad_annotation
+        ),
         None,
     )
     if config.eval_annotations is not None:
         held_out = open_annotations(
-            config.eval_annotations, config.eval_images, config.on_bad_annotation
+            config.eval_annotations, config.eval_images, on_bad_annotation=config.on_bad_annotation
         )
     return source, held_out
 
@@ -413,7 +428,9 @@ def with_embeddings(source, held_out, model, config: Config):
     total = sum(len(source) for source in chosen if source)
     folder = config.output / "embeddings"
     with tqdm(desc="encoding", total=total, disable=jax.process_index() > 0) as bar:
-        cached = [s and CachedEmbeddings(s, model, folder, bar.update) for s in chosen]
+        cached = [
+            s and CachedEmbeddings(s, model, folder=folder, on_image=bar.update) for s in chosen
+        ]
     return cached[0] or source, cached[1]
 
 

@@ -49,7 +49,7 @@ def main(output: Path = Path("quickstart.png")) -> None:
     # A box is seldom ambiguous: one mask will do.
     box = [280, 345, 511, 511]
     masks, scores, _ = predictor.predict(box=box, multimask_output=False)
-    show_mask(masks[0], axes[2], COLORS[1])
+    show_mask(masks[0], axes[2], color=COLORS[1])
     show_box(box, axes[2])
     axes[2].set_title(f"a box ({scores[0]:.2f})")
 
@@ -57,7 +57,7 @@ def main(output: Path = Path("quickstart.png")) -> None:
     boxes = [[173, 62, 275, 195], [365, 15, 460, 285], [280, 345, 511, 511], [275, 325, 345, 375]]
     masks, _, _ = predictor.predict_batch(boxes=boxes, multimask_output=False)
     for i, (mask, one) in enumerate(zip(masks, boxes, strict=True)):
-        show_mask(mask[0], axes[3], COLORS[i])
+        show_mask(mask[0], axes[3], color=COLORS[i])
         show_box(one, axes[3])
     axes[3].set_title("many prompts at once")
 

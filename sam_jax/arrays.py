@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,27 @@ import numpy as np
 from PIL import Image
 
 from sam_jax.decoders import check_decoder
+
+# JAX declares it as a variable, which type checkers do not accept as a type.
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
+
+# Only for type checkers. At run time, functions check values themselves and give advice.
+if TYPE_CHECKING:
+
+    class _HasArray(Protocol):
+        def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray: ...
+
+    class _HasDLPack(Protocol):
+        def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    # An array of any library: numpy's, JAX's, PyTorch's on a CPU, or another with one of these.
+    AnyArray: TypeAlias = np.ndarray | jax.Array | _HasArray | _HasDLPack
+    # Such an array, or numbers or such arrays in nested lists.
+    ArrayLike: TypeAlias = AnyArray | float | Sequence["ArrayLike"]
+    # Nested lists that have None for an image without prompts.
+    PromptsLike: TypeAlias = AnyArray | Sequence[ArrayLike | None]
+else:
+    AnyArray = ArrayLike = PromptsLike = Any
 
 
 def is_array(value: Any) -> bool:

@@ -10,6 +10,7 @@ from sam_jax.commands.evaluate import Evaluate, evaluate
 from sam_jax.commands.export import Export, export
 from sam_jax.commands.generate import Generate, generate
 from sam_jax.commands.segment import Segment, segment
+from sam_jax.errors import MissingExtra
 
 _FUNCTIONS = {
     Segment: segment,
@@ -29,7 +30,7 @@ def main() -> None:
     )
     try:
         _FUNCTIONS[type(args)](args)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError, MissingExtra) as error:
         sys.exit(f"sam-jax: {error}")
     except KeyboardInterrupt:
         print("sam-jax: stopped", file=sys.stderr)

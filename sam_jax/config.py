@@ -54,16 +54,27 @@ class ViTConfig:
     """The ViT image encoder (`ImageEncoderViT`; paper, appendix A)."""
 
     embed_dim: int = 768
+    """Channels of the tokens."""
     depth: int = 12
+    """Number of blocks."""
     num_heads: int = 12
+    """Attention heads per block."""
     mlp_dim: int = 3072
+    """Hidden channels of each block's MLP."""
     global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11)
+    """The blocks that attend globally; the others attend within windows."""
     patch_size: int = 16
+    """Side of a patch in pixels."""
     window_size: int = 14
+    """Side of an attention window in patches."""
     qkv_bias: bool = True
+    """Whether queries, keys and values have a bias."""
     use_abs_pos: bool = True
+    """Whether position embeddings are added to the patches."""
     use_rel_pos: bool = True
+    """Whether attention has decomposed relative positions."""
     layer_norm_eps: float = 1e-6
+    """Epsilon of the blocks' norms."""
 
     def __post_init__(self):
         _check_types(self)
@@ -92,19 +103,26 @@ class ViTConfig:
 class TinyViTConfig:
     """MobileSAM's image encoder (`TinyViT`): one stage of MBConv blocks, three of attention.
 
-    `stem_stride` is the stride of each of the stem's two convolutions: 2 (3 x 3 pixels), or 1
-    (1 x 1) for LiteMedSAM, whose images have a quarter of the side. `num_classes` is None if the
-    checkpoint does not have a classifier.
+    Each tuple has one number per stage.
     """
 
     embed_dims: tuple[int, ...] = (64, 128, 160, 320)
+    """Channels of each stage."""
     depths: tuple[int, ...] = (2, 2, 6, 2)
+    """Number of blocks of each stage."""
     num_heads: tuple[int, ...] = (2, 4, 5, 10)
+    """Attention heads of each stage; the first stage has no attention and ignores its number."""
     window_sizes: tuple[int, ...] = (7, 7, 14, 7)
+    """Side of each stage's attention windows; the first stage ignores its number."""
     mlp_ratio: float = 4.0
+    """Hidden channels of an MLP, as a multiple of its stage's channels."""
     mbconv_expand_ratio: float = 4.0
+    """Hidden channels of an MBConv block, as a multiple of its stage's channels."""
     stem_stride: int = 2
+    """Stride of each of the stem's two convolutions: 2 (3 x 3 pixels), or 1 (1 x 1) for LiteMedSAM,
+    whose images have a quarter of the side."""
     num_classes: int | None = 1000
+    """Outputs of the classifier; None if the checkpoint does not have one."""
 
     def __post_init__(self):
         _check_types(self)
@@ -154,7 +172,9 @@ class PromptEncoderConfig:
     """The prompt encoder (`PromptEncoder`)."""
 
     mask_in_chans: int = 16
+    """Channels of a mask prompt before the last convolution."""
     layer_norm_eps: float = 1e-6
+    """Epsilon of the norms of a mask prompt."""
 
     def __post_init__(self):
         _check_types(self)
@@ -164,20 +184,25 @@ class PromptEncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MaskDecoderConfig:
-    """The two-way transformer and its heads (`MaskDecoder`).
-
-    `layer_norm_eps` applies to `norm1` to `norm4` of the two-way blocks: 1e-5 in Meta's code, 1e-6
-    in Hugging Face's. The final norm uses 1e-5 in both.
-    """
+    """The two-way transformer and its heads (`MaskDecoder`)."""
 
     transformer_depth: int = 2
+    """Number of two-way blocks."""
     num_heads: int = 8
+    """Heads of each attention."""
     mlp_dim: int = 2048
+    """Hidden channels of the blocks' MLPs."""
     attention_downsample_rate: int = 2
+    """Factor by which attention between tokens and image reduces the channels."""
     num_multimask_outputs: int = 3
+    """Masks for an ambiguous prompt; one more is for unambiguous prompts."""
     iou_head_depth: int = 3
+    """Layers of the head that predicts IoUs."""
     iou_head_hidden_dim: int = 256
+    """Hidden channels of that head."""
     layer_norm_eps: float = 1e-5
+    """Epsilon of `norm1` to `norm4` of the two-way blocks: 1e-5 in Meta's code, 1e-6 in Hugging
+    Face's. The final norm uses 1e-5 in both."""
 
     def __post_init__(self):
         _check_types(self)
@@ -185,31 +210,34 @@ class MaskDecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamConfig(WithAdvice):
-    """A whole SAM.
-
-    `image_size` is the side of the square, padded image in pixels; `prompt_embed_dim` is the width
-    of image embeddings and prompt tokens. `pixel_mean` and `pixel_std` are per RGB channel, for
-    values from 0 to 255.
-
-    `resize` is "longest_side", which pads to the square, or "square", which changes the image's
-    aspect ratio. With `normalization` "min_max", for medical images, each image's smallest value
-    becomes 0 and its largest 1; `pixel_mean` and `pixel_std` are ignored.
-
-    `hq` is True for SAM-HQ (Ke et al. 2023), whose decoder has one more token and also uses an
-    early layer of the image encoder; its channels are appended to the image embedding.
-    """
+    """A whole SAM."""
 
     image_encoder: ViTConfig | TinyViTConfig = ViTConfig()
+    """The image encoder: a ViT, or MobileSAM's TinyViT."""
     prompt_encoder: PromptEncoderConfig = PromptEncoderConfig()
+    """The prompt encoder."""
+    _: dataclasses.KW_ONLY
     mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
+    """The mask decoder."""
     image_size: int = 1024
+    """Side of the square, padded image in pixels."""
     prompt_embed_dim: int = 256
+    """Channels of image embeddings and prompt tokens."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """Mean of red, green and blue, for values from 0 to 255."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """Standard deviation of red, green and blue."""
     mask_threshold: float = 0.0
+    """A pixel is in a mask if its logit is above this."""
     resize: str = "longest_side"
+    """How images are resized: "longest_side", then padded to the square, or "square", which changes
+    their aspect ratio."""
     normalization: str = "statistics"
+    """How pixels are normalized: "statistics", by `pixel_mean` and `pixel_std`, or "min_max", for
+    medical images: each image's smallest value becomes 0 and its largest 1."""
     hq: bool = False
+    """Whether it is a SAM-HQ (Ke et al. 2023), whose decoder has one more token and also uses an
+    early layer of the image encoder; its channels are appended to the image embedding."""
 
     def __post_init__(self):
         _check_types(self)

@@ -6,7 +6,10 @@ Idioms that can work do; for others the error gives advice. `docs/migrating.md` 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _NO_DEVICES = "leave it out: JAX uses the GPU or TPU by itself"
 _NUMPY = "leave it out: the model moves these numpy arrays to the device itself"
@@ -24,7 +27,8 @@ _MODULE = {  # for the model and its three parts
     "state_dict": "use nnx.state(model), or save_pretrained(model, folder)",
     "load_state_dict": "use from_pretrained(path)",
 }
-_HIDDEN = "vision_hidden_states", "vision_attentions", "mask_decoder_attentions"
+_STATES = "use model.image_encoder.hidden_states(pixel_values)"
+_ATTENTION = "use model.decoder_attention, or attention_weights of the image encoder's blocks"
 _STEPS = "leave it out: processor.resize(image) and processor.normalize(image) are the steps"
 
 # By class for attributes, by function for arguments; then by name.
@@ -48,9 +52,8 @@ ADVICE = {
     },
     "Sam.__call__": {
         "return_dict": "leave it out: the outputs are a named tuple",
-        **dict.fromkeys(
-            ("output_attentions", "output_hidden_states"), "leave it out: they are not kept"
-        ),
+        "output_hidden_states": _STATES,
+        "output_attentions": _ATTENTION,
     },
     "ImageEncoderViT": {**_MODULE, "img_size": "use model.config.image_size"},
     "TinyViT": {**_MODULE, "img_size": "use model.config.image_size"},
@@ -95,7 +98,8 @@ ADVICE = {
     },
     "SamInputs": {"to": _NUMPY, "data": "leave it out: the inputs are a dictionary"},
     "SamImageSegmentationOutput": {
-        **dict.fromkeys(_HIDDEN, "use model.get_image_embeddings(pixel_values): it is not kept"),
+        "vision_hidden_states": _STATES,
+        **dict.fromkeys(("vision_attentions", "mask_decoder_attentions"), _ATTENTION),
         "to_tuple": "it is a tuple",
         "to": _NO_DEVICES,
     },
@@ -157,17 +161,17 @@ def unknown_attribute(owner: Any, name: str) -> AttributeError:
     return AttributeError(message, name=name, obj=owner)
 
 
-def with_advice(function: Callable) -> Callable:
+def with_advice(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Wraps a method so that unknown keyword arguments raise a TypeError with advice."""
     known = inspect.signature(function).parameters
 
     @functools.wraps(function)
-    def call(self, *args, **kwargs):
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         for name in kwargs:
             if name not in known:
-                kind = f"{type(self).__name__}.{function.__name__}"
+                kind = f"{type(args[0]).__name__}.{function.__name__}"
                 raise TypeError(f"{kind} has no argument {name!r}{_advice(kind, name)}")
-        return function(self, *args, **kwargs)
+        return function(*args, **kwargs)
 
     return call
 

@@ -3,8 +3,9 @@
 import io
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -17,12 +18,16 @@ from PIL import (
     UnidentifiedImageError,
 )
 
-from sam_jax.arrays import as_numpy, is_array
+from sam_jax.arrays import AnyArray, as_numpy, is_array
 from sam_jax.decoders import FORMATS as FORMATS
 from sam_jax.decoders import check_decoder
 
-# A PIL image, a path, a file's content, or an array of any library; see `load_image`.
-ImageInput = Any
+# A PIL image, a path, a file's content, or an array of any library. Checked by `load_image` at run
+# time.
+if TYPE_CHECKING:
+    ImageInput: TypeAlias = AnyArray | Image.Image | str | os.PathLike[str] | io.BytesIO
+else:
+    ImageInput = Any
 
 _OTHERWISE = (
     "read it with another library, such as scikit-image, scale its values to 0 to 255, and give "
@@ -62,6 +67,11 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
     if array.size == 0:
         raise ValueError(f"the image is empty: its shape is {array.shape}")
     return np.ascontiguousarray(array)
+
+
+def image_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    """The images of a list or tuple; anything else is one image."""
+    return list(images) if isinstance(images, (list, tuple)) else [cast(ImageInput, images)]
 
 
 def read_stored(path: str | os.PathLike | io.BytesIO) -> tuple[UInt8[np.ndarray, "h w 3"], int]:

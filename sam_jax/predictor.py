@@ -1,15 +1,15 @@
 """`SamPredictor`: one picture, many prompts. The surface is that of Meta's `SamPredictor`."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
-from sam_jax.arrays import as_numpy, is_array
+from sam_jax.arrays import ArrayLike, Device, as_numpy, is_array
 from sam_jax.errors import NonFiniteError
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
@@ -32,6 +32,20 @@ from sam_jax.validation import (
     check_sizes,
     to_numbers,
 )
+
+
+class MaskPrediction(NamedTuple):
+    """What `SamPredictor` predicts: numpy arrays, which unpack in Meta's order.
+
+    A result of `predict_batch` has an axis of prompts before the others.
+    """
+
+    masks: Bool[np.ndarray, "*b m h w"] | Float[np.ndarray, "*b m h w"]
+    """Masks of the image's size: booleans, or float32 logits with `return_logits`."""
+    scores: Float[np.ndarray, "*b m"]
+    """Predicted IoUs."""
+    logits: Float[np.ndarray, "*b m side side"]
+    """Low-resolution logits, such as a later `mask_input`."""
 
 
 class SamPredictor(WithAdvice):
@@ -65,7 +79,7 @@ class SamPredictor(WithAdvice):
         return nnx.merge(self._graphdef, self._params)
 
     @property
-    def device(self) -> jax.Device:
+    def device(self) -> Device:
         """The device that it computes on, the model's."""
         # Not kept, since devices cannot be pickled; a copy in another process has its own.
         (device, *_) = jax.tree.leaves(self._params)[0].devices()
@@ -99,10 +113,8 @@ class SamPredictor(WithAdvice):
         Raises:
             RuntimeError: before a picture is set.
         """
-        self._check_image()
-        return np.ascontiguousarray(
-            np.moveaxis(jax.device_get(self._features).astype(np.float32), -1, 1)
-        )
+        features, _ = self._image()
+        return np.ascontiguousarray(np.moveaxis(jax.device_get(features).astype(np.float32), -1, 1))
 
     features = property(get_image_embedding)
 
@@ -111,7 +123,7 @@ class SamPredictor(WithAdvice):
         """Meta's way to resize images and to scale coordinates for `predict_torch`."""
         return Transform(self.processor)
 
-    def set_image_embedding(self, embedding: Any, original_size: Any) -> None:
+    def set_image_embedding(self, embedding: ArrayLike, original_size: ArrayLike) -> None:
         """Sets a picture by its embedding instead of computing it.
 
         Args:
@@ -127,14 +139,14 @@ class SamPredictor(WithAdvice):
         self._set_features(embedding[None].astype(self._dtype))
         self.original_size = size
 
-    def _set_features(self, features: Any) -> None:
+    def _set_features(self, features: np.ndarray | jax.Array) -> None:
         # Wherever they come from, of one kind, for which `decode` is compiled once.
         self._features = jax.device_put(features, self.device)
 
     def reset_image(self) -> None:
         """Forgets the current picture."""
-        self._features = None
-        self.original_size = None
+        self._features: jax.Array | None = None
+        self.original_size: tuple[int, int] | None = None
 
     @property
     def is_image_set(self) -> bool:
@@ -148,19 +160,19 @@ class SamPredictor(WithAdvice):
         Raises:
             RuntimeError: before a picture is set.
         """
-        self._check_image()
-        return self.processor.input_size(self.original_size)
+        _, original_size = self._image()
+        return self.processor.input_size(original_size)
 
     def predict(
         self,
-        point_coords: Any = None,
-        point_labels: Any = None,
-        box: Any = None,
-        mask_input: Any = None,
+        point_coords: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
+        box: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> MaskPrediction:
         """Masks for one prompt.
 
         Args:
@@ -175,8 +187,7 @@ class SamPredictor(WithAdvice):
             hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
 
         Returns:
-            masks [m, h, w] of the picture's size, predicted IoUs [m] and low-resolution logits
-            [m, 256, 256], all numpy.
+            Masks [m, h, w], scores [m] and logits [m, 256, 256].
 
         Coordinates outside the image are legal, and warned of.
 
@@ -192,27 +203,28 @@ class SamPredictor(WithAdvice):
                     "predict_batch takes several boxes"
                 )
             box = box.reshape(1, 4)
-        masks, scores, low_res = self.predict_batch(
+        predicted = self.predict_batch(
             None if point_coords is None else [point_coords],
             None if point_labels is None else [point_labels],
-            box,
-            None if mask_input is None else as_numpy(mask_input, "mask_input")[None],
-            multimask_output,
-            return_logits,
-            hq_token_only,
+            boxes=box,
+            mask_input=None if mask_input is None else as_numpy(mask_input, "mask_input")[None],
+            multimask_output=multimask_output,
+            return_logits=return_logits,
+            hq_token_only=hq_token_only,
         )
-        return masks[0], scores[0], low_res[0]
+        return MaskPrediction(*(array[0] for array in predicted))
 
     def predict_batch(
         self,
-        point_coords: Any = None,
-        point_labels: Any = None,
-        boxes: Any = None,
-        mask_input: Any = None,
+        point_coords: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
+        *,
+        boxes: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> MaskPrediction:
         """Masks for b prompts in one compiled call.
 
         Args:
@@ -225,26 +237,24 @@ class SamPredictor(WithAdvice):
             hq_token_only: see `predict`.
 
         Returns:
-            masks [b, m, h, w] of the picture's size, predicted IoUs [b, m] and low-resolution
-            logits [b, m, 256, 256], all numpy.
+            Masks [b, m, h, w], scores [b, m] and logits [b, m, 256, 256].
 
         Raises:
             RuntimeError, ValueError: see `predict`.
         """
         prompts = point_coords, point_labels, boxes, mask_input
-        options = multimask_output, return_logits, hq_token_only
-        return self._predict(prompts, True, *options)
+        return self._predict(prompts, True, multimask_output, return_logits, hq_token_only)
 
     def predict_torch(
         self,
-        point_coords: Any = None,
-        point_labels: Any = None,
-        boxes: Any = None,
-        mask_input: Any = None,
+        point_coords: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
+        boxes: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> MaskPrediction:
         """`predict_batch` with coordinates in pixels of the model's input, as Meta's of that name.
 
         Takes and gives numpy arrays, of the shapes that `predict_batch` names;
@@ -255,33 +265,36 @@ class SamPredictor(WithAdvice):
 
     def _predict(
         self,
-        prompts: tuple,
+        prompts: tuple[Any, Any, Any, Any],
         in_image: bool,
         multimask_output: bool,
         return_logits: bool,
         hq_token_only: bool,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        self._check_image()
+    ) -> MaskPrediction:
+        features, original_size = self._image()
         points, labels, masks = self._prompts(*prompts, in_image)
         count = len(labels)
         padded = pad_prompts(points[None], labels[None], None if masks is None else masks[None])
         low_res, scores = decode(
             self._graphdef,
             self._params,
-            self._features,
+            features,
             *jax.device_put(padded, self.device),
             multimask_output=multimask_output,
             hq_token_only=hq_token_only,
-            prompts_chunk_size=chunk_size_for(self._features, padded[1].shape[1]),
+            prompts_chunk_size=chunk_size_for(features, padded[1].shape[1]),
+        )
+        full = self.processor.resize_masks(
+            low_res,
+            original_size,
+            input_size=self.input_size,
+            threshold=None if return_logits else self.config.mask_threshold,
+            count=count * low_res.shape[2],
         )
         # Copies, which may be written to and hold no padding in memory.
         low_res, scores = (np.array(x[0, :count]) for x in jax.device_get((low_res, scores)))
-        flat = low_res.reshape(-1, *low_res.shape[-2:])
-        threshold = None if return_logits else self.config.mask_threshold
-        full = self.processor.resize_masks(
-            flat, self.original_size, self.input_size, threshold, self.device
-        )
-        return full.reshape(*low_res.shape[:2], *self.original_size), scores, low_res
+        masks = full.reshape(*low_res.shape[:2], *original_size)
+        return MaskPrediction(masks, scores, low_res)
 
     def _prompts(self, point_coords, point_labels, boxes, mask_input, in_image):
         """The prompts as labelled points [b, n, 2], [b, n], and masks [b, side, side] or None.
@@ -319,7 +332,7 @@ class SamPredictor(WithAdvice):
         if count == 0:
             raise ValueError(f"there are no prompts: {', '.join(counts)} are empty")
 
-        size, frame = self.original_size, "image"
+        (_, size), frame = self._image(), "image"
         if not in_image:
             size, frame = self.input_size, "model's input (predict_batch takes the image's)"
 
@@ -361,9 +374,11 @@ class SamPredictor(WithAdvice):
             return coords, np.full((count, 1), PADDING, np.int32), masks
         return *join_prompts(coords, labels, boxes), masks
 
-    def _check_image(self) -> None:
-        if not self.is_image_set:
+    def _image(self) -> tuple[jax.Array, tuple[int, int]]:
+        """The current image's embedding, and its size (h, w)."""
+        if self._features is None or self.original_size is None:
             raise RuntimeError("no picture is set; call set_image (or set_image_embedding) first")
+        return self._features, self.original_size
 
 
 class Transform(WithAdvice):
@@ -379,12 +394,16 @@ class Transform(WithAdvice):
         """The image at the size at which the model sees it."""
         return self._processor.resize(image)
 
-    def apply_coords(self, coords: Any, original_size: Any) -> Float[np.ndarray, "*batch 2"]:
+    def apply_coords(
+        self, coords: ArrayLike, original_size: ArrayLike
+    ) -> Float[np.ndarray, "*batch 2"]:
         """(x, y) from pixels of the image to pixels of the model's input, float32."""
         (size,) = check_sizes([original_size], 1, "original_size")
         return self._processor.scale_coords(to_numbers(coords, "coords"), size)
 
-    def apply_boxes(self, boxes: Any, original_size: Any) -> Float[np.ndarray, "*batch 4"]:
+    def apply_boxes(
+        self, boxes: ArrayLike, original_size: ArrayLike
+    ) -> Float[np.ndarray, "*batch 4"]:
         """x0, y0, x1, y1 likewise."""
         boxes = to_numbers(boxes, "boxes")
         return self.apply_coords(boxes.reshape(-1, 2, 2), original_size).reshape(boxes.shape)

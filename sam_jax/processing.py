@@ -4,21 +4,22 @@ The surface is that of `transformers.SamProcessor`; what Meta's `ResizeLongestSi
 `Sam.preprocess` and `Sam.postprocess_masks` do is here too, since it is the same.
 """
 
+import math
 import os
 import reprlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 
-from sam_jax.arrays import as_numpy
+from sam_jax.arrays import ArrayLike, PromptsLike, as_numpy
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
-from sam_jax.image import ImageInput, load_image
+from sam_jax.image import ImageInput, image_list, load_image
 from sam_jax.models.preprocessing import fit
 from sam_jax.ops.prompts import (
     PADDING,
@@ -76,10 +77,10 @@ class SamProcessor(WithAdvice):
     def __call__(
         self,
         images: ImageInput | Sequence[ImageInput],
-        segmentation_maps: Any = None,
-        input_points: Any = None,
-        input_labels: Any = None,
-        input_boxes: Any = None,
+        segmentation_maps: ArrayLike | None = None,
+        input_points: PromptsLike | None = None,
+        input_labels: PromptsLike | None = None,
+        input_boxes: PromptsLike | None = None,
         return_tensors: str | None = None,
     ) -> "SamInputs":
         """Arrays for `model(**inputs)`, all numpy; B images, P prompts each, N points each.
@@ -117,11 +118,9 @@ class SamProcessor(WithAdvice):
                 f"return_tensors is {return_tensors!r}, expected 'np' or nothing: the arrays are "
                 "numpy's, which the model takes"
             )
-        if not isinstance(images, (list, tuple)):
-            images = [images]
-        if not images:
+        arrays = [load_image(image) for image in image_list(images)]
+        if not arrays:
             raise ValueError("images is an empty list, expected at least one picture")
-        arrays = [load_image(image) for image in images]
         sizes = [array.shape[:2] for array in arrays]
         result = SamInputs(
             pixel_values=np.stack([self.preprocess(array) for array in arrays]),
@@ -130,6 +129,7 @@ class SamProcessor(WithAdvice):
         )
         if input_labels is not None and input_points is None:
             raise ValueError("input_labels are given without input_points")
+        points = None
         if input_points is not None:
             points, labels = point_lists(input_points, input_labels, len(arrays))
             for i, (size, of_image, kinds) in enumerate(zip(sizes, points, labels, strict=True)):
@@ -144,7 +144,7 @@ class SamProcessor(WithAdvice):
             result["input_labels"] = pad_nested(labels, PADDING, np.int32, ())
         if input_boxes is not None:
             boxes = box_lists(input_boxes, len(arrays))
-            if input_points is not None:
+            if points is not None:
                 check_counts(points, boxes)
             for i, (of_image, size) in enumerate(zip(boxes, sizes, strict=True)):
                 warn_outside(None, None, of_image, size, f"input_boxes[{i}]")
@@ -158,7 +158,7 @@ class SamProcessor(WithAdvice):
             result["labels"] = self._segmentation_labels(segmentation_maps, sizes)
         return result
 
-    def input_size(self, original_size: Any) -> tuple[int, int]:
+    def input_size(self, original_size: ArrayLike) -> tuple[int, int]:
         """(h, w) of a picture of that (h, w) once it is resized to the model's image size.
 
         Raises:
@@ -167,7 +167,9 @@ class SamProcessor(WithAdvice):
         (size,) = check_sizes([original_size], 1, "original_size")
         return fit(size, self.config.image_size, self.config)
 
-    def scale_coords(self, coords: Any, original_size: Any) -> Float[np.ndarray, "*batch 2"]:
+    def scale_coords(
+        self, coords: ArrayLike, original_size: ArrayLike
+    ) -> Float[np.ndarray, "*batch 2"]:
         """(x, y) in pixels of a picture of (h, w) -> in pixels of the model's input; float32.
 
         Raises:
@@ -207,9 +209,9 @@ class SamProcessor(WithAdvice):
     @with_advice
     def post_process_masks(
         self,
-        masks: Any,
-        original_sizes: Any,
-        reshaped_input_sizes: Any,
+        masks: ArrayLike,
+        original_sizes: ArrayLike,
+        reshaped_input_sizes: ArrayLike,
         mask_threshold: float | None = None,
         binarize: bool = True,
     ) -> list[np.ndarray]:
@@ -249,39 +251,51 @@ class SamProcessor(WithAdvice):
                     f"masks[{i}] has shape {logits.shape}, expected (prompts, masks, {side}, "
                     f"{side}): low-resolution logits, as the model returns them"
                 )
-            flat = logits.reshape(-1, side, side)
-            full = self.resize_masks(flat, original, reshaped, threshold if binarize else None)
+            full = self.resize_masks(
+                logits,
+                original,
+                input_size=reshaped,
+                threshold=threshold if binarize else None,
+            )
             results.append(full.reshape(*logits.shape[:-2], *original))
         return results
 
     def resize_masks(
         self,
-        masks: Float[np.ndarray, "n side side"],
+        masks: Float[np.ndarray | Array, "*batch side side"],
         original_size: tuple[int, int],
+        *,
         input_size: tuple[int, int],
         threshold: float | None,
-        device: jax.Device | None = None,
+        count: int | None = None,
     ) -> Bool[np.ndarray, "n h w"] | Float[np.ndarray, "n h w"]:
-        """Low-resolution logits to one picture's size; above `threshold`, or the logits if None.
+        """Low-resolution logits to one image's size; above `threshold`, or the logits if None.
 
-        Compiles once for each bucket of counts, heights and widths. Computes on `device`, or JAX's
-        default.
+        Only the first `count` masks are computed, if given. Masks in JAX arrays are computed where
+        they are. Compiles once for each bucket of heights and widths, and of counts of masks in
+        numpy arrays.
         """
         side, image_size = masks.shape[-1], self.config.image_size
         rows, columns = (
             mask_resize_matrix(side, image_size, inp, orig, size_bucket(orig))
             for inp, orig in zip(input_size, original_size, strict=True)
         )
-        arrays = pad_axis(masks, count_bucket(len(masks)), 0, 0), rows, columns
-        if threshold is None:
-            full = _resized_logits(*jax.device_put(arrays, device))
+        if count is None:
+            count = math.prod(masks.shape[:-2])
+        device = None
+        if isinstance(masks, np.ndarray):
+            masks = masks.reshape(-1, side, side)
+            masks = jax.device_put(pad_axis(masks, count_bucket(count), 0, 0))
         else:
-            full = _resized_masks(*jax.device_put((*arrays, np.float32(threshold)), device))
+            device = masks.device
+        threshold = None if threshold is None else np.float32(threshold)
+        arrays = jax.device_put((rows, columns, threshold, np.int32(count)), device)
+        full = _resize_first(masks, *arrays)
         height, width = original_size
         # A copy, which may be written to and holds no padding in memory.
-        return np.array(jax.device_get(full)[: len(masks), :height, :width])
+        return np.array(jax.device_get(full)[:count, :height, :width])
 
-    def mask_to_logits(self, mask: Any) -> Float[np.ndarray, "*batch 1 side side"]:
+    def mask_to_logits(self, mask: ArrayLike) -> Float[np.ndarray, "*batch 1 side side"]:
         """A mask of the image's size as low-resolution logits, to be a prompt.
 
         `predictor.predict(mask_input=processor.mask_to_logits(mask))`. The mask is resized and
@@ -375,11 +389,15 @@ class SamInputs(dict):
 
 
 @jax.jit
-def _resized_masks(masks, rows, columns, threshold):
-    # One at a time, so that only one mask's logits are ever alive at full size.
-    return jax.lax.map(lambda mask: resize_masks(mask, rows, columns) > threshold, masks)
+def _resize_first(masks, rows, columns, threshold, count):
+    """The first masks at full size, above the threshold unless it is None; then zeros."""
+    masks = masks.reshape(-1, *masks.shape[-2:])
+    dtype = jnp.float32 if threshold is None else bool
+    result = jnp.zeros((len(masks), len(rows), len(columns)), dtype)
 
+    # One at a time, so that only one mask's logits are alive at full size.
+    def add(i, result):
+        logits = resize_masks(masks[i], rows, columns)
+        return result.at[i].set(logits if threshold is None else logits > threshold)
 
-@jax.jit
-def _resized_logits(masks, rows, columns):
-    return resize_masks(masks, rows, columns)
+    return jax.lax.fori_loop(0, count, add, result)

@@ -1,16 +1,23 @@
 """Draws masks, points and boxes: on matplotlib axes for notebooks, or on a PIL image."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sam_jax.arrays import as_numpy, is_array
+from sam_jax.arrays import AnyArray, ArrayLike, as_numpy, is_array
 from sam_jax.image import ImageInput, load_image
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.validation import check_boxes, check_points
 
 __all__ = ["COLORS", "overlay", "show_box", "show_mask", "show_points"]
+
+# Callers with axes have imported matplotlib already.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+else:
+    Axes = Any
 
 COLORS = (
     (0, 114, 178),
@@ -26,7 +33,7 @@ MARKS = {FOREGROUND: (40, 200, 80), BACKGROUND: (220, 50, 47)}
 ALPHA = 0.55
 
 
-def show_mask(mask: Any, ax: Any, color: tuple[int, int, int] = COLORS[0]):
+def show_mask(mask: ArrayLike, ax: Axes, *, color: tuple[int, int, int] = COLORS[0]):
     """Draws a boolean mask [h, w] over the image shown by the matplotlib axes `ax`.
 
     Raises:
@@ -38,7 +45,7 @@ def show_mask(mask: Any, ax: Any, color: tuple[int, int, int] = COLORS[0]):
     return ax.imshow(rgba)
 
 
-def show_points(coords: Any, labels: Any, ax: Any, size: float = 200):
+def show_points(coords: ArrayLike, labels: ArrayLike, ax: Axes, *, size: float = 200):
     """Draws foreground points [n, 2] as green stars, background points as red ones.
 
     Raises:
@@ -52,7 +59,7 @@ def show_points(coords: Any, labels: Any, ax: Any, size: float = 200):
         )
 
 
-def show_box(box: Any, ax: Any):
+def show_box(box: ArrayLike, ax: Axes):
     """Draws a box (x0, y0, x1, y1), in pixels.
 
     Raises:
@@ -69,10 +76,11 @@ def show_box(box: Any, ax: Any):
 
 def overlay(
     image: ImageInput,
-    masks: Any = (),
-    point_coords: Any = (),
-    point_labels: Any = (),
-    boxes: Any = (),
+    masks: AnyArray | Iterable[ArrayLike] = (),
+    *,
+    point_coords: ArrayLike = (),
+    point_labels: ArrayLike = (),
+    boxes: ArrayLike = (),
 ) -> Image.Image:
     """The image with masks tinted and outlined, and with points and boxes drawn on it.
 
@@ -91,7 +99,8 @@ def overlay(
     coords, labels = check_points(point_coords, point_labels, "point_coords")
     boxes = check_boxes(boxes, "boxes")
     pixels = load_image(image).astype(np.float32)
-    for i, mask in enumerate(as_numpy(masks, "masks") if is_array(masks) else masks):
+    every = as_numpy(masks, "masks") if is_array(masks) else cast(Iterable[ArrayLike], masks)
+    for i, mask in enumerate(every):
         mask = _check_mask(mask, f"masks[{i}]")
         color = np.array(COLORS[i % len(COLORS)], np.float32)
         if mask.shape != pixels.shape[:2]:
@@ -117,7 +126,7 @@ def overlay(
     return drawn
 
 
-def _check_mask(mask: Any, where: str) -> np.ndarray:
+def _check_mask(mask: ArrayLike, where: str) -> np.ndarray:
     mask = as_numpy(mask, where)
     if mask.dtype != bool or mask.ndim != 2:
         raise ValueError(

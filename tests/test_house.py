@@ -1,6 +1,8 @@
 """The house: imports point one way, are light, and a file holds one subject."""
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -91,3 +93,42 @@ def test_public_names():
     assert set(sam_jax.__all__) <= set(dir(sam_jax))
     with pytest.raises(AttributeError, match="nothing"):
         sam_jax.nothing  # noqa: B018
+
+
+# By position: the arguments of Meta's and Hugging Face's API, and arrays that `jax.jit`, `jax.grad`
+# and `jax.vmap` number.
+POSITIONAL = {
+    *("Sam.decode", "Sam.decoder_attention", "SamPredictor.predict", "SamPredictor.predict_torch"),
+    *("SamProcessor.__call__", "SamProcessor.post_process_masks", "SamAutomaticMaskGenerator"),
+    *("MaskGenerationOptions", "show_points", "join_prompts", "batch_losses"),
+    *("interactive_losses", "train_step"),
+}
+PUBLIC = ("", ".training", ".training.sharding", ".training.checkpointing", ".checkpoints")
+PUBLIC += (".automatic", ".evaluation", ".export", ".visualize")
+
+
+def public_callables():
+    """Public functions, classes and methods, by name."""
+    for place in PUBLIC:
+        module = importlib.import_module(f"sam_jax{place}")
+        names = getattr(module, "__all__", None)
+        for name in names or [n for n in vars(module) if n[0] != "_"]:
+            value = getattr(module, name)
+            is_own = names or getattr(value, "__module__", "") == module.__name__
+            is_data = hasattr(value, "_fields")
+            is_error = inspect.isclass(value) and issubclass(value, Exception)
+            if not callable(value) or not is_own or is_data or is_error:
+                continue
+            yield name, value
+            for method, function in vars(value).items() if inspect.isclass(value) else ():
+                if inspect.isfunction(function) and (method[0] != "_" or method == "__call__"):
+                    yield f"{name}.{method}", function
+
+
+def test_from_the_third_on_arguments_have_names():
+    found = set()
+    for name, value in public_callables():
+        kinds = [p.kind for n, p in inspect.signature(value).parameters.items() if n != "self"]
+        if kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) > 2:
+            found.add(name)
+    assert found == POSITIONAL

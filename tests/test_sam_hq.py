@@ -49,7 +49,6 @@ BOXES = np.array([[[5.0, 10.0, 60.0, 70.5], [20.0, 20.0, 90.0, 95.0]]], np.float
 MASKS = np.random.default_rng(3).normal(size=(1, 2, 48, 48)).astype(np.float32)
 PROMPTS = {
     "points": (POINTS, LABELS, None, None),
-    "boxes": (None, None, BOXES, None),
     "all": (POINTS, LABELS, BOXES, MASKS),
 }
 
@@ -232,8 +231,8 @@ def test_hugging_faces_folder(tmp_path):
     assert_close(-np.sort(-np.asarray(found.iou_scores), -1), expected.iou_scores)
 
     params, config = load_params(tmp_path / "hf")
-    write_checkpoint(tmp_path / "meta.pth", params, config, fmt="meta")
-    write_checkpoint(tmp_path / "again" / "model.safetensors", params, config, fmt="hf")
+    write_checkpoint(tmp_path / "meta.pth", params, config=config, fmt="meta")
+    write_checkpoint(tmp_path / "again" / "model.safetensors", params, config=config, fmt="hf")
     again, _ = load_params(tmp_path / "again")
     assert all(np.array_equal(again[name], value) for name, value in params.items())
     original = meta_sam(config)

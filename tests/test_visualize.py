@@ -32,7 +32,9 @@ def test_nothing_to_draw_leaves_the_picture(image, tmp_path):
         picture = overlay(given)
         assert picture.mode == "RGB"
         assert np.array_equal(picture, image)
-    empty = overlay(image, [], np.zeros((0, 2)), [], np.zeros((0, 4)))
+    empty = overlay(
+        image, [], point_coords=np.zeros((0, 2)), point_labels=[], boxes=np.zeros((0, 4))
+    )
     assert np.array_equal(empty, image)
     assert np.array_equal(overlay(image, [np.zeros((60, 80), bool)]), image)
 
@@ -52,7 +54,13 @@ def test_masks_are_tinted_and_outlined(image):
 
 
 def test_the_input_is_not_changed(image):
-    overlay(image, [square(0, 0, 60, 80)], [[5, 5]], [1], [[1, 2, 30, 40]])
+    overlay(
+        image,
+        [square(0, 0, 60, 80)],
+        point_coords=[[5, 5]],
+        point_labels=[1],
+        boxes=[[1, 2, 30, 40]],
+    )
     assert (image == 100).all()
 
 
@@ -69,7 +77,14 @@ def test_more_masks_than_colours(image):
 
 
 def test_points(image):
-    pixels = np.asarray(overlay(image, (), [[20, 15], [60, 40], [40, 30], [79, 59]], [1, 0, -1, 1]))
+    pixels = np.asarray(
+        overlay(
+            image,
+            (),
+            point_coords=[[20, 15], [60, 40], [40, 30], [79, 59]],
+            point_labels=[1, 0, -1, 1],
+        )
+    )
     assert tuple(pixels[15, 20]) == GREEN
     assert tuple(pixels[40, 60]) == RED
     assert tuple(pixels[30, 40]) == (100, 100, 100)  # no point of the picture
@@ -87,15 +102,23 @@ def test_boxes(image):
 
 
 def test_marks_grow_with_the_picture():
-    small = np.asarray(overlay(np.zeros((100, 100, 3), np.uint8), (), [[50, 50]], [1]))
-    large = np.asarray(overlay(np.zeros((2000, 2000, 3), np.uint8), (), [[1000, 1000]], [1]))
+    small = np.asarray(
+        overlay(np.zeros((100, 100, 3), np.uint8), (), point_coords=[[50, 50]], point_labels=[1])
+    )
+    large = np.asarray(
+        overlay(
+            np.zeros((2000, 2000, 3), np.uint8), (), point_coords=[[1000, 1000]], point_labels=[1]
+        )
+    )
     assert large.any(-1).sum() > 10 * small.any(-1).sum()
 
 
 def test_a_picture_of_one_pixel():
     pixel = np.zeros((1, 1, 3), np.uint8)
     mask = np.ones((1, 1), bool)
-    assert overlay(pixel, [mask], [[0, 0]], [1], [[0, 0, 0, 0]]).size == (1, 1)
+    assert overlay(
+        pixel, [mask], point_coords=[[0, 0]], point_labels=[1], boxes=[[0, 0, 0, 0]]
+    ).size == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +179,7 @@ def test_show_mask(axes):
     expected = 0.45 * 100 + 0.55 * np.array(COLORS[0])
     assert np.abs(pixels[25, 30] - expected).max() <= 1
     assert pixels[50, 70].tolist() == [100, 100, 100]
-    show_mask(square(45, 60, 58, 78), axes, COLORS[1])
+    show_mask(square(45, 60, 58, 78), axes, color=COLORS[1])
     expected = 0.45 * 100 + 0.55 * np.array(COLORS[1])
     assert np.abs(drawn(axes)[50, 70] - expected).max() <= 1
 

@@ -86,8 +86,8 @@ def generate_folder(
     generator: SamAutomaticMaskGenerator,
     files: Sequence[Path],
     results: Results,
-    on_image: Callable[[], None],
-    on_failure: Callable[[Path, str], None],
+    on_image: Callable[[], object],
+    on_failure: Callable[[Path, str], object],
 ) -> None:
     """Generates and writes the masks of image files, one image per device at a time.
 

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from PIL import Image
 
-from sam_jax.arrays import is_array
+from sam_jax.arrays import ArrayLike, is_array
 from sam_jax.automatic.device import (
     Frame,
     Measured,
@@ -144,7 +144,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         return records
 
     def generate_batch(
-        self, images: Iterable[ImageInput], on_image: Callable[[], None] | None = None
+        self, images: Iterable[ImageInput], on_image: Callable[[], object] | None = None
     ) -> Iterator[list[dict[str, Any]]]:
         """Yields what `generate` returns for each of several images of any sizes.
 
@@ -173,9 +173,10 @@ class SamAutomaticMaskGenerator(WithAdvice):
 
     def generate_from_embedding(
         self,
-        embedding: Any,
+        embedding: ArrayLike,
         original_size: tuple[int, int],
-        on_batch: Callable[[int, int], None] | None = None,
+        *,
+        on_batch: Callable[[int, int], object] | None = None,
     ) -> list[dict[str, Any]]:
         """What `generate` returns, for an image whose embedding is known.
 
@@ -214,8 +215,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
     def _generate(
         self,
         groups: "Iterable[list[list[Crop]]]",
-        on_batch: Callable[[int, int], None] | None = None,
-        on_image: Callable[[], None] | None = None,
+        on_batch: Callable[[int, int], object] | None = None,
+        on_image: Callable[[], object] | None = None,
     ) -> Iterator[list[dict[str, Any]]]:
         """The records of groups of images, with at most one image per device in a group.
 
@@ -253,7 +254,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         crops: "list[Crop]",
         pixels: list[np.ndarray],
         host: ThreadPoolExecutor,
-        on_batch: Callable[[int, int], None] | None,
+        on_batch: Callable[[int, int], object] | None,
     ) -> None:
         """Finds the masks of one crop per device and adds them to those of its image."""
         if pixels:

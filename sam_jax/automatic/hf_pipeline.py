@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
@@ -12,7 +12,7 @@ from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 from sam_jax.automatic.options import MaskGenerationOptions, check_number
 from sam_jax.checkpoints import from_pretrained
 from sam_jax.idioms import ADVICE, WithAdvice
-from sam_jax.image import ImageInput, exif_orientation, load_image, turn
+from sam_jax.image import ImageInput, exif_orientation, image_list, load_image, turn
 from sam_jax.models.sam import Sam
 from sam_jax.ops.rle import rle_decode
 
@@ -83,6 +83,10 @@ class MaskGenerationPipeline(WithAdvice):
         self.model = model
         self.options = options
 
+    @overload
+    def __call__(self, image: ImageInput, **options: Any) -> dict[str, Any]: ...
+    @overload
+    def __call__(self, image: Sequence[ImageInput], **options: Any) -> list[dict[str, Any]]: ...
     def __call__(
         self, image: ImageInput | Sequence[ImageInput], **options: Any
     ) -> dict[str, Any] | list[dict[str, Any]]:
@@ -108,7 +112,7 @@ class MaskGenerationPipeline(WithAdvice):
         )
         generator.mask_threshold = options.get("mask_threshold", generator.mask_threshold)
         is_list = isinstance(image, (list, tuple))
-        images = map(_upright, image if is_list else [image])
+        images = map(_upright, image_list(image))
         results = [_outputs(records, options) for records in generator.generate_batch(images)]
         return results if is_list else results[0]
 

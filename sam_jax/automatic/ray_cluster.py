@@ -12,6 +12,7 @@ from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 from sam_jax.automatic.options import MaskGenerationOptions
 from sam_jax.automatic.results import Results, one_line
 from sam_jax.checkpoints import from_pretrained
+from sam_jax.errors import needs_extra
 from sam_jax.files import temporary_folder
 
 _TRIES = 3  # per image, if its workers die
@@ -24,8 +25,8 @@ def generate_with_ray(
     options: MaskGenerationOptions,
     files: Sequence[Path],
     results: Results,
-    on_image: Callable[[], None],
-    on_failure: Callable[[Path, str], None],
+    on_image: Callable[[], object],
+    on_failure: Callable[[Path, str], object],
 ) -> None:
     """Runs `generate_folder` on the machines of a Ray cluster, which must all see the same folders.
 
@@ -44,14 +45,13 @@ def generate_with_ray(
         on_failure: as for `generate_folder`.
 
     Raises:
-        ValueError: if Ray is not installed, an argument is invalid, or the run fails.
+        ValueError: if an argument is invalid or the run fails.
+        MissingExtra: without the extra `ray`.
         ConnectionError: if nothing answers at the address.
     """
-    try:
+    with needs_extra("ray"):
         import ray.data
         import ray.exceptions
-    except ImportError as error:
-        raise ValueError("Ray is not installed; install sam_jax with its extra `ray`") from error
     _check_reachable(address)
     is_new = not ray.is_initialized()
     ray.init(address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)

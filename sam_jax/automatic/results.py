@@ -38,22 +38,20 @@ _COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """A folder of results.
-
-    * "png": for each image `<stem>/0.png`, `1.png`, ... and `<stem>/metadata.csv`, as Meta's
-      `amg.py` writes them, and `source.json`, which identifies the image; with `overlays` also
-      `<stem>/overlay.png`, the image with its masks;
-    * "coco": the records of each image in `parts/`, joined into `annotations.json` at the end of a
-      run (category "object"; masks as `segmentation` says); `ids.json`, which keeps ids the same
-      from run to run; with `overlays` also `overlays/<stem>.png`.
-
-    `sam_jax.json` has the settings.
-    """
+    """A folder of results, with the settings in `sam_jax.json`."""
 
     folder: Path
+    """The folder."""
     format: ResultsFormat = "png"
+    """The files. "png": `<stem>/0.png`, `1.png`, ... and `<stem>/metadata.csv` for each image, as
+    Meta's `amg.py` writes them, and `source.json`, which identifies the image. "coco": the records
+    of each image in `parts/`, joined into `annotations.json` at the end of a run (category
+    "object"), and `ids.json`, which keeps ids the same from run to run."""
     overlays: bool = False
+    """Whether each image is also written with its masks: `<stem>/overlay.png`, or for "coco"
+    `overlays/<stem>.png`."""
     segmentation: Segmentation = "rle"
+    """Form of the masks in `annotations.json` ("coco" only)."""
 
     def begin(self, settings: dict[str, Any], image_files: Sequence[Path]) -> list[Path]:
         """Creates the folder and returns the images that do not have a result in it yet.

@@ -154,7 +154,7 @@ def load_config(name_or_path: str | os.PathLike) -> SamConfig:
 
 
 def write_checkpoint(
-    path: str | os.PathLike, params: Mapping[str, ArrayLike], config: SamConfig, fmt: Format
+    path: str | os.PathLike, params: Mapping[str, ArrayLike], *, config: SamConfig, fmt: Format
 ) -> None:
     """Writes a file for PyTorch; converting from PyTorch and back preserves every bit.
 

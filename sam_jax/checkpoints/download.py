@@ -47,11 +47,17 @@ class Source:
     """Where a model's checkpoint comes from, and how to verify it."""
 
     file_name: str
+    """Name of the file in the cache."""
     sha256: str
-    size: int  # in bytes
+    """The file's SHA-256, in hexadecimal."""
+    size: int
+    """The file's size in bytes."""
     hub_repository: str | None = None
+    """Repository of the Hugging Face Hub that has it."""
     hub_path: str | None = None
+    """Its path in that repository."""
     package: PackageMember | None = None
+    """The package of the package index that has it."""
 
 
 MODELS: dict[str, Source] = {

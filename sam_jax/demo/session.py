@@ -294,7 +294,9 @@ def find_everything(
     generator = SamAutomaticMaskGenerator(
         model, points_per_side, points_per_batch=batch_size, output_mode="coco_rle"
     )
-    return Found(image, generator.generate_from_embedding(image.embedding, image.size, on_batch))
+    return Found(
+        image, generator.generate_from_embedding(image.embedding, image.size, on_batch=on_batch)
+    )
 
 
 def number_masks(found: Found) -> np.ndarray:

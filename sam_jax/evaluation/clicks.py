@@ -77,7 +77,7 @@ def evaluate(
     return {**{name: float(np.mean(values)) for name, values in found.items()}, "objects": objects}
 
 
-def draw_clicks(model: Sam, source: Dataset, count: int = 4) -> Image.Image:
+def draw_clicks(model: Sam, source: Dataset, *, count: int = 4) -> Image.Image:
     """Draws the first images side by side, with the best mask for a click at each object's center.
 
     At most 16 objects are drawn per image.
@@ -94,7 +94,8 @@ def draw_clicks(model: Sam, source: Dataset, count: int = 4) -> Image.Image:
         set_image(predictor, example)
         masks, scores, _ = predictor.predict_batch(points, np.ones(points.shape[:2]))
         best = masks[np.arange(len(masks)), scores.argmax(1)]
-        drawn.append(overlay(example["image"], best, points[:, 0], np.ones(len(points), int)))
+        marks = {"point_coords": points[:, 0], "point_labels": np.ones(len(points), int)}
+        drawn.append(overlay(example["image"], best, **marks))
     sheet = Image.new("RGB", (sum(d.width for d in drawn), max(d.height for d in drawn)))
     for i, image in enumerate(drawn):
         sheet.paste(image, (sum(d.width for d in drawn[:i]), 0))

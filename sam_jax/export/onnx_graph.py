@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import onnx
+from jax.core import ShapedArray
 from jax.extend import core
 from onnx import helper, numpy_helper
 
@@ -45,7 +46,7 @@ class Graph:
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._constants: dict[tuple, tuple[str, np.ndarray]] = {}
-        self._open_sizes: dict[Any, tuple[str, int]] = {}  # a tensor and an axis that have it
+        self._open_sizes: dict[Any, tuple[Tensor, int]] = {}  # a tensor and an axis that have it
         self._numbers = itertools.count()
 
     def input(self, name: str, shape: Sequence[int | str]) -> str:
@@ -118,7 +119,7 @@ class Graph:
 
     def _constant(self, array: np.ndarray) -> str:
         array = np.asarray(array, order="C")
-        content = hashlib.sha256(array.reshape(-1).view(np.uint8)).digest()
+        content = hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest()
         key = array.dtype, array.shape, content
         return self._constants.setdefault(key, (f"constant_{len(self._constants)}", array))[0]
 
@@ -149,7 +150,7 @@ class Graph:
 
         def read(atom) -> _Value:
             if isinstance(atom, core.Literal):
-                return _known_value(np.asarray(atom.val, atom.aval.dtype))
+                return _known_value(np.asarray(atom.val, _aval(atom).dtype))
             return known[atom]
 
         for equation in jaxpr.eqns:
@@ -159,7 +160,7 @@ class Graph:
 
     def _equation(self, equation: core.JaxprEqn, values: list[_Value]) -> list[_Value]:
         name, parameters = equation.primitive.name, equation.params
-        shapes = [atom.aval.shape for atom in equation.invars]
+        shapes = [_aval(atom).shape for atom in equation.invars]
         all_known = all(isinstance(value.tensor, np.ndarray) for value in values) and all(
             isinstance(size, int) for shape in shapes for size in shape
         )
@@ -192,9 +193,15 @@ class Graph:
         results = translate(self, equation, *tensors)
         results = results if isinstance(results, list) else [results]
         return [
-            self._value(tensor, var.aval.shape)
+            self._value(tensor, _aval(var).shape)
             for tensor, var in zip(results, equation.outvars, strict=True)
         ]
+
+
+def _aval(atom: core.Var | core.Literal) -> ShapedArray:
+    """Shape and dtype of a variable of a jaxpr."""
+    assert isinstance(atom.aval, ShapedArray)
+    return atom.aval
 
 
 def _known_value(array) -> _Value:
@@ -278,7 +285,7 @@ def _reshape(graph, equation, x):
 def _dot_general(graph, equation, x, y):
     """As the product of [batch, rows, depth] and [batch, depth, columns]."""
     summed, batch = equation.params["dimension_numbers"]
-    shapes = [atom.aval.shape for atom in equation.invars]
+    shapes = [_aval(atom).shape for atom in equation.invars]
     free = [
         [axis for axis in range(len(shapes[i])) if axis not in (*summed[i], *batch[i])]
         for i in range(2)

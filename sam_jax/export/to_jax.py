@@ -20,8 +20,8 @@ from sam_jax.types import Platform
 def export_jax(
     model: Sam,
     path: str | os.PathLike,
-    platforms: Sequence[Platform] = ("cpu", "cuda", "tpu"),
     *,
+    platforms: Sequence[Platform] = ("cpu", "cuda", "tpu"),
     vjp_order: int = 0,
 ) -> None:
     """Writes a folder of programs, each for all of the platforms.

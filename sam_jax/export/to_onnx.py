@@ -8,6 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from sam_jax.errors import needs_extra
 from sam_jax.export.common import with_attention, write_config
 from sam_jax.files import atomic_dir, require_absent
 from sam_jax.models.sam import Sam
@@ -39,8 +40,9 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
 
     Raises:
         FileExistsError: if there is something at `path` already.
-        ValueError: if the model computes in another dtype, if it prepares pictures in another way
-            than SAM, or if the package `onnx` is not installed.
+        ValueError: if the model computes in another dtype, or preprocesses images in another way
+            than SAM.
+        MissingExtra: without the extra `onnx`.
     """
     require_absent(path)
     if (dtype := jnp.dtype(model.mask_decoder.dtype)) != jnp.float32:
@@ -54,12 +56,8 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
             f"resize and normalization are {prepared}, but the encoder in ONNX normalises by mean "
             "and deviation; export for JAX instead"
         )
-    try:
+    with needs_extra("onnx"):
         from sam_jax.export.onnx_graph import Graph
-    except ModuleNotFoundError as error:
-        if error.name != "onnx":
-            raise
-        raise ValueError("onnx is not installed; install sam_jax with its extra `onnx`") from error
     # Without a loop; of those the one that took ONNX Runtime the least time and memory.
     model = with_attention(model, "folded")
     with atomic_dir(path) as folder:

@@ -1,6 +1,6 @@
-"""What the model refuses, with a message that says what was expected."""
+"""Checks of the model's arguments; an error says what was given and what was expected."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ class Prompts(NamedTuple):
     def count(self) -> int:
         """How many prompts each image has."""
         tokens = self.sparse_embeddings if self.labels is None else self.labels
+        assert tokens is not None  # as `check_prompts` made sure
         return tokens.shape[1]
 
 
@@ -140,6 +141,12 @@ def guidance_shape(config: SamConfig, prompt_tokens: int) -> tuple[int, int, int
     return decoder.num_heads, tokens, grid * grid
 
 
+@overload
+def check_shape(name: str, array: Array, expected: tuple[Any, ...], hint: str = "") -> Array: ...
+@overload
+def check_shape(
+    name: str, array: Any, expected: tuple[Any, ...], hint: str = ""
+) -> np.ndarray | Array: ...
 def check_shape(
     name: str, array: Any, expected: tuple[Any, ...], hint: str = ""
 ) -> np.ndarray | Array:
@@ -176,7 +183,7 @@ def check_broadcast(name: str, array: Any, shape: tuple[int, ...]) -> Array:
 
 
 def to_device(array: Any, dtype: DTypeLike | None = None) -> Any:
-    """numpy's arrays on JAX's default device: explicitly, as `jax.transfer_guard` asks for."""
+    """A numpy array on JAX's default device; put explicitly, as `jax.transfer_guard` demands."""
     if dtype is not None:
         array = array.astype(dtype)
     return jax.device_put(array) if isinstance(array, np.ndarray) else array

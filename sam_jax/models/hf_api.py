@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from sam_jax.arrays import as_array
+from sam_jax.arrays import AnyArray, as_array
 from sam_jax.config import SamConfig
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
 from sam_jax.models.checks import (
@@ -40,12 +41,13 @@ from sam_jax.ops.prompts import (
 class SamImageSegmentationOutput(NamedTuple):
     """What `Sam.__call__` returns; B images, P prompts each, m = 3 masks (or 1) each.
 
-    `iou_scores` [B, P, m] are predicted IoUs, `pred_masks` [B, P, m, 256, 256] low-resolution
-    logits, both float32. `SamProcessor.post_process_masks` makes full-size masks of them.
+    `SamProcessor.post_process_masks` makes full-size masks of it.
     """
 
     iou_scores: Array
+    """Predicted IoUs [B, P, m], float32."""
     pred_masks: Array
+    """Low-resolution mask logits [B, P, m, 256, 256], float32."""
 
     def __getitem__(self, key):
         return self._asdict()[key] if isinstance(key, str) else tuple.__getitem__(self, key)
@@ -84,24 +86,24 @@ class HuggingFaceAPI(WithAdvice):
     @with_advice
     def __call__(
         self,
-        pixel_values: Any = None,
-        input_points: Any = None,
-        input_labels: Any = None,
-        input_boxes: Any = None,
-        input_masks: Any = None,
-        image_embeddings: Any = None,
+        pixel_values: AnyArray | None = None,
+        input_points: AnyArray | None = None,
+        input_labels: AnyArray | None = None,
+        input_boxes: AnyArray | None = None,
+        input_masks: AnyArray | None = None,
+        image_embeddings: AnyArray | None = None,
         multimask_output: bool = True,
-        attention_similarity: Any = None,
-        target_embedding: Any = None,
+        attention_similarity: AnyArray | None = None,
+        target_embedding: AnyArray | None = None,
         hq_token_only: bool = False,
-        original_sizes: Any = None,
-        reshaped_input_sizes: Any = None,
-        labels: Any = None,
+        original_sizes: AnyArray | None = None,
+        reshaped_input_sizes: AnyArray | None = None,
+        labels: AnyArray | None = None,
     ) -> SamImageSegmentationOutput:
         """The masks that the prompts ask for: Hugging Face's `SamModel.forward`.
 
         Arguments and outputs are those of `transformers`, but `pixel_values` are channels last,
-        masks may be given per prompt, and points labelled -10 are ignored exactly. Arrays may be of
+        masks may be given per prompt, and points labeled -10 are ignored exactly. Arrays may be of
         any library that has `__array__` or DLPack.
 
         Args:
@@ -133,7 +135,7 @@ class HuggingFaceAPI(WithAdvice):
         of `sam_jax.models.compiled` with the parts of one `nnx.split`, or use `SamPredictor`.
 
         Raises:
-            TypeError: for what is no array.
+            TypeError: if an argument is not an array.
             ValueError: for shapes that do not fit; and, unless they are traced, for coordinates
                 that are not finite, unknown labels, and boxes inside out. The message says which.
         """
@@ -151,11 +153,12 @@ class HuggingFaceAPI(WithAdvice):
         if reshaped_input_sizes is None:
             self._warn_outside(input_points, input_labels, input_boxes)
         graphdef, params = nnx.split(self)
+        embeddings: Array
         if image_embeddings is None:
-            image_embeddings = encode_image(graphdef, params, pixel_values)
+            embeddings = encode_image(graphdef, params, pixel_values)
         else:
-            image_embeddings = jnp.moveaxis(to_device(image_embeddings), 1, -1)
-        batch = image_embeddings.shape[0]
+            embeddings = jnp.moveaxis(to_device(image_embeddings), 1, -1)
+        batch = embeddings.shape[0]
         if input_points is not None or input_boxes is not None:
             points, point_labels = join_prompts(input_points, input_labels, input_boxes)
         else:  # no prompt but perhaps a mask: one padding token
@@ -178,7 +181,7 @@ class HuggingFaceAPI(WithAdvice):
         masks, scores = decode(
             graphdef,
             params,
-            image_embeddings,
+            embeddings,
             points,
             point_labels,
             input_masks,
@@ -186,17 +189,17 @@ class HuggingFaceAPI(WithAdvice):
             target_embedding,
             multimask_output=multimask_output,
             hq_token_only=hq_token_only,
-            prompts_chunk_size=chunk_size_for(image_embeddings, point_labels.shape[1]),
+            prompts_chunk_size=chunk_size_for(embeddings, point_labels.shape[1]),
         )
         if masks.shape[1] != count:
             masks, scores = first_prompts(masks, count), first_prompts(scores, count)
         return SamImageSegmentationOutput(iou_scores=scores, pred_masks=masks)
 
-    def get_image_embeddings(self, pixel_values: Any) -> Float[Array, "b c g g"]:
+    def get_image_embeddings(self, pixel_values: AnyArray) -> Float[Array, "b c g g"]:
         """Image embeddings of [b, size, size, 3] pixels, channels first as in `transformers`.
 
         Raises:
-            TypeError: for what is no array of floats.
+            TypeError: if they are not an array of floats.
             ValueError: for pixels of another shape.
         """
         pixel_values = self._check_pixels(pixel_values)
@@ -204,10 +207,10 @@ class HuggingFaceAPI(WithAdvice):
 
     def get_prompt_embeddings(
         self,
-        input_points: Any = None,
-        input_labels: Any = None,
-        input_boxes: Any = None,
-        input_masks: Any = None,
+        input_points: AnyArray | None = None,
+        input_labels: AnyArray | None = None,
+        input_boxes: AnyArray | None = None,
+        input_masks: AnyArray | None = None,
     ) -> tuple[Float[Array, "b p t c"] | None, Float[Array, "_ c g g"]]:
         """The prompt encoder's sparse and dense embeddings, shaped as in `transformers`.
 
@@ -294,19 +297,19 @@ class HuggingFaceAPI(WithAdvice):
                     f"input_masks have shape {masks.shape}: expected one mask per image, or one "
                     f"for each of its {prompts.shape[1]} prompts"
                 )
-        check_values(*(concrete(array) for array in (points, labels, boxes)))
+        check_values(concrete(points), concrete(labels), concrete(boxes))
         return points, labels, boxes, masks
 
     def _warn_outside(self, points, labels, boxes):
         points, labels, boxes = (concrete(array) for array in (points, labels, boxes))
-        size, frame = (self.config.image_size,) * 2, "model's input (SamProcessor scales them)"
-        warn_outside(points, labels, None, size, "input_points", frame)
-        warn_outside(None, None, boxes, size, "input_boxes", frame)
+        side, frame = self.config.image_size, "model's input (SamProcessor scales them)"
+        warn_outside(points, labels, None, (side, side), "input_points", frame)
+        warn_outside(None, None, boxes, (side, side), "input_boxes", frame)
 
 
 def first_prompts(array: Array, count: int) -> Array:
     """Without the padding prompts at the end."""
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         return array[:, :count]
     # By way of the host: a slice on the device would be a new program for each count.
     return jax.device_put(jax.device_get(array)[:, :count], array.sharding)

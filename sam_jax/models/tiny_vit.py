@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sam_jax.config import SamConfig
+from sam_jax.config import SamConfig, TinyViTConfig
 from sam_jax.idioms import WithAdvice
 from sam_jax.models.convolutions import ConvBN
 from sam_jax.models.layers import (
@@ -40,6 +40,7 @@ class TinyViT(WithAdvice, nnx.Module):
 
     def __init__(self, config: SamConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         tiny = config.image_encoder
+        assert isinstance(tiny, TinyViTConfig)
         dims = tiny.embed_dims
         self.patch_embed = PatchEmbed(dims[0], tiny.stem_stride, dtype=dtype, rngs=rngs)
         self.layers = nnx.List()
@@ -166,7 +167,7 @@ class TinyViTBlock(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Self-attention within windows with a learnt bias for each distance in rows and columns."""
+    """Self-attention within windows with a learned bias for each distance in rows and columns."""
 
     def __init__(self, dim, num_heads, window, *, dtype, rngs):
         self.norm = LayerNorm(dim, eps=_EPS, dtype=dtype)
@@ -176,7 +177,7 @@ class Attention(nnx.Module):
         self.window = window
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        grid, window, c = x.shape[1:3], self.window, x.shape[-1]
+        grid, window, c = (x.shape[1], x.shape[2]), self.window, x.shape[-1]
         out = _attend(*self._heads(x)).transpose(0, 2, 1, 3).reshape(-1, window, window, c)
         return self.proj(join_windows(out, grid))
 

@@ -43,6 +43,7 @@ class ImageEncoderViT(WithAdvice, nnx.Module):
         rngs: nnx.Rngs,
     ):
         vit, grid = config.image_encoder, config.image_embedding_size
+        assert isinstance(vit, ViTConfig)
         self.patch_embed = PatchConv(3, vit.embed_dim, vit.patch_size, dtype=dtype, rngs=rngs)
         self.pos_embed = (
             nnx.Param(jnp.zeros((1, grid, grid, vit.embed_dim))) if vit.use_abs_pos else None
@@ -156,7 +157,7 @@ class Attention(nnx.Module):
         self.implementation = implementation
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        grid, c = x.shape[1:3], x.shape[-1]
+        grid, c = (x.shape[1], x.shape[2]), x.shape[-1]
         q, k, v, rel_pos, (h, w) = self._heads(x)
         out = rel_pos_attention(q, k, v, rel_pos, (h, w), self.implementation)
         out = out.transpose(0, 2, 1, 3).reshape(q.shape[0], h, w, c)
@@ -178,6 +179,6 @@ class Attention(nnx.Module):
         qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)
         rel_pos = None
-        if self.rel_pos_h is not None:
+        if self.rel_pos_h is not None and self.rel_pos_w is not None:
             rel_pos = self.rel_pos_h[...].astype(q.dtype), self.rel_pos_w[...].astype(q.dtype)
         return q, k, v, rel_pos, (h, w)

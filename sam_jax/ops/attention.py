@@ -313,7 +313,8 @@ def _cudnn_unsupported_reason(
     """Why cuDNN's flash attention, forward and backward, does not support it; None if it does."""
     width = _cudnn_width(q.shape[-1], has_positions, grid)
     size = f"{grid[0]} x {grid[1]}"
-    if lacks := _flash_unsupported_reason(q, gpu):
+    lacks = _flash_unsupported_reason(q, gpu)
+    if gpu is None or lacks:
         return lacks
     if width > 256:
         return f"a grid of {size} makes the heads {width} wide, with 256 the most"

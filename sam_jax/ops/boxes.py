@@ -69,7 +69,7 @@ def is_box_near_crop_edge(
     height, width = image_size
     near_crop = abs(boxes - np.array(crop_box)) <= _EDGE_TOLERANCE
     near_image = abs(boxes - np.array([0, 0, width, height])) <= _EDGE_TOLERANCE
-    return (near_crop & ~near_image).any(axis=1)
+    return np.any(near_crop & ~near_image, axis=1)
 
 
 def box_area(boxes: Num[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:

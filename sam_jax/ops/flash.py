@@ -7,6 +7,7 @@ gradients of both come with the queries'.
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,9 @@ def flash_attention(
     k, v = (_pad(x, columns - w, 0).reshape(*x.shape[:2], h * columns, -1) for x in (k, v))
     q, rel_h = _pad(q, queries, channels), _pad(rel_h, queries, 0)
     rel_w = _pad(_pad(rel_w, 0, columns - w, -jnp.inf), queries, 0)
-    return _flash_attention(q, k, v, rel_h, rel_w, interpret)[:, :, :n, :d]
+    # What `functools.partial` decorates has no type.
+    out = cast(Array, _flash_attention(q, k, v, rel_h, rel_w, interpret))
+    return out[:, :, :n, :d]
 
 
 def flash_unsupported_reason(grid: tuple[int, int], d: int) -> str | None:
@@ -69,12 +72,12 @@ def _columns(w: int) -> int:
     return max(16, 1 << (w - 1).bit_length())
 
 
-def _pad(x, rows, columns, value=0):
+def _pad(x, rows, columns, value: float = 0):
     return jnp.pad(x, (*((0, 0),) * (x.ndim - 2), (0, rows), (0, columns)), constant_values=value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _flash_attention(q, k, v, rel_h, rel_w, interpret):
+def _flash_attention(q, k, v, rel_h, rel_w, interpret) -> Array:
     return _forward(interpret)(q, k, v, rel_h, rel_w)[0]
 
 
@@ -296,14 +299,14 @@ def _derivatives(logits, v, d_out, lse, delta):
     return weights, weights * (d_weights - delta[:, None])
 
 
-def _parts(d: int) -> list[pl.Slice]:
+def _parts(d: int) -> list[slice | pl.Slice]:
     """The powers of two that make up d, as slices: Triton's blocks have no other sizes."""
     sizes = [1 << bit for bit in reversed(range(d.bit_length())) if d >> bit & 1]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [pl.ds(start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
-def _load(ref, parts, rows=slice(None)):
+def _load(ref, parts, rows: slice | pl.Slice = slice(None)):
     return tuple(plgpu.load(ref.at[rows, part]) for part in parts)
 
 

@@ -14,15 +14,19 @@ from sam_jax.ops.resize import mask_resize_matrix
 class MaskUpsampler(NamedTuple):
     """How low-resolution masks become full size: `rows @ mask @ columns.T`, in tiles; arrays.
 
-    Tiles are square, and rows and columns padded with zeros to a multiple of their side. For each
-    tile there is the range of the mask's rows, or columns, that it takes, an empty one for padding.
+    Tiles are square, and rows and columns are padded with zeros to a multiple of their side.
     """
 
     rows: Float[Any, "height side"]
+    """Interpolation along the height."""
     columns: Float[Any, "width side"]
+    """Interpolation along the width."""
     row_tiles: Int[Any, "i 2"]
+    """For each row of tiles the range of the mask's rows that it takes; empty for padding."""
     column_tiles: Int[Any, "j 2"]
+    """For each column of tiles the range of the mask's columns, likewise."""
     size: Int[Any, "2"]
+    """(h, w) of the image."""
 
 
 def make_upsampler(
@@ -47,8 +51,9 @@ def make_upsampler(
         mask_resize_matrix(mask_size, image_size, i, o, padded_size)
         for i, o in zip(input_size, original_size, strict=True)
     )
-    tiles = (_ranges(matrix, tile) for matrix in (rows, columns))
-    return MaskUpsampler(rows, columns, *tiles, np.array(original_size, np.int32))
+    row_tiles, column_tiles = _ranges(rows, tile), _ranges(columns, tile)
+    size = np.array(original_size, np.int32)
+    return MaskUpsampler(rows, columns, row_tiles, column_tiles, size)
 
 
 def _ranges(matrix: Float[np.ndarray, "size side"], tile: int) -> Int[np.ndarray, "tiles 2"]:
@@ -58,15 +63,14 @@ def _ranges(matrix: Float[np.ndarray, "size side"], tile: int) -> Int[np.ndarray
 
 
 class MaskStatistics(NamedTuple):
-    """Of one mask at full size; all int32.
-
-    `box` is x0, y0, x1, y1 with its last pixels included, zeros if the mask is empty. Stability is
-    `intersection / union`: pixels above a higher and above a lower threshold.
-    """
+    """Of one mask at full size; all int32. Stability is `intersection / union`."""
 
     box: Array
+    """x0, y0, x1, y1 with its last pixels included; zeros if the mask is empty."""
     intersection: Array
+    """Number of pixels above the higher threshold."""
     union: Array
+    """Number of pixels above the lower threshold."""
 
 
 def mask_statistics(
@@ -186,7 +190,9 @@ def _measure_tiles(
             )
             return join(found, tile)
 
-        return jax.lax.fori_loop(*column_range, one_tile, found)
+        first, last = column_range
+        return jax.lax.fori_loop(first, last, one_tile, found)
 
-    found = jax.lax.fori_loop(*row_range, row_of_tiles, nothing)
+    first, last = row_range
+    found = jax.lax.fori_loop(first, last, row_of_tiles, nothing)
     return found._replace(box=jnp.where(found.box[2] < 0, 0, found.box))

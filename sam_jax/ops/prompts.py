@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Num
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Num
 
-from sam_jax.arrays import as_array
+from sam_jax.arrays import AnyArray, as_array
 
 # Labels of points; see models/prompt_encoder.py for what each becomes.
 BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 0, 1, 2, 3
@@ -27,10 +28,10 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def join_prompts(
-    points: Num[Any, "*batch n 2"] | None,
-    labels: Int[Any, "*batch n"] | None,
-    boxes: Num[Any, "*batch 4"] | None,
-) -> tuple[Float[Any, "*batch m 2"], Int[Any, "*batch m"]]:
+    points: Num[AnyArray, "*batch n 2"] | None,
+    labels: Int[AnyArray, "*batch n"] | None,
+    boxes: Num[AnyArray, "*batch 4"] | None,
+) -> tuple[Float[np.ndarray | Array, "*batch m 2"], Int[np.ndarray | Array, "*batch m"]]:
     """Points and boxes as one list, in the order of the reference's tokens.
 
     With a box: the points, then the box's two corners. Without: the points, then one that is
@@ -42,29 +43,27 @@ def join_prompts(
     """
     if points is None and boxes is None:
         raise ValueError("there are neither points nor boxes to join")
-    points, labels, boxes = (
+    arrays = [
         None if array is None else as_array(array, "prompts") for array in (points, labels, boxes)
-    )
-    xp = _namespace([array for array in (points, labels, boxes) if array is not None])
+    ]
+    xp = _namespace([array for array in arrays if array is not None])
     # Explicitly to the device, as `jax.transfer_guard` asks for; jnp.full would not be.
-    put = np.asarray if xp is np else jax.device_put
-    points, labels, boxes = (
-        None if array is None else put(array) for array in (points, labels, boxes)
-    )
+    put: Any = np.asarray if xp is np else jax.device_put
+    coords, kinds, corners = (None if array is None else put(array) for array in arrays)
 
     def fill(value, shape):
         return xp.broadcast_to(put(value), shape)
 
     parts = []
-    if points is not None:
-        if labels is None:
-            labels = fill(np.int32(FOREGROUND), points.shape[:-1])
-        parts.append((xp.astype(points, xp.float32), xp.astype(labels, xp.int32)))
-        if boxes is None:
-            last = (*points.shape[:-2], 1)
+    if coords is not None:
+        if kinds is None:
+            kinds = fill(np.int32(FOREGROUND), coords.shape[:-1])
+        parts.append((xp.astype(coords, xp.float32), xp.astype(kinds, xp.int32)))
+        if corners is None:
+            last = (*coords.shape[:-2], 1)
             parts.append((fill(np.float32(0), (*last, 2)), fill(np.int32(NOT_A_POINT), last)))
-    if boxes is not None:
-        corners = xp.reshape(xp.astype(boxes, xp.float32), (*boxes.shape[:-1], 2, 2))
+    if corners is not None:
+        corners = xp.reshape(xp.astype(corners, xp.float32), (*corners.shape[:-1], 2, 2))
         kinds = np.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], np.int32)
         parts.append((corners, fill(kinds, corners.shape[:-1])))
     return (
@@ -179,7 +178,7 @@ def check_logits(masks: Any, where: str) -> None:
     if not jnp.isdtype(masks.dtype, ("bool", "real floating", "integral")):
         raise TypeError(f"{where} are {masks.dtype}, expected floats; {MASK_HINT}")
     values = np.zeros(0)
-    traced = isinstance(masks, jax.core.Tracer)
+    traced = isinstance(masks, Tracer)
     if isinstance(masks, np.ndarray) or (not traced and masks.nbytes <= 2**20):
         values = jax.device_get(masks)
     top = values.max(initial=0)
@@ -226,7 +225,7 @@ def check_joined(
 
 def concrete(array: Any) -> np.ndarray | None:
     """The array's values, or None if there is none, or it is traced and has none."""
-    if array is None or isinstance(array, jax.core.Tracer):
+    if array is None or isinstance(array, Tracer):
         return None
     return jax.device_get(array)
 

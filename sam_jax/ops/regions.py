@@ -1,5 +1,7 @@
 """Masks as polygons, and their holes and islands."""
 
+from typing import cast
+
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -23,7 +25,7 @@ def mask_to_polygons(mask: Bool[np.ndarray, "h w"]) -> list[list[int]]:
     for start in range(len(points)):
         if following[start] >= 0:
             continue
-        i = start
+        i = last = start
         while following[i] < 0:
             following[i], last = i ^ 1, i ^ 1
             following[last] = i = vertical[last]
@@ -110,5 +112,7 @@ def _regions(mask: Bool[np.ndarray, "h w"]) -> tuple[np.ndarray, np.ndarray]:
     """Labels 1, 2, ... of the regions of the mask, and their sizes."""
     import scipy.ndimage  # a quarter of a second that few need
 
-    labels, count = scipy.ndimage.label(mask, structure=np.ones((3, 3)))
+    # Without an array to write to it returns both, which its signature does not say.
+    found = scipy.ndimage.label(mask, structure=np.ones((3, 3)))
+    labels, count = cast(tuple[np.ndarray, int], found)
     return labels, np.bincount(labels.ravel(), minlength=count + 1)[1:]

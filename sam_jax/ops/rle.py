@@ -1,6 +1,8 @@
 """Run lengths of masks, as COCO has them."""
 
 import numbers
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pycocotools.mask
@@ -42,11 +44,13 @@ def check_rle(rle: dict) -> None:
 
 def rle_compress(rle: dict) -> dict:
     """Run lengths as pycocotools' string, which JSON takes: `{"size": [h, w], "counts": str}`."""
-    compressed = pycocotools.mask.frPyObjects(rle, *rle["size"])
+    height, width = rle["size"]
+    # The stubs have compressed ones alone.
+    compressed = pycocotools.mask.frPyObjects(rle, height, width)  # pyright: ignore[reportCallIssue, reportArgumentType]
     return {"size": rle["size"], "counts": compressed["counts"].decode()}
 
 
-def rle_uncompress(rle: dict) -> dict:
+def rle_uncompress(rle: Mapping[str, Any]) -> dict:
     """The inverse of `rle_compress`, for strings from anywhere.
 
     pycocotools would read past the end of one that says too little.

@@ -15,7 +15,7 @@ _FAR = 16
 
 def coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[tuple], list[str]]:
     """What `_example` takes for each image of a COCO file with objects, and what is wrong."""
-    infos: dict[int | str, tuple | None] = {}  # None if it is bad
+    infos: dict[int | str, tuple[Path, tuple[int, int]] | None] = {}  # None if it is bad
     problems = []
     for i, info in enumerate(images):
         try:
@@ -30,6 +30,7 @@ def coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[tu
         except ValueError as error:
             problems.append(f"image {label_of(image_id)}: {error}")
             infos[image_id] = None
+    good = {image_id: info for image_id, info in infos.items() if info is not None}
 
     objects: dict[int | str, list] = {}
     seen: set[int | str] = set()
@@ -45,9 +46,9 @@ def coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[tu
                 if annotation_id in seen:
                     raise ValueError("there are two annotations of this id")
                 seen.add(annotation_id)
-            if infos[image_id] is None:  # which has been said
+            if image_id not in good:  # which has been said
                 continue
-            _, size = infos[image_id]
+            _, size = good[image_id]
             segmentation = checked_segmentation(json_field(annotation, "segmentation"), size)
         except ValueError as error:
             name = annotation_name(id_of(annotation), i)
@@ -59,7 +60,7 @@ def coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[tu
 
     entries = []
     for image_id, of_image in objects.items():
-        path, size = infos[image_id]
+        path, size = good[image_id]
         if os.path.isfile(path):  # Path's raises for some names
             entries.append((image_id, path, size, of_image))
         else:

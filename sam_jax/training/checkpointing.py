@@ -47,8 +47,9 @@ def open_checkpoints(folder: str | os.PathLike) -> Iterator[ocp.training.Checkpo
         get_metric_fn=lambda metrics: metrics[_METRIC], n=1, keep_checkpoints_without_metrics=False
     )
     checkpoints = ocp.training.Checkpointer(
-        folder,
-        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(2), best]),
+        str(folder),
+        # Orbax's own policies do not have the signature that its type asks for.
+        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(2), best]),  # pyright: ignore[reportArgumentType]
         cleanup_tmp_directories=True,
     )
     try:
@@ -59,7 +60,7 @@ def open_checkpoints(folder: str | os.PathLike) -> Iterator[ocp.training.Checkpo
 
 
 def save_state(
-    checkpoints: ocp.training.Checkpointer, state: TrainState, miou: float | None = None
+    checkpoints: ocp.training.Checkpointer, state: TrainState, *, miou: float | None = None
 ) -> None:
     """Begins to write a state, which is copied first: the run may go on at once.
 
@@ -92,7 +93,7 @@ def load_state(
     """
     found = list(checkpoints.checkpoints)
     if best:  # those that have no metric first
-        found.sort(key=lambda c: -math.inf if c.metrics is None else c.metrics[_METRIC])
+        found.sort(key=_miou)
     damaged = []
     for checkpoint in reversed(found):
         folder = checkpoints.directory / str(checkpoint.step)
@@ -164,6 +165,11 @@ def _load(checkpoints: ocp.training.Checkpointer, step: int, like: TrainState) -
     return jax.tree.unflatten(jax.tree.structure(like), list(flat.values()))
 
 
+def _miou(checkpoint: ocp.training.CheckpointMetadata) -> float:
+    miou = checkpoint.metrics.get(_METRIC) if isinstance(checkpoint.metrics, dict) else None
+    return miou if isinstance(miou, (int, float)) else -math.inf
+
+
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -213,6 +219,7 @@ def _check_metrics(_: Path, found: Any) -> None:
 def non_finite_error(
     step: int,
     metrics: dict[str, float],
+    *,
     image_ids: Sequence,
     checkpoints: ocp.training.Checkpointer,
 ) -> FloatingPointError:

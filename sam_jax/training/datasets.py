@@ -33,7 +33,7 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int, /) -> Example: ...
 
 
 class LazyMasks:
@@ -81,7 +81,8 @@ class _AnnotatedImages:
         exif_orientation: str | None,
         way_out: str,
     ):
-        self.name, self.on_bad_annotation = name, on_bad_annotation
+        self.name = name
+        self.on_bad_annotation: OnBadAnnotation = on_bad_annotation
         self.exif_orientation, self._way_out = exif_orientation, way_out
         self._has_warned = False
 
@@ -166,13 +167,14 @@ class CocoInstances(_AnnotatedImages):
         self,
         annotations: str | Path,
         images: str | Path,
+        *,
         on_bad_annotation: OnBadAnnotation = "raise",
     ):
         _check_choice(on_bad_annotation)
         content = read_json(Path(annotations))
         try:
-            parts = (json_field(content, name, list) for name in ("images", "annotations"))
-            self.entries, problems = coco_entries(*parts, Path(images))
+            infos, objects = (json_field(content, k, list) for k in ("images", "annotations"))
+            self.entries, problems = coco_entries(infos, objects, Path(images))
             info = content.get("info")
             rule = info.get("exif_orientation") if isinstance(info, dict) else None
             if rule not in (None, "applied", "ignored"):
@@ -217,7 +219,7 @@ class SegmentAnything1B(_AnnotatedImages):
             read, if it is missing, or its file is not one of SA-1B.
     """
 
-    def __init__(self, folder: str | Path, on_bad_annotation: OnBadAnnotation = "raise"):
+    def __init__(self, folder: str | Path, *, on_bad_annotation: OnBadAnnotation = "raise"):
         _check_choice(on_bad_annotation)
         way_out = "store the image upright, without EXIF orientation"
         super().__init__(Path(folder), on_bad_annotation, None, way_out)
@@ -258,6 +260,7 @@ class SegmentAnything1B(_AnnotatedImages):
 def open_annotations(
     annotations: str | Path,
     images: str | Path | None = None,
+    *,
     on_bad_annotation: OnBadAnnotation = "raise",
 ) -> CocoInstances | SegmentAnything1B:
     """COCO for a file (with its folder of pictures), SA-1B for a folder.
@@ -267,10 +270,10 @@ def open_annotations(
             without a folder of pictures.
     """
     if Path(annotations).is_dir():
-        return SegmentAnything1B(annotations, on_bad_annotation)
+        return SegmentAnything1B(annotations, on_bad_annotation=on_bad_annotation)
     if images is None:
         raise ValueError(f"{annotations} is a file of COCO's: its folder of pictures is needed")
-    return CocoInstances(annotations, images, on_bad_annotation)
+    return CocoInstances(annotations, images, on_bad_annotation=on_bad_annotation)
 
 
 def fingerprint(annotations: str | Path) -> str:

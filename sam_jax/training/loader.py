@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from sam_jax.errors import needs_extra
 from sam_jax.training.datasets import Dataset, Example
 from sam_jax.training.transform import ExampleTransform, too_small
 
@@ -18,9 +19,9 @@ _EPOCHS = 2**31  # without end, but for what grain's arithmetic can count
 def make_loader(
     source: Dataset,
     prepare: ExampleTransform,
+    *,
     batch_size: int,
     seed: int,
-    *,
     start: int = 0,
     workers: int = 0,
     process_index: int | None = None,
@@ -44,9 +45,10 @@ def make_loader(
     Raises:
         ValueError: if the batch cannot be shared by the hosts, or the source is empty; from the
             iterator, if an example cannot be read or prepared, with the image's id.
-        ImportError: if grain is not installed; it comes with the extra `train`.
+        MissingExtra: without the extra `train`.
     """
-    import grain
+    with needs_extra("train"):
+        import grain
 
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
@@ -81,7 +83,7 @@ def make_loader(
     return dataset
 
 
-def check_objects(source: Dataset, prepare: ExampleTransform | None, seed: int = 0) -> None:
+def check_objects(source: Dataset, prepare: ExampleTransform | None, *, seed: int = 0) -> None:
     """Makes sure that there is an object to train or to evaluate on, by reading until the first.
 
     At most 1,000 images are read, in random order, so that it takes a minute or two at the worst.

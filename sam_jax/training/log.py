@@ -3,16 +3,20 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from sam_jax.errors import needs_extra
 from sam_jax.files import atomic_write, read_json
+
+with needs_extra("train"):
+    from tensorboardX import SummaryWriter
 
 
 class MetricsLog:
@@ -38,7 +42,7 @@ class MetricsLog:
         self._pictures = path.with_name("pictures")
         self._board = SummaryWriter(str(path.with_name("tensorboard")), purge_step=first)
 
-    def write(self, step: int, values: dict[str, float | None], *, show: bool = False) -> None:
+    def write(self, step: int, values: Mapping[str, float | None], *, show: bool = False) -> None:
         """One step's values, also printed if asked; they are on disk when this returns.
 
         JSON has neither NaN nor infinity: they are null, as is what a step does not have (None).

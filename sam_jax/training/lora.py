@@ -13,6 +13,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class LoRALinear(Linear):
 
 
 def add_lora(
-    model: Sam, pattern: str, rank: int, *, alpha: float | None = None, rngs: nnx.Rngs
+    model: Sam, pattern: str, *, rank: int, alpha: float | None = None, rngs: nnx.Rngs
 ) -> Sam:
     """A copy of the model with adapters at linear layers, which change nothing until they train.
 
@@ -158,9 +159,14 @@ def load_lora(model: Sam, path: str | os.PathLike) -> Sam:
     model = nnx.clone(model)
     for name, (scale, linear) in _matching(scales, model).items():
         a, b = (tensors.get(f"{name}.{part}") for part in ("lora_a", "lora_b"))
-        fits = a is not None and b is not None and a.ndim == b.ndim == 2
         shape = linear.kernel.shape
-        if not fits or (a.shape[0], b.shape[1]) != shape or a.shape[1] != b.shape[0]:
+        if (
+            a is None
+            or b is None
+            or not a.ndim == b.ndim == 2
+            or (a.shape[0], b.shape[1]) != shape
+            or a.shape[1] != b.shape[0]
+        ):
             raise ValueError(f"{path}: the adapters of {name} do not fit its kernel {shape}")
         _replace(model, name, _adapter(linear, jnp.asarray(a), jnp.asarray(b), float(scale)))
     return model
@@ -205,7 +211,7 @@ def _plain(linear: Linear, kernel: Array) -> Linear:
 
 def _replace(model: Sam, path: str, linear: Linear) -> None:
     *parents, name = path.split(".")
-    parent = model
+    parent: Any = model
     for part in parents:
         parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
     if name.isdigit():

@@ -4,7 +4,7 @@ All take logits [..., h, w] and targets of the same size, 0 or 1 (or between), a
 axes: what is averaged over prompts, and with which weights, is the caller's to say.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,29 @@ _ALPHA, _GAMMA = 0.25, 2.0  # of Lin et al. 2017, as in MaskFormer, whose losses
 
 
 class LossWeights(NamedTuple):
-    """What the parts of the loss count: the paper's 20 : 1 : 1."""
+    """Weights of the loss's parts: the paper's 20 : 1 : 1."""
 
     focal: float = 20.0
+    """Weight of the focal loss."""
     dice: float = 1.0
+    """Weight of the dice loss."""
     iou: float = 1.0
+    """Weight of the loss of the predicted IoUs."""
 
 
 class MaskLosses(NamedTuple):
-    """The losses of prompts, and how good their masks are; of the chosen candidate each."""
+    """The losses of prompts, and how good their masks are."""
 
     total: Float[Array, "*batch"]
+    """The weighted sum."""
     focal: Float[Array, "*batch"]
+    """Focal loss of the candidate with the lowest mask loss."""
     dice: Float[Array, "*batch"]
-    iou: Float[Array, "*batch"]  # the loss of the predicted IoUs, of all candidates
-    mask_iou: Float[Array, "*batch"]  # of the candidate with the best predicted IoU
+    """Dice loss of the same candidate."""
+    iou: Float[Array, "*batch"]
+    """Loss of the predicted IoUs, of all candidates."""
+    mask_iou: Float[Array, "*batch"]
+    """IoU of the candidate with the best predicted IoU."""
 
 
 def focal_loss(
@@ -47,7 +55,8 @@ def dice_loss(
 ) -> Float[Array, "*batch"]:
     """1 - (2 p t + 1) / (p + t + 1), each summed over pixels (Milletari et al. 2016)."""
     # optax halves both sides of the fraction, its smoothing term among them.
-    return optax.losses.dice_loss(logits[..., None], targets[..., None], smooth=0.5, axis=(-3, -2))
+    axes: Any = (-3, -2)  # as documented; its annotation has one axis only
+    return optax.losses.dice_loss(logits[..., None], targets[..., None], smooth=0.5, axis=axes)
 
 
 def mask_iou(

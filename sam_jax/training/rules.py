@@ -49,7 +49,9 @@ class Rest(NamedTuple):
     """A model without the parameters that train; a pytree, which goes through `jax.jit`."""
 
     graphdef: nnx.GraphDef
-    state: PyTree  # frozen parameters, and buffers
+    """The model's structure."""
+    state: PyTree
+    """Frozen parameters, and buffers."""
 
 
 def partition(model: Sam, table: Table = EVERYTHING) -> tuple[PyTree, Rest]:
@@ -154,11 +156,16 @@ class OptimizerConfig(NamedTuple):
     A rate that stays is the same whatever the number of steps is, so that a run can be extended.
     """
 
-    learning_rate: float = 1e-4  # the highest, after the warm-up
-    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
-    warmup: int = 20  # steps until then; before a cosine at most half of all
-    weight_decay: float = 0.01  # decay of kernels
-    clip_norm: float = 1.0  # largest norm of all gradients together
+    learning_rate: float = 1e-4
+    """The highest learning rate, after the warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """The learning rate after the warm-up."""
+    warmup: int = 20
+    """Steps of the warm-up; before a cosine at most half of all steps."""
+    weight_decay: float = 0.01
+    """Decay of kernels."""
+    clip_norm: float = 1.0
+    """Largest norm of all gradients together."""
 
     def build(
         self, table: Table, steps: int

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from sam_jax.arrays import Device
 from sam_jax.models.sam import Sam
 from sam_jax.training.rules import Rest, combine
 
@@ -34,13 +35,13 @@ Parallelism = Literal["data", "fsdp"]
 _MIN_SIZE = 2**12
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Device] | None = None) -> Mesh:
     """Devices, all of all hosts if left out, along one axis, `data`."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def shardings(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
+def shardings(tree: PyTree, mesh: Mesh, *, parallelism: Parallelism) -> PyTree:
     """Where each array of a state belongs.
 
     With "fsdp" the longest axis of an array that the devices can share is spread over them, with
@@ -57,7 +58,7 @@ def shardings(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
     return jax.tree.map(of, tree)
 
 
-def shard_tree(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
+def shard_tree(tree: PyTree, mesh: Mesh, *, parallelism: Parallelism) -> PyTree:
     """The tree on the devices; every host must have the same arrays."""
 
     def place(array, sharding):
@@ -66,7 +67,7 @@ def shard_tree(tree: PyTree, mesh: Mesh, parallelism: Parallelism) -> PyTree:
         parts = [jax.device_put(array[index], device) for device, index in parts]
         return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
-    return jax.tree.map(place, tree, shardings(tree, mesh, parallelism))
+    return jax.tree.map(place, tree, shardings(tree, mesh, parallelism=parallelism))
 
 
 def init_sharded(
@@ -76,10 +77,10 @@ def init_sharded(
 
     For the state of an optimizer, which with FSDP may be more than fits one device:
 
-        params = shard_tree(params, mesh, "fsdp")
+        params = shard_tree(params, mesh, parallelism="fsdp")
         state = init_sharded(partial(init_state, tx=tx), params, mesh=mesh, parallelism="fsdp")
     """
-    places = shardings(jax.eval_shape(function, *args), mesh, parallelism)
+    places = shardings(jax.eval_shape(function, *args), mesh, parallelism=parallelism)
     return jax.jit(function, out_shardings=places)(*args)
 
 
@@ -100,7 +101,8 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     def place(array):
         shape = size * mesh.size // count, *array.shape[1:]
         places = sharding.addressable_devices_indices_map(shape)
-        devices = sorted(places, key=lambda device: places[device][0].start or 0)
+        starts = {device: index[0].start or 0 for device, index in places.items() if index}
+        devices = sorted(starts, key=starts.__getitem__)
         parts = map(jax.device_put, np.split(array, count), devices)
         return jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
 
@@ -121,7 +123,7 @@ def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda x: jax.device_get(x.addressable_data(0)), copies)
 
 
-def merge_on_host(params: PyTree, rest: Rest, mesh: Mesh) -> Sam:
+def merge_on_host(params: PyTree, rest: Rest, *, mesh: Mesh) -> Sam:
     """The model of parameters that are spread over devices, whole on this host's first device."""
     return combine(*jax.device_put(fetch((params, rest), mesh)))
 

@@ -26,25 +26,36 @@ from sam_jax.training.simulate import Key
 class TrainConfig(NamedTuple):
     """How the loss of a batch is computed; see `interactive_losses` and `Sam.encode_image`."""
 
-    num_rounds: int = 1  # prompts per object, each but the first a correction; the paper's are 11
-    box_probability: float = 0.5  # how often the first prompt is a box, not a point
+    num_rounds: int = 1
+    """Prompts per object, each but the first a correction; the paper's number is 11."""
+    box_probability: float = 0.5
+    """Probability that the first prompt is a box, not a point."""
     weights: LossWeights = LossWeights()
-    # Objects of an image that are computed together; fewer take less memory. None: all, but in
-    # `compile_step` on a CPU one, which fits its cache.
+    """Weights of the loss's parts."""
     objects_chunk_size: int | None = None
-    remat: bool = False  # compute activations of the image encoder twice, for less memory
-    drop_path_rate: float = 0.0  # stochastic depth of a ViT
-    accumulate: int = 1  # work on the batch in so many parts, for less memory
-    ema_decay: float | None = None  # of a moving average of the parameters
+    """Objects of an image that are computed together; fewer take less memory. None: all, but in
+    `compile_step` on a CPU one, which fits its cache."""
+    remat: bool = False
+    """Compute activations of the image encoder twice, to take less memory."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of a ViT."""
+    accumulate: int = 1
+    """Number of parts that a batch is split into, to take less memory."""
+    ema_decay: float | None = None
+    """Decay of a moving average of the parameters; None for no average."""
 
 
 class TrainState(NamedTuple):
     """What a training run carries from step to step; arrays only."""
 
     step: Int[Array, ""]
-    params: PyTree  # those that train
+    """Number of steps made."""
+    params: PyTree
+    """The parameters that train."""
     opt_state: PyTree
-    ema: PyTree | None  # their exponential moving average
+    """The optimizer's state."""
+    ema: PyTree | None
+    """The exponential moving average of `params`, or None."""
 
     @property
     def result(self) -> PyTree:
@@ -68,6 +79,7 @@ def batch_losses(
     model: Sam,
     batch: dict[str, Any],
     keys: Array,
+    *,
     recipe: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> MaskLosses:
     """The losses [b, n, rounds] of every object of a batch, in a form to differentiate.
@@ -142,6 +154,7 @@ def grads_and_metrics(
     rest: Rest,
     batch: dict[str, Any],
     keys: Array,
+    *,
     recipe: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> tuple[PyTree, dict[str, Array]]:
     """The gradients of the mean loss by `params` alone, and its metrics.
@@ -155,7 +168,7 @@ def grads_and_metrics(
 
     def loss(params, batch, keys):
         model = combine(params, rest)
-        return mean_loss(batch_losses(model, batch, keys, recipe), batch["valid"])
+        return mean_loss(batch_losses(model, batch, keys, recipe=recipe), batch["valid"])
 
     of_part = jax.grad(loss, has_aux=True)
     parts, size = recipe.accumulate, len(keys)
@@ -219,7 +232,7 @@ def train_step(
             f"{recipe.ema_decay}; give init_state ema={wanted}, or the recipe another ema_decay"
         )
     keys = jax.random.split(jax.random.fold_in(key, state.step), len(batch["valid"]))
-    grads, metrics = grads_and_metrics(state.params, rest, batch, keys, recipe)
+    grads, metrics = grads_and_metrics(state.params, rest, batch, keys, recipe=recipe)
     metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["objects_used"] = batch["valid"].sum()
     if "dropped" in batch:
@@ -229,7 +242,7 @@ def train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
-    if ema is not None:
+    if ema is not None and recipe.ema_decay is not None:
         ema = optax.incremental_update(params, ema, 1 - recipe.ema_decay)
     # Zero gradients alone would not do: momentum, weight decay and the average go on without them.
     new = TrainState(state.step, params, opt_state, ema)
@@ -239,7 +252,7 @@ def train_step(
 
 
 def compile_step(
-    state: TrainState, tx: optax.GradientTransformation, recipe: TrainConfig
+    state: TrainState, tx: optax.GradientTransformation, *, recipe: TrainConfig
 ) -> Callable:
     """`train_step(state, rest, batch, key)` compiled, for states placed like this one.
 

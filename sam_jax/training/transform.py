@@ -1,6 +1,6 @@
 """Examples as arrays of fixed shape: resized, augmented, padded."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -27,24 +27,23 @@ class ExampleTransform:
       target grid. Objects outside a crop do not count;
     * `index` int32 [], the example's number in its source, if it has one.
 
-    Args:
-        config: of the model.
-        max_objects: n; of more objects some are chosen by chance.
-        target_size: the masks' side, a divisor of the model's input size: `config.mask_size` (what
-            the model gives), or `config.image_size`.
-        flip: how often the picture is mirrored.
-        scale_range: large-scale jitter: by how much the picture is larger than what fits the model,
-            by chance in this range (the paper's is 0.1 to 2.0). What is too large is cropped.
-
     Raises:
-        ValueError: for numbers that make no sense.
+        ValueError: for invalid numbers.
     """
 
     config: SamConfig
+    """The model's configuration."""
     max_objects: int
+    """n; if there are more objects, n of them are chosen at random."""
+    _: KW_ONLY
     target_size: int
+    """Side of the masks, a divisor of the model's input size: `config.mask_size`, the size of the
+    model's logits, or `config.image_size`."""
     flip: float = 0.0
+    """Probability that an image is mirrored."""
     scale_range: tuple[float, float] | None = None
+    """Large-scale jitter: the image is scaled at random by a factor in this range, relative to the
+    size that fits the model (the paper's range is 0.1 to 2.0). What is too large is cropped."""
 
     def __post_init__(self):
         low, high = self.scale_range or (1, 1)
@@ -144,7 +143,8 @@ def _resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     image = Image.fromarray(
         array.astype(np.uint8) * 255 if is_mask else np.ascontiguousarray(array)
     )
-    resized = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
+    height, width = size
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     return resized >= 128 if is_mask else resized
 
 

@@ -12,9 +12,11 @@ from everything import picture
 from folders import OPTIONS
 from PIL import Image
 
-from sam_jax import from_pretrained
+from sam_jax import MissingExtra, from_pretrained
 from sam_jax.automatic.folder import generate_folder
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
+from sam_jax.automatic.options import MaskGenerationOptions
+from sam_jax.automatic.ray_cluster import generate_with_ray
 from sam_jax.automatic.results import Results
 
 pytestmark = pytest.mark.slow
@@ -36,6 +38,7 @@ cluster.shutdown()
 POISONED = """
 import os, sys
 from pathlib import Path
+from sam_jax.automatic.options import MaskGenerationOptions
 from sam_jax.automatic.options import MaskGenerationOptions
 from sam_jax.automatic.ray_cluster import generate_with_ray
 from sam_jax.automatic.results import Results
@@ -153,3 +156,13 @@ def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
 
 def test_ray_is_asked_for_by_one_address(run):
     assert "--ray is 'a b', expected one address or none" in run("--ray", "a", "b")[0]
+
+
+def test_without_ray(monkeypatch, tmp_path):
+    for name in ("ray", "ray.data", "ray.exceptions"):
+        monkeypatch.setitem(sys.modules, name, None)
+    results = Results(tmp_path, "coco")
+    with pytest.raises(MissingExtra, match=r'ray is not installed; .*"sam_jax\[ray\]"'):
+        generate_with_ray(
+            None, "mobile_sam", "float32", MaskGenerationOptions(), [], results, print, print
+        )

@@ -190,7 +190,9 @@ def test_folders_that_are_no_checkpoints(hf, tmp_path):
     with pytest.raises(ValueError, match="'bert' model, expected model_type 'sam'"):
         from_pretrained(tmp_path)
     config.write_text('{"learning_rate": 0.1}')
-    with pytest.raises(CheckpointError, match=r"has no model_type, expected .* path of the weights' file"):
+    with pytest.raises(
+        CheckpointError, match=r"has no model_type, expected .* path of the weights' file"
+    ):
         from_pretrained(tmp_path)
     for content in ("{", "[" * 100_000):
         config.write_text(content)
@@ -210,7 +212,7 @@ def test_a_config_of_something_else_beside_a_file_is_left_alone(hf, tmp_path, va
 def test_a_config_that_is_none_beside_a_file_is_left_alone_with_a_warning(hf, tmp_path, content):
     hf.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(content)
-    with pytest.warns(UserWarning, match=r"config\.json .*; the tensors' shapes tell the config"):
+    with pytest.warns(UserWarning, match=r"config\.json .*; the configuration is inferred"):
         assert load_config(tmp_path / "model.safetensors") == HF
     with pytest.raises(CheckpointError, match=r"config\.json "):
         load_config(tmp_path)
@@ -220,7 +222,7 @@ def test_a_config_that_is_none_beside_a_file_is_left_alone_with_a_warning(hf, tm
 def test_a_preprocessor_that_is_none_is_named(hf, tmp_path, name):
     hf.save_pretrained(tmp_path)
     (tmp_path / name).write_text("[1, 2]")
-    with pytest.raises(CheckpointError, match=rf"{name} holds \[1, 2\], expected names and values"):
+    with pytest.raises(CheckpointError, match=rf"{name} is \[1, 2\], expected names and values"):
         from_pretrained(tmp_path)
 
 
@@ -289,7 +291,7 @@ def test_hugging_face_loads_what_we_write(meta, tmp_path):
     """Meta's weights in Hugging Face's names, and the same masks from its model."""
     torch.save(meta.state_dict(), tmp_path / "sam.pth")
     params, config = load_params(tmp_path / "sam.pth")
-    write_checkpoint(tmp_path / "hf/model.safetensors", params, config, "hf")
+    write_checkpoint(tmp_path / "hf/model.safetensors", params, config=config, fmt="hf")
     # The decoder's heads stand in the configuration, and Meta's epsilon too.
     theirs, report = transformers.SamModel.from_pretrained(
         tmp_path / "hf", output_loading_info=True
@@ -317,10 +319,10 @@ def test_a_write_that_fails_leaves_nothing(meta, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sam_jax.checkpoints, "write_safetensors", full)
         with pytest.raises(OSError, match="No space left"):
-            write_checkpoint(tmp_path / "hf/model.safetensors", params, config, "hf")
+            write_checkpoint(tmp_path / "hf/model.safetensors", params, config=config, fmt="hf")
     assert list((tmp_path / "hf").iterdir()) == []
     # What a kill would have left there is in nobody's way.
-    write_checkpoint(tmp_path / "killed/model.safetensors", params, config, "hf")
+    write_checkpoint(tmp_path / "killed/model.safetensors", params, config=config, fmt="hf")
     assert load_config(tmp_path / "killed") == config
 
 
@@ -369,7 +371,7 @@ def test_a_configuration_of_too_many_layers(hf, tmp_path, kind, part, name, valu
 
 
 def test_model_and_processor_agree_on_a_folder(meta, tmp_path):
-    """Meta's tensors configuration is inferred from the shapes, whatever file lies beside them."""
+    """Both infer it from the shapes of Meta's tensors, whatever file is next to them."""
     save_file(meta.state_dict(), tmp_path / "model.safetensors")
     transformers.SamConfig().save_pretrained(tmp_path)
     assert load_config(tmp_path) == load_params(tmp_path)[1]
@@ -380,14 +382,14 @@ def test_nothing_is_overwritten(meta, tmp_path):
     torch.save(meta.state_dict(), tmp_path / "sam.pth")
     params, config = load_params(tmp_path / "sam.pth")
     with pytest.raises(FileExistsError, match="exists already"):
-        write_checkpoint(tmp_path / "sam.pth", params, config, "meta")
+        write_checkpoint(tmp_path / "sam.pth", params, config=config, fmt="meta")
     with pytest.raises(ValueError, match=r"looks for model.safetensors or pytorch_model.bin"):
-        write_checkpoint(tmp_path / "sam.safetensors", params, config, "hf")
+        write_checkpoint(tmp_path / "sam.safetensors", params, config=config, fmt="hf")
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(FileExistsError, match=r"config\.json exists"):
-        write_checkpoint(tmp_path / "model.safetensors", params, config, "hf")
+        write_checkpoint(tmp_path / "model.safetensors", params, config=config, fmt="hf")
     with pytest.raises(ValueError, match=r"\.h5.*suffix must be one of"):
-        write_checkpoint(tmp_path / "sam.h5", params, config, "meta")
+        write_checkpoint(tmp_path / "sam.h5", params, config=config, fmt="meta")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "sam.pth"]
 
 

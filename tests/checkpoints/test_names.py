@@ -67,7 +67,9 @@ def test_everything_that_does_not_fit_is_listed():
 
 @pytest.mark.parametrize("start", ["", "image_encoder.", "vision_encoder."])
 def test_an_image_encoder_alone(start):
-    with pytest.raises(CheckpointError, match="checkpoint of an image encoder, expected a whole SAM"):
+    with pytest.raises(
+        CheckpointError, match="checkpoint of an image encoder, expected a whole SAM"
+    ):
         detect_format({f"{start}patch_embed.proj.weight": np.zeros(3)})
 
 

@@ -54,4 +54,4 @@ def test_what_cannot_be_served(fails):
 def test_without_the_extra(fails, monkeypatch):
     monkeypatch.delitem(sys.modules, "sam_jax.demo.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert fails() == "sam-jax: uvicorn is not installed; install sam_jax with its extra `demo`"
+    assert fails() == 'sam-jax: uvicorn is not installed; run: pip install "sam_jax[demo]"'

@@ -154,7 +154,7 @@ def test_overlay_shows_the_best_mask_and_the_prompt(run, predictor, folder, tmp_
         pixels = np.asarray(file)
     masks, scores, _ = predictor.predict([[60, 30]], [1])
     expected = sam_jax.visualize.overlay(
-        folder / "photo.png", [masks[scores.argmax()]], [[60, 30]], [1]
+        folder / "photo.png", [masks[scores.argmax()]], point_coords=[[60, 30]], point_labels=[1]
     )
     assert np.array_equal(pixels, expected)
     assert tuple(pixels[30, 60]) == (40, 200, 80)
@@ -257,7 +257,7 @@ def test_a_full_disk_is_one_line(fails, monkeypatch):
     assert "No space left on device" in fails("--point", "60,30")
 
 
-@pytest.mark.parametrize("allowed", range(1, 7))
+@pytest.mark.parametrize("allowed", [1, 3, 6])
 def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed):
     """Wherever it was stopped, the next one knows all files as ours."""
     run("--point", "60,30", "--output", "out")

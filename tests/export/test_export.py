@@ -30,7 +30,7 @@ from reference import (
 from safetensors.numpy import load_file
 
 import sam_jax
-from sam_jax import Sam, SamProcessor, cli
+from sam_jax import MissingExtra, Sam, SamProcessor, cli
 from sam_jax.export import export_jax, export_onnx
 from sam_jax.models.compiled import encode_image
 
@@ -124,7 +124,7 @@ def test_jax_decoder(jax_folder, model, b, p, n, with_masks):
 def test_jax_programs_in_bfloat16(tmp_path):
     """The decoder takes the embeddings that the encoder gives; a platform alone can be named."""
     model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16)
-    export_jax(model, tmp_path / "out", ["tpu"])
+    export_jax(model, tmp_path / "out", platforms=["tpu"])
     encoder, decoder = (
         jax.export.deserialize(bytearray((tmp_path / "out" / f"{name}.jax").read_bytes()))
         for name in ("encoder", "decoder")
@@ -139,7 +139,7 @@ def test_jax_programs_in_bfloat16(tmp_path):
 def test_jax_programs_with_a_gradient(tmp_path):
     """By every input, parameters included: the model's."""
     model = ours(meta_sam(SHALLOW), SHALLOW)
-    export_jax(model, tmp_path / "out", ["cpu"], vjp_order=1)
+    export_jax(model, tmp_path / "out", platforms=["cpu"], vjp_order=1)
     encoder, decoder = (
         jax.export.deserialize(bytearray((tmp_path / "out" / f"{name}.jax").read_bytes())).call
         for name in ("encoder", "decoder")
@@ -318,8 +318,13 @@ def test_example(example, folder, blocked, request, model, photo, tmp_path):
     assert result.stdout == f"mask.png  predicted IoU {scores.max():.3f}\n"
 
 
-@pytest.mark.parametrize("example", ["load_export", "load_onnx"])
-@pytest.mark.parametrize("name", ["gray.png", "color.png", "eps.jpg"])
+@pytest.mark.parametrize(
+    ("example", "name"),
+    [
+        *(("load_export", name) for name in ("gray.png", "eps.jpg")),
+        *(("load_onnx", name) for name in ("color.png", "eps.jpg")),
+    ],
+)
 def test_an_example_refuses_what_it_would_clip_or_execute(
     example, name, jax_folder, onnx_folder, tmp_path
 ):
@@ -431,7 +436,7 @@ def test_refusals(tmp_path, unchecked, monkeypatch):
         with pytest.raises(ValueError, match=f"attention is '{named}', which JAX does not export"):
             export_jax(model, tmp_path / "out")
     with pytest.raises(ValueError, match=r"platforms are \['gpu'\], expected some of \['cpu'"):
-        export_jax(model, tmp_path / "out", ["gpu"])
+        export_jax(model, tmp_path / "out", platforms=["gpu"])
     with pytest.raises(ValueError, match="computes in bfloat16, but ONNX is written in float32"):
         export_onnx(model, tmp_path / "out")
     medsam = dataclasses.replace(SHALLOW, normalization="min_max")
@@ -439,7 +444,7 @@ def test_refusals(tmp_path, unchecked, monkeypatch):
         export_onnx(ours(meta_sam(medsam), medsam), tmp_path / "out")
     monkeypatch.delitem(sys.modules, "sam_jax.export.onnx_graph", raising=False)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ValueError, match="install sam_jax with its extra `onnx`"):
+    with pytest.raises(MissingExtra, match=r'pip install "sam_jax\[onnx\]"'):
         export_onnx(ours(meta_sam(SHALLOW), SHALLOW), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -459,7 +464,7 @@ def test_sam_hq_and_tiny_vit(config, tmp_path):
     decode = jax.jit(lambda *arrays: model.decode(*arrays, multimask_output=None))
     expected, scores = decode(embedding, *prompts)
 
-    export_jax(model, tmp_path / "jax", ["cpu"])
+    export_jax(model, tmp_path / "jax", platforms=["cpu"])
     params = load_file(tmp_path / "jax" / "params.safetensors")
     encoder, decoder = (
         jax.export.deserialize(bytearray((tmp_path / "jax" / f"{name}.jax").read_bytes())).call

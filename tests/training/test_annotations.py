@@ -87,7 +87,7 @@ def left_out(coco, edit, message):
         CocoInstances(coco / "coco.json", coco)
     assert message in str(error.value)
     with pytest.warns(UserWarning, match="has bad entries, left out") as warned:
-        found = counts_of(CocoInstances(coco / "coco.json", coco, "skip"))
+        found = counts_of(CocoInstances(coco / "coco.json", coco, on_bad_annotation="skip"))
     assert message in str(warned[0].message)
     return found
 
@@ -287,4 +287,6 @@ def test_segmentations_that_show_only_when_they_are_read(coco, counts, message):
     with pytest.raises(ValueError, match=match):
         CocoInstances(coco / "coco.json", coco)[0]
     with pytest.warns(UserWarning, match=message):
-        assert len(CocoInstances(coco / "coco.json", coco, "skip")[0]["masks"]) == 2
+        assert (
+            len(CocoInstances(coco / "coco.json", coco, on_bad_annotation="skip")[0]["masks"]) == 2
+        )

@@ -56,7 +56,7 @@ def test_the_last_comes_back_whole(tmp_path):
 def test_the_best_is_kept_beside_the_last_two(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         for step, miou in ((1, 0.2), (2, 0.9), (3, 0.5), (4, 0.6), (5, 0.7)):
-            save_state(checkpoints, state_of(step, float(step)), miou)
+            save_state(checkpoints, state_of(step, float(step)), miou=miou)
     with open_checkpoints(tmp_path) as checkpoints:
         assert [c.step for c in checkpoints.checkpoints] == [2, 4, 5]
         assert_same(load_state(checkpoints, state_of(0), best=True), state_of(2, 2.0))
@@ -96,12 +96,9 @@ def quiet_orbax(monkeypatch):
     ("pattern", "how"),
     [
         ("state", None),
-        ("state/_METADATA", None),
-        ("state/_METADATA", b""),
         ("state/_METADATA", b"{}"),
         ("state/_METADATA", b'{"tree_metadata": [1'),
         ("state/manifest.ocdbt", None),
-        ("state/d/*", None),
         ("state/d/*", "half"),
         ("state/array_metadatas/process_0", b""),
     ],
@@ -234,7 +231,7 @@ def test_a_full_disk(tmp_path):
 def test_what_stops_a_run(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         metrics = {"loss": float("nan"), "iou_loss": 0.5, "grad_norm": float("inf")}
-        error = non_finite_error(7, metrics, [3, "sa_1"], checkpoints)
+        error = non_finite_error(7, metrics, image_ids=[3, "sa_1"], checkpoints=checkpoints)
         assert str(error).startswith(
             "at step 7 loss is nan, grad_norm is inf, for the images 3, sa_1; "
             "there is no good checkpoint yet."
@@ -243,5 +240,5 @@ def test_what_stops_a_run(tmp_path):
             save_state(checkpoints, state_of(step))
     with open_checkpoints(tmp_path) as checkpoints:
         # What was saved after step 6 is what made step 7's loss no number.
-        error = non_finite_error(7, metrics, [3], checkpoints)
+        error = non_finite_error(7, metrics, image_ids=[3], checkpoints=checkpoints)
         assert f"the last good checkpoint is {tmp_path / '5'}." in str(error)

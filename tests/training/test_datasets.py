@@ -114,7 +114,7 @@ def test_images_that_are_bad(coco, kind):
     with pytest.raises(ValueError, match=r"image 10: .*0\.png"):
         CocoInstances(coco / "coco.json", coco)[0]
     with pytest.warns(UserWarning, match=r"image 10: .*0\.png"):
-        example = CocoInstances(coco / "coco.json", coco, "skip")[0]
+        example = CocoInstances(coco / "coco.json", coco, on_bad_annotation="skip")[0]
     assert prepared(example)["valid"].tolist() == [0, 0, 0, 0]
 
 
@@ -189,7 +189,7 @@ def test_other_ways_with_bad_annotations(coco):
         with pytest.raises(
             ValueError, match="on_bad_annotation is 'ignore', expected 'raise' or 'skip'"
         ):
-            open_annotations(annotations, coco, "ignore")
+            open_annotations(annotations, coco, on_bad_annotation="ignore")
 
 
 def test_fingerprints(coco):

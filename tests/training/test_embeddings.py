@@ -26,52 +26,54 @@ def files(folder):
 
 def test_embeddings_are_the_models(model, source, tmp_path):
     seen = []
-    cached = CachedEmbeddings(source, model, tmp_path, lambda: seen.append(1))
+    cached = CachedEmbeddings(source, model, folder=tmp_path, on_image=lambda: seen.append(1))
     assert len(cached) == len(seen) == 3
     predictor = SamPredictor(model)
     for i in range(3):
         predictor.set_image(source[i]["image"])
         expected = np.moveaxis(predictor.get_image_embedding()[0], 0, -1)
         np.testing.assert_array_equal(cached[i]["image_embedding"], expected)
-    prepared = ExampleTransform(SMALL, 1, SMALL.mask_size)(cached[0], np.random.default_rng(0))
+    prepared = ExampleTransform(SMALL, 1, target_size=SMALL.mask_size)(
+        cached[0], np.random.default_rng(0)
+    )
     assert "pixel_values" not in prepared
     with pytest.raises(ValueError, match="embedding is cached cannot be augmented"):
-        ExampleTransform(SMALL, 1, SMALL.mask_size, flip=0.5)(cached[0], np.random.default_rng(0))
+        ExampleTransform(SMALL, 1, target_size=SMALL.mask_size, flip=0.5)(
+            cached[0], np.random.default_rng(0)
+        )
 
 
 def test_what_is_there_is_not_made_again(model, source, tmp_path):
-    CachedEmbeddings(source, model, tmp_path)
+    CachedEmbeddings(source, model, folder=tmp_path)
     before = files(tmp_path)
     assert len(before) == 3
-    CachedEmbeddings(source, model, tmp_path)
+    CachedEmbeddings(source, model, folder=tmp_path)
     assert files(tmp_path) == before
 
 
 def test_nothing_stale_is_found(model, source, tmp_path):
-    """Another picture, other weights, dtype or preparation: each has files of its own."""
-    cached = CachedEmbeddings(source, model, tmp_path)
+    """Another image, other weights, dtype or preprocessing: each has files of its own."""
+    cached = CachedEmbeddings(source, model, folder=tmp_path)
     old = cached[0]["image_embedding"]
     source[0]["image"] = source[0]["image"].copy()
     source[0]["image"][0, 0] ^= 1
-    with pytest.raises(ValueError, match="if its picture was changed while the run went on"):
-        cached[0]
-    cached = CachedEmbeddings(source, model, tmp_path)
+    cached = CachedEmbeddings(source, model, folder=tmp_path)
     assert len(files(tmp_path)) == 4
     assert not np.array_equal(cached[0]["image_embedding"], old)
-    other = CachedEmbeddings(source, ours(meta_sam(SMALL, seed=1), SMALL), tmp_path)
+    other = CachedEmbeddings(source, ours(meta_sam(SMALL, seed=1), SMALL), folder=tmp_path)
     assert len(files(tmp_path)) == 7
     assert not np.array_equal(other[1]["image_embedding"], cached[1]["image_embedding"])
-    CachedEmbeddings(source, ours(meta_sam(SMALL), SMALL, dtype=jnp.bfloat16), tmp_path)
+    CachedEmbeddings(source, ours(meta_sam(SMALL), SMALL, dtype=jnp.bfloat16), folder=tmp_path)
     assert len(files(tmp_path)) == 10
     medsam = ours(meta_sam(SMALL), with_preprocessing(SMALL, "medsam"))
-    assert CachedEmbeddings([], medsam, tmp_path).folder != cached.folder
+    assert CachedEmbeddings([], medsam, folder=tmp_path).folder != cached.folder
 
 
 def test_a_damaged_file(model, source, tmp_path):
-    cached = CachedEmbeddings(source, model, tmp_path)
+    cached = CachedEmbeddings(source, model, folder=tmp_path)
     for file in files(tmp_path):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be read .* start the run again"):
         cached[0]
-    again = CachedEmbeddings(source, model, tmp_path)
+    again = CachedEmbeddings(source, model, folder=tmp_path)
     assert again[0]["image_embedding"].shape == cached[1]["image_embedding"].shape

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 from coco_examples import (
@@ -15,6 +17,7 @@ from coco_examples import (
 )
 from reference import SMALL
 
+from sam_jax.errors import MissingExtra
 from sam_jax.training.datasets import (
     CocoInstances,
 )
@@ -23,7 +26,7 @@ from sam_jax.training.transform import ExampleTransform
 
 
 def test_batches_know_their_examples(many):
-    plain = ExampleTransform(SMALL, 2, SIDE)
+    plain = ExampleTransform(SMALL, 2, target_size=SIDE)
     batch = take(make_loader(many, plain, batch_size=4, seed=0), 1)[0]
     for index, pixels in zip(batch["index"], batch["pixel_values"], strict=True):
         expected = prepared(many[index])["pixel_values"]
@@ -42,7 +45,7 @@ def many():
     ]
 
 
-PREPARE = ExampleTransform(SMALL, 2, SIDE, flip=0.5, scale_range=(0.5, 1.5))
+PREPARE = ExampleTransform(SMALL, 2, target_size=SIDE, flip=0.5, scale_range=(0.5, 1.5))
 
 
 def test_batches_can_go_on_anywhere(many):
@@ -57,7 +60,7 @@ def test_batches_can_go_on_anywhere(many):
 
 
 def test_an_epoch_has_every_picture_once(many):
-    plain = ExampleTransform(SMALL, 2, SIDE)
+    plain = ExampleTransform(SMALL, 2, target_size=SIDE)
     pixels = np.concatenate(
         [b["pixel_values"] for b in take(make_loader(many, plain, batch_size=7, seed=0), 2)]
     )
@@ -111,7 +114,7 @@ class Read(list):
 
 
 def test_a_source_without_objects_is_refused():
-    plain, empty, tiny = ExampleTransform(SMALL, 4, SIDE), squares(), squares(CELL // 2)
+    plain, empty, tiny = ExampleTransform(SMALL, 4, target_size=SIDE), squares(), squares(CELL // 2)
     source = Read([squares(2, CELL)] * 4)
     check_objects(source, plain)
     assert source.count == 1
@@ -121,10 +124,10 @@ def test_a_source_without_objects_is_refused():
             check_objects([empty, empty], prepare)
     with pytest.raises(ValueError, match=r"cell of the target grid, 2 x 2 pi.*--full-resolution"):
         check_objects([empty, tiny], plain)
-    check_objects([empty, tiny], ExampleTransform(SMALL, 4, SIZE))
+    check_objects([empty, tiny], ExampleTransform(SMALL, 4, target_size=SIZE))
     check_objects([empty, tiny], None)
     # A random crop often misses it.
-    check_objects([tiny], ExampleTransform(SMALL, 4, SIDE, scale_range=(4, 4)))
+    check_objects([tiny], ExampleTransform(SMALL, 4, target_size=SIDE, scale_range=(4, 4)))
     source = Read([empty] * 5000)
     with pytest.warns(UserWarning, match=r"none of the 1000 images.* \(the other 4000 were not"):
         check_objects(source, None)
@@ -156,3 +159,9 @@ def test_an_error_names_the_image(many, workers):
     ):
         with pytest.raises(ValueError, match=message):
             take(make_loader(source, PREPARE, batch_size=7, seed=0, workers=workers), 1)
+
+
+def test_without_grain(many, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(MissingExtra, match=r'grain is not installed; .*"sam_jax\[train\]"'):
+        make_loader(many, PREPARE, batch_size=4, seed=0)

@@ -7,16 +7,17 @@ import numpy as np
 import optax
 import pytest
 import torch
-from batches import batch_of
+from batches import batch_of, first_prompts
 from flax import nnx
-from reference import SHALLOW, SMALL, SMALL_TINY, meta_sam, normal, ours, tensor, to_torch
+from reference import SHALLOW, SMALL, SMALL_TINY, TINIEST, meta_sam, normal, ours, tensor, to_torch
 from torch_losses import torch_loss
 
 from sam_jax.checkpoints.names import from_torch
 from sam_jax.checkpoints.params import flat_params, param_shapes
 from sam_jax.models.layers import split_keys
+from sam_jax.models.sam import Sam
 from sam_jax.training import sharding
-from sam_jax.training.interactive import _first_prompt, interactive_losses
+from sam_jax.training.interactive import interactive_losses
 from sam_jax.training.lora import add_lora
 from sam_jax.training.losses import LossWeights
 from sam_jax.training.rules import (
@@ -64,7 +65,6 @@ def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
         lr=learning_rate,
         eps=eps,
     )
-    first_prompt = jax.jit(_first_prompt, static_argnames=("image_size", "box_probability"))
     embeddings = sam.image_encoder(to_torch(batch["pixel_values"]))
     prompt_keys, _ = split_keys(keys, 2)
     losses = []
@@ -73,17 +73,14 @@ def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
             if not batch["valid"][i, k]:
                 continue
             target = batch["masks"][i, k]
-            points, labels, is_box = first_prompt(
-                jax.random.split(object_key, 3)[0],
-                jnp.asarray(target),
-                jnp.asarray(batch["boxes"][i, k]),
-                image_size=SIZE,
-                box_probability=0.5,
+            point, box, is_box = first_prompts(
+                jax.random.split(object_key, 3)[0], target, batch["boxes"][i, k]
             )
-            point = (tensor(points[None, :1]), tensor(labels[None, :1]))
-            box = tensor(points.reshape(1, 4))
+            points = tensor(point[None, None]), torch.ones(1, 1)
             sparse, dense = sam.prompt_encoder(
-                points=None if is_box else point, boxes=box if is_box else None, masks=None
+                points=None if is_box else points,
+                boxes=tensor(box[None]) if is_box else None,
+                masks=None,
             )
             logits, scores = sam.mask_decoder.predict_masks(
                 embeddings[i : i + 1], sam.prompt_encoder.get_dense_pe(), sparse, dense
@@ -103,8 +100,8 @@ def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
 
 def test_a_step_on_every_parameter_is_pytorchs():
     """A large epsilon, so that the update is in proportion to the gradient, not its sign."""
-    reference = meta_sam(SMALL)
-    model = ours(reference, SMALL)
+    reference = meta_sam(SHALLOW)
+    model = ours(reference, SHALLOW)
     batch, key = batch_of(2), jax.random.key(1)
     keys = jax.random.split(jax.random.fold_in(key, 0), 2)
     rate, decay, eps = 1e-3, 0.1, 1e-2
@@ -119,7 +116,7 @@ def test_a_step_on_every_parameter_is_pytorchs():
     assert float(metrics["loss"]) == pytest.approx(expected_loss, rel=1e-5)
     after = flat_params(combine(state.params, rest))
     tensors = {k: v.detach().numpy() for k, v in reference.state_dict().items()}
-    expected = from_torch(tensors, SMALL, param_shapes(SMALL))
+    expected = from_torch(tensors, SHALLOW, param_shapes(SHALLOW))
     moved = 0
     for name, value in after.items():
         difference = np.abs(np.asarray(value) - expected[name]).max()
@@ -132,7 +129,7 @@ def test_a_step_on_every_parameter_is_pytorchs():
 def compiled_gradients(model, everything, recipe):
     """`gradients` for a batch of 4, and what memory it takes."""
     split = partition(model, EVERYTHING if everything else DECODER_ONLY)
-    run = jax.jit(lambda batch, keys: grads_and_metrics(*split, batch, keys, recipe))
+    run = jax.jit(lambda batch, keys: grads_and_metrics(*split, batch, keys, recipe=recipe))
     compiled = run.lower(batch_of(4), KEYS).compile()
     return compiled, compiled.memory_analysis()
 
@@ -169,7 +166,7 @@ def test_steps_draw_anew_keep_what_is_frozen_and_the_moving_average(model):
     tx = adamw(1e-2, DECODER_ONLY)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
-    step = compile_step(state, tx, RECIPE._replace(ema_decay=decay))
+    step = compile_step(state, tx, recipe=RECIPE._replace(ema_decay=decay))
     # What a step draws depends on its number: the same state has another loss in another step.
     copies = [jax.tree.map(jnp.copy, state)._replace(step=jnp.int32(k)) for k in (0, 0, 1)]
     first, again, other = (step(s, rest, batch, key)[1]["loss"] for s in copies)
@@ -192,7 +189,9 @@ def test_steps_draw_anew_keep_what_is_frozen_and_the_moving_average(model):
 
 def test_invalid_objects_change_nothing(model):
     batch, keys = batch_of(2), jax.random.split(jax.random.key(0), 2)
-    run = jax.jit(lambda batch: mean_loss(batch_losses(model, batch, keys, RECIPE), batch["valid"]))
+    run = jax.jit(
+        lambda batch: mean_loss(batch_losses(model, batch, keys, recipe=RECIPE), batch["valid"])
+    )
     expected, _ = run(batch)
     other = {name: array.copy() for name, array in batch.items()}
     other["masks"][0, -1] = False
@@ -209,7 +208,7 @@ def test_a_batch_without_objects_is_no_step(model, accumulate):
     tx, _ = OptimizerConfig(warmup=0, weight_decay=0.1).build(DECODER_ONLY, 10)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
-    step = compile_step(state, tx, RECIPE._replace(ema_decay=0.5, accumulate=accumulate))
+    step = compile_step(state, tx, recipe=RECIPE._replace(ema_decay=0.5, accumulate=accumulate))
     key, batch = jax.random.key(0), {**batch_of(2), "dropped": np.array([0, 3], np.int32)}
     nothing = {**batch, "valid": np.zeros((2, 3), np.float32)}
     state, metrics = step(state, rest, batch, key)
@@ -233,7 +232,7 @@ def test_training_under_jaxs_strict_switches(what):
     """The whole loop but for making the model; on a CPU, transfers to the host are not seen."""
     model, mesh = ours(meta_sam(SMALL), SMALL), sharding.make_mesh()
     if what == "lora":
-        model = add_lora(model, r"image_encoder\..*\.(qkv|proj)", 2, rngs=nnx.Rngs(0))
+        model = add_lora(model, r"image_encoder\..*\.(qkv|proj)", rank=2, rngs=nnx.Rngs(0))
     encoder = {} if what == "decoder" else {"remat": True, "drop_path_rate": 0.1}
     recipe = TrainConfig(num_rounds=4, accumulate=2, ema_decay=0.9, **encoder)
     batch, key = {**batch_of(2), "dropped": np.zeros(2, np.int32)}, jax.random.key(0)
@@ -248,14 +247,14 @@ def test_training_under_jaxs_strict_switches(what):
     ):
         tx, _ = OptimizerConfig().build(TABLES[what], 10)
         trained, rest = partition(model, TABLES[what])
-        trained, rest = sharding.shard_tree((trained, rest), mesh, "data")
+        trained, rest = sharding.shard_tree((trained, rest), mesh, parallelism="data")
         make = functools.partial(init_state, tx=tx, ema=True)
         state = sharding.init_sharded(make, trained, mesh=mesh, parallelism="data")
-        step = compile_step(state, tx, recipe)
+        step = compile_step(state, tx, recipe=recipe)
         state, metrics = step(state, rest, sharding.put_batch(batch, mesh), key)
         assert np.isfinite(list(jax.device_get(metrics).values())).all()
         assert updates_made(state.opt_state) == 1
-        tuned = sharding.merge_on_host(state.result, rest, mesh)
+        tuned = sharding.merge_on_host(state.result, rest, mesh=mesh)
         assert len(jax.tree.leaves(tuned)) == len(jax.tree.leaves(model))
 
 
@@ -274,7 +273,7 @@ def test_a_tiny_vits_step_promotes_nothing():
     trained, rest = partition(model, EVERYTHING)
     state = init_state(trained, tx)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        step = compile_step(state, tx, TrainConfig(num_rounds=2, remat=True))
+        step = compile_step(state, tx, recipe=TrainConfig(num_rounds=2, remat=True))
         step.trace(state, rest, batch, jax.random.key(0))
 
 
@@ -290,7 +289,7 @@ def test_accumulation_changes_nothing(model):
 
 def encoder_loss(config):
     """A loss of an image encoder's parameters, and these."""
-    graphdef, params, rest = nnx.split(ours(meta_sam(config), config), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(Sam(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
     pixels = normal((2, config.image_size, config.image_size, 3))
 
     def loss(params, remat):
@@ -306,7 +305,7 @@ def test_remat_changes_no_gradient():
     assert_same_gradients(gradient(params, True), gradient(params, False))
 
 
-@pytest.mark.parametrize("config", [DEEP, SMALL_TINY], ids=["vit", "tiny_vit"])
+@pytest.mark.parametrize("config", [DEEP, TINIEST], ids=["vit", "tiny_vit"])
 def test_remat_keeps_less_for_the_backward_pass(config):
     loss, params = encoder_loss(config)
 
@@ -344,7 +343,7 @@ def test_bfloat16_trains_float32_parameters(compilations):
     # Also those of a checkpoint that was kept in bfloat16.
     trained = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)
     state = init_state(trained, tx)
-    step = compile_step(state, tx, RECIPE)
+    step = compile_step(state, tx, recipe=RECIPE)
     losses = []
     for _ in range(8):
         compilations.clear()
@@ -369,7 +368,7 @@ def test_a_loop_of_ones_own(model):
     def step(params, opt_state, key):
         def loss(params):
             sam = nnx.merge(graphdef, params, rest)
-            losses = batch_losses(sam, batch, jax.random.split(key, 2), RECIPE)
+            losses = batch_losses(sam, batch, jax.random.split(key, 2), recipe=RECIPE)
             return mean_loss(losses, batch["valid"])[0]
 
         value, grads = jax.value_and_grad(loss)(params)
@@ -396,7 +395,7 @@ def test_a_loop_of_ones_own(model):
 )
 def test_recipes_that_make_no_sense(model, options, message):
     with pytest.raises(ValueError, match=message):
-        batch_losses(model, batch_of(1), KEYS[:1], TrainConfig(**options))
+        batch_losses(model, batch_of(1), KEYS[:1], recipe=TrainConfig(**options))
 
 
 @pytest.mark.parametrize(
@@ -410,7 +409,7 @@ def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
     tx = adamw(1e-3, DECODER_ONLY)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=ema)
-    step = compile_step(state, tx, TrainConfig(ema_decay=decay))
+    step = compile_step(state, tx, recipe=TrainConfig(ema_decay=decay))
     with pytest.raises(ValueError, match=message):
         step(state, rest, batch_of(1), KEYS[0])
 
@@ -422,7 +421,7 @@ def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
 def test_what_needs_an_encoder_that_trains(model, options, given):
     batch = {**batch_of(1), "image_embedding": np.zeros((1, 1))}
     with pytest.raises(ValueError, match=f"{given}, .* image encoder, which it is for, does not"):
-        batch_losses(model, batch, KEYS[:1], TrainConfig(**options))
+        batch_losses(model, batch, KEYS[:1], recipe=TrainConfig(**options))
 
 
 def test_losses_are_of_the_recipe(model, monkeypatch):
@@ -437,7 +436,7 @@ def test_losses_are_of_the_recipe(model, monkeypatch):
     batch = {**batch_of(1), "image_embedding": normal((1, *EMBEDDING))}
     expected = {"num_rounds": 3, "box_probability": 0.25, "weights": LossWeights(2.0, 3.0, 4.0)}
     losses = jax.eval_shape(
-        lambda b: batch_losses(model, b, KEYS[:1], TrainConfig(**expected)), batch
+        lambda b: batch_losses(model, b, KEYS[:1], recipe=TrainConfig(**expected)), batch
     )
     assert losses.total.shape == (1, 3, 3)
     assert given == expected

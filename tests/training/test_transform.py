@@ -54,7 +54,7 @@ def test_a_stretched_example(coco):
     """MedSAM's preprocessing: the axes of picture, masks and boxes are scaled apart."""
     example = CocoInstances(coco / "coco.json", coco)[0]
     config = with_preprocessing(SMALL, "medsam")
-    result = ExampleTransform(config, 3, SIDE)(example, np.random.default_rng(0))
+    result = ExampleTransform(config, 3, target_size=SIDE)(example, np.random.default_rng(0))
     expected = SamProcessor(config).preprocess(example["image"])
     np.testing.assert_array_equal(result["pixel_values"], expected)
     scale = SIZE / np.array([W, H, W, H])
@@ -159,7 +159,8 @@ def test_objects_that_are_too_small_are_counted():
     assert {float(result["valid"].sum()) for result in found} == {0, 1}
     assert all(result["dropped"] == 0 for result in found)
     assert prepared(squares())["dropped"] == 0
-    batch = take(make_loader([example], ExampleTransform(SMALL, 4, SIDE), batch_size=2, seed=0), 1)[
-        0
-    ]
+    batch = take(
+        make_loader([example], ExampleTransform(SMALL, 4, target_size=SIDE), batch_size=2, seed=0),
+        1,
+    )[0]
     assert batch["dropped"].tolist() == [2, 2]
