@@ -340,8 +340,8 @@ def detect_format(tensors: Tensors) -> Format:
     some = ", ".join(map(clip, sorted(tensors)[:5]))
     raise CheckpointError(
         f"this is not a SAM checkpoint: found {len(tensors)} tensors"
-        f"{some and f', such as {some}'}; expected Meta's names (image_encoder.patch_embed...) or Hugging Face's "
-        "(vision_encoder.patch_embed...)"
+        f"{some and f', such as {some}'}; expected Meta's names (image_encoder.patch_embed...) or "
+        "Hugging Face's (vision_encoder.patch_embed...)"
     )
 
 
