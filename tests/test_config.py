@@ -196,7 +196,7 @@ def test_a_configuration_is_built_or_refused(unchecked):
 
 
 @pytest.mark.parametrize("field", ["resize", "normalization"])
-def test_unknown_ways_to_prepare_pictures(field, unchecked):
+def test_unknown_ways_to_prepare_images(field, unchecked):
     with pytest.raises(ValueError, match=f"{field} is 'other', expected "):
         SamConfig(**{field: "other"})
     with pytest.raises(ValueError, match="preprocessing is 'sam', expected 'medsam' or None"):

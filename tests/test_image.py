@@ -23,13 +23,13 @@ from sam_jax.visualize import overlay
 REMEDY = "read it with another library, .* give them as a uint8 array or in a new file"
 
 
-def picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def modes():
-    rgb = Image.fromarray(picture(12, 17))
+    rgb = Image.fromarray(random_image(12, 17))
     palette = rgb.quantize(16)
     transparent = palette.copy()
     transparent.info["transparency"] = bytes(range(0, 160, 10))
@@ -60,7 +60,7 @@ def test_pil_modes(mode, tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGBa", "La"])
 def test_premultiplied_alpha_is_dropped(mode):
-    opaque = Image.fromarray(picture(12, 17)).convert(mode.upper())
+    opaque = Image.fromarray(random_image(12, 17)).convert(mode.upper())
     assert np.array_equal(load_image(opaque.convert(mode)), load_image(opaque))
 
 
@@ -100,7 +100,7 @@ def test_formats_by_content(file_format, tmp_path):
 
 
 def test_the_first_of_several_frames_or_the_one_that_is_chosen(tmp_path):
-    first, second = (Image.fromarray(picture(9, 8, seed)) for seed in (0, 1))
+    first, second = (Image.fromarray(random_image(9, 8, seed)) for seed in (0, 1))
     first.save(tmp_path / "pages.tif", save_all=True, append_images=[second])
     assert np.array_equal(load_image(tmp_path / "pages.tif"), first)
     with Image.open(tmp_path / "pages.tif") as image:
@@ -192,7 +192,7 @@ def test_no_image_runs_a_program(route, name, tmp_path, canary):
 
 
 def test_arrays():
-    rgb = picture(6, 8)
+    rgb = random_image(6, 8)
     gray = rgb[..., 0]
     three = np.stack([gray] * 3, -1)
     assert np.array_equal(load_image(rgb), rgb)
@@ -250,7 +250,7 @@ def test_exif_orientation_of_files(orientation, suffix, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {} if suffix in ("png", "tif") else {"quality": 100}
-    Image.fromarray(picture(20, 30)).save(path, exif=exif, **options)
+    Image.fromarray(random_image(20, 30)).save(path, exif=exif, **options)
     with Image.open(path) as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     assert np.array_equal(load_image(path), expected)
@@ -258,12 +258,12 @@ def test_exif_orientation_of_files(orientation, suffix, tmp_path):
     assert found == orientation
     assert stored.shape == (20, 30, 3)
     if suffix in ("png", "tif"):
-        assert np.array_equal(stored, picture(20, 30))
+        assert np.array_equal(stored, random_image(20, 30))
 
 
 def test_bad_files(tmp_path):
     whole = tmp_path / "whole.png"
-    Image.fromarray(picture(64, 64)).save(whole)
+    Image.fromarray(random_image(64, 64)).save(whole)
     truncated = tmp_path / "truncated.png"
     truncated.write_bytes(whole.read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"truncated\.png cannot be read: .+"):
@@ -282,7 +282,7 @@ def test_bad_files(tmp_path):
 
 
 def test_a_file_of_far_too_many_pixels(tmp_path, monkeypatch):
-    Image.fromarray(picture(64, 64)).save(tmp_path / "image.png")
+    Image.fromarray(random_image(64, 64)).save(tmp_path / "image.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"cannot be read as an image: .*4096 pixels"):
         load_image(tmp_path / "image.png")

@@ -3,7 +3,7 @@ import pytest
 from sam_jax.automatic.folder import find_images
 
 
-def test_two_pictures_of_one_name(photos):
+def test_two_images_of_one_name(photos):
     (photos / "wide.jpg").write_bytes((photos / "wide.png").read_bytes())
     with pytest.raises(ValueError, match=r"would both be written as 'wide'"):
         find_images([photos])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pycocotools.coco
 import pytest
-from everything import picture
+from everything import random_image
 from folders import SIZES, files, record_of
 from PIL import Image
 
@@ -201,11 +201,11 @@ def test_other_settings_are_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["png", "coco"])
-def test_another_picture_of_the_same_name(run, photos, tmp_path, kind):
+def test_another_image_of_the_same_name(run, photos, tmp_path, kind):
     run("--format", kind)
     other = tmp_path / "other"
     other.mkdir()
-    Image.fromarray(picture(30, 30)).save(other / "wide.png")
+    Image.fromarray(random_image(30, 30)).save(other / "wide.png")
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*") if p.is_file()}
     message, _ = run("--format", kind, inputs=[other])
     assert "is the result of a different image than" in message

@@ -93,7 +93,7 @@ def test_preprocessor_of_a_folder(hf, tmp_path):
 
 
 @pytest.mark.parametrize("files", ["processor", "preprocessor", "both"])
-def test_what_transformers_saves_of_pictures(hf, tmp_path, files):
+def test_what_transformers_saves_of_images(hf, tmp_path, files):
     """In a file of the processor's, or one of the image processor's; in both, as it reads them."""
     hf.save_pretrained(tmp_path)
     size = {"size": {"longest_edge": 96}, "pad_size": {"height": 96, "width": 96}}

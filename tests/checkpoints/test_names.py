@@ -78,7 +78,7 @@ def test_tensors_of_another_model():
         CheckpointError, match=r"not a SAM checkpoint: found 1 tensors, such as fc.weight"
     ):
         detect_format({"fc.weight": np.zeros(3)})
-    with pytest.raises(CheckpointError, match="none at all"):
+    with pytest.raises(CheckpointError, match="found 0 tensors; expected"):
         detect_format({})
 
 

@@ -71,7 +71,7 @@ def test_prompts_come_and_go():
     assert demo.prompt_of(demo.add_point(one, 1, 1, 1))["multimask_output"] is False
 
 
-def test_prompts_stay_in_the_picture():
+def test_prompts_stay_in_the_image():
     nothing = Session(EmbeddedImage(np.zeros(0), (100, 200)))
     assert demo.add_point(nothing, -5, 1e9, 1).points == [Point(0, 99, 1)]
     assert demo.add_box(nothing, 300, -1, -3, 50.5).box == Box(0, 0, 199, 50)
@@ -203,7 +203,7 @@ def test_numbering_masks_takes_their_runs_only():
     assert peak < 1.2 * numbers.nbytes
 
 
-def test_numbers_as_a_picture():
+def test_numbers_as_an_image():
     numbers = np.arange(12, dtype=np.uint16).reshape(3, 4)
     image = demo.label_image(numbers)
     assert np.array_equal(np.asarray(image), numbers)
@@ -239,7 +239,7 @@ def test_a_large_layer_is_made_smaller():
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "CMYK", "P", "1"])
-def test_any_kind_of_picture(model, image, mode):
+def test_any_kind_of_image(model, image, mode):
     embedded, shown = demo.open_image_file(model, file(image.convert(mode), "tiff"))
     assert embedded.size == SIZE
     assert embedded.embedding.shape == (1, 32, 12, 12)
@@ -317,7 +317,7 @@ def test_tiles_are_small(model, monkeypatch, sides, kind):
         demo.open_image_file(model, photo)
 
 
-def test_no_picture(model):
+def test_no_image(model):
     # Whose content counts, not their names: some of Pillow's formats start other programs, or hold
     # more pixels than they say.
     for photo in (b"no image", file(Image.new("RGB", (9, 9)), "EPS")):

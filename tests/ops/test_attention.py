@@ -16,7 +16,7 @@ from sam_jax.ops.attention import (
     softmax,
 )
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 image_encoder = torch_reference.import_reference("segment_anything").modeling.image_encoder
 

@@ -7,7 +7,7 @@ from logits import blobs
 
 from sam_jax.ops.regions import mask_to_polygons, remove_small_regions
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 amg = torch_reference.import_reference("segment_anything").utils.amg
 
