@@ -11,7 +11,7 @@ from reference import assert_close, flash_attentions, lowered_for_cuda, normal, 
 import sam_jax.ops.attention
 from sam_jax.ops.attention import rel_pos_attention, relative_positions, softmax
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 image_encoder = torch_reference.import_reference("segment_anything").modeling.image_encoder
 

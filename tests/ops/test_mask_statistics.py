@@ -9,7 +9,7 @@ from reference import tensor
 
 from sam_jax.ops.mask_statistics import make_upsampler, mask_statistics
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 
 amg = torch_reference.import_reference("segment_anything").utils.amg

@@ -325,7 +325,7 @@ def test_drop_path_is_by_image_and_right_on_average():
 
     keys = jax.random.split(jax.random.key(0), 16)
     embeddings = encode(keys)
-    # Two branches of the last block may be missing: four kinds of pictures.
+    # Two branches of the last block may be missing: four kinds of images.
     kinds = {np.asarray(e).round(3).tobytes() for e in embeddings}
     assert 2 < len(kinds) <= 4
     np.testing.assert_array_equal(encode(keys[::-1])[::-1], embeddings)
