@@ -81,7 +81,7 @@ BAD_POINTS = {
     "label 7": ({"labels": np.full((2, 3, 5), 7)}, r"labels have labels \[7\]"),
     "half a box": ({"labels": np.full((2, 3, 5), 2)}, "one corner of a box .* without the other"),
     "float labels": ({"labels": np.ones((2, 3, 5))}, "labels are float.*, expected integers"),
-    "NaN": ({"points": np.full((2, 3, 5, 2), np.nan)}, "points hold numbers that are not finite"),
+    "NaN": ({"points": np.full((2, 3, 5, 2), np.nan)}, "points have numbers that are not finite"),
     "boolean points": ({"points": np.ones((2, 3, 5, 2), bool)}, "points are bool"),
     "lengths": ({"labels": np.ones((2, 3, 4), int)}, "labels have shape .*join_prompts"),
     "no prompt axis": ({"points": np.ones((2, 5, 2))}, "points have shape"),

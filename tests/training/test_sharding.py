@@ -141,5 +141,5 @@ def test_a_batch_that_the_devices_cannot_share(unchecked):
     class Mesh:
         size, local_devices = 6, [None] * 3
 
-    with pytest.raises(ValueError, match="a batch of 4 cannot be shared by 3 devices; choose a"):
+    with pytest.raises(ValueError, match="a batch of 4 cannot be split among 3 devices; choose a"):
         sharding.put_batch({"valid": np.ones((4, 2))}, Mesh())
