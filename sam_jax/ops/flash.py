@@ -158,7 +158,7 @@ def _forward(interpret):
 
 @functools.cache
 def _backward(interpret):
-    """The kernel of (q, k, v, rel_h, rel_w, d_out, lse, delta); returns gradients of the first 5."""
+    """The kernel of (q, k, v, rel_h, rel_w, d_out, lse, delta); returns the first 5 gradients."""
 
     def kernels(*arrays):
         q, k, v, rel_h, rel_w, *_ = arrays

@@ -420,7 +420,7 @@ def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
 )
 def test_what_needs_an_encoder_that_trains(model, options, given):
     batch = {**batch_of(1), "image_embedding": np.zeros((1, 1))}
-    with pytest.raises(ValueError, match=f"{given}, .* image encoder, which it is for, does not"):
+    with pytest.raises(ValueError, match=f"{given}, .* so the image encoder does not"):
         batch_losses(model, batch, KEYS[:1], recipe=TrainConfig(**options))
 
 
