@@ -239,8 +239,8 @@ def test_vit_b_at_full_size():
 @pytest.mark.full_size
 @pytest.mark.parametrize(
     ("dim", "heads", "mlp_dim"),
-    [(1024, 16, 4096), (1280, 16, 5120), (384, 12, 1536), (168, 12, 696)],
-    ids=["vit_l", "vit_h_head_dim_80", "slim_sam_50", "slim_sam_77"],
+    [(1280, 16, 5120), (168, 12, 696)],
+    ids=["vit_h_head_dim_80", "slim_sam_77"],
 )
 def test_other_widths_at_reduced_depth(dim, heads, mlp_dim):
     """Real widths and the real 64 x 64 grid; a windowed and a global block."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool
 from PIL import Image
@@ -290,7 +291,8 @@ def find_everything(
 ) -> Found:
     """Everything mode; see `SamAutomaticMaskGenerator.generate_from_embedding`."""
     # Small batches on a CPU, where larger ones are not faster: clicks are served between them.
-    batch_size = 8 if model.device.platform == "cpu" else 64
+    (device, *_) = jax.tree.leaves(model)[0].devices()
+    batch_size = 8 if device.platform == "cpu" else 64
     generator = SamAutomaticMaskGenerator(
         model, points_per_side, points_per_batch=batch_size, output_mode="coco_rle"
     )

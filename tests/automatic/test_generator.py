@@ -20,6 +20,7 @@ from everything import (
     segmentation,
     small,
 )
+from flax import nnx
 from PIL import Image
 from reference import SMALL, mask_iou, mobile_sam_torch, ours
 
@@ -347,6 +348,21 @@ def test_other_kinds_of_images(tmp_path):
 )
 def test_nothing_survives(options):
     assert generator(**options).generate(random_image(50, 80)) == []
+
+
+def test_masks_at_a_limit():
+    """As Meta's: a predicted IoU must be larger, a stability as large."""
+    model = nnx.clone(small()[1])
+    model.mask_decoder.iou_prediction_head.layers[-1].bias[...] += 5  # all above 0
+
+    def values(name, **limits):
+        options = {**ALL, "stability_score_offset": 0.01, **limits}
+        records = SamAutomaticMaskGenerator(model, 3, **options).generate(random_image(50, 80))
+        return sorted({record[name] for record in records if record[name] > 0})
+
+    ious, stabilities = values("predicted_iou"), values("stability_score")
+    assert values("predicted_iou", pred_iou_thresh=ious[1]) == ious[2:]
+    assert values("stability_score", stability_score_thresh=stabilities[1]) == stabilities[1:]
 
 
 def test_blank_and_tiny_images():

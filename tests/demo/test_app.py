@@ -58,7 +58,7 @@ def guest(site, photo, caplog):
     ("method", "path", "status"),
     [
         ("GET", "/", 200),
-        ("GET", "/page.js", 200),
+        *(("GET", f"/{name}", 200) for name in ("page.js", "stage.js", "page.css", "stage.css")),
         ("POST", "/", 405),
         ("OPTIONS", "/open", 405),
         ("GET", "/open", 405),

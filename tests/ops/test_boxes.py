@@ -13,8 +13,6 @@ from sam_jax.ops.boxes import (
     non_maximum_suppression,
 )
 
-pytestmark = pytest.mark.optimized
-
 amg = torch_reference.import_reference("segment_anything").utils.amg
 batched_nms = torch_reference.import_reference(
     "segment_anything"

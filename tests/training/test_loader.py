@@ -1,5 +1,6 @@
 import sys
 
+import grain
 import numpy as np
 import pytest
 from coco_examples import (
@@ -101,6 +102,17 @@ def test_worker_processes_change_nothing(coco):
             assert_same_batch(next(iterator), batch)
     finally:
         iterator.close()
+
+
+def test_the_order_does_not_depend_on_workers(many, monkeypatch):
+    """In this process, since others start slowly."""
+    monkeypatch.setattr(grain.IterDataset, "mp_prefetch", lambda dataset, *_, **__: dataset)
+    whole, by_workers = (
+        take(make_loader(many, PREPARE, batch_size=4, seed=3, workers=workers), 3)
+        for workers in (0, 2)
+    )
+    for actual, expected in zip(by_workers, whole, strict=True):
+        assert_same_batch(actual, expected)
 
 
 class Read(list):
