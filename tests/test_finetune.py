@@ -140,7 +140,7 @@ def saved(output, step, part):
     return found
 
 
-# All that is by chance: drawn prompts, the order, and with them mirrored images.
+# All that is random: drawn prompts, the order, and mirrored images.
 RANDOM = ["--train", "everything", "--flip", "0.5", "--ema-decay", "0.9"]
 
 

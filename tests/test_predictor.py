@@ -132,7 +132,7 @@ def test_number_of_compilations(compilations):
             masks, _, _ = predictor.predict(coords, np.ones(count, int))
             assert masks.shape == (3, *size)
 
-    # With the point labelled -1 that ends every list without a box.
+    # With the point labeled -1 that ends every list without a box.
     lengths = {count_bucket(count + 1) for count in counts}
     shapes = {tuple(map(size_bucket, size)) for size in sizes}
     assert len(compilations) == 1 + len(lengths) + len(shapes)
@@ -185,7 +185,7 @@ def test_predict(predictor, reference, prompt, multimask):
 
 
 def test_a_stretched_image():
-    """MedSAM's preprocessing, against Meta's predictor given the prepared pixels."""
+    """MedSAM's preprocessing, against Meta's predictor given preprocessed pixels."""
     config = with_preprocessing(SMALL, "medsam")
     predictor = SamPredictor(ours(torch_model(), config))
     image = random_image()

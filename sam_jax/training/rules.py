@@ -209,7 +209,7 @@ def map_with_path(function: Callable, params: PyTree) -> PyTree:
     """Maps `function(path, leaf)` over the leaves of a state, such as `partition` returns."""
 
     def call(key_path, leaf):
-        # Besides the state's keys, the path has the attribute of the variable with the array.
+        # The path also has the attribute of the variable with the array.
         names = [k.key for k in key_path if isinstance(k, jax.tree_util.DictKey)]
         return function(_path(names), leaf)
 

@@ -26,7 +26,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def adapted(plain):
-    """Adapters that are no zeros."""
+    """Adapters that are not zero."""
     model = add_lora(plain, PATTERN, rank=3, alpha=6.0, rngs=nnx.Rngs(1))
     for i, (_, module) in enumerate(nnx.iter_modules(model)):
         if hasattr(module, "lora_b"):
