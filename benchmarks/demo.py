@@ -53,11 +53,11 @@ def main() -> None:
                 path = folder / f"{megapixels}.jpg"
                 Image.fromarray(load()).resize(size(load(), float(megapixels))).save(path)
                 for others in (contextlib.nullcontext(), everything(address, path)):
-                    with others as beside:
+                    with others as note:
                         opened, clicks = visit(Page(browser, address, folder), path)
                     cells = statistics.median(clicks), min(clicks), max(clicks)
                     cells = [f"{seconds:.2f} s" for seconds in (opened, *cells)]
-                    table.add([f"{megapixels} megapixels{beside or ''}", *cells])
+                    table.add([f"{megapixels} megapixels{note or ''}", *cells])
 
 
 @contextlib.contextmanager

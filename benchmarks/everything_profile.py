@@ -1,4 +1,4 @@
-"""Where the time of everything mode goes on a CPU, and how far that is from the machine's limit.
+"""What takes the time of everything mode on a CPU, and how far it is from the machine's limit.
 
     python -m benchmarks.everything_profile
 

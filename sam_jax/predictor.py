@@ -1,4 +1,4 @@
-"""`SamPredictor`: one picture, many prompts. The surface is that of Meta's `SamPredictor`."""
+"""`SamPredictor`, with the API of Meta's: one image, many prompts."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -35,9 +35,9 @@ from sam_jax.validation import (
 
 
 class MaskPrediction(NamedTuple):
-    """What `SamPredictor` predicts: numpy arrays, which unpack in Meta's order.
+    """A prediction of `SamPredictor`: numpy arrays, which unpack in Meta's order.
 
-    A result of `predict_batch` has an axis of prompts before the others.
+    Results of `predict_batch` have a leading axis of prompts.
     """
 
     masks: Bool[np.ndarray, "*b m h w"] | Float[np.ndarray, "*b m h w"]
@@ -45,29 +45,29 @@ class MaskPrediction(NamedTuple):
     scores: Float[np.ndarray, "*b m"]
     """Predicted IoUs."""
     logits: Float[np.ndarray, "*b m side side"]
-    """Low-resolution logits, such as a later `mask_input`."""
+    """Low-resolution logits, which can be a later `mask_input`."""
 
 
 class SamPredictor(WithAdvice):
-    """Computes a picture's embedding once, then answers prompts for it quickly.
+    """Computes an image's embedding once, then predicts masks for prompts quickly.
 
-    Points and boxes are in pixels of the picture. Compiled programs are shared by all predictors of
-    models of the same shape. Pictures of another size need another only for making masks of their
-    size, which is quickly compiled, and the same up to the next of 256, 384, 512, 768, ... pixels.
+    Points and boxes are in pixels of the image. Predictors of models with the same shapes share
+    compiled programs. A new image size recompiles only the small program that resizes masks, and
+    only beyond the next of 256, 384, 512, 768, ... pixels.
 
     Args:
-        model: its parameters are taken as they are now; make a new predictor after changing them.
+        model: its current parameters are used; create a new predictor after changing them.
 
     Raises:
-        TypeError: for what is no `Sam`, such as a model's name.
+        TypeError: if `model` is not a `Sam`, for example a model's name.
     """
 
     def __init__(self, model: Sam):
         check_model(model)
         self.config = model.config
         self.processor = SamProcessor(model.config)
-        # The state that `split` gives shares its variables with the model; a copy of the tree (not
-        # of the arrays) is this predictor's own.
+        # The state that `split` returns shares its variables with the model, so copy the tree (not
+        # the arrays).
         self._graphdef, params = nnx.split(model)
         self._params = jax.tree.map(lambda array: array, params)
         self._dtype = model.mask_decoder.dtype
@@ -80,25 +80,25 @@ class SamPredictor(WithAdvice):
 
     @property
     def device(self) -> Device:
-        """The device that it computes on, the model's."""
-        # Not kept, since devices cannot be pickled; a copy in another process has its own.
+        """The device of the model's parameters, on which the predictor computes."""
+        # Not stored, since devices cannot be pickled; a copy in another process has its own.
         (device, *_) = jax.tree.leaves(self._params)[0].devices()
         return device
 
     def set_image(self, image: ImageInput, image_format: str = "RGB") -> None:
-        """Computes the embedding of a picture, which the following predictions are for.
+        """Computes an image's embedding for the following predictions.
 
         Args:
-            image: a uint8 array [h, w, 3], or anything else that `load_image` takes.
+            image: a uint8 array [h, w, 3], or anything else that `load_image` accepts.
             image_format: "RGB" or "BGR", the order of an array's channels.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: as `load_image`; and for another format.
+            FileNotFoundError, TypeError, ValueError: as `load_image`, and for another format.
         """
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format is {image_format!r}, expected 'RGB' or 'BGR'")
         array = load_image(image)
-        # Pictures of PIL and files say themselves what their channels are.
+        # PIL images and files define the order of their channels themselves.
         if image_format == "BGR" and is_array(image) and not isinstance(image, Image.Image):
             array = np.ascontiguousarray(array[..., ::-1])
         pixels = jax.device_put(self.processor.preprocess(array)[None], self.device)
@@ -106,12 +106,12 @@ class SamPredictor(WithAdvice):
         self.original_size = array.shape[:2]
 
     def get_image_embedding(self) -> Float[np.ndarray, "1 c g g"]:
-        """The current picture's embedding, channels first as Meta's, float32.
+        """The current image's embedding, float32 [1, c, g, g], channels first as in Meta's code.
 
-        Save it (with `original_size`) by `np.save` and give it to `set_image_embedding` later.
+        Save it with `np.save` (with `original_size`) and pass it to `set_image_embedding` later.
 
         Raises:
-            RuntimeError: before a picture is set.
+            RuntimeError: if no image is set.
         """
         features, _ = self._image()
         return np.ascontiguousarray(np.moveaxis(jax.device_get(features).astype(np.float32), -1, 1))
@@ -120,19 +120,19 @@ class SamPredictor(WithAdvice):
 
     @property
     def transform(self) -> "Transform":
-        """Meta's way to resize images and to scale coordinates for `predict_torch`."""
+        """Meta's transform, which resizes images and scales coordinates for `predict_torch`."""
         return Transform(self.processor)
 
     def set_image_embedding(self, embedding: ArrayLike, original_size: ArrayLike) -> None:
-        """Sets a picture by its embedding instead of computing it.
+        """Sets an image by its embedding.
 
         Args:
-            embedding: [1, c, g, g] of `get_image_embedding`, of the same model.
-            original_size: (h, w) of the picture.
+            embedding: [1, c, g, g] from `get_image_embedding` of the same model.
+            original_size: (h, w) of the image in pixels.
 
         Raises:
-            ValueError: for an embedding of another shape or with numbers that are not finite, and
-                for what is no size.
+            ValueError: if the embedding has another shape or numbers that are not finite, or if the
+                size is not two positive integers.
         """
         embedding = check_embedding(embedding, self.config)
         (size,) = check_sizes([original_size], 1, "original_size")
@@ -140,25 +140,25 @@ class SamPredictor(WithAdvice):
         self.original_size = size
 
     def _set_features(self, features: np.ndarray | jax.Array) -> None:
-        # Wherever they come from, of one kind, for which `decode` is compiled once.
+        # Always a committed JAX array, so that `decode` is compiled only once.
         self._features = jax.device_put(features, self.device)
 
     def reset_image(self) -> None:
-        """Forgets the current picture."""
+        """Forgets the current image."""
         self._features: jax.Array | None = None
         self.original_size: tuple[int, int] | None = None
 
     @property
     def is_image_set(self) -> bool:
-        """Whether there is a picture to predict for."""
+        """Whether an image is set."""
         return self._features is not None
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(h, w) of the current picture as the model sees it.
+        """(h, w) of the current image after resizing for the model.
 
         Raises:
-            RuntimeError: before a picture is set.
+            RuntimeError: if no image is set.
         """
         _, original_size = self._image()
         return self.processor.input_size(original_size)
@@ -173,27 +173,27 @@ class SamPredictor(WithAdvice):
         return_logits: bool = False,
         hq_token_only: bool = False,
     ) -> MaskPrediction:
-        """Masks for one prompt.
+        """Predicts masks for one prompt.
+
+        Coordinates outside the image are allowed, but cause a warning.
 
         Args:
             point_coords: [n, 2], x and y of each point.
             point_labels: [n], 1 foreground, 0 background; required with points.
             box: [4], x0, y0, x1, y1.
-            mask_input: [1, 256, 256] low-resolution logits, such as one of the third result of an
-                earlier prediction, or `SamProcessor.mask_to_logits` of a mask.
-            multimask_output: three masks, best for an ambiguous prompt such as a single point, or
-                the one mask for an unambiguous prompt.
-            return_logits: float32 logits instead of booleans.
-            hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
+            mask_input: [1, 256, 256] low-resolution logits, such as `logits[[i]]` of an earlier
+                prediction, or `SamProcessor.mask_to_logits(mask)`.
+            multimask_output: True for three masks, best for an ambiguous prompt such as a single
+                point; False for one mask, best for an unambiguous prompt.
+            return_logits: return float32 logits instead of booleans.
+            hq_token_only: for a SAM-HQ, return its own mask instead of its sum with SAM's.
 
         Returns:
             Masks [m, h, w], scores [m] and logits [m, 256, 256].
 
-        Coordinates outside the image are legal, and warned of.
-
         Raises:
-            RuntimeError: before a picture is set.
-            ValueError: for a prompt that cannot be used.
+            RuntimeError: if no image is set.
+            ValueError: if the prompt is invalid.
         """
         if box is not None:
             box = to_numbers(box, "box")
@@ -225,7 +225,7 @@ class SamPredictor(WithAdvice):
         return_logits: bool = False,
         hq_token_only: bool = False,
     ) -> MaskPrediction:
-        """Masks for b prompts in one compiled call.
+        """Predicts masks for b prompts in one compiled call.
 
         Args:
             point_coords: [b, n, 2] or b lists of different lengths; x and y of each point.
@@ -255,10 +255,10 @@ class SamPredictor(WithAdvice):
         return_logits: bool = False,
         hq_token_only: bool = False,
     ) -> MaskPrediction:
-        """`predict_batch` with coordinates in pixels of the model's input, as Meta's of that name.
+        """`predict_batch` with coordinates in pixels of the model's input, as in Meta's code.
 
-        Takes and gives numpy arrays, of the shapes that `predict_batch` names;
-        `SamProcessor.scale_coords` makes such coordinates.
+        Takes and returns numpy arrays with the shapes of `predict_batch`. Scale coordinates with
+        `SamProcessor.scale_coords`.
         """
         prompts = point_coords, point_labels, boxes, mask_input
         return self._predict(prompts, False, multimask_output, return_logits, hq_token_only)
@@ -291,16 +291,16 @@ class SamPredictor(WithAdvice):
             threshold=None if return_logits else self.config.mask_threshold,
             count=count * low_res.shape[2],
         )
-        # Copies, which may be written to and hold no padding in memory.
+        # Copies, which are writable and do not keep the padding in memory.
         low_res, scores = (np.array(x[0, :count]) for x in jax.device_get((low_res, scores)))
         masks = full.reshape(*low_res.shape[:2], *original_size)
         return MaskPrediction(masks, scores, low_res)
 
     def _prompts(self, point_coords, point_labels, boxes, mask_input, in_image):
-        """The prompts as labelled points [b, n, 2], [b, n], and masks [b, side, side] or None.
+        """The prompts as labeled points [b, n, 2], [b, n], and masks [b, side, side] or None.
 
-        Points are in pixels of the model's input, given in those of the image if `in_image`. The
-        masks may be one for all.
+        The points returned are in pixels of the model's input; those given are in pixels of the
+        image if `in_image`. One mask may be shared by all prompts.
         """
         if (point_coords is None) != (point_labels is None):
             given, missing = "point_coords", "point_labels"
@@ -322,12 +322,12 @@ class SamPredictor(WithAdvice):
         counts = {}
         for name, value in given.items():
             if np.ndim(value) == 0 if is_array(value) else not isinstance(value, Sequence):
-                raise ValueError(f"{name} is {value!r}, expected an entry for each prompt")
+                raise ValueError(f"{name} is {value!r}, expected one entry for each prompt")
             counts[name] = len(value)
         if len(counts) > 1 and counts.get("mask_input") == 1:
-            del counts["mask_input"]  # one for all
+            del counts["mask_input"]  # shared by all prompts
         if len(set(counts.values())) > 1:
-            raise ValueError(f"there must be as many of each prompt, but there are {counts}")
+            raise ValueError(f"the numbers of prompts differ: {counts}; expected the same number")
         count = next(iter(counts.values()), 1)
         if count == 0:
             raise ValueError(f"there are no prompts: {', '.join(counts)} are empty")
@@ -369,7 +369,7 @@ class SamPredictor(WithAdvice):
                 )
             check_logits(masks, "mask_input")
             masks = masks[:, 0].astype(np.float32)
-        if coords is None and boxes is None:  # a mask alone, or no prompt at all
+        if coords is None and boxes is None:  # only a mask, or no prompt at all
             coords = np.zeros((count, 1, 2), np.float32)
             return coords, np.full((count, 1), PADDING, np.int32), masks
         return *join_prompts(coords, labels, boxes), masks
@@ -377,34 +377,34 @@ class SamPredictor(WithAdvice):
     def _image(self) -> tuple[jax.Array, tuple[int, int]]:
         """The current image's embedding, and its size (h, w)."""
         if self._features is None or self.original_size is None:
-            raise RuntimeError("no picture is set; call set_image (or set_image_embedding) first")
+            raise RuntimeError("no image is set; call set_image (or set_image_embedding) first")
         return self._features, self.original_size
 
 
 class Transform(WithAdvice):
-    """What `segment_anything` calls `ResizeLongestSide`, on arrays of any library; gives numpy's.
+    """The counterpart of `segment_anything`'s `ResizeLongestSide`.
 
-    Sizes are (h, w) of the image.
+    Accepts arrays of any library and returns numpy arrays. Sizes are (h, w) of the image.
     """
 
     def __init__(self, processor: SamProcessor):
         self._processor = processor
 
     def apply_image(self, image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
-        """The image at the size at which the model sees it."""
+        """Resizes an image for the model."""
         return self._processor.resize(image)
 
     def apply_coords(
         self, coords: ArrayLike, original_size: ArrayLike
     ) -> Float[np.ndarray, "*batch 2"]:
-        """(x, y) from pixels of the image to pixels of the model's input, float32."""
+        """Scales (x, y) from pixels of the image to pixels of the model's input, float32."""
         (size,) = check_sizes([original_size], 1, "original_size")
         return self._processor.scale_coords(to_numbers(coords, "coords"), size)
 
     def apply_boxes(
         self, boxes: ArrayLike, original_size: ArrayLike
     ) -> Float[np.ndarray, "*batch 4"]:
-        """x0, y0, x1, y1 likewise."""
+        """Scales boxes (x0, y0, x1, y1) from pixels of the image to pixels of the model's input."""
         boxes = to_numbers(boxes, "boxes")
         return self.apply_coords(boxes.reshape(-1, 2, 2), original_size).reshape(boxes.shape)
 
@@ -412,7 +412,7 @@ class Transform(WithAdvice):
 
 
 def check_scores(iou: Float[np.ndarray, "..."]) -> None:
-    """Raises NonFiniteError for predicted IoUs that are NaN or infinite, of which no mask comes."""
+    """Raises NonFiniteError for predicted IoUs that are NaN or infinite."""
     if not np.isfinite(iou).all():
         raise NonFiniteError(
             "the model predicts IoUs that are NaN or infinite: its weights are damaged, or too "

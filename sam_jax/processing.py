@@ -1,7 +1,7 @@
-"""Pictures and prompts to the model's arrays, and its masks back to pictures: `SamProcessor`.
+"""`SamProcessor`: converts images and prompts to the model's arrays, and its masks to full size.
 
-The surface is that of `transformers.SamProcessor`; what Meta's `ResizeLongestSide`,
-`Sam.preprocess` and `Sam.postprocess_masks` do is here too, since it is the same.
+The API is that of `transformers.SamProcessor`. It also covers Meta's `ResizeLongestSide`,
+`Sam.preprocess` and `Sam.postprocess_masks`, which compute the same.
 """
 
 import math
@@ -39,7 +39,7 @@ from sam_jax.validation import (
 
 
 class SamProcessor(WithAdvice):
-    """Makes the arguments of `Sam.__call__` from pictures and prompts, and pictures of its masks.
+    """Makes the arguments of `Sam.__call__` from images and prompts, and resizes its masks.
 
     processor = SamProcessor.from_pretrained("mobile_sam")
     inputs = processor(image, input_points=[[[450, 600]]])
@@ -49,10 +49,10 @@ class SamProcessor(WithAdvice):
     )
 
     Args:
-        config: the model's, for its image size and how its pictures are prepared. They are resized
-            as Meta does, by PIL's bilinear filter, also for MedSAM (trained with a cubic one) and
-            LiteMedSAM (with OpenCV's area filter): of a photo of 600 x 400 pixels the values from
-            0 to 1 differ from theirs by 0.006 and 0.004 on average.
+        config: the model's configuration, for its image size and preprocessing. Images are resized
+            as in Meta's code, by PIL's bilinear filter, also for MedSAM (trained with a cubic
+            filter) and LiteMedSAM (with OpenCV's area filter). For a photo of 600 x 400 pixels,
+            values from 0 to 1 differ from those models' own by 0.006 and 0.004 on average.
     """
 
     def __init__(self, config: SamConfig):
@@ -60,7 +60,7 @@ class SamProcessor(WithAdvice):
 
     @property
     def image_processor(self) -> "SamProcessor":
-        """The processor itself, whose methods have another home in `transformers`."""
+        """The processor itself; in `transformers`, its methods belong to another object."""
         return self
 
     @classmethod
@@ -70,7 +70,7 @@ class SamProcessor(WithAdvice):
         *,
         preprocessing: Preprocessing | None = None,
     ) -> "SamProcessor":
-        """The processor for a checkpoint; arguments as of `sam_jax.from_pretrained`."""
+        """The processor for a checkpoint; arguments and errors as for `sam_jax.from_pretrained`."""
         return cls(with_preprocessing(load_config(name_or_path), preprocessing))
 
     @with_advice
@@ -83,44 +83,43 @@ class SamProcessor(WithAdvice):
         input_boxes: PromptsLike | None = None,
         return_tensors: str | None = None,
     ) -> "SamInputs":
-        """Arrays for `model(**inputs)`, all numpy; B images, P prompts each, N points each.
+        """Numpy arrays for `model(**inputs)`: B images, P prompts each, N points each.
+
+        Coordinates outside an image are allowed, but cause a warning.
 
         Args:
-            images: one picture or a list of them, of any sizes: PIL images, uint8 arrays
+            images: one image or a list of images, of any sizes: PIL images, uint8 arrays
                 [h, w, 3] (RGB), [h, w], [h, w, 1] or [h, w, 4] (alpha is dropped), or paths.
-            segmentation_maps: an integer map [h, w] per picture, to train with.
+            segmentation_maps: an integer map [h, w] per image, for training.
             input_points: (x, y) in pixels of the images, nested `[image][prompt][point][xy]`, or
-                `[image][point][xy]` for one prompt per image. Lists may be of different lengths;
-                None for an image without points, which gets prompts of no points.
-            input_labels: 1 foreground, 0 background, nested as the points (`[image][point]` will do
+                `[image][point][xy]` for one prompt per image. Lists may have different lengths;
+                None stands for an image without points.
+            input_labels: 1 foreground, 0 background, nested like the points (or `[image][point]`
                 for one prompt per image); foreground if left out.
-            input_boxes: (x0, y0, x1, y1) in pixels of the images, nested `[image][box][4]`, None
-                for an image without boxes. Given with points, one for each prompt.
-            return_tensors: "np" or None, which mean the same: the arrays are numpy's.
+            input_boxes: (x0, y0, x1, y1) in pixels of the images, nested `[image][box][4]`; None
+                for an image without boxes. With points, one box for each prompt.
+            return_tensors: "np" or None; the arrays are numpy arrays in both cases.
 
         Returns:
             `pixel_values` float32 [B, size, size, 3], channels last; `original_sizes` and
-            `reshaped_input_sizes` int64 [B, 2], (h, w); and as far as given `input_points` float32
+            `reshaped_input_sizes` int64 [B, 2], (h, w); and, if given, `input_points` float32
             [B, P, N, 2], `input_labels` int32 [B, P, N], `input_boxes` float32 [B, P, 4], in pixels
-            of the model's input, and `labels` int64 [B, 256, 256], as large as low-resolution
-            masks. Shorter lists of points are padded with label -10, which changes nothing. Images
-            with fewer prompts are padded with prompts of no points (or boxes of zeros), whose masks
-            are to be dropped.
+            of the model's input, and `labels` int64 [B, 256, 256], at the size of low-resolution
+            masks. Shorter lists of points are padded with label -10, which has no effect. Images
+            with fewer prompts are padded with prompts without points (or boxes of zeros); drop
+            their masks.
 
         Raises:
-            TypeError, ValueError: for a picture or a prompt that cannot be used; the message says
-                which and why.
-
-        Coordinates outside an image are legal, and warned of.
+            TypeError, ValueError: for an invalid image or prompt; the message names it.
         """
         if return_tensors not in (None, "np"):
             raise ValueError(
-                f"return_tensors is {return_tensors!r}, expected 'np' or nothing: the arrays are "
-                "numpy's, which the model takes"
+                f"return_tensors is {return_tensors!r}, expected 'np' or nothing: the model takes "
+                "numpy arrays"
             )
         arrays = [load_image(image) for image in image_list(images)]
         if not arrays:
-            raise ValueError("images is an empty list, expected at least one picture")
+            raise ValueError("images is an empty list, expected at least one image")
         sizes = [array.shape[:2] for array in arrays]
         result = SamInputs(
             pixel_values=np.stack([self.preprocess(array) for array in arrays]),
@@ -159,10 +158,10 @@ class SamProcessor(WithAdvice):
         return result
 
     def input_size(self, original_size: ArrayLike) -> tuple[int, int]:
-        """(h, w) of a picture of that (h, w) once it is resized to the model's image size.
+        """(h, w) of an image of size `original_size` (h, w) after resizing for the model.
 
         Raises:
-            ValueError: for what is no size.
+            ValueError: if `original_size` is not two positive integers.
         """
         (size,) = check_sizes([original_size], 1, "original_size")
         return fit(size, self.config.image_size, self.config)
@@ -170,10 +169,10 @@ class SamProcessor(WithAdvice):
     def scale_coords(
         self, coords: ArrayLike, original_size: ArrayLike
     ) -> Float[np.ndarray, "*batch 2"]:
-        """(x, y) in pixels of a picture of (h, w) -> in pixels of the model's input; float32.
+        """Scales (x, y) from pixels of an image of size (h, w) to pixels of the model's input.
 
         Raises:
-            TypeError, ValueError: for what are no numbers, or no size.
+            TypeError, ValueError: if the coordinates are not numbers, or the size is invalid.
         """
         ((height, width),) = check_sizes([original_size], 1, "original_size")
         new_height, new_width = self.input_size((height, width))
@@ -181,11 +180,11 @@ class SamProcessor(WithAdvice):
         return (to_numbers(coords, "coords") * scale).astype(np.float32)
 
     def preprocess(self, image: ImageInput) -> Float[np.ndarray, "size size 3"]:
-        """Resizes, normalises, then pads with zeros at the bottom and right."""
+        """Resizes, normalizes, then pads with zeros at the bottom and right; float32."""
         return self.normalize(self.resize(image))
 
     def resize(self, image: ImageInput) -> UInt8[np.ndarray, "height width 3"]:
-        """The image at its `input_size`, by PIL's bilinear filter; takes what `load_image` does."""
+        """Resizes an image to its `input_size` with PIL's bilinear filter."""
         image = load_image(image)
         height, width = self.input_size(image.shape[:2])
         if (height, width) == image.shape[:2]:
@@ -193,7 +192,7 @@ class SamProcessor(WithAdvice):
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
     def normalize(self, image: ImageInput) -> Float[np.ndarray, "size size 3"]:
-        """Normalises a picture that fits the model's input, then pads it."""
+        """Normalizes a resized image, then pads it with zeros at the bottom and right."""
         image = load_image(image)
         height, width = image.shape[:2]
         size = self.config.image_size
@@ -215,20 +214,20 @@ class SamProcessor(WithAdvice):
         mask_threshold: float | None = None,
         binarize: bool = True,
     ) -> list[np.ndarray]:
-        """Low-resolution logits to masks of the pictures' own sizes.
+        """Converts low-resolution logits to masks of the images' own sizes.
 
         Args:
             masks: `pred_masks` [B, P, m, 256, 256], or a list of B arrays [P, m, 256, 256].
-            original_sizes: (h, w) of each picture, as from `__call__`.
-            reshaped_input_sizes: (h, w) of each picture as the model sees it, likewise.
-            mask_threshold: what a logit must exceed; the model's (0) if left out.
+            original_sizes: (h, w) of each image, as returned by `__call__`.
+            reshaped_input_sizes: (h, w) of each resized image, as returned by `__call__`.
+            mask_threshold: threshold of the logits; the model's (0) if left out.
             binarize: False for float32 logits instead of booleans.
 
         Returns:
-            For each image its masks [P, m, h, w].
+            Masks [P, m, h, w] for each image.
 
         Raises:
-            ValueError: for other shapes, and for numbers of masks and sizes that differ.
+            ValueError: for other shapes, or if the numbers of masks and sizes differ.
         """
         # Iterating over a JAX array would compile a slice for each shape.
         masks = masks if isinstance(masks, (list, tuple)) else as_numpy(masks, "masks")
@@ -269,11 +268,11 @@ class SamProcessor(WithAdvice):
         threshold: float | None,
         count: int | None = None,
     ) -> Bool[np.ndarray, "n h w"] | Float[np.ndarray, "n h w"]:
-        """Low-resolution logits to one image's size; above `threshold`, or the logits if None.
+        """Resizes low-resolution logits to one image's size; boolean, or logits without threshold.
 
-        Only the first `count` masks are computed, if given. Masks in JAX arrays are computed where
-        they are. Compiles once for each bucket of heights and widths, and of counts of masks in
-        numpy arrays.
+        If `count` is given, only the first `count` masks are computed. JAX arrays are processed on
+        their device. XLA compiles once for each bucket of heights and widths, and of numbers of
+        masks in numpy arrays.
         """
         side, image_size = masks.shape[-1], self.config.image_size
         rows, columns = (
@@ -292,21 +291,21 @@ class SamProcessor(WithAdvice):
         arrays = jax.device_put((rows, columns, limit, np.int32(count)), device)
         full = _resize_first(masks, *arrays)
         height, width = original_size
-        # A copy, which may be written to and holds no padding in memory.
+        # A copy, which is writable and does not keep the padding in memory.
         return np.array(jax.device_get(full)[:count, :height, :width])
 
     def mask_to_logits(self, mask: ArrayLike) -> Float[np.ndarray, "*batch 1 side side"]:
-        """A mask of the image's size as low-resolution logits, to be a prompt.
+        """Converts a mask of the image's size to low-resolution logits for use as a mask prompt.
 
         `predictor.predict(mask_input=processor.mask_to_logits(mask))`. The mask is resized and
-        padded as images are. The logits are from -20 to 20, in proportion to how much of a pixel
-        the mask covers: the model's own are mostly from 3 to 11 inside an object and from -5 to -16
-        outside (MobileSAM on photos), and a mask as a prompt is followed more closely at 20 than at
-        10, with no more at 30.
+        padded like an image. Logits range from -20 to 20, in proportion to how much of a pixel the
+        mask covers. The model's own logits are mostly 3 to 11 inside an object and -5 to -16
+        outside (MobileSAM on photos), but it follows a mask prompt more closely at 20 than at 10,
+        and not more closely at 30.
 
         Args:
             mask: [h, w], or several as [..., h, w]: booleans, integers (0 outside, 1 or 255
-                inside), or floats from 0 to 1, probabilities.
+                inside), or probabilities, floats from 0 to 1.
 
         Returns:
             float32 [..., 1, 256, 256], positive inside: `mask_input` of `predict` for one mask, of
@@ -328,9 +327,9 @@ class SamProcessor(WithAdvice):
             inside = inside / 255
         if not ((inside >= 0) & (inside <= 1)).all() or (whole and (inside % 1).any()):
             raise ValueError(
-                f"mask holds {reprlib.repr(np.unique(inside).tolist())}, expected booleans, 0 and "
-                "1, 0 and 255, or probabilities; of a map of labels give map == label, of logits "
-                "logits > 0, or low-resolution logits as they are"
+                f"mask has the values {reprlib.repr(np.unique(inside).tolist())}, expected "
+                "booleans, 0 and 1, 0 and 255, or probabilities; for a map of labels give "
+                "map == label, for logits give logits > 0; low-resolution logits need no conversion"
             )
         size, config = inside.shape[-2:], self.config
         rows, columns = (
@@ -349,15 +348,15 @@ class SamProcessor(WithAdvice):
         labels = np.zeros((len(maps), side, side), np.int64)
         for i, (given, size) in enumerate(zip(maps, sizes, strict=True)):
             array = as_numpy(given, f"segmentation_maps[{i}]")
-            # They are resized as int32.
+            # Maps are resized as int32.
             if array.dtype.kind in "iu" and (far := array[array != array.astype(np.int32)]).size:
                 raise ValueError(
-                    f"segmentation_maps[{i}] holds {far[0]}, expected -2^31 to 2^31 - 1"
+                    f"segmentation_maps[{i}] has the value {far[0]}, expected -2^31 to 2^31 - 1"
                 )
             if array.shape != size or array.dtype.kind not in "iub":
                 raise ValueError(
                     f"segmentation_maps[{i}] is {array.dtype} of shape {array.shape}, expected "
-                    f"integers of its picture's shape {size}"
+                    f"integers of its image's shape {size}"
                 )
             height, width = fit(size, side, self.config)
             resized = Image.fromarray(array.astype(np.int32)).resize(
@@ -369,7 +368,7 @@ class SamProcessor(WithAdvice):
 
 @jax.tree_util.register_pytree_with_keys_class
 class SamInputs(dict):
-    """What `SamProcessor` returns: a dictionary whose entries are attributes, too."""
+    """What `SamProcessor` returns: a dictionary whose entries are also attributes."""
 
     def __getattr__(self, name: str) -> np.ndarray:
         try:
@@ -390,12 +389,12 @@ class SamInputs(dict):
 
 @jax.jit
 def _resize_first(masks, rows, columns, threshold, count):
-    """The first masks at full size, above the threshold unless it is None; then zeros."""
+    """The first `count` masks at full size, then zeros; thresholded if there is a threshold."""
     masks = masks.reshape(-1, *masks.shape[-2:])
     dtype = jnp.float32 if threshold is None else bool
     result = jnp.zeros((len(masks), len(rows), len(columns)), dtype)
 
-    # One at a time, so that only one mask's logits are alive at full size.
+    # One at a time, so that only one mask's logits are in memory at full size.
     def add(i, result):
         logits = resize_masks(masks[i], rows, columns)
         return result.at[i].set(logits if threshold is None else logits > threshold)

@@ -23,7 +23,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# A fifth of the time would go to memory that is given back to the system and taken anew: the
+# A fifth of the time would be spent on returning memory to the system and taking it again: the
 # workers, which start after this, and what they start keep theirs.
 os.environ.setdefault(
     "GLIBC_TUNABLES",
@@ -33,7 +33,7 @@ os.environ.setdefault(
 # JAX writes an entry in place. Who reads it half-written is warned and compiles the program itself.
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry:UserWarning"
 
-# Most programs here run once and on little: without LLVM's optimisations and XLA's new emitters
+# Most programs here run once and on little: without LLVM's optimizations and XLA's new emitters
 # they compile in a quarter of the time. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests nearly
 # all as users compile them. (XLA stops at a flag that it does not know: for versions that do.)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

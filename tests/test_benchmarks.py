@@ -32,7 +32,7 @@ def commands():
 
 
 class Parsed(Exception):
-    """In the place of the benchmark."""
+    """Replaces the benchmark."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -174,7 +174,7 @@ def test_a_process_that_dies_takes_no_other_with_it(run):
     assert run.alone(abs, -1) == 1
 
 
-# Arrays of 1, 4, 1 and 1 GB; what is inside of a fusion is no traffic, and a bitcast is none.
+# Arrays of 1, 4, 1 and 1 GB; arrays inside a fusion and bitcasts do not count as traffic.
 HLO = """HloModule jit_f
 
 %fused (x: bf16[500000000]) -> f32[1000000000] {

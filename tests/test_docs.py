@@ -68,7 +68,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("mobile_sam_file")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
 def test_python(page, folder):
-    """All of a page in one session, as one reads; everything-mode with few points."""
+    """Runs a whole page in one session, in order; everything mode with few points."""
     code = "\n".join(blocks(page.read_text(), "python"))
     code = re.sub(r"(points_per_(?:side|crop))=8", r"\1=3", code)
     if "optimizer" in code:  # compiling which takes longer than running it
@@ -105,7 +105,7 @@ def test_bash(page, monkeypatch):
     """All commands of a page in their order; two steps of training, and few points of everything.
 
     Other programs' are left out. Those that need other machines, and the one that runs until it is
-    stopped, are only looked at: their arguments are what they take.
+    stopped, are only parsed: their arguments must be valid.
     """
     text = "\n".join(blocks(page.read_text(), "bash")).replace("\\\n", " ")
     if "run/model" in text and "finetune.py" not in text:

@@ -140,7 +140,7 @@ def saved(output, step, part):
     return found
 
 
-# All that is by chance: drawn prompts, the order, and with them mirrored images.
+# All that is random: drawn prompts, the order, and mirrored images.
 RANDOM = ["--train", "everything", "--flip", "0.5", "--ema-decay", "0.9"]
 
 
@@ -300,7 +300,7 @@ def write_squares(folder, *sides):
 def test_objects_that_are_too_small(model, tmp_path, capfd):
     """A cell of the target grid is 2 pixels of the model's input, 8 of the images."""
     run, options = tmp_path / "run", write_squares(tmp_path, 4, 4)
-    with pytest.raises(ValueError, match=r"no object of the 2 images .*; compare masks at --full-"):
+    with pytest.raises(ValueError, match=r"no object in the 2 images .*; compare masks at --full-"):
         finetune.main(config_of(tmp_path, model, run, *options))
     assert not (run / "metrics.jsonl").exists()
     assert not (run / "embeddings").exists()

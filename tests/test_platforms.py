@@ -210,7 +210,7 @@ def vit(nvidia):
 
 @pytest.mark.parametrize(("nvidia", "bits"), [("9.0", 32), ("8.0", 64)], indirect=["nvidia"])
 def test_flash_attention_is_the_default_of_nvidia(nvidia, vit, bits):
-    """For all layers, in everything-mode's encoder."""
+    """For all layers, in the encoder of everything mode."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("images",))
     with jax.enable_x64(bits == 64):
         pixels = shape(1, 512, 512, 3)

@@ -132,7 +132,7 @@ def test_number_of_compilations(compilations):
             masks, _, _ = predictor.predict(coords, np.ones(count, int))
             assert masks.shape == (3, *size)
 
-    # With the point labelled -1 that ends every list without a box.
+    # With the point labeled -1 that ends every list without a box.
     lengths = {count_bucket(count + 1) for count in counts}
     shapes = {tuple(map(size_bucket, size)) for size in sizes}
     assert len(compilations) == 1 + len(lengths) + len(shapes)
@@ -185,7 +185,7 @@ def test_predict(predictor, reference, prompt, multimask):
 
 
 def test_a_stretched_image():
-    """MedSAM's preprocessing, against Meta's predictor given the prepared pixels."""
+    """MedSAM's preprocessing, against Meta's predictor given preprocessed pixels."""
     config = with_preprocessing(SMALL, "medsam")
     predictor = SamPredictor(ours(torch_model(), config))
     image = random_image()
@@ -541,12 +541,12 @@ def test_parameters_are_those_of_when_it_was_made():
             {"point_coords": POINTS[0], "point_labels": [1, 0]},
             r"point_coords have shape \(2,\), expected \(n, 2\)",
         ),
-        ({"point_coords": [[1, np.nan]], "point_labels": [1]}, "point_coords hold .* not finite"),
-        ({"box": [9, 2, 3, 8]}, r"boxes hold \[9.0, 2.0, 3.0, 8.0\], expected .* x0 <= x1"),
+        ({"point_coords": [[1, np.nan]], "point_labels": [1]}, "point_coords have .* not finite"),
+        ({"box": [9, 2, 3, 8]}, r"boxes have \[9.0, 2.0, 3.0, 8.0\], expected .* x0 <= x1"),
         ({"box": [1, 8, 3, 2]}, r"expected .* y0 <= y1"),
         ({"box": [1, 2, 3]}, r"box has shape \(3,\), expected \(4,\)"),
         ({"box": [BOX, BOX]}, r"box has shape \(2, 4\), .*predict_batch takes several boxes"),
-        ({"box": [1, 2, 3, np.inf]}, "boxes hold .* not finite"),
+        ({"box": [1, 2, 3, np.inf]}, "boxes have .* not finite"),
         (
             {"mask_input": np.zeros((1, *SIZE))},
             r"mask_input has shape \(1, 71, 113\), expected \(1, 48, 48\): low-resolution logits",
@@ -571,12 +571,12 @@ def test_bad_prompts(predictor, prompt, message):
             {"point_coords": [POINTS] * 2, "point_labels": [LABELS] * 2, "boxes": [BOX] * 3},
             "'point_coords': 2, 'point_labels': 2, 'boxes': 3",
         ),
-        ({"point_coords": [POINTS] * 2, "point_labels": [LABELS]}, "as many of each prompt"),
+        ({"point_coords": [POINTS] * 2, "point_labels": [LABELS]}, "numbers of prompts differ"),
         ({"boxes": [BOX], "mask_input": np.zeros((2, 1, 48, 48))}, "'boxes': 1, 'mask_input': 2"),
         ({"boxes": np.zeros((0, 4))}, "there are no prompts: boxes are empty"),
         ({"point_coords": [], "point_labels": []}, "no prompts: point_coords, point_labels are"),
         ({"boxes": BOX}, r"boxes have shape \(4,\), expected \(n, 4\)"),
-        ({"boxes": [BOX, BOX[[2, 1, 0, 3]]]}, r"boxes hold \[90.0, 8.5, 12.0, 66.0\]"),
+        ({"boxes": [BOX, BOX[[2, 1, 0, 3]]]}, r"boxes have \[90.0, 8.5, 12.0, 66.0\]"),
         ({"point_coords": POINTS, "point_labels": LABELS}, r"shape \(2,\), expected \(n, 2\)"),
         ({"mask_input": np.zeros((2, 48, 48))}, r"mask_input has shape .*expected \(1, 48, 48\)"),
     ],
@@ -628,9 +628,9 @@ def test_prompts_that_look_like_something_else(predictor, prompt, message):
     [
         (
             {"point_coords": [[[450, 600]], [[60, 30], [-30, 2]]], "point_labels": [[1], [1, 0]]},
-            r"point_coords hold \(450, 600\) and 1 more, outside; .*width 113 and height 71",
+            r"point_coords have \(450, 600\) and 1 more, outside; .*width 113 and height 71",
         ),
-        ({"boxes": [[1, 2, 120, 8]]}, r"boxes hold \(120, 8\), outside"),
+        ({"boxes": [[1, 2, 120, 8]]}, r"boxes have \(120, 8\), outside"),
         ({"point_coords": [[[30, 100]]], "point_labels": [[1]]}, "are they y, x?"),
         ({"point_coords": [[[0.4, 0.5]]], "point_labels": [[1]]}, "are they fractions?"),
         ({"boxes": [[0.1, 0.2, 0.4, 0.5]]}, "are they fractions?"),

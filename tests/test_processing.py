@@ -124,7 +124,7 @@ def test_medsams_images():
 
 
 def test_medsams_resampling_is_as_close_as_we_say():
-    """PIL's bilinear filter beside those of the authors' own inference, on a photo."""
+    """PIL's bilinear filter compared with the authors' own inference, on a photo."""
     image = skimage.data.coffee()
     medsam = skimage.transform.resize(
         image, (1024, 1024), order=3, preserve_range=True, anti_aliasing=True
@@ -197,9 +197,9 @@ def test_segmentation_maps_of_booleans_and_large_numbers(small):
         (np.zeros((9, 8), int), r"segmentation_maps\[0\] is int64 of shape \(9, 8\).*\(8, 9\)"),
         (np.zeros((8, 9)), r"is float64 of shape \(8, 9\), expected integers"),
         ([np.zeros((8, 9), int)] * 2, "there are 1 images, but 2 segmentation_maps"),
-        (np.full((8, 9), 3_000_000_000, np.uint32), r"maps\[0\] holds 3000000000, expected -2"),
-        (np.full((8, 9), 2**32 + 5), "holds 4294967301, expected -2"),
-        (np.full((8, 9), 2**64 - 1, np.uint64), "holds 18446744073709551615, expected -2"),
+        (np.full((8, 9), 3_000_000_000, np.uint32), r"\[0\] has the value 3000000000, expected -2"),
+        (np.full((8, 9), 2**32 + 5), "has the value 4294967301, expected -2"),
+        (np.full((8, 9), 2**64 - 1, np.uint64), "has the value 18446744073709551615, expected -2"),
         (np.full((8, 9), -(2**31) - 1), "holds -2147483649, expected -2"),
     ],
 )
@@ -588,7 +588,7 @@ def test_a_mask_becomes_logits_and_back(size, resize, image_size):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (np.array([[0, 1, 2]]), "mask holds .*of a map of labels give map == label"),
+        (np.array([[0, 1, 2]]), "mask has the values .*for a map of labels give map == label"),
         (np.array([[-3.5, 8.2]]), "of logits logits > 0"),
         (np.zeros(4), r"shape \(4,\), expected \(h, w\)"),
         (np.zeros((60, 90, 1)), r"looks like \(h, w, channels\).*use mask\[..., 0\]"),

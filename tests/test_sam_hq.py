@@ -1,4 +1,4 @@
-"""SAM-HQ: the original (`segment-anything-hq`) and Hugging Face's `SamHQModel` beside ours.
+"""SAM-HQ: sam_jax against the original (`segment-anything-hq`) and Hugging Face's `SamHQModel`.
 
 Hugging Face's masks are compared by way of the original: the decoder of its `SamHQModel` (5.23)
 upscales the embedding from before the transformer, with rows and columns exchanged. Its weights,

@@ -135,7 +135,7 @@ def test_an_image_of_one_pixel():
         ({"point_coords": [1, 2], "point_labels": [1]}, r"have shape \(2,\), expected \(n, 2\)"),
         ({"point_coords": [[1, 2]], "point_labels": [7]}, r"have labels \[7.0\]; known are"),
         ({"boxes": [1, 2, 3, 4]}, r"boxes have shape \(4,\), expected \(n, 4\)"),
-        ({"boxes": [[5, 2, 3, 4]]}, r"boxes hold \[5.0, 2.0, 3.0, 4.0\], expected x0, y0, x1, y1"),
+        ({"boxes": [[5, 2, 3, 4]]}, r"boxes have \[5.0, 2.0, 3.0, 4.0\], expected x0, y0, x1, y1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -99,7 +99,7 @@ class Results:
             if self.format == "coco":  # damaged; `parts` holds only results, so write it again
                 return False
             raise ValueError(
-                f"{result} is in the place of the result of {image_file}, but is not a result "
+                f"{result} is where the result of {image_file} belongs, but is not a result "
                 f"({error}); remove it or choose another output"
             ) from error
         if source != expected:

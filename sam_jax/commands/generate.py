@@ -121,7 +121,8 @@ def generate(args: Generate) -> None:
     for line in joined[1:]:
         say(line)
     if failures:
-        raise ValueError("\n".join([f"{len(failures)} images failed:", *failures]))
+        what = "1 image" if len(failures) == 1 else f"{len(failures)} images"
+        raise ValueError("\n".join([f"{what} failed:", *failures]))
 
 
 def _generate(args, model, options, results, todo, total, failures) -> None:

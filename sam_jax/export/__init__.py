@@ -1,7 +1,7 @@
-"""A model for programs without sam_jax: `jax.export` artefacts, or ONNX.
+"""Exports a model for programs without sam_jax: as `jax.export` artifacts, or as ONNX.
 
-An artefact of `jax.export` is a program, not an archive: JAX promises to run it with its releases
-of the next six months (and of the three weeks before). Keep the checkpoint.
+A `jax.export` artifact is not an archive: JAX guarantees that releases of the next six months (and
+of the three weeks before) can run it. Keep the checkpoint.
 """
 
 import lazy_loader

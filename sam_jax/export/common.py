@@ -1,4 +1,4 @@
-"""What both kinds of export write and need."""
+"""Helpers of both kinds of export."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from sam_jax.ops.attention import Implementation
 
 
 def write_config(folder: Path, model: Sam, **more: Any) -> None:
-    """Writes `config.json`: what a program needs to know to use the model."""
+    """Writes `config.json`: the settings that programs need to use the model."""
     names = (
         *("image_size", "mask_size", "mask_threshold"),
         *("resize", "normalization", "pixel_mean", "pixel_std"),
@@ -24,7 +24,7 @@ def write_config(folder: Path, model: Sam, **more: Any) -> None:
 
 
 def vit_blocks(model: Sam) -> list:
-    """The blocks whose attention can be chosen: those of a ViT."""
+    """The blocks whose attention can be chosen; only a ViT has them."""
     encoder = model.image_encoder
     return list(encoder.blocks) if isinstance(encoder, ImageEncoderViT) else []
 

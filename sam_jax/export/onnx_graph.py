@@ -1,13 +1,13 @@
-"""Traced JAX functions as ONNX graphs: the operations that SAM consists of, and no others.
+"""Converts traced JAX functions to ONNX graphs; supports only the operations of SAM.
 
-`Graph.call` traces a function, walks its jaxpr, and adds a node for each equation. What depends on
-constants alone (folded weights, tables of positions, indices) is computed on the way. Each constant
-is stored once, and only one slice of what repeats along an axis. One size of the inputs may be left
-open, such as the number of points. An operation that is not known here is an error.
+`Graph.call` traces a function, walks its jaxpr, and adds a node for each equation. Values that
+depend only on constants (folded weights, position tables, indices) are computed on the way. Each
+constant is stored once, and only one slice of a constant that repeats along an axis. One size of
+the inputs may be symbolic, such as the number of points. Unknown operations are errors.
 
-Not by jax2onnx: the decoder that it makes (0.13.0, which works with our Orbax, and 0.17.1, which
-needs an older one) is refused by ONNX Runtime, for a linear layer of a vector and for n + 5 tokens
-taken for 5.
+jax2onnx is not used: ONNX Runtime rejects the decoder that it produces (0.13.0, which works with
+sam_jax's Orbax, and 0.17.1, which needs an older one), because of a linear layer on a vector and
+because it takes n + 5 tokens for 5.
 """
 
 import hashlib
@@ -24,39 +24,39 @@ from jax.core import ShapedArray
 from jax.extend import core
 from onnx import helper, numpy_helper
 
-OPSET = 17  # what Meta's own export asks for, and browsers have
-# Protobuf's limit is 2 GB: the weights of larger models go to a file of their own.
+OPSET = 17  # as in Meta's export, and supported by browsers
+# Protobuf's limit is 2 GB: the weights of larger models are stored in a separate file.
 _LARGEST_FILE = 1 << 30
-# In bytes. Below this, an array that repeats is kept whole: a node that expands it takes more.
+# In bytes. Below this, a repeating array is stored whole: a node that expands it is larger.
 _SMALL = 1024
 Tensor = str | np.ndarray  # a name in the graph, or a constant
 
 
 class _Value(NamedTuple):
-    """A traced array. Axes along which it repeats are one long: ONNX broadcasts by itself."""
+    """A traced array. Axes along which it repeats have length 1, since ONNX broadcasts."""
 
     tensor: Tensor
     shape: tuple
 
 
 class Graph:
-    """An ONNX graph in the making."""
+    """An ONNX graph under construction."""
 
     def __init__(self):
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._constants: dict[tuple, tuple[str, np.ndarray]] = {}
-        self._open_sizes: dict[Any, tuple[Tensor, int]] = {}  # a tensor and an axis that have it
+        self._open_sizes: dict[Any, tuple[Tensor, int]] = {}  # a tensor and an axis of that size
         self._numbers = itertools.count()
 
     def input(self, name: str, shape: Sequence[int | str]) -> str:
-        """Declares a float32 input; a string in its shape names a size left open."""
+        """Declares a float32 input; a string in its shape names a symbolic size."""
         info = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
         self._inputs.append(info)
         return name
 
     def node(self, operation: str, *inputs: Tensor, **attributes: Any) -> str:
-        """Adds a node of one output, whose name it returns."""
+        """Adds a node with one output and returns the output's name."""
         name = f"{operation.lower()}_{next(self._numbers)}"
         names = [x if isinstance(x, str) else self._constant(x) for x in inputs]
         self._nodes.append(helper.make_node(operation, names, [name], **attributes))
@@ -67,18 +67,19 @@ class Graph:
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def call(self, function: Callable, *inputs: tuple[str, jax.ShapeDtypeStruct]) -> list[str]:
-        """Adds what a function computes; the names of its results.
+        """Adds the computation of a function and returns the names of its results.
 
         Args:
-            function: of arrays to a tuple of arrays. What it closes over is constant.
-            *inputs: for each argument a tensor of the graph, and its shape and dtype.
+            function: takes arrays and returns a tuple of arrays. Values that it closes over are
+                constants.
+            *inputs: for each argument, a tensor of the graph, and its shape and dtype.
 
         Raises:
-            ValueError: for an operation that is not known here.
+            ValueError: for an unknown operation.
         """
         closed = jax.make_jaxpr(function)(*(spec for _, spec in inputs))
         values = [self._value(name, spec.shape) for name, spec in inputs]
-        with jax.default_matmul_precision("highest"):  # of what is computed on the way
+        with jax.default_matmul_precision("highest"):  # for values computed on the way
             results = self._run(closed, values)
         return [
             self.node("Identity", self._full(value, aval.shape))
@@ -89,8 +90,9 @@ class Graph:
         """Writes the model.
 
         Args:
-            path: of the file. More than a gigabyte of weights goes to `<file name>.data` beside it.
-            outputs: for the name of each output, all float32, its tensor and its shape.
+            path: the file to write. More than a gigabyte of weights is stored next to it, in
+                `<file name>.data`.
+            outputs: for each output's name, its tensor and shape; all are float32.
         """
         graph = helper.make_graph(
             self._nodes
@@ -109,7 +111,7 @@ class Graph:
             ir_version=helper.find_min_ir_version_for([opset]),
             producer_name="sam_jax",
         )
-        # Last, and one by one, since every message copies its parts.
+        # Last and one by one, since every message copies its parts.
         for name, array in self._constants.values():
             model.graph.initializer.append(numpy_helper.from_array(array, name))
         size = sum(array.nbytes for _, array in self._constants.values())
@@ -130,7 +132,7 @@ class Graph:
         return _Value(tensor, tuple(shape))
 
     def _full(self, value: _Value, shape: tuple) -> Tensor:
-        """The tensor, broadcast where that was left to ONNX."""
+        """The tensor, broadcast to its full shape."""
         if value.shape == tuple(shape):
             return value.tensor
         own = (1,) * (len(shape) - len(value.shape)) + value.shape
@@ -170,8 +172,8 @@ class Graph:
             translate = _FUNCTIONS.get(inner.jaxpr.debug_info.func_name)
             if translate is None or all_known:
                 return self._run(inner, values)
-        elif name == "platform_index":  # of `jax.lax.platform_dependent`: what is for CPUs
-            platforms = parameters["platforms"]  # of each branch; None for all others
+        elif name == "platform_index":  # of `jax.lax.platform_dependent`: take the CPU's branch
+            platforms = parameters["platforms"]  # of each branch; None for the default
             index = next(i for i, names in enumerate(platforms) if not names or "cpu" in names)
             return [_known_value(np.int32(index))]
         elif name == "cond" and isinstance(values[0].tensor, np.ndarray):
@@ -188,7 +190,7 @@ class Graph:
             arrays = [np.broadcast_to(v.tensor, n) for v, n in zip(values, shapes, strict=True)]
             return _compute(equation, arrays)
         if translate is None:
-            raise ValueError(f"JAX's operation {name!r} has no translation to ONNX here")
+            raise ValueError(f"JAX's operation {name!r} cannot be exported to ONNX")
         tensors = [self._full(v, shape) for v, shape in zip(values, shapes, strict=True)]
         results = translate(self, equation, *tensors)
         results = results if isinstance(results, list) else [results]
@@ -205,7 +207,7 @@ def _aval(atom: core.Var | core.Literal) -> ShapedArray:
 
 
 def _known_value(array) -> _Value:
-    """A constant; of an axis along which all slices have the same bits, only one is kept."""
+    """A constant; only one slice is kept along axes whose slices are identical."""
     array = np.asarray(array)
     if array.nbytes > _SMALL:
         bits = array.view(f"u{array.itemsize}")
@@ -222,7 +224,7 @@ def _compute(equation: core.JaxprEqn, arrays: Sequence[np.ndarray]) -> list[_Val
 
 
 def _broadcast_shapes(shapes: Sequence[tuple]) -> tuple:
-    """`np.broadcast_shapes`, also of sizes left open."""
+    """`np.broadcast_shapes`, also for symbolic sizes."""
     rank = max(map(len, shapes))
     padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
     return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*padded, strict=True))
@@ -250,7 +252,7 @@ _SAME_IN_ONNX = {
     "cos": "Cos",
     "stop_gradient": "Identity",
 }
-# Element by element, broadcast by ONNX's rules.
+# Elementwise operations, broadcast by ONNX's rules.
 _ELEMENTWISE: dict[str, Callable] = {
     name: lambda graph, *xs, operation=operation, **_: graph.node(operation, *xs)
     for name, operation in _SAME_IN_ONNX.items()
@@ -283,7 +285,7 @@ def _reshape(graph, equation, x):
 
 
 def _dot_general(graph, equation, x, y):
-    """As the product of [batch, rows, depth] and [batch, depth, columns]."""
+    """Computes it as a product of [batch, rows, depth] and [batch, depth, columns]."""
     summed, batch = equation.params["dimension_numbers"]
     shapes = [_aval(atom).shape for atom in equation.invars]
     free = [
@@ -307,7 +309,7 @@ def _dot_general(graph, equation, x, y):
 def _convolution(graph, equation, x, kernel):
     parameters = equation.params
     if set(parameters["lhs_dilation"]) != {1} or parameters["batch_group_count"] != 1:
-        raise ValueError("transposed convolutions have no translation to ONNX here")
+        raise ValueError("transposed convolutions cannot be exported to ONNX")
     numbers, padding = parameters["dimension_numbers"], parameters["padding"]
     result = graph.node(
         "Conv",
@@ -344,10 +346,10 @@ def _split(graph, equation, x):
 
 
 def _gather(graph, equation, x, start):
-    """Only what JAX makes of `x[..., 1:2]` where another size of x is left open."""
+    """Supports only slices such as `x[..., 1:2]` of an array with a symbolic size."""
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     if isinstance(start, str) or start.ndim != 1 or numbers.collapsed_slice_dims:
-        raise ValueError("indexing by arrays has no translation to ONNX here")
+        raise ValueError("indexing by arrays cannot be exported to ONNX")
     axes, start = np.array(numbers.start_index_map), start.astype(np.int64)
     return graph.node("Slice", x, start, start + [sizes[axis] for axis in axes], axes)
 
@@ -355,11 +357,11 @@ def _gather(graph, equation, x, start):
 def _pad(graph, equation, x, value):
     before, after, between = zip(*equation.params["padding_config"], strict=True)
     if min(before + after) < 0 or any(between):
-        raise ValueError("cropping and spreading pads have no translation to ONNX here")
+        raise ValueError("negative and interior padding cannot be exported to ONNX")
     return graph.node("Pad", x, np.array(before + after), value)
 
 
-# What needs its arrays at their full size.
+# Operations that need arrays at full size.
 _OPERATIONS: dict[str, Callable] = {
     "reshape": _reshape,
     "squeeze": _reshape,
@@ -391,7 +393,7 @@ def _average(graph, equation, logits, v):
 
 
 def _gelu(graph, equation, x):
-    """In the order of operations that ONNX Runtime computes in one."""
+    """Uses the order of operations that ONNX Runtime fuses."""
     root, one, half = (np.array(n, np.float32) for n in (math.sqrt(2), 1, 0.5))
     twice_cdf = graph.node("Add", graph.node("Erf", graph.node("Div", x, root)), one)
     return graph.node("Mul", graph.node("Mul", x, twice_cdf), half)
@@ -411,8 +413,8 @@ def _conv(graph, equation, x, kernel):
     return _permuted(graph, result, (0, 2, 3, 1))
 
 
-# Functions of the models (`sam_jax.ops.operation`) that ONNX, or ONNX Runtime, has operators for:
-# MobileSAM's encoder takes half the time that it takes by their parts.
+# Functions of the models (`sam_jax.ops.operation`) for which ONNX or ONNX Runtime has operators,
+# with which MobileSAM's encoder takes half the time.
 _FUNCTIONS: dict[str, Callable] = {
     "sam.softmax": _softmax,
     "sam.average": _average,

@@ -1,4 +1,4 @@
-"""The model as programs of `jax.export`, for any of its platforms."""
+"""Exports a model as programs of `jax.export`, for any of its platforms."""
 
 import os
 from collections.abc import Sequence
@@ -26,41 +26,41 @@ def export_jax(
 ) -> None:
     """Writes a folder of programs, each for all of the platforms.
 
-    They need jax, flatbuffers (with which JAX reads them) and safetensors (for the parameters).
-    `jax.export.deserialize(file.read_bytes()).call(params, ...)` runs one, also under `jax.jit`;
-    `examples/load_export.py` shows all of it. `jax.grad` works with `vjp_order=1`; `jax.vmap`
-    does not, and the open axes take its place: b, p and n may be any number.
+    Running them needs jax, flatbuffers (with which JAX reads them) and safetensors (for the
+    parameters). `jax.export.deserialize(file.read_bytes()).call(params, ...)` runs a program, also
+    under `jax.jit`; `examples/load_export.py` is a complete example. `jax.grad` works with
+    `vjp_order=1`. `jax.vmap` does not work, but the sizes b, p and n are arbitrary.
 
-    * `encoder.jax`: pixel_values float32 [b, size, size, 3] (a picture resized to the longest side,
-      normalised, then padded with zeros at the bottom and right) to image embeddings [b, g, g, c];
+    * `encoder.jax`: pixel_values float32 [b, size, size, 3] (images resized to the longest side,
+      normalized, then padded with zeros at the bottom and right) to image embeddings [b, g, g, c];
     * `decoder.jax`: image embeddings, points float32 [b, p, n, 2] (x, y in pixels of the resized
-      picture) and labels int32 [b, p, n] to mask logits float32 [b, p, 4, 4 g, 4 g] and predicted
-      IoUs [b, p, 4]. The first of four masks is meant for unambiguous prompts, the others are the
-      candidates for ambiguous ones. For labels see `sam_jax.models.prompt_encoder`: a list without
-      a box ends with a point (0, 0) labelled -1, and -10 is padding;
-    * `decoder_with_masks.jax`: the same with logits [b, p, 4 g, 4 g] of an earlier answer besides;
+      image) and labels int32 [b, p, n] to mask logits float32 [b, p, 4, 4 g, 4 g] and predicted
+      IoUs [b, p, 4]. The first of the four masks is for unambiguous prompts, the others are the
+      candidates for ambiguous ones. `sam_jax.models.prompt_encoder` explains labels: a list without
+      a box ends with a point (0, 0) labeled -1, and -10 is padding;
+    * `decoder_with_masks.jax`: the same, with logits [b, p, 4 g, 4 g] of an earlier prediction as
+      an additional input;
     * `params.safetensors`: the programs' first argument, a dictionary;
-    * `config.json`: what preparing a picture takes: `image_size`, and `pixel_mean` and `pixel_std`
-      for red, green and blue from 0 to 255; a mask is where logits exceed `mask_threshold`.
-      (`resize` and `normalization` are other than said above for MedSAM; see `SamConfig`.)
+    * `config.json`: settings for preprocessing: `image_size`, and `pixel_mean` and `pixel_std` for
+      red, green and blue from 0 to 255; and `mask_threshold`, which logits inside a mask exceed.
+      (MedSAM has other `resize` and `normalization` than described above; see `SamConfig`.)
 
-    Each platform gets its own program. On a CPU prompts are decoded one by one, elsewhere all
-    together. Unless the model names an attention, it is "portable" (see `rel_pos_attention`).
-    Float32 products have the precision that `jax_default_matmul_precision` asks for at the time of
-    writing.
+    Each platform has its own program. On a CPU prompts are decoded one by one, elsewhere all at
+    once. Unless the model names an attention, "portable" is used (see `rel_pos_attention`). The
+    precision of float32 products is that of `jax_default_matmul_precision` during the export.
 
     Args:
-        model: of any dtype, in which the programs compute.
-        path: of the new folder, which appears whole or not at all.
-        platforms: to run on.
+        model: the model; the programs compute in its dtype.
+        path: the folder to create, atomically.
+        platforms: platforms to run on.
         vjp_order: how often the programs can be differentiated, as in `jax.export`. With 1,
-            `jax.grad` gives the gradient by any input, parameters included; the backward pass
-            always computes all of them. Files are three times as large or more.
+            `jax.grad` works with respect to any input, parameters included; the backward pass
+            always computes all gradients. Files are at least three times as large.
 
     Raises:
-        FileExistsError: if there is something at `path` already.
-        ValueError: for a negative `vjp_order`, for no, unknown or repeated platforms, and for a
-            model whose attention is "cudnn" or "pallas", which JAX does not export.
+        FileExistsError: if the path exists already.
+        ValueError: for a negative `vjp_order`, for no, unknown or repeated platforms, or if the
+            model's attention is "cudnn" or "pallas", which JAX cannot export.
     """
     require_absent(path)
     if vjp_order < 0:
@@ -74,10 +74,10 @@ def export_jax(
     named = {block.attn.implementation for block in vit_blocks(model)}
     if refused := named & {"cudnn", "pallas"}:
         raise ValueError(
-            f"attention is {refused.pop()!r}, which JAX does not export; load the model with "
+            f"attention is {refused.pop()!r}, which JAX cannot export; load the model with "
             "attention=None"
         )
-    if None in named:  # which may be "cudnn", too
+    if None in named:  # could choose "cudnn"
         model = with_attention(model, "portable")
     size, grid, side = config.image_size, config.image_embedding_size, config.mask_size
     channels = config.image_embedding_channels

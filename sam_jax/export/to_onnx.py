@@ -1,4 +1,4 @@
-"""The model in ONNX."""
+"""Exports a model to ONNX."""
 
 import os
 from pathlib import Path
@@ -15,33 +15,32 @@ from sam_jax.models.sam import Sam
 
 
 def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = False) -> None:
-    """Writes a folder with the encoder and the decoder in ONNX, which need ONNX Runtime alone.
+    """Writes a folder with the encoder and the decoder in ONNX, which need only ONNX Runtime.
 
     `examples/load_onnx.py` shows how to use them. Names and shapes are those that programs for SAM
     in ONNX expect, all float32 and channels first:
 
-    * `encoder.onnx`: `input_image` [height, width, 3], a picture resized to the longest side, red,
-      green and blue from 0 to 255, to `image_embeddings` [1, c, g, g]. (As `samexporter` has it;
-      Meta exports no encoder.) All logits of a ViT's global attention are held at once;
-    * `decoder.onnx`: the inputs and outputs of Meta's `SamOnnxModel`. `image_embeddings`;
-      `point_coords` [1, n, 2], in pixels of the resized picture, and `point_labels` [1, n], for any
-      n (a box is two points labelled 2 and 3; a list without one ends with (0, 0) labelled -1);
+    * `encoder.onnx`: `input_image` [height, width, 3], an image resized to the longest side, red,
+      green and blue from 0 to 255, to `image_embeddings` [1, c, g, g]. (As in `samexporter`; Meta
+      does not export the encoder.) All logits of a ViT's global attention are in memory at once;
+    * `decoder.onnx`: the inputs and outputs of Meta's `SamOnnxModel`. Inputs: `image_embeddings`;
+      `point_coords` [1, n, 2], in pixels of the resized image, and `point_labels` [1, n], for any
+      n (a box is two points labeled 2 and 3; a list without a box ends with (0, 0) labeled -1);
       `mask_input` [1, 1, 4 g, 4 g] and `has_mask_input` [1], 1 or 0; `orig_im_size` [2], (height,
-      width) of the picture. To the logits `masks` [1, m, height, width], their `iou_predictions`
-      [1, m], and `low_res_masks` [1, m, 4 g, 4 g];
-    * `config.json`: the model's `image_size` and `mask_threshold` besides others.
+      width) of the image. Outputs: the logits `masks` [1, m, height, width], their
+      `iou_predictions` [1, m], and `low_res_masks` [1, m, 4 g, 4 g];
+    * `config.json`: the model's `image_size`, `mask_threshold` and other settings.
 
     Args:
-        model: computing in float32.
-        path: of the new folder, which appears whole or not at all.
-        single_mask: m is 1, Meta's `return_single_mask`: the mask for unambiguous prompts if
-            `point_coords` has three points or more, else the best of the candidates. Otherwise m is
-            4, the one for unambiguous prompts first.
+        model: a model that computes in float32.
+        path: the folder to create, atomically.
+        single_mask: True for one mask, as Meta's `return_single_mask`: the one for unambiguous
+            prompts if `point_coords` has at least three points, else the best candidate. False for
+            m = 4, with the mask for unambiguous prompts first.
 
     Raises:
-        FileExistsError: if there is something at `path` already.
-        ValueError: if the model computes in another dtype, or preprocesses images in another way
-            than SAM.
+        FileExistsError: if the path exists already.
+        ValueError: if the model computes in another dtype, or its preprocessing is not SAM's.
         MissingExtra: without the extra `onnx`.
     """
     require_absent(path)
@@ -50,15 +49,15 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
             f"the model computes in {dtype}, but ONNX is written in float32; load it with "
             "dtype=jnp.float32"
         )
-    prepared = model.config.resize, model.config.normalization
-    if prepared != ("longest_side", "statistics"):
+    preprocessing = model.config.resize, model.config.normalization
+    if preprocessing != ("longest_side", "statistics"):
         raise ValueError(
-            f"resize and normalization are {prepared}, but the encoder in ONNX normalises by mean "
-            "and deviation; export for JAX instead"
+            f"resize and normalization are {preprocessing}, but the ONNX encoder normalizes by "
+            "mean and standard deviation; export for JAX instead"
         )
     with needs_extra("onnx"):
         from sam_jax.export.onnx_graph import Graph
-    # Without a loop; of those the one that took ONNX Runtime the least time and memory.
+    # The implementation without a loop that takes ONNX Runtime the least time and memory.
     model = with_attention(model, "folded")
     with atomic_dir(path) as folder:
         _write_onnx_encoder(Graph(), model, folder / "encoder.onnx")
@@ -69,14 +68,14 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
 def _write_onnx_encoder(graph, model: Sam, path: Path) -> None:
     config = model.config
     size, grid = config.image_size, config.image_embedding_size
-    picture = graph.input("input_image", ("height", "width", 3))
+    image = graph.input("input_image", ("height", "width", 3))
     mean, std = (np.array(v, np.float32) for v in (config.pixel_mean, config.pixel_std))
-    normalised = graph.node("Div", graph.node("Sub", picture, mean), std)
-    missing = graph.node("Sub", np.array([size, size, 3]), graph.node("Shape", picture))
-    # Not negative, which would crop: a picture that is too large then fails to be reshaped.
+    normalized = graph.node("Div", graph.node("Sub", image, mean), std)
+    missing = graph.node("Sub", np.array([size, size, 3]), graph.node("Shape", image))
+    # Not negative, which would crop: for an image that is too large, the reshape below then fails.
     missing = graph.node("Max", missing, np.array(0))
     pads = graph.node("Concat", np.zeros(3, np.int64), missing, axis=0)
-    padded = graph.node("Pad", normalised, pads, np.array(0, np.float32))
+    padded = graph.node("Pad", normalized, pads, np.array(0, np.float32))
     pixels = graph.node("Reshape", padded, np.array([1, size, size, 3]))
     (embedding,) = graph.call(
         lambda pixels: (jnp.moveaxis(model.encode_image(pixels), -1, 1),),
@@ -134,7 +133,7 @@ def _write_onnx_decoder(graph, model: Sam, path: Path, single_mask: bool) -> Non
 
 
 def _select_mask(graph, masks: str, scores: str, count: int) -> tuple[str, str]:
-    """Meta's `select_masks`: the first from three points on, else the best of the others."""
+    """Meta's `select_masks`: the first mask for three or more points, else the best other one."""
     points = graph.cast(graph.node("Shape", "point_coords", start=1, end=2), np.float32)
     many = graph.node("Sub", points, np.array([2.5], np.float32))
     first = np.array([[1000] + [0] * (count - 1)], np.float32)
@@ -144,7 +143,7 @@ def _select_mask(graph, masks: str, scores: str, count: int) -> tuple[str, str]:
 
 
 def _to_original_size(graph, masks: str, count: int, original_size: str, image_size: int) -> str:
-    """Meta's `mask_postprocessing`: to the padded picture, cropped, to the picture."""
+    """Meta's `mask_postprocessing`: resizes to the padded image, crops, resizes to the image."""
 
     def resize(x, sizes):
         return graph.node(

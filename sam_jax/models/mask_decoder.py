@@ -166,7 +166,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
     ) -> Float[Array, "m 4*g 4*g"]:
         """Mask logits of the mask tokens of `run_transformer`, to which SAM-HQ adds its own.
 
-        With `hq_token_only` SAM-HQ's mask alone is in the place of each.
+        With `hq_token_only`, each mask is that of SAM-HQ alone.
         """
         upscaled = gelu(self.output_upscaling(image_embedding))
         heads = list(self.output_hypernetworks_mlps)[outputs]

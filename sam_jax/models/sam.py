@@ -168,7 +168,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
             masks: low-resolution logits, one per image or one per prompt.
             sparse_embeddings: prompt tokens of your own, such as learned ones. They follow those
                 of the points; without points they are the prompt.
-            dense_embeddings: added to the image embeddings, in the place of what the prompt encoder
+            dense_embeddings: added to the image embeddings, instead of what the prompt encoder
                 makes of `masks`; one per image or one per prompt.
             multimask_output: three masks per prompt, or one; None for all four, the one first.
             attention_similarity: added to the token-to-image logits (PerSAM).

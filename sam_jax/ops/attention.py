@@ -21,8 +21,8 @@ from sam_jax.ops.resize import linear_resize_matrix
 
 Implementation = Literal["portable", "xla", "folded", "chunked", "cudnn", "pallas"]
 
-# Rows of logits that one step of the chunked backend holds: 512 x 4096 in float32 is 8 MB, which
-# stays in a CPU's cache.
+# Rows of logits in one step of the chunked implementation: 512 x 4096 in float32 is 8 MB, which
+# fits in a CPU's cache.
 _QUERY_BLOCK = 512
 
 
@@ -31,9 +31,9 @@ _QUERY_BLOCK = 512
 def softmax(logits: Float[Array, "*shape"], axis: int = -1) -> Float[Array, "*shape"]:
     """`jax.nn.softmax` with a derivative that keeps float32's precision.
 
-    The derivative's entries sum to zero. In float32 they do so only to rounding errors, which a
-    gradient of queries multiplies by the mean of all keys: with hundreds of keys that cost
-    `jax.nn.softmax` up to 1e-4 of the gradient. Subtracting the mean twice removes them.
+    The derivative's entries sum to zero. In float32 this holds only up to rounding errors, which
+    the gradient of queries multiplies by the mean of all keys: with hundreds of keys, gradients by
+    `jax.nn.softmax` have errors of up to 1e-4. Subtracting the mean twice removes them.
     """
     return jax.nn.softmax(logits, axis=axis)
 
@@ -111,7 +111,7 @@ def attention_weights(
     rel_pos: tuple[Float[Array, "lh d"], Float[Array, "lw d"]] | None,
     grid: tuple[int, int],
 ) -> Float[Array, "b heads n n"]:
-    """What `rel_pos_attention` averages the values with, float32: for each query, of each key."""
+    """The weights of `rel_pos_attention`, float32: for each query, the weight of each key."""
     return softmax(_logits(q, k, _tables(rel_pos, grid), grid))
 
 
@@ -143,7 +143,7 @@ def _portable(q, k, v, tables, grid):
 
 @functools.partial(jax.jit, static_argnames=("grid", "cpu", "cuda", "default"))
 def _by_platform(*arrays, grid, **functions):
-    """Compiled, so that the platform of the arrays decides, and not JAX's default."""
+    """Compiled, so that the arrays' platform decides instead of JAX's default."""
     functions = {name: functools.partial(f, grid=grid) for name, f in functions.items()}
     return jax.lax.platform_dependent(*arrays, **functions)
 
@@ -186,9 +186,9 @@ def _in_chunks(q, k, v, tables, grid, heads_chunk_size):
     b, heads, n, d = q.shape
     rows = _rows_per_block(h, w)
 
-    # Recomputed in the backward pass: without this a scan keeps every block's logits. Keys and
-    # values are transposed for their gradients, on a CPU a third of the backward pass: those of
-    # [n, d] would be products with the logits transposed, and copied for it.
+    # Recomputed in the backward pass; otherwise the scan would keep every block's logits. Keys and
+    # values are transposed, since gradients of [n, d] would be products with the transposed logits,
+    # whose copies would take a third of the backward pass on a CPU.
     @jax.checkpoint
     def block(q, k_t, v_t, table_h):  # q: [rows * w, d]; k_t, v_t: [d, n]; table_h: [rows, h, d]
         logits = jnp.dot(q * d**-0.5, k_t, preferred_element_type=jnp.float32)
@@ -213,7 +213,7 @@ def _in_chunks(q, k, v, tables, grid, heads_chunk_size):
 def _average(
     logits: Float[Array, "*batch q k"], v: Float[Array, "*batch k d"]
 ) -> Float[Array, "*batch q d"]:
-    """The values averaged with the weights that a softmax gives, in their dtype."""
+    """The values averaged with softmax weights, in the values' dtype."""
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     # Dividing the d columns of the result is cheaper than the k columns of the weights.
     out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -225,15 +225,15 @@ def _average_jvp(primals, tangents):
     def with_weights(logits, v):
         return jnp.matmul(softmax(logits).astype(v.dtype), v)
 
-    return jax.jvp(with_weights, primals, tangents)  # for softmax's own derivative
+    return jax.jvp(with_weights, primals, tangents)  # uses softmax's own derivative
 
 
 def _position_terms(
     q: Float[Array, "*batch hw d"], tables: tuple[Float[Array, "h kh d"], Float[Array, "w kw d"]]
 ) -> tuple[Float[Array, "*batch hw kh"], Float[Array, "*batch hw kw"]]:
-    """What the positions of each query's grid add to its logits by the keys' rows and columns."""
+    """The relative position terms of each query's logits, by the keys' rows and columns."""
     (h, w), (*batch, n, d) = (len(table) for table in tables), q.shape
-    # The axes that the tables share come first: a CPU is slow at them elsewhere.
+    # The axes shared with the tables come first; elsewhere they are slow on a CPU.
     grid = q.reshape(math.prod(batch), h, w, d).transpose(1, 2, 0, 3)
     rel_h = jnp.einsum("hwnd,hkd->hwnk", grid, tables[0], preferred_element_type=jnp.float32)
     grid = grid.swapaxes(0, 1)
@@ -249,15 +249,16 @@ def fold_positions(
     k: Float[Array, "b heads n d"],
     tables: tuple[Float[Array, "h h d"], Float[Array, "w w d"]] | None,
 ) -> tuple[Float[Array, "b heads n _"], Float[Array, "b heads n _"]]:
-    """Queries and keys whose products are the logits, scale, positions and all.
+    """Folds scale and relative positions into the head dimension of queries and keys.
 
-    A query's h + w position terms become further channels, and a key's further channels pick the
-    two of its row and column:
+    A query's h + w position terms are additional channels, of which a key's additional channels
+    select those of its row and column:
 
         [scale * q, rel_h, rel_w] . [k, onehot(row), onehot(column)]
 
-    So attention without a bias will do, and its gradient too. In float32 this is exact; below it
-    the position terms are rounded as the queries are. Without tables there are no positions.
+    These products are the logits, so attention needs no bias, and neither does its gradient. This
+    is exact in float32; in lower precision, position terms are rounded like the queries. Without
+    tables there are no position terms.
     """
     scaled = q * q.shape[-1] ** -0.5
     if tables is None:
@@ -280,7 +281,7 @@ def _cudnn(q, k, v, tables, grid):
             f"positions, but {wrong}; leave it out, or name another"
         )
     q, k = fold_positions(q, k, tables)
-    # One width for all three.
+    # cuDNN needs the same width for all three.
     width = _cudnn_width(d, tables is not None, grid)
     q, k, v = (_widen(x, width).transpose(0, 2, 1, 3) for x in (q, k, v))
     out = jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation="cudnn")
@@ -292,14 +293,14 @@ def _widen(x, width):
 
 
 def _cudnn_width(d: int, has_positions: bool, grid: tuple[int, int]) -> int:
-    """Of heads with the positions folded into them, a multiple of eight."""
+    """Width of heads with the positions folded into them: a multiple of eight."""
     return -(-(d + has_positions * sum(grid)) // 8) * 8
 
 
 def _nvidia_gpu() -> str | None:
-    """The compute capability of this process's NVIDIA GPU, such as "9.0"; None if it has none.
+    """The compute capability of this process's NVIDIA GPU, such as "9.0"; None without a GPU.
 
-    It says which programs for CUDA can be compiled here, not where a model runs.
+    It determines which CUDA programs can be compiled here, not where a model runs.
     """
     try:
         return jax.local_devices(backend="cuda")[0].compute_capability
@@ -310,14 +311,14 @@ def _nvidia_gpu() -> str | None:
 def _cudnn_unsupported_reason(
     q: Float[Array, "b heads n d"], has_positions: bool, grid: tuple[int, int], gpu: str | None
 ) -> str | None:
-    """Why cuDNN's flash attention, forward and backward, does not support it; None if it does."""
+    """Why cuDNN's flash attention, forward or backward, does not support this; None if it does."""
     width = _cudnn_width(q.shape[-1], has_positions, grid)
     size = f"{grid[0]} x {grid[1]}"
     lacks = _flash_unsupported_reason(q, gpu)
     if gpu is None or lacks:
         return lacks
     if width > 256:
-        return f"a grid of {size} makes the heads {width} wide, with 256 the most"
+        return f"a grid of {size} makes the heads {width} wide, and the limit is 256"
     if width > 128 and not 9 <= float(gpu) < 10:
         return (
             f"this one has compute capability {gpu}, and heads are {width} wide with the "
@@ -342,14 +343,14 @@ def _pallas(q, k, v, tables, grid):
 def _pallas_unsupported_reason(
     q: Float[Array, "b heads n d"], has_positions: bool, grid: tuple[int, int], gpu: str | None
 ) -> str | None:
-    """Why the Pallas kernel does not support it; None if it does."""
+    """Why the Pallas kernel does not support this; None if it does."""
     if lacks := _flash_unsupported_reason(q, gpu):
         return lacks
     return flash_unsupported_reason(grid, q.shape[-1]) if has_positions else "there are none"
 
 
 def _flash_unsupported_reason(q: Float[Array, "b heads n d"], gpu: str | None) -> str | None:
-    """Why there is no flash attention at all on the GPU in the dtype; None if there is."""
+    """Why the GPU does not support any flash attention in the dtype; None if it does."""
     if gpu is None:
         return "JAX has none here"
     if q.dtype not in (jnp.bfloat16, jnp.float16):

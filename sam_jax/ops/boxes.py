@@ -1,7 +1,7 @@
-"""Point grids, crop boxes and non-maximum suppression of everything-mode.
+"""Point grids, crop boxes and non-maximum suppression of everything mode.
 
-These are a few thousand numbers per picture, in numpy on the host: the same result every time, and
-nothing to compile. Boxes are x0, y0, x1, y1 in pixels; those of masks include their last pixel.
+These are a few thousand numbers per image, computed with numpy on the host: deterministic, and
+without compilation. Boxes are x0, y0, x1, y1 in pixels; those of masks include their last pixel.
 """
 
 import itertools
@@ -10,31 +10,31 @@ import math
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
-# How near a box may come to the edge of a crop, in pixels, before it counts as cut off by it.
+# Distance in pixels to the edge of a crop below which a box counts as cut off.
 _EDGE_TOLERANCE = 20.0
 
 
 def build_point_grid(n_per_side: int) -> Float[np.ndarray, "n 2"]:
-    """The centres (x, y) of n x n equal cells of the unit square, row by row."""
-    centres = np.linspace(1 / (2 * n_per_side), 1 - 1 / (2 * n_per_side), n_per_side)
-    x, y = np.meshgrid(centres, centres)
+    """The centers (x, y) of n x n equal cells of the unit square, row by row."""
+    centers = np.linspace(1 / (2 * n_per_side), 1 - 1 / (2 * n_per_side), n_per_side)
+    x, y = np.meshgrid(centers, centers)
     return np.stack([x, y], axis=-1).reshape(-1, 2)
 
 
 def generate_crop_boxes(
     image_size: tuple[int, int], n_layers: int, overlap_ratio: float
 ) -> tuple[list[tuple[int, int, int, int]], list[int]]:
-    """The whole picture, then for each layer i = 1, ..., n the boxes of 2^i x 2^i crops.
+    """The whole image, then for each layer i = 1, ..., n the boxes of 2^i x 2^i crops.
 
     Args:
-        image_size: (h, w).
-        n_layers: how many layers of crops.
-        overlap_ratio: how much of the shorter side crops of the first layer overlap; those of
-            later layers overlap less, in proportion.
+        image_size: (h, w) in pixels.
+        n_layers: number of crop layers.
+        overlap_ratio: overlap of the first layer's crops, as a fraction of the image's shorter
+            side; crops of later layers overlap less, in proportion.
 
     Returns:
-        The boxes x0, y0, x1, y1 (x1, y1 excluded), and the layer of each. Crops that would be
-        empty, as there are in pictures a few pixels wide, are left out.
+        The boxes x0, y0, x1, y1 (x1, y1 excluded), and their layers. Empty crops, which occur in
+        images that are a few pixels wide, are left out.
     """
     height, width = image_size
     boxes, layers = [(0, 0, width, height)], [0]
@@ -44,7 +44,7 @@ def generate_crop_boxes(
         crop_width, crop_height = (
             math.ceil((overlap * (n - 1) + side) / n) for side in (width, height)
         )
-        # Column by column, as the reference.
+        # Column by column, as in the reference.
         for i, j in itertools.product(range(n), range(n)):
             x0, y0 = (crop_width - overlap) * i, (crop_height - overlap) * j
             x1, y1 = min(x0 + crop_width, width), min(y0 + crop_height, height)
@@ -59,12 +59,12 @@ def is_box_near_crop_edge(
     crop_box: tuple[int, int, int, int],
     image_size: tuple[int, int],
 ) -> Bool[np.ndarray, " n"]:
-    """Which boxes come within 20 pixels of an edge of the crop that is no edge of the picture.
+    """Whether boxes are within 20 pixels of an edge of the crop that is not the image's edge.
 
     Args:
-        boxes: in pixels of the picture.
-        crop_box: of the crop.
-        image_size: (h, w) of the picture.
+        boxes: x0, y0, x1, y1 in pixels of the image.
+        crop_box: the crop's box.
+        image_size: (h, w) of the image.
     """
     height, width = image_size
     near_crop = abs(boxes - np.array(crop_box)) <= _EDGE_TOLERANCE
@@ -73,7 +73,7 @@ def is_box_near_crop_edge(
 
 
 def box_area(boxes: Num[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
-    """Width times height, float32."""
+    """The areas of boxes, width times height, float32."""
     sides = np.asarray(boxes[:, 2:] - boxes[:, :2], np.float32)
     return sides[:, 0] * sides[:, 1]
 
@@ -90,10 +90,10 @@ def box_iou(box: Num[np.ndarray, "4"], boxes: Num[np.ndarray, "n 4"]) -> Float[n
 def non_maximum_suppression(
     boxes: Num[np.ndarray, "n 4"], scores: Float[np.ndarray, " n"], iou_threshold: float
 ) -> Int[np.ndarray, " kept"]:
-    """Which boxes are kept, best first, if each drops all worse ones that overlap it too much.
+    """The indices of boxes that are kept, best first; each drops worse boxes that overlap it.
 
-    The result of `torchvision.ops.nms` on a CPU: of equal scores the earlier box goes first, and
-    a box is dropped if the IoU is larger than the threshold.
+    The result is that of `torchvision.ops.nms` on a CPU: of boxes with equal scores the first one
+    wins, and a box is dropped if its IoU with a better one is larger than the threshold.
     """
     order = np.argsort(-scores, kind="stable")
     kept = []

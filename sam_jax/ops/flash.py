@@ -1,9 +1,9 @@
 """Flash attention with decomposed relative positions, a Pallas kernel for NVIDIA GPUs.
 
-The algorithm is FlashAttention-2's (Dao, 2023): the logits are made anew, a block at a time, and
-never written. Here a block of keys is one row of the grid, so that a block's positions are one
-number per query (for the row) added to one row of numbers per query (for its columns), and the
-gradients of both come with the queries'.
+The algorithm is FlashAttention-2 (Dao, 2023): logits are computed a block at a time, recomputed in
+the backward pass, and never written to memory. Here a block of keys is one row of the grid, so that
+a block's position terms are one number per query (for the row) plus one row of numbers per query
+(for the columns). The gradients of both are computed with the queries'.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-# Queries that one kernel computes together, with this many warps.
+# Queries per kernel instance, and its number of warps.
 _FORWARD, _BACKWARD = (128, 8), (64, 4)
 
 
@@ -31,44 +31,42 @@ def flash_attention(
 ) -> Float[Array, "b heads n d"]:
     """Softmax attention over the h x w = n positions of a grid.
 
-    The logits of a query and the key at row i and column j are `q . k + rel_h[i] + rel_w[j]`. They
-    are float32, as the sums over keys are; the weights, and in the backward pass the derivatives of
-    the logits, are rounded to the inputs' dtype. Where images or heads are sharded over devices,
-    each computes its own.
+    The logits of a query and the key at row i and column j are `q . k + rel_h[i] + rel_w[j]`.
+    Logits and sums over keys are float32; the weights, and in the backward pass the derivatives of
+    the logits, are rounded to the inputs' dtype. If images or heads are sharded over devices, each
+    device computes its own. `flash_unsupported_reason` says which shapes are supported.
 
     Args:
         q: queries, scaled, in row-major order of the grid.
         k: keys.
         v: values.
-        rel_h: what a query's position adds to its logits, by the key's row.
-        rel_w: by the key's column.
+        rel_h: position terms of a query's logits, by the key's row.
+        rel_w: position terms of a query's logits, by the key's column.
         interpret: run the kernels step by step on any device, for tests.
-
-    `flash_unsupported_reason` says for which shapes this exists.
     """
     n, d = q.shape[2:]
     h, w = rel_h.shape[-1], rel_w.shape[-1]
-    # Triton's blocks are powers of two, and so is a row of keys. Columns that are added have logits
-    # of -inf, and so no weight.
+    # Triton's blocks are powers of two, so a row of keys is padded. Padding columns have logits of
+    # -inf, and therefore no weight.
     columns, queries, channels = _columns(w), -n % _FORWARD[0], -d % 16
     k, v = (_pad(x, 0, channels).reshape(*x.shape[:2], h, w, -1) for x in (k, v))
     k, v = (_pad(x, columns - w, 0).reshape(*x.shape[:2], h * columns, -1) for x in (k, v))
     q, rel_h = _pad(q, queries, channels), _pad(rel_h, queries, 0)
     rel_w = _pad(_pad(rel_w, 0, columns - w, -jnp.inf), queries, 0)
-    # What `functools.partial` decorates has no type.
+    # The decorator loses the type.
     out = cast(Array, _flash_attention(q, k, v, rel_h, rel_w, interpret))
     return out[:, :, :n, :d]
 
 
 def flash_unsupported_reason(grid: tuple[int, int], d: int) -> str | None:
-    """Why there is no kernel for a grid of (h, w) and heads of d channels; None if there is one."""
-    if _columns(grid[1]) * (d + -d % 16) > 64 * 128:  # or a row is too much for shared memory
+    """Why a grid (h, w) with heads of d channels is not supported; None if it is."""
+    if _columns(grid[1]) * (d + -d % 16) > 64 * 128:  # a row must fit in shared memory
         return f"a row of a grid of {grid[0]} x {grid[1]} is too large with heads {d} wide"
     return None
 
 
 def _columns(w: int) -> int:
-    """Of a row of keys, a power of two."""
+    """The padded length of a row of keys, a power of two."""
     return max(16, 1 << (w - 1).bit_length())
 
 
@@ -88,7 +86,7 @@ def _vjp_forward(q, k, v, rel_h, rel_w, interpret):
 
 def _vjp_backward(interpret, residuals, d_out):
     *inputs, out, lse = residuals
-    # What the softmax's normalisation takes from each logit's derivative: the paper's D.
+    # The term of the softmax's normalization in each logit's derivative: the paper's D.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1)
     return _backward(interpret)(*inputs, d_out, lse, delta)
 
@@ -97,9 +95,9 @@ _flash_attention.defvjp(_vjp_forward, _vjp_backward)
 
 
 def _each_head(kernels):
-    """A function of arrays [b, heads, ...] that may be vmapped, and sharded along these two axes.
+    """Makes a function of arrays [b, heads, ...] vmappable, and shardable along these two axes.
 
-    JAX shards no kernel by itself: each device would compute all images.
+    JAX does not shard kernels by itself: each device would compute all images.
     """
     sharded = custom_partitioning(kernels)
 
@@ -139,7 +137,7 @@ def _each_head(kernels):
 
 @functools.cache
 def _forward(interpret):
-    """Of (q, k, v, rel_h, rel_w): the result, and the logarithm of each query's total."""
+    """The kernel of (q, k, v, rel_h, rel_w); returns the output and each query's log-sum-exp."""
 
     def kernels(*arrays):
         q, (block, warps) = arrays[0], _FORWARD
@@ -160,7 +158,7 @@ def _forward(interpret):
 
 @functools.cache
 def _backward(interpret):
-    """Of (q, k, v, rel_h, rel_w, d_out, lse, delta): the derivatives by the first five."""
+    """The kernel of (q, k, v, rel_h, rel_w, d_out, lse, delta); returns the first 5 gradients."""
 
     def kernels(*arrays):
         q, k, v, rel_h, rel_w, *_ = arrays
@@ -197,7 +195,7 @@ def _grid(x, block):
 
 
 def _specs(arrays, block, whole=()):
-    """Of each array of a head a block of positions, or the whole."""
+    """Block specs: for each array of a head, a block of positions, or the whole array."""
 
     def spec(x, whole):
         rest, size = x.shape[3:], x.shape[2] if whole else block
@@ -287,7 +285,7 @@ def _backward_keys_kernel(
 
 
 def _logits(q, k, rel_h, rel_w):
-    """[queries, keys of a row], from the parts of queries and keys and the queries' positions."""
+    """Logits [queries, keys of a row], from parts of queries and keys and the position terms."""
     positions = rel_h.astype(jnp.float32)[:, None] + rel_w.astype(jnp.float32)
     return sum((plgpu.dot(a, b.T) for a, b in zip(q, k, strict=True)), positions)
 
@@ -300,7 +298,7 @@ def _derivatives(logits, v, d_out, lse, delta):
 
 
 def _parts(d: int) -> list[slice | pl.Slice]:
-    """The powers of two that make up d, as slices: Triton's blocks have no other sizes."""
+    """Slices of d in powers of two, the only sizes of Triton's blocks."""
     sizes = [1 << bit for bit in reversed(range(d.bit_length())) if d >> bit & 1]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [pl.ds(start, size) for start, size in zip(starts, sizes, strict=True)]

@@ -1,4 +1,4 @@
-"""Box, area and stability of masks at full size, measured on the device tile by tile."""
+"""Box and stability of masks at full size, measured on the device tile by tile."""
 
 import functools
 from typing import Any, NamedTuple
@@ -12,9 +12,9 @@ from sam_jax.ops.resize import mask_resize_matrix
 
 
 class MaskUpsampler(NamedTuple):
-    """How low-resolution masks become full size: `rows @ mask @ columns.T`, in tiles; arrays.
+    """Resizes low-resolution masks to full size, `rows @ mask @ columns.T`, in tiles; arrays.
 
-    Tiles are square, and rows and columns are padded with zeros to a multiple of their side.
+    Tiles are square; rows and columns are padded with zeros to a multiple of the tile's side.
     """
 
     rows: Float[Any, "height side"]
@@ -22,9 +22,9 @@ class MaskUpsampler(NamedTuple):
     columns: Float[Any, "width side"]
     """Interpolation along the width."""
     row_tiles: Int[Any, "i 2"]
-    """For each row of tiles the range of the mask's rows that it takes; empty for padding."""
+    """For each row of tiles, the range of the mask's rows that it depends on; empty for padding."""
     column_tiles: Int[Any, "j 2"]
-    """For each column of tiles the range of the mask's columns, likewise."""
+    """For each column of tiles, the range of the mask's columns that it depends on."""
     size: Int[Any, "2"]
     """(h, w) of the image."""
 
@@ -37,14 +37,14 @@ def make_upsampler(
     padded_size: int,
     tile: int,
 ) -> MaskUpsampler:
-    """The way to a picture's size, on the host.
+    """Computes the upsampler for an image's size, on the host.
 
     Args:
         mask_size: side of the low-resolution mask (256).
         image_size: side of the model's padded input (1024).
-        input_size: (h, w) of the picture in it.
-        original_size: (h, w) of the picture.
-        padded_size: what both sides are padded to, a multiple of `tile`.
+        input_size: (h, w) of the resized image in it.
+        original_size: (h, w) of the image.
+        padded_size: size to which both sides are padded, a multiple of `tile`.
         tile: side of the tiles.
     """
     rows, columns = (
@@ -63,10 +63,10 @@ def _ranges(matrix: Float[np.ndarray, "size side"], tile: int) -> Int[np.ndarray
 
 
 class MaskStatistics(NamedTuple):
-    """Of one mask at full size; all int32. Stability is `intersection / union`."""
+    """Statistics of one mask at full size, all int32. Stability is `intersection / union`."""
 
     box: Array
-    """x0, y0, x1, y1 with its last pixels included; zeros if the mask is empty."""
+    """x0, y0, x1, y1, including the last pixels; zeros if the mask is empty."""
     intersection: Array
     """Number of pixels above the higher threshold."""
     union: Array
@@ -79,24 +79,25 @@ def mask_statistics(
     threshold: Float[Array, ""],
     offset: Float[Array, ""],
 ) -> MaskStatistics:
-    """Box and stability of the mask at full size, where it is never there as a whole.
+    """Box and stability of the mask at full size, without keeping all of it in memory.
+
+    Only tiles that may contain an edge of the mask are computed. Interpolated values lie between
+    the values that they interpolate, so the low-resolution logits show which tiles are empty or
+    full.
 
     Args:
         mask: low-resolution logits.
-        full: of `make_upsampler`.
-        threshold: a pixel above it belongs to the mask.
-        offset: what the two thresholds of stability differ from it by.
-
-    Only tiles that the mask may have an edge in are computed. Interpolation lies between the
-    numbers that it interpolates, so that the low-resolution logits tell which are empty or full.
+        full: from `make_upsampler`.
+        threshold: pixels with a larger logit belong to the mask.
+        offset: difference of the two thresholds of stability from `threshold`.
     """
-    # A little beyond the thresholds, since interpolation is rounded.
+    # Slightly beyond the thresholds, since interpolation is rounded.
     margin = jnp.abs(offset) + 1e-3
     reach = mask > threshold - margin
     row_range = _tiles_reached(full.row_tiles, reach.any(1))
     column_range = _tiles_reached(full.column_tiles, reach.any(0))
     spans = jnp.concatenate([full.row_tiles, full.column_tiles])
-    # A tile of a picture of at least 512 pixels takes at most half of its side, and 3 more.
+    # For images of at least 512 pixels, a tile depends on at most half of its side, plus 3.
     window = min(_tile_of(full) // 2 + 8, len(mask))
 
     def measure(window):
@@ -115,8 +116,8 @@ def _tile_of(full: MaskUpsampler) -> int:
 def _tiles_reached(
     tiles: Int[Array, "tiles 2"], reach: Bool[Array, " side"]
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """The first tile that takes something of what is reached, and the one after the last."""
-    before = jnp.pad(jnp.cumsum(reach, dtype=jnp.int32), (1, 0))  # how many are reached before each
+    """The range of tiles that depend on something in `reach`."""
+    before = jnp.pad(jnp.cumsum(reach, dtype=jnp.int32), (1, 0))  # number in reach before each
     taken = before[tiles[:, 1]] > before[tiles[:, 0]]
     index = jnp.arange(len(taken), dtype=jnp.int32)
     last = jnp.where(taken, index, -1).max() + 1
@@ -126,12 +127,12 @@ def _tiles_reached(
 def _measure_tiles(
     mask, full, row_range, column_range, threshold, offset, margin, window
 ) -> MaskStatistics:
-    """Takes `window` rows and columns of the mask for each tile, from the first that it needs."""
+    """Measures tiles, each from `window` rows and columns of the mask."""
     slice_ = jax.lax.dynamic_slice
     dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
     side = _tile_of(full)
     pixel = jnp.arange(side, dtype=jnp.int32)
-    zero = jnp.int32(0)  # a slice's starts are of one dtype, and a plain 0 may be an int64
+    zero = jnp.int32(0)  # a slice's starts must have one dtype, and a plain 0 may be int64
     far = jnp.iinfo(jnp.int32).max
     nothing = MaskStatistics(jnp.array([far, far, -1, -1], jnp.int32), zero, zero)
 
@@ -144,7 +145,7 @@ def _measure_tiles(
         )
 
     def window_of(tile):
-        """Where a tile's window starts, and which of its entries the tile takes."""
+        """The start of a tile's window, and which of its entries the tile depends on."""
         start = jnp.minimum(tile[0], len(mask) - window)
         index = start + jnp.arange(window, dtype=jnp.int32)
         return start, (index >= tile[0]) & (index < tile[1])

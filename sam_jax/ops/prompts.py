@@ -1,7 +1,7 @@
-"""Prompts as one padded list of labelled points: pure functions on numpy or JAX arrays alike.
+"""Prompts as one padded list of labeled points: pure functions on numpy or JAX arrays.
 
-The functions use the array's own namespace, so that prompts that come from a picture stay in numpy
-until the one compiled call, and traced prompts stay traced.
+The functions use the array's own namespace, so users' prompts stay numpy arrays until the compiled
+call, and traced prompts stay traced.
 """
 
 import reprlib
@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Int, Num
 
 from sam_jax.arrays import AnyArray, as_array
 
-# Labels of points; see models/prompt_encoder.py for what each becomes.
+# Labels of points; models/prompt_encoder.py has their embeddings.
 BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 0, 1, 2, 3
 NOT_A_POINT, PADDING = -1, -10
 
-MASK_HINT = "SamProcessor.mask_to_logits(mask) makes them of a mask of the image's size"
+MASK_HINT = "SamProcessor.mask_to_logits(mask) converts a mask of the image's size"
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -32,13 +32,13 @@ def join_prompts(
     labels: Int[AnyArray, "*batch n"] | None,
     boxes: Num[AnyArray, "*batch 4"] | None,
 ) -> tuple[Float[np.ndarray | Array, "*batch m 2"], Int[np.ndarray | Array, "*batch m"]]:
-    """Points and boxes as one list, in the order of the reference's tokens.
+    """Joins points and boxes to one list, in the order of the reference's tokens.
 
-    With a box: the points, then the box's two corners. Without: the points, then one that is
-    (0, 0) with label -1. `points` without `labels` are foreground.
+    With a box: the points, then the box's two corners. Without a box: the points, then (0, 0) with
+    label -1. `points` without `labels` are foreground.
 
     Raises:
-        TypeError: for anything but arrays.
+        TypeError: if something is not an array.
         ValueError: if there are neither points nor boxes.
     """
     if points is None and boxes is None:
@@ -47,7 +47,7 @@ def join_prompts(
         None if array is None else as_array(array, "prompts") for array in (points, labels, boxes)
     ]
     xp = _namespace([array for array in arrays if array is not None])
-    # Explicitly to the device, as `jax.transfer_guard` asks for; jnp.full would not be.
+    # An explicit transfer, which `jax.transfer_guard` allows, in contrast to jnp.full's.
     put: Any = np.asarray if xp is np else jax.device_put
     coords, kinds, corners = (None if array is None else put(array) for array in arrays)
 
@@ -78,28 +78,29 @@ def check_values(
     boxes: Num[Any, "*batch 4"] | None,
     where: str = "prompts",
 ) -> None:
-    """Refuses prompts that mean nothing, on numpy arrays.
+    """Checks the values of prompts in numpy arrays.
 
     Raises:
-        ValueError: for coordinates that are not finite, unknown labels, and boxes inside out.
+        ValueError: for coordinates that are not finite, unknown labels, or boxes with x0 > x1 or
+            y0 > y1.
     """
     for array in (points, boxes):
-        # What float32 cannot hold becomes infinite later.
+        # Values out of float32's range would become infinite later.
         if array is None:
             continue
         fine = abs(array.astype(np.float64)) < 1e30
         if not fine.all():
             rows = array[~fine.all(axis=-1)]
             raise ValueError(
-                f"{where} hold numbers that are not finite or too large: {rows[0].tolist()}"
+                f"{where} have numbers that are not finite or too large: {rows[0].tolist()}"
                 + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
             )
     known = {PADDING, NOT_A_POINT, BACKGROUND, FOREGROUND}
     if labels is not None and (unknown := sorted(set(np.unique(labels).tolist()) - known)):
-        hint = "give each object a prompt of its own"
+        hint = "give each object its own prompt"
         if {BOX_TOP_LEFT, BOX_BOTTOM_RIGHT} & set(unknown):
             hint = "if they are a box's corners, give the box as a box (box, boxes, input_boxes); "
-            hint += "if they number objects, give each object a prompt of its own"
+            hint += "if they number objects, give each object its own prompt"
         raise ValueError(
             f"{where} have labels {reprlib.repr(unknown)}; known are 1 (foreground), 0 "
             f"(background), -1 (not a point) and -10 (padding); {hint}"
@@ -108,7 +109,7 @@ def check_values(
         wrong = (boxes[..., 2] < boxes[..., 0]) | (boxes[..., 3] < boxes[..., 1])
         if wrong.any():
             raise ValueError(
-                f"{where} hold {boxes[wrong][0].tolist()}, expected x0, y0, x1, y1 with x0 <= x1 "
+                f"{where} have {boxes[wrong][0].tolist()}, expected x0, y0, x1, y1 with x0 <= x1 "
                 "and y0 <= y1; if they are x, y, width, height, add x and y to the last two"
             )
 
@@ -121,18 +122,18 @@ def warn_outside(
     where: str,
     frame: str = "image",
 ) -> None:
-    """Warns, once a call, of coordinates that are legal but hardly meant; numpy arrays.
+    """Warns of valid coordinates in numpy arrays that are probably mistakes.
 
-    Those are outside the image by more than a pixel, or all of them fractions of it, or those of a
-    point with label -1, which says that there is no point.
+    They are more than a pixel outside the image, or all of them are fractions of its size, or they
+    belong to a point with label -1, which stands for no point.
 
     Args:
         points: x and y.
-        labels: of the points; None for foreground.
+        labels: the points' labels; None for foreground.
         boxes: x0, y0, x1, y1.
         size: (h, w) of the frame.
-        where: what the coordinates are called.
-        frame: what they are pixels of.
+        where: name of the coordinates in messages.
+        frame: name of the frame of the coordinates.
     """
     height, width = size
     parts = []
@@ -150,15 +151,15 @@ def warn_outside(
         x, y = coords[outside][0].tolist()
         more = f" and {outside.sum() - 1} more" if outside.sum() > 1 else ""
         swapped = "; are they y, x?" if (coords[:, ::-1] <= (width, height)).all() else ""
-        _warn(f"{where} hold ({x:g}, {y:g}){more}, outside; expected {pixels}{swapped}")
+        _warn(f"{where} have ({x:g}, {y:g}){more}, outside; expected {pixels}{swapped}")
     fractions = (coords >= 0) & (coords <= 1)
     if len(coords) and fractions.all() and (coords % 1).any() and min(size) > 16:
         x, y = coords[0].tolist()
-        _warn(f"{where} hold ({x:g}, {y:g}): are they fractions? Expected {pixels}")
+        _warn(f"{where} have ({x:g}, {y:g}): are they fractions? Expected {pixels}")
 
 
 def _warn(message: str) -> None:
-    """A warning at the line that calls the package."""
+    """Warns at the line outside the package that calls it."""
     level, frame = 1, sys._getframe()
     while frame is not None and frame.f_code.co_filename.startswith((_PACKAGE, "<")):
         level, frame = level + 1, frame.f_back
@@ -166,13 +167,13 @@ def _warn(message: str) -> None:
 
 
 def check_logits(masks: Any, where: str) -> None:
-    """Refuses masks that are not logits.
+    """Checks that masks are logits.
 
-    The dtype is checked always, the values of numpy arrays, and of JAX's up to a MiB (four of SAM's
-    masks): more is not fetched from a device.
+    Always checks the dtype. Checks values of numpy arrays, and of JAX arrays up to one MiB (four of
+    SAM's masks), since larger ones should not be fetched from a device.
 
     Raises:
-        TypeError: for complex numbers and anything that is no number.
+        TypeError: for complex numbers and values that are not numbers.
         ValueError: for binary masks, and numbers that are not finite.
     """
     if not jnp.isdtype(masks.dtype, ("bool", "real floating", "integral")):
@@ -185,31 +186,31 @@ def check_logits(masks: Any, where: str) -> None:
     if masks.dtype.kind in "biu" or (top in (1, 255) and ((values == 0) | (values == top)).all()):
         raise ValueError(
             f"{where} ({masks.dtype}) looks like a binary mask, expected low-resolution logits as "
-            f"of an earlier prediction; {MASK_HINT}"
+            f"from an earlier prediction; {MASK_HINT}"
         )
     if not np.isfinite(values).all():
-        raise ValueError(f"{where} holds logits that are not finite")
+        raise ValueError(f"{where} has logits that are not finite")
 
 
 def check_joined(
     points: Num[np.ndarray, "*b n 2"] | None, labels: Int[np.ndarray, "*b n"] | None
 ) -> None:
-    """Refuses lists of labelled points that `join_prompts` would not make; None is not known.
+    """Checks that lists of labeled points are as `join_prompts` makes them; None is not checked.
 
     Raises:
-        ValueError: for coordinates that are not finite, unknown labels, half a box, and a list of
-            points without the end with which SAM was trained, a box or a point labelled -1; and
-            boxes inside out.
+        ValueError: for coordinates that are not finite, unknown labels, one corner of a box without
+            the other, boxes with x0 > x1 or y0 > y1, and lists of points that do not end with a box
+            or a point labeled -1, as in SAM's training.
     """
     check_values(points, None, None, "points")
     if labels is None:
         return
-    labels = labels.astype(np.int64)  # unsigned ones could not be compared with -10
+    labels = labels.astype(np.int64)  # unsigned labels cannot be compared with -10
     first, second = labels == BOX_TOP_LEFT, labels == BOX_BOTTOM_RIGHT
     check_values(None, np.where(first | second, PADDING, labels), None, "labels")
     if (first.sum(-1) != second.sum(-1)).any():
         raise ValueError(
-            "labels hold one corner of a box (2 or 3) without the other; join_prompts(points, "
+            "labels have one corner of a box (2 or 3) without the other; join_prompts(points, "
             "labels, boxes) of sam_jax.ops.prompts makes both"
         )
     if points is not None:
@@ -218,20 +219,20 @@ def check_joined(
     ends = np.isin(labels, (NOT_A_POINT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)).any(-1)
     if (inside & ~ends).any():
         raise ValueError(
-            "the points of a prompt have no end, which SAM expects: a point labelled -1, or a "
-            "box's corners; make them by sam_jax.ops.prompts.join_prompts(points, labels, boxes)"
+            "the points of a prompt lack the end that SAM expects: a point labeled -1, or a box's "
+            "corners; make them with sam_jax.ops.prompts.join_prompts(points, labels, boxes)"
         )
 
 
 def concrete(array: Any) -> np.ndarray | None:
-    """The array's values, or None if there is none, or it is traced and has none."""
+    """The array's values, or None if the array is None or traced."""
     if array is None or isinstance(array, Tracer):
         return None
     return jax.device_get(array)
 
 
 def _namespace(arrays: list) -> Any:
-    """numpy if all arrays are numpy's, else jax.numpy."""
+    """numpy if all arrays are numpy arrays, else jax.numpy."""
     namespaces = [array.__array_namespace__() for array in arrays]
     return next((xp for xp in namespaces if xp.__name__ != "numpy"), namespaces[0])
 
@@ -256,10 +257,9 @@ def pad_prompts(
     labels: Int[Any, "b p n"],
     masks: Float[Any, "b m side side"] | None,
 ) -> tuple[Any, Any, Any]:
-    """Prompts padded to the next power of two in number (axis 1) and in length (axis 2).
+    """Pads prompts to the next power of two in number (axis 1) and in length (axis 2).
 
-    Padding points have label -10 and so change nothing; padding prompts are to be dropped from the
-    result.
+    Padding points have label -10 and no effect. Drop the results of padding prompts.
     """
     length = count_bucket(points.shape[2])
     count = count_bucket(points.shape[1])

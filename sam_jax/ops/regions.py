@@ -1,4 +1,4 @@
-"""Masks as polygons, and their holes and islands."""
+"""Converts masks to polygons, and removes small holes and islands."""
 
 from typing import cast
 
@@ -9,13 +9,13 @@ from sam_jax.ops.boxes import mask_to_box
 
 
 def mask_to_polygons(mask: Bool[np.ndarray, "h w"]) -> list[list[int]]:
-    """The outlines of a mask as COCO's polygons, of which pycocotools makes the same mask again.
+    """The outlines of a mask as COCO polygons, which pycocotools converts to the same mask.
 
     Returns:
-        For each part (pixels connected by their sides) the corners [x0, y0, x1, y1, ...] of its
-        outline, which runs along the edges of pixels: a mask of one pixel has [0, 0, 1, 0, 1, 1,
-        0, 1]. COCO has no holes, so the outline goes there and back on a vertical cut. An empty
-        list for an empty mask.
+        For each part (pixels connected by their sides), the corners [x0, y0, x1, y1, ...] of its
+        outline along the edges of pixels: a mask of one pixel has [0, 0, 1, 0, 1, 1, 0, 1]. COCO
+        does not support holes, so a vertical cut connects them with the outline. An empty list for
+        an empty mask.
     """
     left, top, right, bottom = mask_to_box(mask)
     mask = mask[top : bottom + 1, left : right + 1]
@@ -29,13 +29,13 @@ def mask_to_polygons(mask: Bool[np.ndarray, "h w"]) -> list[list[int]]:
         while following[i] < 0:
             following[i], last = i ^ 1, i ^ 1
             following[last] = i = vertical[last]
-        # The first corner of a ring is its upper left one.
+        # A ring's first corner is its upper left one.
         x, y = points[start]
         (outlines if mask[y, x] else holes).append((start, last))
 
     cuts: dict[int, list[tuple[int, int, int]]] = {}
     keys = corners @ [1, mask.shape[1] + 1]
-    for start, last in holes:  # up to the first edge, which is of the outline or of another hole
+    for start, last in holes:  # cut up to the first edge, of the outline or of another hole
         x, y = points[start]
         y -= int(np.argmin(np.append(mask[:y, x][::-1], False)))
         edge = np.searchsorted(keys, x + y * (mask.shape[1] + 1), side="right") - 1
@@ -62,10 +62,10 @@ def mask_to_polygons(mask: Bool[np.ndarray, "h w"]) -> list[list[int]]:
 
 
 def _corners(mask: Bool[np.ndarray, "h w"]) -> tuple[Int[np.ndarray, "n 2"], list[int]]:
-    """Where outlines of the mask turn: (x, y) row by row, and the other end of each vertical edge.
+    """The corners of outlines, (x, y) row by row, and the other end of each one's vertical edge.
 
-    The ends of a horizontal edge are 2 i and 2 i + 1. Where two pixels touch at a corner there are
-    two corners, one for each pixel.
+    The ends of a horizontal edge are corners 2 i and 2 i + 1. If two pixels touch at a corner, each
+    pixel has its own.
     """
     padded = np.pad(mask, 1)
     upper_left, upper_right = padded[:-1, :-1], padded[:-1, 1:]
@@ -88,9 +88,9 @@ def _corners(mask: Bool[np.ndarray, "h w"]) -> tuple[Int[np.ndarray, "n 2"], lis
 def remove_small_regions(
     mask: Bool[np.ndarray, "h w"], min_area: float
 ) -> tuple[Bool[np.ndarray, "h w"], bool]:
-    """Fills holes, then drops islands of fewer than `min_area` pixels.
+    """Fills holes, then removes islands, of fewer than `min_area` pixels.
 
-    Regions are connected also by corners. If all islands are small the largest is kept.
+    Regions are also connected by corners. If all islands are small, the largest one is kept.
 
     Returns:
         The mask, and whether it was changed.
@@ -110,9 +110,9 @@ def remove_small_regions(
 
 def _regions(mask: Bool[np.ndarray, "h w"]) -> tuple[np.ndarray, np.ndarray]:
     """Labels 1, 2, ... of the regions of the mask, and their sizes."""
-    import scipy.ndimage  # a quarter of a second that few need
+    import scipy.ndimage  # takes a quarter of a second, which few callers need
 
-    # Without an array to write to it returns both, which its signature does not say.
+    # Without an output array it returns both, which its signature does not say.
     found = scipy.ndimage.label(mask, structure=np.ones((3, 3)))
     labels, count = cast(tuple[np.ndarray, int], found)
     return labels, np.bincount(labels.ravel(), minlength=count + 1)[1:]

@@ -1,4 +1,4 @@
-"""Run lengths of masks, as COCO has them."""
+"""COCO run lengths of masks."""
 
 import numbers
 from collections.abc import Mapping
@@ -10,9 +10,10 @@ from jaxtyping import Bool
 
 
 def rle_encode(mask: Bool[np.ndarray, "h w"]) -> dict:
-    """Uncompressed COCO run lengths: column by column, zeros first.
+    """Encodes a mask as uncompressed COCO run lengths: column by column, zeros first.
 
-    `{"size": [h, w], "counts": [...]}`, all Python's own integers.
+    Returns:
+        `{"size": [h, w], "counts": [...]}` with Python integers.
     """
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
@@ -23,7 +24,7 @@ def rle_encode(mask: Bool[np.ndarray, "h w"]) -> dict:
 
 
 def rle_decode(rle: dict) -> Bool[np.ndarray, "h w"]:
-    """The mask of uncompressed run lengths; raises what `check_rle` does."""
+    """Decodes uncompressed run lengths; raises what `check_rle` raises."""
     check_rle(rle)
     (height, width), counts = rle["size"], rle["counts"]
     values = np.arange(len(counts)) % 2 == 1
@@ -31,7 +32,7 @@ def rle_decode(rle: dict) -> Bool[np.ndarray, "h w"]:
 
 
 def check_rle(rle: dict) -> None:
-    """Raises ValueError for uncompressed run lengths that are not those of a mask of their size."""
+    """Raises ValueError if uncompressed run lengths do not match their size."""
     (height, width), counts = rle["size"], rle["counts"]
     if not all(isinstance(count, numbers.Integral) for count in counts):
         raise ValueError("its run lengths do not fill the mask: expected whole numbers")
@@ -43,20 +44,20 @@ def check_rle(rle: dict) -> None:
 
 
 def rle_compress(rle: dict) -> dict:
-    """Run lengths as pycocotools' string, which JSON takes: `{"size": [h, w], "counts": str}`."""
+    """Compresses run lengths to pycocotools' string: `{"size": [h, w], "counts": str}`."""
     height, width = rle["size"]
-    # The stubs have compressed ones alone.
+    # The stubs only allow compressed run lengths.
     compressed = pycocotools.mask.frPyObjects(rle, height, width)  # pyright: ignore[reportCallIssue, reportArgumentType]
     return {"size": rle["size"], "counts": compressed["counts"].decode()}
 
 
 def rle_uncompress(rle: Mapping[str, Any]) -> dict:
-    """The inverse of `rle_compress`, for strings from anywhere.
+    """The inverse of `rle_compress`, also for untrusted strings.
 
-    pycocotools would read past the end of one that says too little.
+    pycocotools would read past the end of a truncated string.
 
     Raises:
-        ValueError: if the string is none of COCO's, or ends within a number.
+        ValueError: if the string is not valid, or ends within a number.
     """
     text = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
     digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
@@ -64,13 +65,13 @@ def rle_uncompress(rle: Mapping[str, Any]) -> dict:
     starts = np.append(0, ends + 1)
     lengths, left = np.diff(starts), len(digits) - starts[-1]
     if ((digits < 0) | (digits >= 64)).any() or lengths.max(initial=left) > 12:
-        raise ValueError(f"{text[:20]!r} is no string of COCO's run lengths")
+        raise ValueError(f"{text[:20]!r} is not a string of COCO's run lengths")
     if left:
         raise ValueError(f"{text[-20:]!r} ends within a number of COCO's run lengths")
     place = np.arange(len(digits)) - np.repeat(starts[:-1], lengths)
     total = np.append(0, np.cumsum((digits & 31) << (5 * place)))
     counts = np.diff(total[starts]) - np.where(digits[ends] & 16, 1 << (5 * lengths), 0)
-    # From the fourth on, what is written is the difference from the number before the last.
+    # From the fourth number on, the string has the difference from the number before the last.
     counts[1::2] = np.cumsum(counts[1::2])
     counts[2::2] = np.cumsum(counts[2::2])
     return {"size": rle["size"], "counts": counts.tolist()}

@@ -1,4 +1,4 @@
-"""Fine-tuning: small files of pure functions, for one's own loop or for `examples/finetune.py`."""
+"""Fine-tuning: pure functions for your own training loop or for `examples/finetune.py`."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Entries of COCO and SA-1B files, checked."""
+"""Checks entries of COCO and SA-1B files."""
 
 import operator
 import os
@@ -14,8 +14,8 @@ _FAR = 16
 
 
 def coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[tuple], list[str]]:
-    """What `_example` takes for each image of a COCO file with objects, and what is wrong."""
-    infos: dict[int | str, tuple[Path, tuple[int, int]] | None] = {}  # None if it is bad
+    """The arguments of `_example` for each image with objects, and the problems found."""
+    infos: dict[int | str, tuple[Path, tuple[int, int]] | None] = {}  # None for a bad entry
     problems = []
     for i, info in enumerate(images):
         try:
@@ -24,8 +24,8 @@ def coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[tu
             problems.append(f"images[{i}]: {error}")
             continue
         try:
-            if image_id in infos:  # whose objects these are cannot be known
-                raise ValueError("there are two images of this id")
+            if image_id in infos:  # its objects are ambiguous
+                raise ValueError("there are two images with this id")
             infos[image_id] = image_entry(info, folder)
         except ValueError as error:
             problems.append(f"image {label_of(image_id)}: {error}")
@@ -40,13 +40,13 @@ def coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[tu
                 continue
             image_id = _id(annotation, "image_id")
             if image_id not in infos:
-                raise ValueError(f"there is no image of the id {shown(image_id)}")
+                raise ValueError(f"there is no image with the id {shown(image_id)}")
             if annotation.get("id") is not None:
                 annotation_id = _id(annotation, "id")
                 if annotation_id in seen:
-                    raise ValueError("there are two annotations of this id")
+                    raise ValueError("there are two annotations with this id")
                 seen.add(annotation_id)
-            if image_id not in good:  # which has been said
+            if image_id not in good:  # reported above
                 continue
             _, size = good[image_id]
             segmentation = checked_segmentation(json_field(annotation, "segmentation"), size)
@@ -61,7 +61,7 @@ def coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[tu
     entries = []
     for image_id, of_image in objects.items():
         path, size = good[image_id]
-        if os.path.isfile(path):  # Path's raises for some names
+        if os.path.isfile(path):  # Path.is_file raises for some names
             entries.append((image_id, path, size, of_image))
         else:
             problems.append(f"image {label_of(image_id)}: {path} is missing")
@@ -81,10 +81,10 @@ def image_entry(info: Any, folder: Path) -> tuple[Path, tuple[int, int]]:
 
 
 def checked_segmentation(value: Any, size: tuple[int, int]) -> dict | list:
-    """Polygons or run lengths, as COCO has them, with whole numbers as integers.
+    """COCO polygons or run lengths, with whole numbers as integers.
 
     Raises:
-        ValueError: if it is invalid; but what a string of run lengths says is not looked at.
+        ValueError: if it is invalid; the content of compressed run lengths is not checked.
     """
     if isinstance(value, dict):
         given = [_whole(n, "size") for n in json_field(value, "size", list)]
@@ -102,17 +102,18 @@ def checked_segmentation(value: Any, size: tuple[int, int]) -> dict | list:
             f"its segmentation is {shown(value)}, expected polygons (a list of lists) or run "
             "lengths (an object)"
         )
-    far = _FAR * max(size)  # pycocotools walks along every edge, however long
+    far = _FAR * max(size)  # pycocotools visits every pixel of an edge, however long
     for polygon in value:
         if not isinstance(polygon, list) or not {int, float}.issuperset(map(type, polygon)):
             raise ValueError(
-                f"a polygon of it is {shown(polygon)}, expected a list of numbers x, y, x, y, ..."
+                f"one of its polygons is {shown(polygon)}, expected a list of numbers x, y, x, y, "
+                "..."
             )
         if len(polygon) % 2:
             raise ValueError(
-                f"a polygon of it has {len(polygon)} numbers, expected x and y of each point"
+                f"one of its polygons has {len(polygon)} numbers, expected x and y of each point"
             )
-        # NaN alone is not equal to itself. (No generator: a file has millions of numbers.)
+        # Only NaN is not equal to itself. (map is fast enough for a file's millions of numbers.)
         is_finite = not any(map(operator.ne, polygon, polygon))
         if polygon and not (is_finite and -far <= min(polygon) and max(polygon) <= far):
             raise ValueError(f"its polygons are not finite or reach beyond {_FAR} times the image")
@@ -128,20 +129,20 @@ def checked_segmentation(value: Any, size: tuple[int, int]) -> dict | list:
 
 def _is_crowd(annotation: Any) -> bool:
     value = _object(annotation).get("iscrowd")
-    if value not in (None, 0, 1):  # which False, True, 0.0 and 1.0 are, too
+    if value not in (None, 0, 1):  # includes False, True, 0.0 and 1.0
         raise ValueError(f"its iscrowd is {shown(value)}, expected 0 or 1")
     return bool(value)
 
 
 def annotation_name(annotation_id: Any, number: int) -> str:
-    """What messages call an annotation: its id, or its number in the file."""
+    """The name of an annotation in messages: its id, or its index in the file."""
     if annotation_id is None:
         return f"annotations[{number}]"
     return f"annotation {label_of(annotation_id)}"
 
 
 def id_of(annotation: Any) -> Any:
-    """The id of an entry, whatever it is."""
+    """The id of an entry, or None."""
     return annotation.get("id") if isinstance(annotation, dict) else None
 
 
@@ -152,7 +153,7 @@ def _object(value: Any) -> dict:
 
 
 def json_field(entry: Any, name: str, *kinds: type) -> Any:
-    """A value of a JSON object, of one of some kinds (any, if none is given)."""
+    """A value of a JSON object, checked to be of one of the kinds, if any are given."""
     if name not in _object(entry):
         raise ValueError(f"it has no {name}")
     if kinds and not isinstance(entry[name], kinds):
@@ -168,13 +169,13 @@ def _id(entry: Any, name: str) -> int | str:
 
 
 def _whole(value: Any, name: str) -> int:
-    """A whole number, which JSON may have as 30 or 30.0."""
+    """A whole number, which may be written as 30 or 30.0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 != 0:
         raise ValueError(f"its {name} is {shown(value)}, expected a whole number")
     return int(value)
 
 
-shown = reprlib.repr  # not longer than fits a message
+shown = reprlib.repr  # limits the length for messages
 
 
 def label_of(value: Any) -> str:
@@ -183,7 +184,7 @@ def label_of(value: Any) -> str:
 
 
 def segmentation_rle(segmentation: dict | list, size: tuple[int, int]) -> dict:
-    """What `checked_segmentation` gives, as run lengths that `rle_decode` takes."""
+    """Converts a result of `checked_segmentation` to run lengths for `rle_decode`."""
     if isinstance(segmentation, list):
         rle = pycocotools.mask.frPyObjects(segmentation, *size)
         return rle_uncompress(pycocotools.mask.merge(rle))

@@ -1,4 +1,4 @@
-"""A run's states on disk, by Orbax: written while training goes on; the last and the best stay."""
+"""Checkpoints of a run, by Orbax: written while training continues; the last and best are kept."""
 
 import contextlib
 import datetime
@@ -25,20 +25,20 @@ __all__ = ["load_state", "non_finite_error", "open_checkpoints", "save_state"]
 
 _METRIC = "miou"
 _MAX_DESCRIPTION_BYTES = 1 << 20
-_MAX_METADATA_BYTES = 64 << 20  # of ViT-H and its optimizer about 1 MB
+_MAX_METADATA_BYTES = 64 << 20  # ViT-H and its optimizer have about 1 MB
 
 
 @contextlib.contextmanager
 def open_checkpoints(folder: str | os.PathLike) -> Iterator[ocp.training.Checkpointer]:
-    """A run's checkpoints: the best, and the last two, since the last may turn out to be no good.
+    """Opens a run's checkpoints; keeps the best one and the last two, since the last may be bad.
 
-    The end of the context waits for what is being written.
+    Leaving the context waits for pending writes.
 
-    What an interrupted run left half-written is removed, and so are damaged files that only
-    describe a checkpoint, whose arrays may still be good; a warning names them.
+    Partly written checkpoints of an interrupted run are removed. Damaged files that only describe a
+    checkpoint are also removed, with a warning that names them, since its arrays may be intact.
 
     Raises:
-        OSError: at the end, if a checkpoint could not be written, for instance on a full disk.
+        OSError: at the end, if a checkpoint could not be written, for example on a full disk.
     """
     folder = Path(folder).absolute()
     _remove_damaged_descriptions(folder)
@@ -62,19 +62,20 @@ def open_checkpoints(folder: str | os.PathLike) -> Iterator[ocp.training.Checkpo
 def save_state(
     checkpoints: ocp.training.Checkpointer, state: TrainState, *, miou: float | None = None
 ) -> None:
-    """Begins to write a state, which is copied first: the run may go on at once.
+    """Starts to write a copy of a state; training can continue immediately.
 
     Args:
-        checkpoints: of `open_checkpoints`.
-        state: all of it: parameters, optimiser, moving average, step. The batches and all that is
-            by chance depend on the step alone.
-        miou: how good it is, if that is known.
+        checkpoints: from `open_checkpoints`.
+        state: the whole state: parameters, optimizer, moving average, step. Batches and random
+            numbers depend only on the seed and the step.
+        miou: the state's mean IoU, if known.
 
     Raises:
-        OSError: if this or the one before cannot be written, for instance on a full disk.
+        OSError: if this checkpoint or the previous one cannot be written, for example on a full
+            disk.
     """
     metrics = None if miou is None else {_METRIC: miou}
-    # What is there already is damaged, and was passed over by `load_state`.
+    # Overwrite: an existing checkpoint of this step is damaged and was skipped by `load_state`.
     options = {"force": True, "overwrite": True, "metrics": metrics}
     with _writing(Path(checkpoints.directory)):
         checkpoints.save_async(int(state.step), _flat(state), **options)
@@ -83,16 +84,16 @@ def save_state(
 def load_state(
     checkpoints: ocp.training.Checkpointer, like: TrainState, *, best: bool = False
 ) -> TrainState | None:
-    """The last state, or the best that is known, placed as `like` is; None if there is none.
+    """The last state, or the best known one, sharded like `like`; None if there is none.
 
-    A damaged checkpoint is passed over with a warning that names its folder. It stays until the run
-    comes to its step again. Of several hosts all have to call this together.
+    Damaged checkpoints are skipped with a warning that names their folder. They stay until the run
+    reaches their step again. With several hosts, all must call this together.
 
     Raises:
-        ValueError: if it is of another model, optimizer or table, or if all are damaged.
+        ValueError: if the state is from another model, optimizer or table, or if all are damaged.
     """
     found = list(checkpoints.checkpoints)
-    if best:  # those that have no metric first
+    if best:  # those without a metric first
         found.sort(key=_miou)
     damaged = []
     for checkpoint in reversed(found):
@@ -102,24 +103,24 @@ def load_state(
             state = _load(checkpoints, checkpoint.step, like)
         except _DoesNotFit as error:
             raise ValueError(
-                f"the checkpoint {folder} does not fit this run; was it made with other settings? "
-                f"{error}"
+                f"the checkpoint {folder} does not match this run; was it made with different "
+                f"settings? {error}"
             ) from error
-        except Exception as error:  # whatever Orbax meets in a damaged folder
+        except Exception as error:  # anything that Orbax raises for a damaged folder
             problem = f"{folder} is damaged: {_first_line(error)[:200]}"
         if any_host(state is None):
             damaged.append(problem or f"{folder} is damaged: another host cannot read it")
             continue
         for problem in damaged:
             warnings.warn(
-                f"the checkpoint {problem}; the one of step {checkpoint.step} takes its place",
+                f"the checkpoint {problem}; using that of step {checkpoint.step} instead",
                 stacklevel=2,
             )
         return state
     if damaged:
         raise ValueError(
-            f"no checkpoint in {checkpoints.directory} can be read; remove this folder to begin "
-            "the run again, or the newest checkpoints in it if you have copies of older ones:\n"
+            f"no checkpoint in {checkpoints.directory} can be read; remove this folder to restart "
+            "the run, or remove the newest checkpoints in it if you have copies of older ones:\n"
             + "\n".join(f"  {problem}" for problem in damaged)
         )
     return None
@@ -129,12 +130,12 @@ def load_state(
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever Orbax and its threads raise
-        # The cause comes last, after every path on the way to it.
+    except Exception as error:  # anything that Orbax and its threads raise
+        # The message ends with the cause, after every path that leads to it.
         cause = _first_line(error).rpartition('": ')[2]
         raise OSError(
-            f"cannot write a checkpoint in {folder}: {cause}; the run can be resumed from the one "
-            "before it"
+            f"cannot write a checkpoint in {folder}: {cause}; the run can be resumed from the "
+            "previous one"
         ) from error
 
 
@@ -149,7 +150,7 @@ def _load(checkpoints: ocp.training.Checkpointer, step: int, like: TrainState) -
     }
     folder = Path(checkpoints.directory) / str(step)
     folder_size(folder)  # raises if reading it might not end
-    # First, since Orbax would say so of one array while it reads others.
+    # Checked first, since Orbax would report a single array, after reading others.
     saved = open_arrays(folder / "state", _MAX_METADATA_BYTES)
     differing = [
         name
@@ -196,12 +197,12 @@ def _is_damaged(file: Path, check: Callable[[Any], object]) -> bool:
     try:
         found = read_json(file, max_bytes=_MAX_DESCRIPTION_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        return file.is_symlink()  # which leads nowhere
+        return file.is_symlink()  # a dangling link
     except (IsADirectoryError, ValueError):
         return True
     try:
         check(found)
-    except Exception:  # whatever Orbax would meet in it
+    except Exception:  # anything that would make Orbax fail
         return True
     return False
 
@@ -223,9 +224,9 @@ def non_finite_error(
     image_ids: Sequence,
     checkpoints: ocp.training.Checkpointer,
 ) -> FloatingPointError:
-    """What stops a run whose loss or gradients are no numbers: the step, its images, a way back.
+    """The error for a run whose loss or gradients are not finite; names the step and its images.
 
-    A checkpoint is good if a step was made from it whose loss was a number.
+    It also names the last good checkpoint: one from which a step with a finite loss was made.
     """
     bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     good = max((c.step for c in checkpoints.checkpoints if c.step < step - 1), default=None)
@@ -234,8 +235,8 @@ def non_finite_error(
         last = f"the last good checkpoint is {checkpoints.directory / str(good)}"
     return FloatingPointError(
         f"at step {step} {', '.join(bad)}, for the images {', '.join(map(str, image_ids))}; "
-        f"{last}. Look at these images and their annotations, or try a lower learning rate, in a "
-        "new folder"
+        f"{last}. Check these images and their annotations, or try a lower learning rate in a new "
+        "folder"
     )
 
 

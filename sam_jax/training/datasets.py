@@ -24,12 +24,12 @@ from sam_jax.training.annotations import (
 from sam_jax.types import OnBadAnnotation
 
 Example = dict[str, Any]
-_SHOWN = 10  # bad entries that a message lists
+_SHOWN = 10  # bad entries listed in a message
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Examples by number."""
+    """Examples by index."""
 
     def __len__(self) -> int: ...
 
@@ -37,10 +37,10 @@ class Dataset(Protocol):
 
 
 class LazyMasks:
-    """Masks [n, h, w] of which only those are decoded that are asked for: SA-1B has 100 a picture.
+    """Masks [n, h, w] that are decoded only on access: SA-1B has 100 per image.
 
-    A number gives one mask, bool [h, w]; a slice or an array of numbers gives an array of some, and
-    `np.asarray` all.
+    An integer index returns one mask, bool [h, w]; a slice or an array of indices returns several,
+    and `np.asarray` returns all.
     """
 
     dtype, ndim = np.dtype(bool), 3
@@ -64,14 +64,14 @@ class LazyMasks:
 
 
 class _AnnotatedImages:
-    """Image files and their objects; what `CocoInstances` and `SegmentAnything1B` share.
+    """Image files and their objects; the common part of `CocoInstances` and `SegmentAnything1B`.
 
     Args:
-        name: of the file or folder, for messages.
+        name: the file or folder, for messages.
         on_bad_annotation: see `CocoInstances`.
-        exif_orientation: whether the annotations are of images that are turned as EXIF says
-            ("applied") or of the pixels as stored ("ignored", or None if nothing says so).
-        way_out: what to do if None is wrong.
+        exif_orientation: "applied" if the annotations refer to upright images, "ignored" if they
+            refer to the pixels as stored, None (treated as "ignored") if unknown.
+        way_out: advice for messages, in case None is wrong.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class _AnnotatedImages:
     def _example(
         self, image_id: Any, path: Path, size: tuple[int, int], objects: list[tuple]
     ) -> Example:
-        """The image and its objects: (id, number, segmentation), two of them for messages."""
+        """The example; `objects` are (id, index, segmentation), the first two for messages."""
         try:
             image = self._pixels(image_id, path, size)
         except (OSError, TypeError, ValueError) as error:
@@ -107,7 +107,7 @@ class _AnnotatedImages:
         return {"image": image, "masks": LazyMasks(rles, size)}
 
     def _pixels(self, image_id: Any, path: Path, size: tuple[int, int]) -> np.ndarray:
-        """The image that is annotated, turned or as stored."""
+        """The image that the annotations refer to, upright or as stored."""
         stored, orientation = read_stored(path)
         turned = turn(stored, orientation)
         image = turned if self.exif_orientation == "applied" else stored
@@ -115,8 +115,8 @@ class _AnnotatedImages:
             message = f"its size is {list(image.shape[:2])}, but {list(size)} is annotated"
             if turned.shape[:2] == size:
                 message += (
-                    f"; its EXIF orientation is {orientation}, and its annotations seem to be of "
-                    f"the image turned upright, not of the pixels as stored: {self._way_out}"
+                    f"; its EXIF orientation is {orientation}, and its annotations seem to refer "
+                    f"to the upright image, not to the pixels as stored: {self._way_out}"
                 )
             raise ValueError(message)
         is_open = self.exif_orientation is None and orientation != 1
@@ -124,8 +124,8 @@ class _AnnotatedImages:
             self._has_warned = True
             warnings.warn(
                 f"{self.name}: image {label_of(image_id)} ({path}) has EXIF orientation "
-                f"{orientation}, and others may have one. Annotations are taken to be of the "
-                "pixels as stored, as in pycocotools. If they are of the image turned upright, "
+                f"{orientation}, and others may have one. Annotations are assumed to refer to the "
+                "pixels as stored, as in pycocotools. If they refer to the upright image, "
                 f"{self._way_out}",
                 stacklevel=4,
             )
@@ -135,32 +135,32 @@ class _AnnotatedImages:
 class CocoInstances(_AnnotatedImages):
     """The images of a COCO instance file that have objects.
 
-    Polygons and run lengths, compressed or not. Crowds are left out.
+    Supports polygons and run lengths, compressed or not. Crowds are left out.
 
-    Masks are of the pixels as an image file stores them, as in pycocotools: an EXIF orientation is
-    not applied, and you are warned once if it might have to be. If the file's `info` has
-    `"exif_orientation": "applied"`, as what `sam-jax generate` writes does, masks are of the images
-    turned upright, and they are turned when they are read; `"ignored"` says that nothing is to be
-    turned.
+    Masks refer to the pixels as stored in the image file, as in pycocotools: EXIF orientation is
+    not applied, and you are warned once if it might be needed. If the file's `info` has
+    `"exif_orientation": "applied"`, as files of `sam-jax generate` do, masks refer to the upright
+    images, and images are turned upright when they are read; `"ignored"` silences the warning.
 
-    Numbers may be written as 30 or 30.0. Boxes, areas and categories are not used, and not looked
-    at, nor is anything of crowds.
+    Numbers may be written as 30 or 30.0. Boxes, areas, categories and crowds are neither used nor
+    checked.
 
     Args:
         annotations: the JSON file.
         images: the folder of its images.
-        on_bad_annotation: what to do about invalid entries: values of the wrong type, missing
-            images, file names that lead out of the folder, ids that occur twice, empty
-            segmentations, polygons of half a point or outside the image, run lengths of another
-            size than the image's, annotations of no image. "raise" raises an error that lists
-            them by the ids of image and annotation; "skip" leaves them out with a warning. What
-            only shows when an image is read is treated the same; one that cannot be read at all
-            is blank then, without objects.
+        on_bad_annotation: how to handle invalid entries: values of the wrong type, missing images,
+            file names that lead out of the folder, repeated ids, empty segmentations, polygons with
+            an odd number of coordinates or outside the image, run lengths of another size than the
+            image's, and annotations without an image. "raise" raises an error that lists them by
+            the ids of image and annotation; "skip" leaves them out with a warning. Problems found
+            when an image is read are handled the same way; with "skip", an image that cannot be
+            read becomes a blank image without objects.
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if the file is not a COCO instance file, no image in it has an object, or there
-            are invalid entries and they are refused, or for another `on_bad_annotation`.
+        ValueError: if the file is not a COCO instance file, if no image in it has an object, if
+            there are invalid entries and `on_bad_annotation` is "raise", or for another
+            `on_bad_annotation`.
     """
 
     def __init__(
@@ -200,30 +200,30 @@ class CocoInstances(_AnnotatedImages):
         return self._example(*self.entries[index])
 
     def image_id(self, index: int) -> int | str:
-        """The id that the file has for the image."""
+        """The image's id in the file."""
         return self.entries[index][0]
 
 
 class SegmentAnything1B(_AnnotatedImages):
-    """A folder of SA-1B: images, and alongside each a JSON file of its masks' run lengths.
+    """A folder of SA-1B: images, each with a JSON file of its masks' run lengths.
 
-    Masks are of the pixels as an image file stores them; you are warned once if one has an EXIF
+    Masks refer to the pixels as stored in the image file; you are warned once if one has an EXIF
     orientation.
 
     Args:
-        folder: of both.
-        on_bad_annotation: as for `CocoInstances`, when an image is read.
+        folder: the folder of images and JSON files.
+        on_bad_annotation: as for `CocoInstances`; applied when an image is read.
 
     Raises:
         ValueError: if there is no JSON file, or for another `on_bad_annotation`; when an image is
-            read, if it is missing, or its file is not one of SA-1B.
+            read, if it is missing or its JSON file is not in SA-1B's format.
     """
 
     def __init__(self, folder: str | Path, *, on_bad_annotation: OnBadAnnotation = "raise"):
         _check_choice(on_bad_annotation)
         way_out = "store the image upright, without EXIF orientation"
         super().__init__(Path(folder), on_bad_annotation, None, way_out)
-        # Each file is read only when it is its turn: SA-1B has 11 million.
+        # Files are read only on access: SA-1B has 11 million.
         self.files = sorted(Path(folder).glob("*.json"))
         if not self.files:
             raise ValueError(f"there is no JSON file in {folder}")
@@ -263,21 +263,21 @@ def open_annotations(
     *,
     on_bad_annotation: OnBadAnnotation = "raise",
 ) -> CocoInstances | SegmentAnything1B:
-    """COCO for a file (with its folder of pictures), SA-1B for a folder.
+    """Opens a COCO file (with its folder of images) or a folder of SA-1B.
 
     Raises:
-        FileNotFoundError, ValueError: as `CocoInstances` and `SegmentAnything1B`; and for a file
-            without a folder of pictures.
+        FileNotFoundError, ValueError: as `CocoInstances` and `SegmentAnything1B`, and for a file
+            without a folder of images.
     """
     if Path(annotations).is_dir():
         return SegmentAnything1B(annotations, on_bad_annotation=on_bad_annotation)
     if images is None:
-        raise ValueError(f"{annotations} is a file of COCO's: its folder of pictures is needed")
+        raise ValueError(f"{annotations} is a COCO file; also give its folder of images")
     return CocoInstances(annotations, images, on_bad_annotation=on_bad_annotation)
 
 
 def fingerprint(annotations: str | Path) -> str:
-    """Tells whether annotations are the same as before, by a file's bytes or a folder's names."""
+    """A SHA-256 of annotations, by a file's bytes or the names of a folder's files."""
     path = Path(annotations)
     if path.is_file():
         with path.open("rb") as file:
@@ -301,12 +301,12 @@ def _report(problems: list[str], what: str, on_bad_annotation: OnBadAnnotation) 
         shown.append(f"  and {len(problems) - _SHOWN} more")
     if on_bad_annotation == "raise":
         hint = (
-            'mend them, or leave them out with on_bad_annotation="skip" (--on-bad-annotation skip)'
+            'fix them, or leave them out with on_bad_annotation="skip" (--on-bad-annotation skip)'
         )
         raise ValueError("\n".join([f"{what}; {hint}:", *shown]))
     warnings.warn("\n".join([f"{what}, left out:", *shown]), stacklevel=3)
 
 
 def _blank() -> Example:
-    """Takes the place of a bad image, since examples are counted before they are read."""
+    """Replaces a bad image, since examples are counted before they are read."""
     return {"image": np.zeros((1, 1, 3), np.uint8), "masks": np.zeros((0, 1, 1), bool)}

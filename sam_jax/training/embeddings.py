@@ -22,15 +22,15 @@ from sam_jax.training.datasets import Dataset
 class CachedEmbeddings:
     """A dataset whose examples also have `image_embedding`, float32 [g, g, c].
 
-    Embeddings are made at the start. Files are named by the image's pixels, in a folder named by
-    the encoder's weights, compute dtype and configuration: another image or another encoder finds
-    nothing rather than something stale.
+    The constructor computes all embeddings. File names are hashes of the image's pixels, in a
+    folder named by a hash of the encoder's weights, compute dtype and configuration, so another
+    image or encoder never finds a stale embedding.
 
     Args:
         source: the dataset; see `sam_jax.training.datasets`.
         model: the model whose image encoder is used.
-        folder: of the cache; runs may share it.
-        on_image: called when the embedding of one more image is there.
+        folder: the cache, which runs may share.
+        on_image: called after each image.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class CachedEmbeddings:
         self.folder.mkdir(parents=True, exist_ok=True)
         processor, split = SamProcessor(model.config), nnx.split(model)
         self._files = {}
-        # Hosts that share the folder start at different images, and each encodes its part.
+        # Hosts that share the folder start at different images, so that each encodes a part.
         first = jax.process_index() * len(source) // jax.process_count()
         for i in np.roll(np.arange(len(source)), -first).tolist():
             image = source[i]["image"]
@@ -68,18 +68,18 @@ class CachedEmbeddings:
             embedding = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
-                f"the cached embedding {file} cannot be read ({error}); start the run again, which "
-                "makes it again"
+                f"the cached embedding {file} cannot be read ({error}); restart the run to compute "
+                "it again"
             ) from error
         return {**self.source[index], "image_embedding": embedding}
 
     def image_id(self, index: int) -> Any:
-        """What the dataset calls the image; its number if it has no names."""
+        """The dataset's id of the image; the index if it does not have ids."""
         return getattr(self.source, "image_id", int)(index)
 
 
 def _is_whole(file: Path, config: SamConfig) -> bool:
-    """Whether it is there and was not cut short, by a disk that was full for instance."""
+    """Whether the file exists and is complete; a full disk may have truncated it."""
     grid = config.image_embedding_size
     try:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -92,7 +92,7 @@ def _is_whole(file: Path, config: SamConfig) -> bool:
 def _write(file: Path, embedding: np.ndarray) -> None:
     data = io.BytesIO()
     np.save(data, embedding)
-    # In one piece, by Python: numpy's own error for a full disk says only how much was written.
+    # Written by Python: numpy's error for a full disk says only how much was written.
     file.write_bytes(data.getbuffer())
 
 

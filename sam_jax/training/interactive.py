@@ -29,25 +29,25 @@ def interactive_losses(
     box_probability: float = 0.5,
     weights: LossWeights = LossWeights(),  # noqa: B008
 ) -> MaskLosses:
-    """The losses [rounds] of prompting for one object, one round building on the other.
+    """The losses [rounds] of several rounds of prompting for one object.
 
-    The first round has a point in the object or its box with noise, as likely. Each later one adds
-    a click where the mask before was wrong, and has that mask's logits as a mask prompt, through
-    which no gradient flows back. Of more than three rounds, two bring no click, the last and one by
-    chance, so that the model learns to make more of its own mask. A point alone is ambiguous and
-    has three candidate masks; everything else has one, also a box, for which the paper has three.
+    The prompt of the first round is a point in the object or its box with noise. Each later round
+    adds a click where the previous mask was wrong, and the previous logits as a mask prompt,
+    without a gradient through them. With more than three rounds, the last one and one at random add
+    no click, so that the model learns to refine its own mask. A single point is ambiguous and has
+    three candidate masks; all other prompts have one, even a box, for which the paper has three.
 
-    One `jax.lax.scan`, whose rounds are computed again in the backward pass, so that memory does
+    The rounds are a `jax.lax.scan` whose steps are recomputed in the backward pass, so memory does
     not depend on their number.
 
     Args:
-        model: the prompt encoder and the mask decoder are used.
-        image_embedding: of `Sam.encode_image`.
-        target: the object's mask, of the whole model input, at any resolution.
-        box: around it, x0, y0, x1, y1 in pixels of the model's input.
-        key: of `jax.random`; all that is random depends on it.
-        num_rounds: the paper's number is 11.
-        box_probability: how often the first prompt is the box.
+        model: its prompt encoder and mask decoder are used.
+        image_embedding: from `Sam.encode_image`.
+        target: the object's mask, covering the whole model input, at any resolution.
+        box: the object's box, x0, y0, x1, y1 in pixels of the model's input.
+        key: a `jax.random` key.
+        num_rounds: number of rounds; the paper's is 11.
+        box_probability: probability that the first prompt is the box.
         weights: see `mask_losses`.
     """
     size, side = model.config.image_size, model.config.mask_size
@@ -56,7 +56,7 @@ def interactive_losses(
     first_key, idle_key, click_key = jax.random.split(key, 3)
     inside = target > 0.5
     points, labels, is_box = _first_prompt(first_key, inside, box, size, box_probability)
-    # Slots for all clicks to come; padding is exact, so that they change nothing until then.
+    # Slots for all later clicks; padding is exact, so they have no effect until they are used.
     points = jnp.pad(points, ((0, num_rounds - 1), (0, 0)))
     labels = jnp.pad(labels, (0, num_rounds - 1), constant_values=PADDING)
     brings_click = click_schedule(idle_key, num_rounds)
@@ -75,7 +75,7 @@ def interactive_losses(
         predicted = resize_logits(previous, target.shape[-1]) > 0
         point, label = next_click(jax.random.fold_in(click_key, step), predicted, inside, size)
         label = jnp.where(brings_click[step], label, PADDING)
-        slot = 2 + step  # beyond the end after the last round: dropped
+        slot = 2 + step  # out of range, and dropped, after the last round
         return (points.at[slot].set(point), labels.at[slot].set(label), previous), losses
 
     start = points, labels, jnp.zeros((side, side), jnp.float32)
@@ -84,7 +84,7 @@ def interactive_losses(
 
 
 def _first_prompt(key, inside, box, image_size, box_probability):
-    """Two labelled points, a box's corners or a point and the end of a list; and if it is a box."""
+    """Two labeled points, a box's corners or a point and the end token, and whether it is a box."""
     choice, point_key, box_key = jax.random.split(key, 3)
     is_box = jax.random.bernoulli(choice, box_probability)
     point, _ = sample_point(point_key, inside, image_size)
@@ -99,7 +99,7 @@ def _first_prompt(key, inside, box, image_size, box_probability):
 
 
 def click_schedule(key, num_rounds):
-    """For each round, whether the next one has a new click."""
+    """Whether each round adds a click for the next round."""
     following = jnp.arange(1, num_rounds + 1)
     if num_rounds <= 3:
         return following < num_rounds
@@ -108,7 +108,7 @@ def click_schedule(key, num_rounds):
 
 
 def _decode(model, image, image_pe, points, labels, previous, step):
-    """All four masks and predicted IoUs of a prompt; from the second round on with a mask."""
+    """All four masks and predicted IoUs of a prompt, with a mask prompt from the second round."""
     encoder, decoder = model.prompt_encoder, model.mask_decoder
     image_embedding, hq_features = image
     sparse, sparse_mask = encoder(points, labels)

@@ -1,4 +1,4 @@
-"""Batches of examples, each of which depends on the seed and the step alone."""
+"""Batches of examples that depend only on the seed and the step."""
 
 import signal
 import warnings
@@ -12,8 +12,8 @@ from sam_jax.errors import needs_extra
 from sam_jax.training.datasets import Dataset, Example
 from sam_jax.training.transform import ExampleTransform, too_small
 
-_LOOKED_AT = 1000  # images in which `check_objects` looks for an object
-_EPOCHS = 2**31  # without end, but for what grain's arithmetic can count
+_MAX_CHECKED = 1000  # images in which `check_objects` looks for an object
+_EPOCHS = 2**31  # endless, within the limits of grain's arithmetic
 
 
 def make_loader(
@@ -27,24 +27,24 @@ def make_loader(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Iterable[dict[str, np.ndarray]]:
-    """Batches without end, shuffled anew in each epoch.
+    """Endless batches, shuffled again in each epoch.
 
-    The batch of a step depends on the seed and the step alone, not on where a run was interrupted,
-    nor on the number of workers or hosts; each host gets its part of it.
+    The batch of a step depends only on the seed and the step, not on interruptions of the run or
+    the number of workers or hosts. Each host gets its part of the batch.
 
     Args:
-        source: examples.
-        prepare: gives them a shape.
-        batch_size: of all hosts together.
-        seed: of the order, and of all that is by chance.
-        start: the first step, where a run goes on.
-        workers: processes that read; 0 for threads of this one.
-        process_index: of this host; JAX's if left out.
-        process_count: of hosts; JAX's if left out.
+        source: the dataset.
+        prepare: brings examples into a fixed shape.
+        batch_size: number of examples over all hosts.
+        seed: seed of the order and of all random numbers.
+        start: the first step, to resume a run.
+        workers: number of processes that read examples; 0 for threads of this process.
+        process_index: index of this host; JAX's if left out.
+        process_count: number of hosts; JAX's if left out.
 
     Raises:
-        ValueError: if the batch cannot be shared by the hosts, or the source is empty; from the
-            iterator, if an example cannot be read or prepared, with the image's id.
+        ValueError: if the batch cannot be split among the hosts, or the dataset is empty; from the
+            iterator, if an example cannot be read or transformed, with the image's id.
         MissingExtra: without the extra `train`.
     """
     with needs_extra("train"):
@@ -57,7 +57,7 @@ def make_loader(
             f"batch_size is {batch_size}, expected a multiple of the {process_count} hosts"
         )
     if not len(source):
-        raise ValueError("there are no pictures to train on")
+        raise ValueError("there are no images to train on")
     if seed < 0:
         raise ValueError(f"seed is {seed}, expected 0 or above")
     dataset = (
@@ -77,31 +77,31 @@ def make_loader(
         import absl.flags
 
         if not absl.flags.FLAGS.is_parsed():
-            absl.flags.FLAGS.mark_as_parsed()  # grain's workers look at flags, parsed or not
+            absl.flags.FLAGS.mark_as_parsed()  # grain's workers read flags, parsed or not
         options = grain.MultiprocessingOptions(num_workers=workers)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent)
     return dataset
 
 
 def check_objects(source: Dataset, prepare: ExampleTransform | None, *, seed: int = 0) -> None:
-    """Makes sure that there is an object to train or to evaluate on, by reading until the first.
+    """Checks that there is an object to train or evaluate on, by reading until the first one.
 
-    At most 1,000 images are read, in random order, so that it takes a minute or two at the worst.
-    If there is none in so many of a larger source, that is a warning.
+    At most 1,000 images are read, in random order, which takes at most a minute or two. If a larger
+    dataset has no object in them, that is a warning.
 
     Args:
-        source: examples.
-        prepare: as for `make_loader`; None for evaluation, which takes objects of any size.
-        seed: of the order, and of what is random in `prepare`.
+        source: the dataset.
+        prepare: as for `make_loader`; None for evaluation, which accepts objects of any size.
+        seed: seed of the order and of random numbers in `prepare`.
 
     Raises:
-        ValueError: if there is none in the whole source, or an example cannot be read; if all
-            objects are too small for the target grid, the message says what to do.
+        ValueError: if the whole dataset does not have an object, or an example cannot be read; if
+            all objects are too small for the target grid, the message says what to do.
     """
     rng, dropped = np.random.default_rng(seed), False
-    read = min(len(source), _LOOKED_AT)
-    # Where crops are random, an object that one misses another may show.
-    tries = read if prepare is None or not prepare.augments else max(read, _LOOKED_AT // 10)
+    read = min(len(source), _MAX_CHECKED)
+    # With random crops, an object outside one crop may be inside another.
+    tries = read if prepare is None or not prepare.augments else max(read, _MAX_CHECKED // 10)
     reader, order = _Reader(source, prepare or _any_object), rng.permutation(len(source))[:read]
     for i in range(tries):
         example = reader(int(order[i % read]), rng)
@@ -110,9 +110,7 @@ def check_objects(source: Dataset, prepare: ExampleTransform | None, *, seed: in
         dropped |= example["dropped"] > 0
     message = f"none of the {read} images that were read has an object"
     if prepare is not None and dropped:
-        message = (
-            f"no object of the {read} images that were read can be trained on: {too_small(prepare)}"
-        )
+        message = f"no object in the {read} images that were read is usable: {too_small(prepare)}"
     if read == len(source):
         raise ValueError(message)
     warnings.warn(f"{message} (the other {len(source) - read} were not read)", stacklevel=2)
@@ -120,7 +118,7 @@ def check_objects(source: Dataset, prepare: ExampleTransform | None, *, seed: in
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads an example by its number and prepares it; errors name the image."""
+    """Reads and transforms an example by its index; errors name the image."""
 
     source: Dataset
     prepare: Callable[[Example, np.random.Generator], Example]
@@ -128,7 +126,7 @@ class _Reader:
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         try:
             return self.prepare({**self.source[index], "index": index}, rng)
-        except Exception as error:  # whatever a source of one's own raises
+        except Exception as error:  # custom datasets may raise anything
             image_id = getattr(self.source, "image_id", int)(index)
             if f"image {image_id}:" in str(error):
                 raise
@@ -141,6 +139,6 @@ def _any_object(example: Example, _: np.random.Generator) -> Example:
 
 
 def _leave_signals_to_the_parent(*_: int) -> None:
-    """Terminals and schedulers signal all processes, but only the parent can end a run in order."""
+    """Ignores signals: terminals and schedulers signal all processes, but the parent ends a run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

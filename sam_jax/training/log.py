@@ -1,4 +1,4 @@
-"""What a run tells: a line of JSON for each step, pictures, and TensorBoard's files."""
+"""The log of a run: a line of JSON for each step, images, and TensorBoard files."""
 
 import json
 import math
@@ -20,14 +20,14 @@ with needs_extra("train"):
 
 
 class MetricsLog:
-    """`metrics.jsonl`, a line per step, and beside it `pictures/` and `tensorboard/`.
+    """Writes `metrics.jsonl`, with a line per step, and `images/` and `tensorboard/` next to it.
 
-    A run that goes on drops the lines of the steps that it does again, and what is not a line of a
-    step. Of several hosts only the first writes.
+    A resumed run removes the lines of steps that it repeats, and lines that do not belong to a
+    step. With several hosts, only the first one writes.
 
     Args:
-        folder: of the run.
-        first: the step whose line is to come first: 0, before training, for a new run.
+        folder: the run's folder.
+        first: the next step to be logged; 0, before training, for a new run.
     """
 
     def __init__(self, folder: str | os.PathLike, first: int):
@@ -39,13 +39,13 @@ class MetricsLog:
         with atomic_write(path) as temporary:
             temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
         self._file = path.open("a", buffering=1)
-        self._pictures = path.with_name("pictures")
+        self._images = path.with_name("images")
         self._board = SummaryWriter(str(path.with_name("tensorboard")), purge_step=first)
 
     def write(self, step: int, values: Mapping[str, float | None], *, show: bool = False) -> None:
-        """One step's values, also printed if asked; they are on disk when this returns.
+        """Writes one step's values to disk, and prints them if `show`.
 
-        JSON has neither NaN nor infinity: they are null, as is what a step does not have (None).
+        Missing values (None), NaN and infinity are null, since JSON does not have them.
         """
         if not self._writes:
             return
@@ -58,13 +58,13 @@ class MetricsLog:
             if value is not None:
                 self._board.add_scalar(name, value, step)
 
-    def log_image(self, step: int, picture: Image.Image) -> None:
-        """A picture of the step, `pictures/000123.png`."""
+    def log_image(self, step: int, image: Image.Image) -> None:
+        """Writes an image of the step to `images/000123.png`."""
         if not self._writes:
             return
-        with atomic_write(self._pictures / f"{step:06}.png") as temporary:
-            picture.save(temporary)
-        self._board.add_image("predictions", np.asarray(picture), step, dataformats="HWC")
+        with atomic_write(self._images / f"{step:06}.png") as temporary:
+            image.save(temporary)
+        self._board.add_image("predictions", np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
         """Closes the files."""
@@ -74,10 +74,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; none if there is no file.
+    """The lines of a `metrics.jsonl`; an empty list if there is no file.
 
-    What is not a line of a step is left out: a run that was killed, or a machine that lost power,
-    may have left half a line or bytes of another file.
+    Lines that do not belong to a step are left out: after a crash or a power failure there may be a
+    partial line or bytes of another file.
     """
     if not path.exists():
         return []

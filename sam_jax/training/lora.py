@@ -6,7 +6,7 @@ r"""LoRA (Hu et al. 2022): a linear layer's kernel W becomes W + scale A B, and 
     save_lora(model, "adapters.safetensors")
     plain = merge_lora(model)
 
-A model with adapters works wherever another does. Only checkpoints hold plain models: merge first.
+A model with adapters works like any other, but checkpoints store only plain models: merge first.
 """
 
 import json
@@ -29,7 +29,7 @@ from sam_jax.models.sam import Sam
 
 
 class LoRALinear(Linear):
-    """A linear layer whose kernel W counts as W + scale A B."""
+    """A linear layer that uses W + scale A B instead of its kernel W."""
 
     def __init__(self, linear: Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
         i, o = linear.kernel.shape
@@ -59,18 +59,18 @@ class LoRALinear(Linear):
 def add_lora(
     model: Sam, pattern: str, *, rank: int, alpha: float | None = None, rngs: nnx.Rngs
 ) -> Sam:
-    """A copy of the model with adapters at linear layers, which change nothing until they train.
+    """A copy of the model with adapters on linear layers, which have no effect until they train.
 
     Args:
-        model: whose arrays the copy shares.
-        pattern: a regular expression that matches the whole path of the layers, for instance
+        model: the model; the copy shares its arrays.
+        pattern: a regular expression that matches the whole path of the layers, such as
             `r"image_encoder\\..*\\.qkv"`.
-        rank: of A B.
+        rank: rank of A B.
         alpha: the scale is alpha / rank; 1 if left out.
-        rngs: for A; B begins as zeros.
+        rngs: random numbers for A; B starts as zeros.
 
     Raises:
-        ValueError: if no linear layer matches, or one that does has adapters already.
+        ValueError: if no linear layer matches, or one that matches already has adapters.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}, expected at least 1")
@@ -85,13 +85,13 @@ def add_lora(
     for path in chosen:
         linear = layers[path]
         if isinstance(linear, LoRALinear):
-            raise ValueError(f"{path} has adapters already; merge them first")
+            raise ValueError(f"{path} already has adapters; merge them first")
         _replace(model, path, LoRALinear(linear, rank, scale, rngs=rngs))
     return model
 
 
 def merge_lora(model: Sam) -> Sam:
-    """The plain model that computes the same: adapters added to the kernels."""
+    """The equivalent plain model, with the adapters added to the kernels."""
     model = nnx.clone(model)
     for path, linear in _adapted(model).items():
         _replace(model, path, _plain(linear, linear.weight()))
@@ -99,16 +99,16 @@ def merge_lora(model: Sam) -> Sam:
 
 
 def unmerge_lora(merged: Sam, model: Sam) -> Sam:
-    """The opposite of `merge_lora`: `merged` less the adapters of `model`, which stand beside it.
+    """The inverse of `merge_lora`: separates the adapters of `model` from `merged` again.
 
-    Kernels come back to rounding errors.
+    Kernels are restored up to rounding errors.
 
     Raises:
-        ValueError: if `model` has no adapters, or `merged` not the layers that they are for.
+        ValueError: if `model` does not have adapters, or `merged` lacks their layers.
     """
     merged, adapters = nnx.clone(merged), _adapted(model)
     if not adapters:
-        raise ValueError("the second model has no adapters to take out of the first")
+        raise ValueError("the second model has no adapters to remove from the first")
     for path, (adapter, linear) in _matching(adapters, merged).items():
         linear = _plain(linear, linear.kernel[...] - adapter.added())
         _replace(merged, path, _adapter(linear, *_factors(adapter), adapter.scale))
@@ -116,11 +116,11 @@ def unmerge_lora(merged: Sam, model: Sam) -> Sam:
 
 
 def save_lora(model: Sam, path: str | os.PathLike) -> None:
-    """Writes the adapters alone, as a `.safetensors` file.
+    """Writes only the adapters, as a `.safetensors` file.
 
     Raises:
-        ValueError: if the model has none.
-        FileExistsError: if there is something at `path` already.
+        ValueError: if the model does not have adapters.
+        FileExistsError: if the path exists already.
     """
     path, adapters = Path(path), _adapted(model)
     if not adapters:
@@ -137,25 +137,26 @@ def save_lora(model: Sam, path: str | os.PathLike) -> None:
 
 
 def load_lora(model: Sam, path: str | os.PathLike) -> Sam:
-    """A copy of a plain model with the adapters of a file of `save_lora`.
+    """A copy of a plain model with the adapters of a file from `save_lora`.
 
     Raises:
-        ValueError: if the file is none of these, or its layers are not the model's.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not from `save_lora`, or its layers are not the model's.
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("it is no file")  # a pipe would be waited for without end
+            raise ValueError("it is not a file")  # reading a pipe might never end
         with safe_open(path, "numpy") as file:
             scales = read_json((file.metadata() or {})["lora_scales"].encode())
             if not isinstance(scales, dict) or not all(
                 type(scale) in (int, float) and abs(scale) < 1e9 for scale in scales.values()
             ):
-                raise ValueError("its scales are no numbers by name")
+                raise ValueError("its scales are not numbers by name")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path} holds no adapters of save_lora: {error!r}") from error
+        raise ValueError(f"{path} is not a file of save_lora: {error!r}") from error
     model = nnx.clone(model)
     for name, (scale, linear) in _matching(scales, model).items():
         a, b = (tensors.get(f"{name}.{part}") for part in ("lora_a", "lora_b"))
@@ -167,7 +168,7 @@ def load_lora(model: Sam, path: str | os.PathLike) -> Sam:
             or (a.shape[0], b.shape[1]) != shape
             or a.shape[1] != b.shape[0]
         ):
-            raise ValueError(f"{path}: the adapters of {name} do not fit its kernel {shape}")
+            raise ValueError(f"{path}: the adapters of {name} do not match its kernel {shape}")
         _replace(model, name, _adapter(linear, jnp.asarray(a), jnp.asarray(b), float(scale)))
     return model
 
@@ -185,11 +186,13 @@ def _adapted(model: Sam) -> dict[str, LoRALinear]:
 
 
 def _matching(adapters: dict, model: Sam) -> dict:
-    """For each adapter's path the adapter and the plain layer of the model."""
+    """Each adapter with the plain layer of the model, by path."""
     layers = _linear_layers(model)
     for path in adapters:
         if type(layers.get(path)) is not Linear:
-            raise ValueError(f"there are adapters for {path}, which is no plain linear layer here")
+            raise ValueError(
+                f"there are adapters for {path}, which is not a plain linear layer of this model"
+            )
     return {path: (adapter, layers[path]) for path, adapter in adapters.items()}
 
 

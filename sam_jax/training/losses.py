@@ -1,7 +1,7 @@
 """The losses that SAM was trained with (paper, section 3 and appendix A).
 
-All take logits [..., h, w] and targets of the same size, 0 or 1 (or between), and keep the leading
-axes: what is averaged over prompts, and with which weights, is the caller's to say.
+All take logits [..., h, w] and targets of the same size, from 0 to 1, and keep the leading axes;
+callers average over prompts.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from sam_jax.ops.resize import linear_resize_matrix, resize_masks
 
-_ALPHA, _GAMMA = 0.25, 2.0  # of Lin et al. 2017, as in MaskFormer, whose losses SAM takes
+_ALPHA, _GAMMA = 0.25, 2.0  # Lin et al. 2017, as in MaskFormer, whose losses SAM uses
 
 
 class LossWeights(NamedTuple):
@@ -28,7 +28,7 @@ class LossWeights(NamedTuple):
 
 
 class MaskLosses(NamedTuple):
-    """The losses of prompts, and how good their masks are."""
+    """The losses of prompts, and the IoUs of their masks."""
 
     total: Float[Array, "*batch"]
     """The weighted sum."""
@@ -37,9 +37,9 @@ class MaskLosses(NamedTuple):
     dice: Float[Array, "*batch"]
     """Dice loss of the same candidate."""
     iou: Float[Array, "*batch"]
-    """Loss of the predicted IoUs, of all candidates."""
+    """Loss of the predicted IoUs of all candidates."""
     mask_iou: Float[Array, "*batch"]
-    """IoU of the candidate with the best predicted IoU."""
+    """IoU of the candidate with the highest predicted IoU."""
 
 
 def focal_loss(
@@ -55,14 +55,14 @@ def dice_loss(
 ) -> Float[Array, "*batch"]:
     """1 - (2 p t + 1) / (p + t + 1), each summed over pixels (Milletari et al. 2016)."""
     # optax halves both sides of the fraction, its smoothing term among them.
-    axes: Any = (-3, -2)  # as documented; its annotation has one axis only
+    axes: Any = (-3, -2)  # as documented; the annotation allows only one axis
     return optax.losses.dice_loss(logits[..., None], targets[..., None], smooth=0.5, axis=axes)
 
 
 def mask_iou(
     logits: Float[Array, "*batch h w"], targets: Float[Array, "*batch h w"]
 ) -> Float[Array, "*batch"]:
-    """IoU of the masks that the logits mean with the targets; 0 where both are empty."""
+    """IoU of the masks (logits > 0) and the targets; 0 if both are empty."""
     masks, targets = logits > 0, targets > 0.5
     intersection = (masks & targets).sum((-2, -1))
     union = (masks | targets).sum((-2, -1))
@@ -78,16 +78,16 @@ def mask_losses(
 ) -> MaskLosses:
     """The paper's loss of prompts with m candidate masks each.
 
-    The mask's loss is that of the best candidate: only it is pulled towards the target, so that
-    others are free to mean a part or the whole. The predicted IoUs of all candidates learn what
-    their masks' IoUs are, since ranking needs them all.
+    The mask loss is that of the best candidate: only this one is trained towards the target, so
+    that others can stand for a part or the whole. The predicted IoUs of all candidates are trained,
+    since ranking needs all of them.
 
     Args:
-        logits: of the candidates; resized to the targets' size if that is another.
+        logits: of the candidates; resized to the targets' size if needed.
         iou_scores: the candidates' predicted IoUs.
-        targets: masks.
-        candidates: which of the m count; all if left out. At least one of each prompt must.
-        weights: of the parts.
+        targets: the true masks, 0 to 1.
+        candidates: which of the m count; all if left out. Each prompt needs at least one.
+        weights: weights of the parts.
     """
     if candidates is None:
         candidates = jnp.ones(iou_scores.shape, bool)
@@ -114,7 +114,7 @@ def mask_losses(
 
 
 def resize_logits(logits: Float[Array, "*batch h w"], size: int) -> Float[Array, "*batch h2 w2"]:
-    """Square masks of logits resized bilinearly, as `torch.nn.functional.interpolate` does."""
+    """Resizes square logits bilinearly, like `torch.nn.functional.interpolate`."""
     if logits.shape[-1] == size:
         return logits
     matrix = jnp.asarray(linear_resize_matrix(logits.shape[-1], size), jnp.float32)
@@ -122,6 +122,6 @@ def resize_logits(logits: Float[Array, "*batch h w"], size: int) -> Float[Array,
 
 
 def weighted_mean(values: Float[Array, "*shape"], weights: Float[Array, "*shape"]) -> Array:
-    """The mean of what counts; 0 if nothing does, even where the values are not finite."""
+    """The weighted mean; 0 if all weights are 0. Values with weight 0 need not be finite."""
     values = jnp.where(weights > 0, values, 0)
     return (values * weights).sum() / jnp.maximum(weights.sum(), 1)

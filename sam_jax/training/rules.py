@@ -2,9 +2,9 @@ r"""Which parameters train, and how fast: a table of regular expressions, as in 
 
     table = [(r"mask_decoder\..*", 1.0), (r"image_encoder\..*", None)]
 
-gives each parameter the learning-rate scale of the first expression that matches the whole of its
-path, and freezes (`None`) what has none. Paths are those of `sam_jax.checkpoints`, for instance
-`image_encoder.blocks.0.attn.qkv.kernel`.
+This gives each parameter the learning-rate scale of the first expression that matches its whole
+path, and freezes it if the scale is `None` or nothing matches. Paths are those of
+`sam_jax.checkpoints`, such as `image_encoder.blocks.0.attn.qkv.kernel`.
 """
 
 import math
@@ -25,7 +25,7 @@ Table = Sequence[tuple[str, float | None]]
 DECODER_ONLY: Table = ((r"mask_decoder\..*", 1.0), (".*", None))
 """Trains the mask decoder."""
 HQ_ONLY: Table = ((r"mask_decoder\.hq\..*", 1.0), (".*", None))
-"""Trains what SAM-HQ adds to SAM, as its authors did."""
+"""Trains only what SAM-HQ adds to SAM, as its authors did."""
 EVERYTHING: Table = ((".*", 1.0),)
 """Trains all parameters."""
 LORA_ONLY: Table = ((r".*\.lora_[ab]", 1.0), (".*", None))
@@ -37,16 +37,16 @@ TABLES = {
     "lora": (LORA_ONLY[0], *DECODER_ONLY),
     "everything": EVERYTHING,
 }
-"""The tables by name; "lora" trains the mask decoder, too."""
+"""The tables by name; "lora" also trains the mask decoder."""
 
 
 def learning_rate_scale(path: str, table: Table) -> float | None:
-    """What the table says of a parameter; None, which freezes it, also if it says nothing."""
+    """A parameter's scale in the table; None, which freezes it, also if nothing matches."""
     return next((scale for regex, scale in table if re.fullmatch(regex, path)), None)
 
 
 class Rest(NamedTuple):
-    """A model without the parameters that train; a pytree, which goes through `jax.jit`."""
+    """A model without the parameters that train: a pytree, which can be passed to `jax.jit`."""
 
     graphdef: nnx.GraphDef
     """The model's structure."""
@@ -55,17 +55,17 @@ class Rest(NamedTuple):
 
 
 def partition(model: Sam, table: Table = EVERYTHING) -> tuple[PyTree, Rest]:
-    """The parameters that train, and the rest of the model: `combine` joins them again.
+    """Splits a model into the parameters that train and the rest; `combine` joins them again.
 
-    Differentiate with respect to the first alone, so that no gradients of frozen parameters and of
-    buffers take memory:
+    Differentiate with respect to the first only, so that gradients of frozen parameters and buffers
+    do not take memory:
 
         params, rest = partition(model)
         gradients = jax.grad(lambda params: loss(combine(params, rest)))(params)
 
     Args:
-        model: stays as it is, and shares its arrays with the result.
-        table: which parameters train; see the head of this file.
+        model: it is not modified, and shares its arrays with the result.
+        table: which parameters train; see the top of this file.
 
     Raises:
         ValueError: if an expression of the table matches no parameter, or if nothing trains.
@@ -77,7 +77,7 @@ def partition(model: Sam, table: Table = EVERYTHING) -> tuple[PyTree, Rest]:
         try:
             used = any(re.fullmatch(regex, path) for path in paths)
         except re.error as error:
-            raise ValueError(f"{regex!r} is no regular expression: {error}") from error
+            raise ValueError(f"{regex!r} is not a regular expression: {error}") from error
         if not used:
             raise ValueError(
                 f"{regex!r} matches none of the model's parameters; their paths look like "
@@ -95,19 +95,19 @@ def partition(model: Sam, table: Table = EVERYTHING) -> tuple[PyTree, Rest]:
 
 
 def combine(params: PyTree, rest: Rest) -> Sam:
-    """The model of both results of `partition`, or of others in their places."""
+    """The model from the results of `partition`, or from updated parameters and the rest."""
     return nnx.merge(rest.graphdef, params, rest.state)
 
 
 def layer_decay(config: SamConfig, decay: float) -> Table:
     """Layer-wise decay of a ViT encoder's learning rate.
 
-    The last block has `decay`, each earlier one a factor `decay` less, patches and positions one
-    less still; everything else 1 (Detectron2's rates for ViTDet). The paper's `decay` is 0.6 for
-    ViT-B and 0.8 for the larger ones (appendix A).
+    The last block's scale is `decay`; each earlier block's, and finally that of patches and
+    positions, is smaller by a factor of `decay`. Everything else has 1 (Detectron2's rates for
+    ViTDet). The paper's `decay` is 0.6 for ViT-B and 0.8 for larger models (appendix A).
 
     Raises:
-        ValueError: for an encoder that is no ViT.
+        ValueError: if the encoder is not a ViT.
     """
     if not isinstance(config.image_encoder, ViTConfig):
         raise ValueError("layer-wise decay is for ViT encoders, and this one is a TinyViT")
@@ -127,16 +127,16 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """AdamW whose learning rate is scaled by the table, for the parameters of `partition`.
+    """AdamW with learning rates scaled by the table, for the parameters of `partition`.
 
-    Kernels decay; biases, norms, tokens and positions do not. As in PyTorch's parameter groups the
-    scale is that of the decay, too.
+    Weight decay applies to kernels, but not to biases, norms, tokens and positions. As with
+    PyTorch's parameter groups, it is scaled like the learning rate.
 
     Args:
-        learning_rate: of a scale of 1, or a schedule.
-        table: see the head of this file.
+        learning_rate: the learning rate at scale 1, or a schedule.
+        table: see the top of this file.
         weight_decay: the paper's is 0.1.
-        clip_norm: largest norm of all gradients together.
+        clip_norm: largest global norm of the gradients.
         b1: decay of the gradients' mean.
         b2: decay of the gradients' squares.
         eps: added to the root of the squares.
@@ -151,9 +151,9 @@ def adamw(
 
 
 class OptimizerConfig(NamedTuple):
-    """AdamW with a warm-up, and then a rate that falls like a cosine to 0, or stays.
+    """AdamW with a warm-up, followed by a cosine decay to 0 or a constant learning rate.
 
-    A rate that stays is the same whatever the number of steps is, so that a run can be extended.
+    A constant rate does not depend on the number of steps, so that a run can be extended.
     """
 
     learning_rate: float = 1e-4
@@ -161,11 +161,11 @@ class OptimizerConfig(NamedTuple):
     schedule: Literal["cosine", "constant"] = "cosine"
     """The learning rate after the warm-up."""
     warmup: int = 20
-    """Steps of the warm-up; before a cosine at most half of all steps."""
+    """Steps of the warm-up; with a cosine, at most half of all steps."""
     weight_decay: float = 0.01
-    """Decay of kernels."""
+    """Weight decay of kernels."""
     clip_norm: float = 1.0
-    """Largest norm of all gradients together."""
+    """Largest global norm of the gradients."""
 
     def build(
         self, table: Table, steps: int
@@ -173,7 +173,7 @@ class OptimizerConfig(NamedTuple):
         """The transformation for `init_state` and `train_step`, and each step's learning rate.
 
         Raises:
-            ValueError: for numbers that make no sense.
+            ValueError: for invalid numbers.
         """
         for name, ok, expected in (
             ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
@@ -195,8 +195,8 @@ class OptimizerConfig(NamedTuple):
 def updates_made(opt_state: PyTree) -> int:
     """The number of updates that an optimizer of `adamw` with a schedule has made.
 
-    The learning rate of the next one is the schedule's at this number, which is below that of the
-    steps if batches had no objects.
+    The next update's learning rate is the schedule's at this number. It is smaller than the number
+    of steps if batches had no objects.
     """
 
     def of_schedule(path, _):
@@ -206,10 +206,10 @@ def updates_made(opt_state: PyTree) -> int:
 
 
 def map_with_path(function: Callable, params: PyTree) -> PyTree:
-    """`function(path, leaf)` of every leaf of a state, such as `partition`'s."""
+    """Maps `function(path, leaf)` over the leaves of a state, such as `partition` returns."""
 
     def call(key_path, leaf):
-        # Beside the state's keys there is the attribute of the variable that holds the array.
+        # The path also has the attribute of the variable with the array.
         names = [k.key for k in key_path if isinstance(k, jax.tree_util.DictKey)]
         return function(_path(names), leaf)
 

@@ -1,4 +1,4 @@
-"""One mesh for everything: data parallel, or with the parameters spread over it too (FSDP).
+"""Data parallel training on one mesh, optionally with sharded parameters (FSDP).
 
 The compiler adds the communication; a step is the same function on one device and on many hosts.
 """
@@ -29,23 +29,23 @@ __all__ = [
 ]
 
 Parallelism = Literal["data", "fsdp"]
-"""All parameters on every device, or each device its share."""
+""""data": all parameters on every device; "fsdp": a share of them on each device."""
 
-# Smaller parameters stay whole on every device: gathering them would cost more than it saves.
+# Smaller parameters are replicated: gathering them would cost more than it saves.
 _MIN_SIZE = 2**12
 
 
 def make_mesh(devices: Sequence[Device] | None = None) -> Mesh:
-    """Devices, all of all hosts if left out, along one axis, `data`."""
+    """A mesh of the devices, by default all of all hosts, along one axis, `data`."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def shardings(tree: PyTree, mesh: Mesh, *, parallelism: Parallelism) -> PyTree:
-    """Where each array of a state belongs.
+    """The sharding of each array of a state.
 
-    With "fsdp" the longest axis of an array that the devices can share is spread over them, with
-    "data" every device has a copy.
+    With "fsdp", an array's longest axis that is divisible by the number of devices is sharded; with
+    "data", every device has a copy.
     """
 
     def of(array):
@@ -59,7 +59,7 @@ def shardings(tree: PyTree, mesh: Mesh, *, parallelism: Parallelism) -> PyTree:
 
 
 def shard_tree(tree: PyTree, mesh: Mesh, *, parallelism: Parallelism) -> PyTree:
-    """The tree on the devices; every host must have the same arrays."""
+    """Places a tree on the devices; every host must have the same arrays."""
 
     def place(array, sharding):
         array = jax.device_get(array)
@@ -73,9 +73,9 @@ def shard_tree(tree: PyTree, mesh: Mesh, *, parallelism: Parallelism) -> PyTree:
 def init_sharded(
     function: Callable[..., PyTree], *args: PyTree, mesh: Mesh, parallelism: Parallelism
 ) -> PyTree:
-    """`function(*args)` of arrays that are placed, made where it belongs: no device holds it whole.
+    """Computes `function(*args)` of placed arrays in sharded form; no device has all of it.
 
-    For the state of an optimizer, which with FSDP may be more than fits one device:
+    For the optimizer's state, which with FSDP may not fit on one device:
 
         params = shard_tree(params, mesh, parallelism="fsdp")
         state = init_sharded(partial(init_state, tx=tx), params, mesh=mesh, parallelism="fsdp")
@@ -85,16 +85,16 @@ def init_sharded(
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Each host's part of a batch -> the batch of all, spread over the devices.
+    """Joins each host's part of a batch to the global batch, sharded over the devices.
 
     Raises:
-        ValueError: if the devices cannot share it.
+        ValueError: if the batch cannot be split among the devices.
     """
     size, count = len(batch["valid"]), len(mesh.local_devices)
     if size % count:
         raise ValueError(
-            f"a batch of {size} cannot be shared by {count} devices; choose a batch size that is a "
-            f"multiple of {mesh.size}, all devices together"
+            f"a batch of {size} cannot be split among {count} devices; choose a batch size that is "
+            f"a multiple of {mesh.size}, the number of all devices"
         )
     sharding = NamedSharding(mesh, PartitionSpec("data"))
 
@@ -110,21 +110,21 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def any_host(flag: bool) -> bool:
-    """Whether it is true on any host; all hosts must call it together."""
+    """Whether the flag is true on any host; all hosts must call this together."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The whole tree as numpy arrays, on every host; all hosts must call it together."""
+    """The whole tree as numpy arrays on every host; all hosts must call this together."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     copies = jax.jit(_identity, out_shardings=everywhere)(tree)
     return jax.tree.map(lambda x: jax.device_get(x.addressable_data(0)), copies)
 
 
 def merge_on_host(params: PyTree, rest: Rest, *, mesh: Mesh) -> Sam:
-    """The model of parameters that are spread over devices, whole on this host's first device."""
+    """The model of sharded parameters, gathered on this host's first device."""
     return combine(*jax.device_put(fetch((params, rest), mesh)))
 
 

@@ -1,8 +1,8 @@
-"""Prompts as a user would give them, from an object's true mask (paper, appendix A).
+"""Simulates a user's prompts, given an object's true mask (paper, appendix A).
 
-Pure functions of one object, without batch axes: `jax.vmap` adds them. What is random depends on
-the key alone. Coordinates are pixels of the model's input, of which the first one's centre is
-(0, 0), whatever the resolution of the mask.
+Pure functions for one object, without batch axes: `jax.vmap` adds them. Random numbers depend only
+on the key. Coordinates are pixels of the model's input, with (0, 0) at the center of the first one,
+whatever the resolution of the mask.
 """
 
 import jax
@@ -12,18 +12,18 @@ from jaxtyping import Array, Bool, Float, Int
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND, PADDING
 
 Key = Array
-_BOX_NOISE, _BOX_NOISE_MAX = 0.1, 20.0  # sd as a share of the side; largest, in pixels
+_BOX_NOISE, _BOX_NOISE_MAX = 0.1, 20.0  # standard deviation relative to the side; limit in pixels
 
 
 def sample_point(
     key: Key, region: Bool[Array, "h w"], image_size: int
 ) -> tuple[Float[Array, "2"], Bool[Array, ""]]:
-    """A point of a region, each pixel as likely, and whether the region has any.
+    """A point drawn uniformly from the pixels of a region, and whether the region has pixels.
 
     Args:
-        key: of `jax.random`.
-        region: of the whole model input, at any resolution.
-        image_size: side of the model's input; the point is the centre of the pixel in it.
+        key: a `jax.random` key.
+        region: a mask of the whole model input, at any resolution.
+        image_size: side of the model's input; the point is the pixel's center in it.
     """
     height, width = region.shape
     counts = jnp.cumsum(region.reshape(-1))
@@ -35,9 +35,9 @@ def sample_point(
 
 
 def noisy_box(key: Key, box: Float[Array, "4"], image_size: int) -> Float[Array, "4"]:
-    """A box as loosely drawn: normal noise of a tenth of the side, 20 pixels at the most.
+    """A box with noise: a normal deviation of a tenth of the side, at most 20 pixels.
 
-    It stays within the model's input, and the right way round.
+    The result is within the model's input and has x0 <= x1 and y0 <= y1.
     """
     sides = jnp.tile(box[2:] - box[:2], 2)
     noise = jax.random.normal(key, (4,), jnp.float32) * _BOX_NOISE * sides
@@ -51,10 +51,10 @@ def next_click(
     target: Bool[Array, "h w"],
     image_size: int,
 ) -> tuple[Float[Array, "2"], Int[Array, ""]]:
-    """Where a user would click next, and with which label.
+    """A user's next click and its label.
 
-    Anywhere the prediction is wrong: foreground on what it missed, background on what it should
-    not have. If nothing is wrong, the label is that of padding.
+    The click is at a random wrong pixel: foreground if the prediction missed it, background if it
+    was wrongly included. If nothing is wrong, the label is that of padding.
     """
     point, found = sample_point(key, predicted != target, image_size)
     height, width = target.shape

@@ -1,4 +1,4 @@
-"""A training step as pure functions of arrays, for one's own loop or for `examples/finetune.py`.
+"""A training step as pure functions of arrays, for your own loop or for `examples/finetune.py`.
 
 params, rest = partition(model, DECODER_ONLY)
 tx = adamw(1e-4, DECODER_ONLY)
@@ -27,16 +27,16 @@ class TrainConfig(NamedTuple):
     """How the loss of a batch is computed; see `interactive_losses` and `Sam.encode_image`."""
 
     num_rounds: int = 1
-    """Prompts per object, each but the first a correction; the paper's number is 11."""
+    """Prompts per object, each after the first a correction; the paper's number is 11."""
     box_probability: float = 0.5
     """Probability that the first prompt is a box, not a point."""
     weights: LossWeights = LossWeights()
     """Weights of the loss's parts."""
     objects_chunk_size: int | None = None
-    """Objects of an image that are computed together; fewer take less memory. None: all, but in
-    `compile_step` on a CPU one, which fits its cache."""
+    """Objects of an image that are computed together; fewer take less memory. None for all, except
+    that `compile_step` on a CPU takes one, which fits its cache."""
     remat: bool = False
-    """Compute activations of the image encoder twice, to take less memory."""
+    """Recompute activations of the image encoder in the backward pass, to take less memory."""
     drop_path_rate: float = 0.0
     """Stochastic depth of a ViT."""
     accumulate: int = 1
@@ -46,7 +46,7 @@ class TrainConfig(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What a training run carries from step to step; arrays only."""
+    """The state of a training run; only arrays."""
 
     step: Int[Array, ""]
     """Number of steps made."""
@@ -66,9 +66,9 @@ class TrainState(NamedTuple):
 def init_state(
     params: PyTree, tx: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
-    """The state before the first step, with arrays of its own, since a step gives up its input.
+    """The state before the first step. Its arrays are copies, since a step donates its input.
 
-    They are float32 whatever the checkpoint's are: small steps would vanish in bfloat16.
+    They are always float32: small updates would vanish in bfloat16.
     """
     params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     average = jax.tree.map(jnp.array, params) if ema else None
@@ -82,17 +82,17 @@ def batch_losses(
     *,
     recipe: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> MaskLosses:
-    """The losses [b, n, rounds] of every object of a batch, in a form to differentiate.
+    """The differentiable losses [b, n, rounds] of every object of a batch.
 
     Args:
         model: `combine(params, rest)`.
-        batch: of `sam_jax.training.make_loader`.
-        keys: [b] of `jax.random`, one for each image; its prompts and drop path depend on it.
-        recipe: see there.
+        batch: from `sam_jax.training.make_loader`.
+        keys: [b] `jax.random` keys, one for each image, for its prompts and drop path.
+        recipe: see `TrainConfig`.
 
     Raises:
-        ValueError: for a recipe whose numbers make no sense, or that has `remat` or a
-            `drop_path_rate` where the batch has image embeddings.
+        ValueError: if the recipe's numbers are invalid, or if it has `remat` or a `drop_path_rate`
+            and the batch has image embeddings.
     """
     prompt_keys, drop_keys = split_keys(keys, 2)
     check_recipe(recipe)
@@ -100,8 +100,8 @@ def batch_losses(
         for name in ("remat", "drop_path_rate"):
             if getattr(recipe, name):
                 raise ValueError(
-                    f"{name} is {getattr(recipe, name)}, but the batch has image embeddings: the "
-                    "image encoder, which it is for, does not train"
+                    f"{name} is {getattr(recipe, name)}, but the batch has image embeddings, so "
+                    "the image encoder does not train"
                 )
         embeddings = batch["image_embedding"]
     else:
@@ -126,15 +126,15 @@ def batch_losses(
 
     def one_image(embedding, targets, boxes, key):
         objects = targets, boxes, jax.random.split(key, len(targets))
-        at_once = recipe.objects_chunk_size or len(targets)
-        return jax.lax.map(lambda x: one_object(embedding, *x), objects, batch_size=at_once)
+        chunk_size = recipe.objects_chunk_size or len(targets)
+        return jax.lax.map(lambda x: one_object(embedding, *x), objects, batch_size=chunk_size)
 
     targets = batch["masks"].astype(jnp.float32)
     return jax.vmap(one_image)(embeddings, targets, batch["boxes"], prompt_keys)
 
 
 def mean_loss(losses: MaskLosses, valid: Float[Array, "b n"]) -> tuple[Array, dict[str, Array]]:
-    """The mean over rounds and valid objects, and the means of all parts for a log.
+    """The mean over rounds and valid objects, and metrics with the means of all parts.
 
     `iou_first` is the IoU after the first prompt, `iou_last` that after the last round.
     """
@@ -157,13 +157,13 @@ def grads_and_metrics(
     *,
     recipe: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> tuple[PyTree, dict[str, Array]]:
-    """The gradients of the mean loss by `params` alone, and its metrics.
+    """The gradients of the mean loss with respect to `params`, and its metrics.
 
-    With `recipe.accumulate` above 1 the batch is worked on in parts; every part counts by its
-    number of valid objects, so that the result is that of the whole batch.
+    With `recipe.accumulate` above 1, the batch is split into parts, which are weighted by their
+    numbers of valid objects, so that the result is that of the whole batch.
 
     Raises:
-        ValueError: if that is no divisor of the batch, and what `batch_losses` raises.
+        ValueError: if `recipe.accumulate` does not divide the batch, or as `batch_losses`.
     """
 
     def loss(params, batch, keys):
@@ -178,7 +178,7 @@ def grads_and_metrics(
         raise ValueError(f"accumulate is {parts}, expected a divisor of the batch of {size}")
 
     def split(x):
-        # Every parts-th image: then each part has images of all devices.
+        # Take every parts-th image, so that each part has images of all devices.
         return jnp.swapaxes(x.reshape(size // parts, parts, *x.shape[1:]), 0, 1)
 
     batch, keys = jax.tree.map(split, (batch, keys))
@@ -206,24 +206,23 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of the optimizer.
 
-    A batch without objects changes nothing but the step's number: neither parameters nor the
-    optimizer's state, its schedule's count included, nor the moving average.
+    A batch without objects only increments the step; parameters, the optimizer's state (with its
+    schedule's count) and the moving average stay the same.
 
     Args:
-        state: of `init_state` or the step before.
-        rest: of `partition`.
-        batch: of `sam_jax.training.make_loader`.
-        key: of the whole run; what a step draws depends on it and on the step's number.
-        tx: the optimiser.
-        recipe: see there.
+        state: from `init_state` or the previous step.
+        rest: from `partition`.
+        batch: from `sam_jax.training.make_loader`.
+        key: the run's key; a step's random numbers depend on it and on the step's number.
+        tx: the optimizer.
+        recipe: see `TrainConfig`.
 
     Returns:
         The new state, and float32 scalars: those of `mean_loss`, `grad_norm`, `objects_used` and,
         if the batch counts them, `objects_dropped`.
 
     Raises:
-        ValueError: if only one of state and recipe has a moving average, and what `gradients`
-            raises.
+        ValueError: if only one of state and recipe has a moving average, or as `grads_and_metrics`.
     """
     has, wanted = state.ema is not None, recipe.ema_decay is not None
     if has != wanted:
@@ -237,14 +236,14 @@ def train_step(
     metrics["objects_used"] = batch["valid"].sum()
     if "dropped" in batch:
         metrics["objects_dropped"] = batch["dropped"].sum().astype(jnp.float32)
-    # optax mixes dtypes, also where the caller has made JAX strict about them.
+    # optax mixes dtypes, which fails if the caller has made JAX strict about them.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None and recipe.ema_decay is not None:
         ema = optax.incremental_update(params, ema, 1 - recipe.ema_decay)
-    # Zero gradients alone would not do: momentum, weight decay and the average go on without them.
+    # Zero gradients are not enough: momentum, weight decay and the average would still change.
     new = TrainState(state.step, params, opt_state, ema)
     has_objects = metrics["objects_used"] > 0
     new = jax.tree.map(lambda new, old: jnp.where(has_objects, new, old), new, state)
@@ -254,12 +253,11 @@ def train_step(
 def compile_step(
     state: TrainState, tx: optax.GradientTransformation, *, recipe: TrainConfig
 ) -> Callable:
-    """`train_step(state, rest, batch, key)` compiled, for states placed like this one.
+    """The compiled `train_step(state, rest, batch, key)`, for states sharded like this one.
 
-    The state that it is given is given up, so that memory holds one. It raises what `train_step`
-    raises, when it is first called.
+    The input state is donated. The first call raises what `train_step` raises.
     """
-    # Arrays that were never put anywhere stay so: a step that places them is compiled again.
+    # Uncommitted arrays stay uncommitted: otherwise the second step would compile again.
     places = jax.tree.map(lambda x: x.sharding if x.committed else None, state)
     (device, *_) = state.step.sharding.device_set
     if recipe.objects_chunk_size is None and device.platform == "cpu":
@@ -272,10 +270,10 @@ def compile_step(
 
 
 def check_recipe(recipe: TrainConfig) -> None:
-    """Before something that takes long: a step asks by itself.
+    """Checks a recipe before something that takes long; steps check it too.
 
     Raises:
-        ValueError: for a recipe whose numbers make no sense.
+        ValueError: if its numbers are invalid.
     """
     for name, ok, expected in (
         ("num_rounds", recipe.num_rounds >= 1, "at least 1"),

@@ -1,4 +1,4 @@
-"""Examples as arrays of fixed shape: resized, augmented, padded."""
+"""Brings examples into fixed shapes: resizes, augments and pads them."""
 
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -16,16 +16,16 @@ from sam_jax.training.datasets import Example
 
 @dataclass(frozen=True)
 class ExampleTransform:
-    """Makes an example one of fixed shape: a dictionary of
+    """Brings an example into a fixed shape. The result is a dictionary:
 
     * `pixel_values` float32 [size, size, 3], or `image_embedding` if the example has one;
-    * `masks` bool [n, target_size, target_size], of the whole model input;
+    * `masks` bool [n, target_size, target_size], covering the whole model input;
     * `boxes` float32 [n, 4], x0, y0, x1, y1 in pixels of the model's input;
-    * `valid` float32 [n], 0 where there is no object;
-    * `dropped` int32 [], how many of the chosen objects are left out because they are too small:
-      none of their pixels is left at the model's input size, or they fill half of no cell of the
-      target grid. Objects outside a crop do not count;
-    * `index` int32 [], the example's number in its source, if it has one.
+    * `valid` float32 [n], 1 for objects, 0 for padding;
+    * `dropped` int32 [], number of chosen objects that are left out because they are too small:
+      no pixel of them is left at the model's input size, or they cover less than half of every cell
+      of the target grid. Objects outside a crop do not count;
+    * `index` int32 [], the example's index in its dataset, if it has one.
 
     Raises:
         ValueError: for invalid numbers.
@@ -34,16 +34,16 @@ class ExampleTransform:
     config: SamConfig
     """The model's configuration."""
     max_objects: int
-    """n; if there are more objects, n of them are chosen at random."""
+    """n above; if an image has more objects, n of them are chosen at random."""
     _: KW_ONLY
     target_size: int
     """Side of the masks, a divisor of the model's input size: `config.mask_size`, the size of the
     model's logits, or `config.image_size`."""
     flip: float = 0.0
-    """Probability that an image is mirrored."""
+    """Probability of mirroring an image."""
     scale_range: tuple[float, float] | None = None
-    """Large-scale jitter: the image is scaled at random by a factor in this range, relative to the
-    size that fits the model (the paper's range is 0.1 to 2.0). What is too large is cropped."""
+    """Large-scale jitter: the image is scaled by a random factor in this range, relative to the
+    size that fits the model (the paper's range is 0.1 to 2.0), and cropped if it is too large."""
 
     def __post_init__(self):
         low, high = self.scale_range or (1, 1)
@@ -61,22 +61,22 @@ class ExampleTransform:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """The example; what is by chance comes from `rng`.
+        """Transforms an example, with random numbers from `rng`.
 
         Raises:
             TypeError: if the masks are not bool.
-            ValueError: if the masks are not of the picture's size, or the picture has to change
-                but its embedding is cached.
+            ValueError: if the masks do not have the image's size, or if the image would be
+                augmented but its embedding is cached.
         """
         image, masks = example["image"], example["masks"]
         if masks.dtype != bool:
             raise TypeError(
-                f"the masks are {masks.dtype}, expected bool; compare them, as masks > 0"
+                f"the masks are {masks.dtype}, expected bool; compare them, such as masks > 0"
             )
         if masks.ndim != 3 or masks.shape[1:] != image.shape[:2]:
             raise ValueError(
-                f"the masks have shape {masks.shape}, expected masks of the picture's "
-                f"size, [n, {image.shape[0]}, {image.shape[1]}]"
+                f"the masks have shape {masks.shape}, expected masks of the image's size, "
+                f"[n, {image.shape[0]}, {image.shape[1]}]"
             )
         chosen: Any = slice(None)
         if len(masks) > self.max_objects:
@@ -84,7 +84,7 @@ class ExampleTransform:
         masks = masks[chosen]
         if "image_embedding" in example:
             if self.augments:
-                raise ValueError("a picture whose embedding is cached cannot be augmented")
+                raise ValueError("an image whose embedding is cached cannot be augmented")
         elif rng.random() < self.flip:
             image, masks = image[:, ::-1], masks[:, :, ::-1]
 
@@ -103,7 +103,7 @@ class ExampleTransform:
         else:
             result["pixel_values"] = processor.normalize(_resize(image, (height, width))[window])
         full = [_resize(mask, (height, width)) for mask in masks]
-        # One that the window has no part of is not too small, but cropped away.
+        # A mask without pixels in the window is not too small, but cropped away.
         full = [mask[window] for mask in full if mask[window].any() or not mask.any()]
         targets = [_to_grid(mask, size, self.target_size) for mask in full]
         boxes = [mask_to_box(mask) for mask in full]
@@ -119,12 +119,12 @@ class ExampleTransform:
 
     @property
     def augments(self) -> bool:
-        """Whether pictures are changed by chance."""
+        """Whether images are changed at random."""
         return self.flip > 0 or self.scale_range is not None
 
 
 def too_small(prepare: ExampleTransform) -> str:
-    """Why objects are dropped, and the remedy."""
+    """Explains why objects are dropped, and what to do."""
     cell = prepare.config.image_size // prepare.target_size
     remedy = "cut the images into crops, or enlarge them at random (--scale-range 1 4)"
     if cell > 1:
@@ -136,7 +136,7 @@ def too_small(prepare: ExampleTransform) -> str:
 
 
 def _resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A picture or a mask to (h, w), as `SamProcessor` does."""
+    """Resizes an image or a mask to (h, w), as `SamProcessor` does."""
     if array.shape[:2] == size:
         return array
     is_mask = array.dtype == bool
@@ -149,7 +149,7 @@ def _resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _to_grid(mask: Bool[np.ndarray, "h w"], size: int, side: int) -> Bool[np.ndarray, "side side"]:
-    """The mask padded to the model's input, each cell of the grid by the majority of its pixels."""
+    """Pads the mask to the model's input; a grid cell takes the majority of its pixels."""
     mask = pad_axis(pad_axis(mask, size, 0, 0), size, 1, 0)
     if side == size:
         return mask

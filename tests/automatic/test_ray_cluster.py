@@ -121,7 +121,7 @@ def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
         cluster.communicate("\n", timeout=60)
     assert ended.returncode == 0, outcome
     assert process.returncode == 1, errors
-    assert "1 failed:" in errors
+    assert "1 image failed:" in errors
     assert f"  {photos / 'bad.png'}: " in errors
     assert "23 of 24 images" in printed
     coco = json.loads((tmp_path / "out/annotations.json").read_text())

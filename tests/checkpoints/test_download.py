@@ -263,7 +263,7 @@ def test_offline_the_hub_is_not_asked(monkeypatch):
 
 @pytest.fixture
 def closed_hub(monkeypatch):
-    """Puts a port where nobody listens in the place of the hub."""
+    """Puts a port where nobody listens instead of the hub."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/toy.pt"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

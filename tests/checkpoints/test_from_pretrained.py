@@ -75,7 +75,7 @@ def test_hugging_face_folder(hf, tmp_path, kind):
 
 
 def test_hugging_face_file(hf, tmp_path):
-    """With the config.json beside it, and without: then the shapes tell."""
+    """With a config.json next to it, and without: then the shapes determine it."""
     hf.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     assert_same_model(from_pretrained(file), ours(hf, HF))
@@ -111,7 +111,7 @@ def test_what_transformers_saves_of_images(hf, tmp_path, files):
 
 
 def test_pruned_hugging_face_model(tmp_path):
-    """SlimSAM: an MLP that is no multiple of the width, narrow heads."""
+    """SlimSAM: an MLP that is not a multiple of the width, narrow heads."""
     encoder = dataclasses.replace(HF.image_encoder, embed_dim=42, num_heads=3, mlp_dim=174)
     config = dataclasses.replace(HF, image_encoder=encoder)
     model = hf_sam(config)
@@ -201,7 +201,7 @@ def test_folders_that_are_no_checkpoints(hf, tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"learning_rate": 0.1}, {"model_type": "bert"}, {}])
-def test_a_config_of_something_else_beside_a_file_is_left_alone(hf, tmp_path, values):
+def test_a_config_of_something_else_next_to_a_file_is_left_alone(hf, tmp_path, values):
     hf.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": "other"}))
@@ -209,7 +209,9 @@ def test_a_config_of_something_else_beside_a_file_is_left_alone(hf, tmp_path, va
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "{", "", "[" * 1000, " " * (2**20 + 1)])
-def test_a_config_that_is_none_beside_a_file_is_left_alone_with_a_warning(hf, tmp_path, content):
+def test_a_config_that_is_invalid_next_to_a_file_is_left_alone_with_a_warning(
+    hf, tmp_path, content
+):
     hf.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(content)
     with pytest.warns(UserWarning, match=r"config\.json .*; the configuration is inferred"):

@@ -21,7 +21,7 @@ from sam_jax.config import lite_medsam, mobile_sam, vit_b, vit_h, vit_l
 )
 def test_published_sizes_are_recognised_and_complete(make):
     expected = make()
-    # TinyViT looks at numbers while it is made, which "meta" tensors do not have.
+    # TinyViT's constructor reads numbers, which "meta" tensors do not have.
     with torch.device("cpu" if make is mobile_sam else "meta"):
         tensors = shapes_only(torch_reference.meta_sam(expected))
     assert infer_config(tensors) == expected

@@ -295,7 +295,7 @@ def test_the_number_of_arrays_is_bounded(monkeypatch, saved):
 
 @pytest.mark.parametrize("key", ["use_ocdbt", "use_zarr3"])
 def test_arrays_in_another_place_are_refused(tmp_path, saved, key):
-    """Whose chunks nobody looked at."""
+    """Whose chunks were not checked."""
     shutil.copytree(saved, tmp_path / "model")
     file = tmp_path / "model/params/state/_METADATA"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: False}))

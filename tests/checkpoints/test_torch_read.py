@@ -67,8 +67,8 @@ def test_takes_out_a_nested_state_dict(tmp_path, key):
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    beside = {"epoch": 3, "loss": 0.5, "optimizer": optimizer.state_dict(), "names": ["a", "b"]}
-    torch.save({**beside, key: model.state_dict()}, tmp_path / "x.pth")
+    other = {"epoch": 3, "loss": 0.5, "optimizer": optimizer.state_dict(), "names": ["a", "b"]}
+    torch.save({**other, key: model.state_dict()}, tmp_path / "x.pth")
     assert_same(read_tensors(tmp_path / "x.pth"), model.state_dict())
 
 
@@ -82,7 +82,7 @@ class Custom(dict):
         self.attribute = [self]
 
 
-def beside_the_weights():
+def other_objects():
     """What training scripts save with the weights, by name."""
     model = torch.nn.Linear(2, 3)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -128,9 +128,9 @@ def beside_the_weights():
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-@pytest.mark.parametrize("beside", beside_the_weights().items(), ids=lambda beside: beside[0])
-def test_what_lies_beside_the_weights_is_not_interpreted(tmp_path, beside, protocol):
-    name, value = beside
+@pytest.mark.parametrize("other", other_objects().items(), ids=lambda other: other[0])
+def test_what_is_next_to_the_weights_is_not_interpreted(tmp_path, other, protocol):
+    name, value = other
     weights = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).state_dict()
     content = {f"{name}, before": value, "model": weights, f"{name}, after": value}
     torch.save(content, tmp_path / "x.pth", pickle_protocol=protocol)
@@ -139,7 +139,7 @@ def test_what_lies_beside_the_weights_is_not_interpreted(tmp_path, beside, proto
 
 
 def test_finds_the_weights(tmp_path):
-    """Beside tensors that do not count, under names nobody has foreseen, one or two levels down."""
+    """Next to other tensors, under unexpected names, one or two levels down."""
     name = "image_encoder.patch_embed.proj.weight"
     weights = {name: torch.arange(3.0), "mask": torch.zeros(1).expand(100), "x": torch.ones(())}
     weights["windows"] = torch.arange(10.0).unfold(0, 3, 1)
@@ -168,8 +168,8 @@ def test_finds_the_weights(tmp_path):
 def test_an_unreadable_tensor_matters_among_the_weights_only(tmp_path):
     bad = tensor_opcodes(0, (7,), (1,))
     good = b"X\x05\x00\x00\x00model}X\x01\x00\x00\x00w" + tensor_opcodes(0, (2,), (1,)) + b"ss"
-    beside = b"X\x01\x00\x00\x00b" + bad + b"s"
-    write_zip(tmp_path / "x", b"\x80\x02}" + beside + good + b".")
+    other = b"X\x01\x00\x00\x00b" + bad + b"s"
+    write_zip(tmp_path / "x", b"\x80\x02}" + other + good + b".")
     assert list(read_tensors(tmp_path / "x")) == ["w"]
 
 
@@ -216,9 +216,9 @@ def test_files_from_before_torch_1_6(tmp_path, protocol):
     """Pickles and storages in a row. As torch reads them, or refused, wherever they are damaged."""
     tensors = {"a": torch.randn(3, 4), "b": torch.randn(9).bfloat16(), "c": torch.arange(7)}
     tensors["view"] = tensors["a"].t()
-    beside = {"epoch": 3, "steps": collections.Counter({3: 1}), "z": torch.zeros(3).cfloat()}
+    other = {"epoch": 3, "steps": collections.Counter({3: 1}), "z": torch.zeros(3).cfloat()}
     path, old = tmp_path / "x", {"_use_new_zipfile_serialization": False}
-    torch.save({"model": tensors, **beside}, path, pickle_protocol=protocol, **old)
+    torch.save({"model": tensors, **other}, path, pickle_protocol=protocol, **old)
     found, expected = read_tensors(path), torch.load(path, weights_only=False)["model"]
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -234,18 +234,18 @@ def test_files_from_before_torch_1_6(tmp_path, protocol):
             read_tensors(write_bytes(path, damaged))
 
 
-def test_quantized_tensors_beside_the_weights_of_an_old_file(tmp_path):
+def test_quantized_tensors_next_to_the_weights_of_an_old_file(tmp_path):
     weights = {"w": torch.ones(2)}
     for dtype in (torch.quint8, torch.qint8, torch.qint32):
         with warnings.catch_warnings(action="ignore"):
             quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, dtype)
-        beside = {"a": quantized, "model": weights}
-        torch.save(beside, tmp_path / "x", _use_new_zipfile_serialization=False)
+        other = {"a": quantized, "model": weights}
+        torch.save(other, tmp_path / "x", _use_new_zipfile_serialization=False)
         assert_same(read_tensors(tmp_path / "x"), weights)
 
 
 def test_a_forged_file_is_otherwise_good(tmp_path):
-    """The files of this section are refused for what is forged in them, not for being forged."""
+    """The files of this section are rejected for the forged part, not for being forged."""
     write_forged(tmp_path / "x", tensor_opcodes(1, (2, 2), (2, 1)))
     assert_same(read_tensors(tmp_path / "x"), torch.load(tmp_path / "x", weights_only=True))
 

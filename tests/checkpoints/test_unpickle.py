@@ -15,7 +15,7 @@ from sam_jax.errors import CheckpointError
 def test_a_negated_view_is_not_read_with_the_wrong_sign(tmp_path, is_legacy):
     weights, negated = {"w": torch.ones(2)}, torch._neg_view(torch.ones(3))
     options = {"_use_new_zipfile_serialization": not is_legacy}
-    torch.save({"model": weights, "beside": negated}, tmp_path / "x", **options)
+    torch.save({"model": weights, "other": negated}, tmp_path / "x", **options)
     assert_same(read_tensors(tmp_path / "x"), weights)
     torch.save({"w": negated}, tmp_path / "x", **options)
     with pytest.raises(CheckpointError, match=r"'w' is a tensor .*save tensor\.resolve_neg"):
@@ -64,8 +64,8 @@ def test_code_is_named_and_not_run(tmp_path, function, name, protocol):
     with pytest.raises(CheckpointError, match=f"entry 'w' is {name}; nothing was run"):
         read_tensors(tmp_path / "x")
     weights = {"w": torch.ones(2)}
-    beside = {"code": code, "model": weights, "hooks": [code], 3: {code}}
-    torch.save(beside, tmp_path / "x", pickle_protocol=protocol)
+    other = {"code": code, "model": weights, "hooks": [code], 3: {code}}
+    torch.save(other, tmp_path / "x", pickle_protocol=protocol)
     assert_same(read_tensors(tmp_path / "x"), weights)
     assert not marker.exists()
 
@@ -94,7 +94,7 @@ def test_code_is_named_and_not_run(tmp_path, function, name, protocol):
             b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._tensor\n_rebuild_from_type_v2\nN)NtR",
             r"'w' is torch\._tensor\._rebuild_from_type_v2",
         ),
-        # Items of what is no list or dict.
+        # Items of something that is not a list or dict.
         (b"Na", "damaged"),
         (b"]K\x01K\x02s", "damaged"),
         # A key that takes for ever to hash, or cannot be; made of one string many times.
@@ -135,9 +135,9 @@ def test_keys_that_collide_take_no_longer(tmp_path):
     """Integers that all have one hash: a dict of them takes time by the square of their number."""
     keys = (((2**61 - 1) * i).to_bytes(10, "little") for i in range(1, 30_000))
     items = b"".join(b"\x8a\x0a" + key + b"N" for key in keys)
-    beside = b"X\x01\x00\x00\x00b}(" + items + b"usX\x01\x00\x00\x00m"
+    other = b"X\x01\x00\x00\x00b}(" + items + b"usX\x01\x00\x00\x00m"
     model = b"X\x05\x00\x00\x00model}X\x01\x00\x00\x00w" + tensor_opcodes(0, (2,), (1,)) + b"ss"
-    write_zip(tmp_path / "x", b"\x80\x02}" + beside + b"Ns" + model + b".")
+    write_zip(tmp_path / "x", b"\x80\x02}" + other + b"Ns" + model + b".")
     start = time.process_time()
     assert list(read_tensors(tmp_path / "x")) == ["w"]
     assert time.process_time() - start < 5
@@ -151,7 +151,7 @@ def test_the_number_of_values_is_bounded(tmp_path, monkeypatch):
 
 
 def test_attributes_of_a_dict_are_dropped(tmp_path):
-    """BUILD could otherwise put a value from the file in the place of a method."""
+    """BUILD could otherwise put a value from the file instead of a method."""
     build = plain({"items": None, "__class__": None, "_metadata": {}})
     write_zip(tmp_path / "x", b"\x80\x02ccollections\nOrderedDict\n)R" + build + b"b.")
     tensors = read_tensors(tmp_path / "x")

@@ -99,14 +99,14 @@ def test_bad_images_do_not_stop_the_rest(run, photos, tmp_path, kind):
     (photos / "empty.png").touch()
     whole = (photos / "wide.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (photos / "notes.txt").write_text("not looked at")
-    (photos / "wide.json").write_text("not looked at: SA-1B has such beside its images")
+    (photos / "notes.txt").write_text("not read")
+    (photos / "wide.json").write_text("not read: SA-1B has such files next to its images")
     pixels = io.BytesIO()
     Image.fromarray(random_image(20, 20)).save(pixels, "AVIF")
     (photos / "damaged.avif").write_bytes(pixels.getvalue()[:300])
-    (photos / ".hidden").write_text("not looked at")
+    (photos / ".hidden").write_text("not read")
     message, printed = run("--format", kind)
-    assert message.startswith("sam-jax: 3 failed:\n")
+    assert message.startswith("sam-jax: 3 images failed:\n")
     for name in ("empty.png", "cut.png", "damaged.avif"):
         assert f"  {photos / name}: " in message
     assert printed.out.startswith("3 of 6 images")
@@ -117,7 +117,7 @@ def test_bad_images_do_not_stop_the_rest(run, photos, tmp_path, kind):
 
 
 def test_what_is_no_image_and_what_lies_deeper(run, photos, tmp_path):
-    """Only what can be read counts, and folders are not passed over without a word."""
+    """Only readable images count, and folders are not skipped silently."""
     for name in ("notes.pdf", "data.h5", "vector.eps", "film.mpg", "plot.svg", "list.fits"):
         (photos / name).touch()
     (photos / "inner.png").mkdir()
@@ -126,8 +126,10 @@ def test_what_is_no_image_and_what_lies_deeper(run, photos, tmp_path):
     message, printed = run(output=photos / "out")
     assert message is None
     assert printed.out.startswith("3 of 3 images")
-    assert f"as inputs of their own: {photos / 'inner.png'} and 1 more\n" in printed.err
-    assert f"that can be read are passed over: {photos / 'data.h5'} and 5 more\n" in printed.err
+    assert (
+        f"which you can give as further inputs: {photos / 'inner.png'} and 1 more\n" in printed.err
+    )
+    assert f"of a supported image format: {photos / 'data.h5'} and 5 more\n" in printed.err
 
 
 def test_one_that_cannot_be_written_does_not_stop_the_rest(run, photos, tmp_path):
@@ -138,7 +140,7 @@ def test_one_that_cannot_be_written_does_not_stop_the_rest(run, photos, tmp_path
     (tmp_path / "out/parts").mkdir(parents=True)
     (tmp_path / "out/sam_jax.json").write_text("{}")
     message, printed = run("--format", "coco")
-    assert message.startswith("sam-jax: 3 failed:\n")
+    assert message.startswith("sam-jax: 3 images failed:\n")
     assert f"{longest}: [Errno 36] File name too long" in message
     assert f"{photos / 'gone.png'}: [Errno 2] No such file or directory" in message
     assert printed.out.startswith("2 of 5 images")

@@ -295,7 +295,7 @@ def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed)
         (["--point", "3,4,0.5"], "--point has label 0.5, expected"),
         (["--box", "1,2,3"], "--box is '1,2,3', expected X0,Y0,X1,Y1"),
         (["--box", "1,2,3,x"], "--box is '1,2,3,x', expected X0,Y0,X1,Y1"),
-        (["--box", "9,2,3,8"], "--box hold [9.0, 2.0, 3.0, 8.0], expected x0, y0, x1, y1"),
+        (["--box", "9,2,3,8"], "--box have [9.0, 2.0, 3.0, 8.0], expected x0, y0, x1, y1"),
         (
             ["--point", "450,600"],
             "--point has (450, 600), outside the image, which is 113 x 71 pixels; expected x from "

@@ -491,7 +491,7 @@ def test_stopping_is_quiet(small, photo, endless, monkeypatch, caplog, work):
 
 
 def test_uploads_in_memory_are_few(small, photo):
-    """Those that do not end do end, others' go on, and who leaves leaves nothing."""
+    """Uploads that stall are ended, others continue, and a client that leaves leaves nothing."""
     limits = Limits(uploads=(3, 2), body_seconds=1)
     with launched(small, limits) as site, contextlib.ExitStack() as stack:
         head = f"POST /open HTTP/1.1\r\nHost: {site.split('/')[2]}\r\nContent-Length: 9999\r\n"

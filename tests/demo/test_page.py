@@ -54,7 +54,7 @@ def address(chromium, mobile_sam_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(mobile_sam_file):
-    """Optimised, since it runs for longer than it compiles."""
+    """Optimized, since it runs for longer than it compiles."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield from_pretrained(mobile_sam_file)

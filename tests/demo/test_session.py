@@ -107,7 +107,7 @@ def test_masks_are_the_predictors(model, embedded, predictor, prompts):
 
 
 def test_points_refine_the_mask_that_is_shown(model, embedded, predictor):
-    """As Meta's page does; a box begins anew, and undoing brings back what was shown."""
+    """As on Meta's page; a box starts again, and undoing restores what was shown."""
     sessions = [demo.choose(demo.predict(model, demo.add_point(Session(embedded), 50, 30, 1)), 2)]
     for add in (
         lambda session: demo.add_point(session, 9, 60, 0),

@@ -86,7 +86,7 @@ def test_later_clicks_are_the_farthest_from_the_boundary_of_an_error(model, sour
 
 
 def test_a_thin_rim_is_no_large_error(model, monkeypatch):
-    """A click is in a blob, even if a rim around it has more pixels; beside a plain reference."""
+    """A click is in a blob, even if a rim around it has more pixels; as in a plain reference."""
     target = rectangle(2, 2, 58, 38)
     rim = target & ~rectangle(4, 4, 56, 36)
     missed, extra = rectangle(10, 10, 19, 19), rectangle(30, 38, 40, 40)

@@ -433,14 +433,14 @@ class Serialized:
 def test_refusals(tmp_path, unchecked, monkeypatch):
     for named in ("pallas", "cudnn"):
         model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16, attention=named)
-        with pytest.raises(ValueError, match=f"attention is '{named}', which JAX does not export"):
+        with pytest.raises(ValueError, match=f"attention is '{named}', which JAX cannot export"):
             export_jax(model, tmp_path / "out")
     with pytest.raises(ValueError, match=r"platforms are \['gpu'\], expected some of \['cpu'"):
         export_jax(model, tmp_path / "out", platforms=["gpu"])
     with pytest.raises(ValueError, match="computes in bfloat16, but ONNX is written in float32"):
         export_onnx(model, tmp_path / "out")
     medsam = dataclasses.replace(SHALLOW, normalization="min_max")
-    with pytest.raises(ValueError, match="but the encoder in ONNX normalises by mean and dev"):
+    with pytest.raises(ValueError, match="but the ONNX encoder normalizes by mean and st"):
         export_onnx(ours(meta_sam(medsam), medsam), tmp_path / "out")
     monkeypatch.delitem(sys.modules, "sam_jax.export.onnx_graph", raising=False)
     monkeypatch.setitem(sys.modules, "onnx", None)

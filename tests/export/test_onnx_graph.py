@@ -175,14 +175,14 @@ def test_large_weights_have_a_file_of_their_own(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x: jnp.sort(x), "'sort' has no translation"),
+        (lambda x: jnp.sort(x), "'sort' cannot be exported"),
         (
             lambda x: x.at[x[:, 0, 0].astype(int)].get(
                 mode="promise_in_bounds", wrap_negative_indices=False
             ),
-            "indexing by arrays has no translation",
+            "indexing by arrays cannot be exported",
         ),
-        (lambda x: jax.lax.pad(x, 0.0, [(-1, 0, 0)] * 3), "pads have no translation"),
+        (lambda x: jax.lax.pad(x, 0.0, [(-1, 0, 0)] * 3), "pads cannot be exported"),
     ],
 )
 def test_what_is_unknown(function, message):

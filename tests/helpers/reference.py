@@ -121,7 +121,7 @@ SMALL_TINY = dataclasses.replace(
     prompt_embed_dim=256,
 )
 
-# For what is the same of a TinyViT of any size. It has no reference.
+# For tests that do not depend on the size of the TinyViT. It has no reference.
 TINIEST = dataclasses.replace(
     SHALLOW,
     image_encoder=TinyViTConfig(

@@ -74,14 +74,14 @@ BAD_POINTS = {
             "points": np.tile([[50.0, 50], [10, 10], [0, 0], [0, 0], [0, 0]], (2, 3, 1, 1)),
             "labels": np.tile([2, 3, -10, -10, -10], (2, 3, 1)),
         },
-        r"points hold \[50.0, 50.0, 10.0, 10.0\], expected x0, y0, x1, y1",
+        r"points have \[50.0, 50.0, 10.0, 10.0\], expected x0, y0, x1, y1",
     ),
     "large masks": ({"masks": np.ones((2, 1, 96, 96), np.float32)}, "masks have shape .*to_logits"),
     "no prompt axis of masks": ({"masks": MASKS[:, 0]}, "masks have shape"),
     "label 7": ({"labels": np.full((2, 3, 5), 7)}, r"labels have labels \[7\]"),
     "half a box": ({"labels": np.full((2, 3, 5), 2)}, "one corner of a box .* without the other"),
     "float labels": ({"labels": np.ones((2, 3, 5))}, "labels are float.*, expected integers"),
-    "NaN": ({"points": np.full((2, 3, 5, 2), np.nan)}, "points hold numbers that are not finite"),
+    "NaN": ({"points": np.full((2, 3, 5, 2), np.nan)}, "points have numbers that are not finite"),
     "boolean points": ({"points": np.ones((2, 3, 5, 2), bool)}, "points are bool"),
     "lengths": ({"labels": np.ones((2, 3, 4), int)}, "labels have shape .*join_prompts"),
     "no prompt axis": ({"points": np.ones((2, 5, 2))}, "points have shape"),
@@ -139,5 +139,5 @@ def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
             model(image_embeddings=embeddings.numpy(), input_masks=masks)
     with pytest.raises(TypeError, match="batched_input; call model"):
         model([{"image": torch.zeros(3, 96, 96)}])
-    with pytest.warns(UserWarning, match=r"input_points hold \(450, 20\), outside.*SamProcessor"):
+    with pytest.warns(UserWarning, match=r"input_points have \(450, 20\), outside.*SamProcessor"):
         model(image_embeddings=embeddings.numpy()[:1], input_points=np.array([[[[450.0, 20]]]]))

@@ -164,7 +164,7 @@ def test_number_of_compilations(compilations):
 @pytest.mark.usefixtures("unchecked")
 def test_masks_must_fit_the_prompts(model, embeddings):
     for masks in (np.where(MASKS > 8, np.nan, MASKS), np.where(MASKS > 8, np.inf, MASKS)):
-        with pytest.raises(ValueError, match="input_masks holds logits that are not finite"):
+        with pytest.raises(ValueError, match="input_masks has logits that are not finite"):
             model(image_embeddings=embeddings.numpy(), input_masks=masks)
     points, labels = join_prompts(POINTS, LABELS, None)
     with pytest.raises(ValueError, match="one per image, or one for each of its 3 prompts"):

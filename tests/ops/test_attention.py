@@ -76,7 +76,7 @@ def test_gradients_agree(implementation):
 
 @pytest.fixture
 def cudnn_by_xla(monkeypatch):
-    """All that "cudnn" does, with XLA's attention in the place of cuDNN's."""
+    """As "cudnn", with XLA's attention instead of cuDNN's."""
     plain = jax.nn.dot_product_attention
 
     def attention(q, k, v, *, scale, implementation):

@@ -1,4 +1,4 @@
-"""Attention on a GPU, beside the plain one in float32. Needs no PyTorch: `benchmarks/gpu.sh`."""
+"""Attention on a GPU, against the plain one in float32, without PyTorch: `benchmarks/gpu.sh`."""
 
 from typing import get_args
 

@@ -29,7 +29,7 @@ def test_run_lengths(seed):
 
 @pytest.mark.parametrize("counts", ["\x00", "é", "o" * 40, b"\xff"])
 def test_strings_that_are_no_run_lengths(counts):
-    with pytest.raises(ValueError, match="is no string of COCO's run lengths"):
+    with pytest.raises(ValueError, match="is not a string of COCO's run lengths"):
         rle_uncompress({"size": [5, 7], "counts": counts})
 
 

@@ -56,12 +56,12 @@ FIRST = "image 10: annotation 1: "
         ),
         (
             lambda i, a: a[0].update(segmentation=[[5, 8, 25, 8, 25, 30, 5]]),
-            FIRST + "a polygon of it has 7 numbers, expected x and y of each point",
+            FIRST + "one of its polygons has 7 numbers, expected x and y of each point",
         ),
         (lambda i, a: a[0].pop("image_id"), "image None: annotation 1: it has no image_id"),
         (
             lambda i, a: a[0].update(image_id=5),
-            "annotation 1: there is no image of the id 5",
+            "annotation 1: there is no image with the id 5",
         ),
         (lambda i, a: a[0].update(id=2), "image 10: annotation 2: there are two annotations of"),
         (lambda i, a: i.append({**i[1], "file_name": "x"}), "image 11: there are two images of"),
@@ -83,7 +83,7 @@ def test_bad_entries_are_named_by_image_and_refused_or_left_out(coco, edit, mess
 def left_out(coco, edit, message):
     """After an edit the message comes as an error, or as a warning; how many objects then are."""
     change(coco, edit)
-    with pytest.raises(ValueError, match="has bad entries; mend them, or leave them out") as error:
+    with pytest.raises(ValueError, match="has bad entries; fix them, or leave them out") as error:
         CocoInstances(coco / "coco.json", coco)
     assert message in str(error.value)
     with pytest.warns(UserWarning, match="has bad entries, left out") as warned:
@@ -157,7 +157,7 @@ NOT_WHOLE = [None, "x", [], {}, 1.5, float("nan"), float("inf"), True]
         *[
             (
                 lambda i, a, value=value: a[0].update(segmentation=value),
-                FIRST + "a polygon of it is",
+                FIRST + "one of its polygons is",
             )
             for value in [
                 [5, 8, 25, 8, 25, 30],
@@ -216,7 +216,10 @@ NOT_WHOLE = [None, "x", [], {}, 1.5, float("nan"), float("inf"), True]
             for value in NOT_WHOLE
             if value != "x"
         ],
-        (lambda i, a: a[0].update(image_id="10"), "annotation 1: there is no image of the id '10'"),
+        (
+            lambda i, a: a[0].update(image_id="10"),
+            "annotation 1: there is no image with the id '10'",
+        ),
         *[
             (lambda i, a, value=value: a[0].update(id=value), f"image 10: annotation {value}: its ")
             for value in NOT_WHOLE
@@ -277,7 +280,7 @@ def test_long_lists_are_cut(coco):
     ("counts", "message"),
     [
         ("0", "its run lengths do not fill the mask"),
-        ("\x00", "is no string of COCO's run lengths"),
+        ("\x00", "is not a string of COCO's run lengths"),
         ("\ud800", "codec can't encode"),
     ],
 )

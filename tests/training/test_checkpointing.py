@@ -53,7 +53,7 @@ def test_the_last_comes_back_whole(tmp_path):
         assert [c.step for c in checkpoints.checkpoints] == [5, 10]
 
 
-def test_the_best_is_kept_beside_the_last_two(tmp_path):
+def test_the_best_is_kept_along_with_the_last_two(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         for step, miou in ((1, 0.2), (2, 0.9), (3, 0.5), (4, 0.6), (5, 0.7)):
             save_state(checkpoints, state_of(step, float(step)), miou=miou)
@@ -68,7 +68,7 @@ def test_a_state_of_another_run(tmp_path):
         save_state(checkpoints, state_of(1))
     with open_checkpoints(tmp_path) as checkpoints:
         for other in (state_of(0, ema=False), state_of(0, shape=(4, 2))):
-            with pytest.raises(ValueError, match="does not fit this run; was it made with other"):
+            with pytest.raises(ValueError, match="does not match this run; was it made with other"):
                 load_state(checkpoints, other)
 
 

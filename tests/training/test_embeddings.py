@@ -73,7 +73,7 @@ def test_a_damaged_file(model, source, tmp_path):
     cached = CachedEmbeddings(source, model, folder=tmp_path)
     for file in files(tmp_path):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"cannot be read .* start the run again"):
+    with pytest.raises(ValueError, match=r"cannot be read .* restart the run"):
         cached[0]
     again = CachedEmbeddings(source, model, folder=tmp_path)
     assert again[0]["image_embedding"].shape == cached[1]["image_embedding"].shape

@@ -81,7 +81,7 @@ def test_rounds_are_calls_of_the_model(model, embedding, is_box, side, rounds):
 
 
 def test_schedule_is_the_papers():
-    """Eight clicks in eleven rounds; none in the last and in one by chance."""
+    """Eight clicks in eleven rounds; none in the last and in one at random."""
     keys = jax.vmap(jax.random.key)(np.arange(200))
     schedules = np.asarray(jax.vmap(lambda key: click_schedule(key, 11))(keys))
     assert (schedules.sum(1) == 8).all()

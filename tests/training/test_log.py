@@ -37,7 +37,7 @@ def test_a_line_is_on_disk_at_once(tmp_path):
 
 
 def test_steps_done_again_have_one_line(tmp_path):
-    """A run killed after step 5, and half a line, goes on from its checkpoint at step 3."""
+    """A run killed after step 5, and half a line, resumes from its checkpoint at step 3."""
     write(tmp_path, range(6)).close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')

@@ -57,7 +57,7 @@ def test_the_first_expression_counts():
     ("table", "message"),
     [
         ([("mask_decoder/.*", 1.0)], r"'mask_decoder/.\*' matches none of the model's parameters"),
-        ([("(", 1.0)], r"'\(' is no regular expression"),
+        ([("(", 1.0)], r"'\(' is not a regular expression"),
         ([(".*", 0.0)], "has scale 0.0, expected above 0, or None to freeze"),
         ([(".*", None)], "nothing trains"),
     ],

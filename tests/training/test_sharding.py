@@ -97,7 +97,7 @@ def start(folder, runs, hosts=(), *, devices):
 
 
 def results(process):
-    # It waits for long, since other tests run beside these on as few cores.
+    # It waits for long, since other tests run at the same time on as few cores.
     printed, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return json.loads(printed.splitlines()[-1])
@@ -120,8 +120,8 @@ def assert_same_training(actual, expected):
 @pytest.mark.parametrize("how", ["data", "fsdp"])
 def test_eight_devices_are_as_one(trained, how):
     assert_same_training(trained[how], trained["alone"])
-    # FSDP keeps an eighth of each large array of the state on a device. Beside the model that was
-    # loaded, the first device never holds more than its share, also while the state is made.
+    # FSDP keeps an eighth of each large array of the state on a device. In addition to the
+    # loaded model, the first device never holds more than its share, also while the state is made.
     assert trained[how]["kept"] == (1 if how == "data" else 1 / 8)
     assert trained[how]["held"] == pytest.approx(1, rel=0.01)
 
@@ -141,5 +141,5 @@ def test_a_batch_that_the_devices_cannot_share(unchecked):
     class Mesh:
         size, local_devices = 6, [None] * 3
 
-    with pytest.raises(ValueError, match="a batch of 4 cannot be shared by 3 devices; choose a"):
+    with pytest.raises(ValueError, match="a batch of 4 cannot be split among 3 devices; choose a"):
         sharding.put_batch({"valid": np.ones((4, 2))}, Mesh())

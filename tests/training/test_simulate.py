@@ -14,7 +14,7 @@ KEYS = jax.random.split(jax.random.key(0), 2000)
 def test_points_are_uniform_in_the_region():
     points, found = jax.vmap(lambda k: sample_point(k, jnp.asarray(MASK), 32))(KEYS)
     assert found.all()
-    # Centres of cells of 4 x 4 pixels: a pixel's centre is a whole number.
+    # Centers of cells of 4 x 4 pixels: a pixel's center is a whole number.
     cells = (np.asarray(points) + 0.5) / 4 - 0.5
     np.testing.assert_array_equal(cells, cells.round())
     counts = np.zeros((8, 8), int)

@@ -155,7 +155,7 @@ def test_what_is_frozen_takes_no_memory_for_gradients(model):
     }.items()}  # fmt: skip
     _, some = compiled_gradients(model, False, RECIPE)
     _, every = compiled_gradients(model, True, RECIPE)
-    # Beside the gradients there are a few metrics.
+    # In addition to the gradients there are a few metrics.
     assert some.output_size_in_bytes <= 1.02 * sizes["decoder"]
     assert every.output_size_in_bytes >= sizes["all"]
     # Nor does it keep the encoder's activations.
@@ -206,7 +206,7 @@ def test_invalid_objects_change_nothing(model):
 
 @pytest.mark.slow
 def test_a_batch_without_objects_is_no_step(model):
-    """Neither momentum, weight decay, the schedule nor the moving average go on."""
+    """Momentum, weight decay, the schedule and the moving average stay as they are."""
     tx, _ = OptimizerConfig(warmup=0, weight_decay=0.1).build(DECODER_ONLY, 10)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
@@ -421,7 +421,7 @@ def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
 )
 def test_what_needs_an_encoder_that_trains(model, options, given):
     batch = {**batch_of(1), "image_embedding": np.zeros((1, 1))}
-    with pytest.raises(ValueError, match=f"{given}, .* image encoder, which it is for, does not"):
+    with pytest.raises(ValueError, match=f"{given}, .* so the image encoder does not"):
         batch_losses(model, batch, KEYS[:1], recipe=TrainConfig(**options))
 
 
