@@ -91,7 +91,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
         return self.config.mask_threshold
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype of the computation."""
         return jnp.dtype(self.mask_decoder.dtype)
 
