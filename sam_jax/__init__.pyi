@@ -2,6 +2,7 @@ from . import automatic as automatic
 from . import checkpoints as checkpoints
 from . import evaluation as evaluation
 from . import export as export
+from . import ops as ops
 from . import training as training
 from . import visualize as visualize
 from .automatic import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator

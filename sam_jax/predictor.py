@@ -284,17 +284,15 @@ class SamPredictor(WithAdvice):
             hq_token_only=hq_token_only,
             prompts_chunk_size=chunk_size_for(features, padded[1].shape[1]),
         )
-        # Copies, which may be written to and hold no padding in memory.
-        low_res, scores = (np.array(x[0, :count]) for x in jax.device_get((low_res, scores)))
-        flat = low_res.reshape(-1, *low_res.shape[-2:])
-        threshold = None if return_logits else self.config.mask_threshold
         full = self.processor.resize_masks(
-            flat,
+            low_res,
             original_size,
             input_size=self.input_size,
-            threshold=threshold,
-            device=self.device,
+            threshold=None if return_logits else self.config.mask_threshold,
+            count=count * low_res.shape[2],
         )
+        # Copies, which may be written to and hold no padding in memory.
+        low_res, scores = (np.array(x[0, :count]) for x in jax.device_get((low_res, scores)))
         masks = full.reshape(*low_res.shape[:2], *original_size)
         return MaskPrediction(masks, scores, low_res)
 

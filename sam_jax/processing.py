@@ -4,16 +4,18 @@ The surface is that of `transformers.SamProcessor`; what Meta's `ResizeLongestSi
 `Sam.preprocess` and `Sam.postprocess_masks` do is here too, since it is the same.
 """
 
+import math
 import os
 import reprlib
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 
-from sam_jax.arrays import ArrayLike, Device, PromptsLike, as_numpy
+from sam_jax.arrays import ArrayLike, PromptsLike, as_numpy
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
@@ -249,9 +251,8 @@ class SamProcessor(WithAdvice):
                     f"masks[{i}] has shape {logits.shape}, expected (prompts, masks, {side}, "
                     f"{side}): low-resolution logits, as the model returns them"
                 )
-            flat = logits.reshape(-1, side, side)
             full = self.resize_masks(
-                flat,
+                logits,
                 original,
                 input_size=reshaped,
                 threshold=threshold if binarize else None,
@@ -261,31 +262,38 @@ class SamProcessor(WithAdvice):
 
     def resize_masks(
         self,
-        masks: Float[np.ndarray, "n side side"],
+        masks: Float[np.ndarray | Array, "*batch side side"],
         original_size: tuple[int, int],
         *,
         input_size: tuple[int, int],
         threshold: float | None,
-        device: Device | None = None,
+        count: int | None = None,
     ) -> Bool[np.ndarray, "n h w"] | Float[np.ndarray, "n h w"]:
-        """Low-resolution logits to one picture's size; above `threshold`, or the logits if None.
+        """Low-resolution logits to one image's size; above `threshold`, or the logits if None.
 
-        Compiles once for each bucket of counts, heights and widths. Computes on `device`, or JAX's
-        default.
+        Only the first `count` masks are computed, if given. Masks in JAX arrays are computed where
+        they are. Compiles once for each bucket of heights and widths, and of counts of masks in
+        numpy arrays.
         """
         side, image_size = masks.shape[-1], self.config.image_size
         rows, columns = (
             mask_resize_matrix(side, image_size, inp, orig, size_bucket(orig))
             for inp, orig in zip(input_size, original_size, strict=True)
         )
-        arrays = pad_axis(masks, count_bucket(len(masks)), 0, 0), rows, columns
-        if threshold is None:
-            full = _resized_logits(*jax.device_put(arrays, device))
+        if count is None:
+            count = math.prod(masks.shape[:-2])
+        device = None
+        if isinstance(masks, np.ndarray):
+            masks = masks.reshape(-1, side, side)
+            masks = jax.device_put(pad_axis(masks, count_bucket(count), 0, 0))
         else:
-            full = _resized_masks(*jax.device_put((*arrays, np.float32(threshold)), device))
+            device = masks.device
+        threshold = None if threshold is None else np.float32(threshold)
+        arrays = jax.device_put((rows, columns, threshold, np.int32(count)), device)
+        full = _resize_first(masks, *arrays)
         height, width = original_size
         # A copy, which may be written to and holds no padding in memory.
-        return np.array(jax.device_get(full)[: len(masks), :height, :width])
+        return np.array(jax.device_get(full)[:count, :height, :width])
 
     def mask_to_logits(self, mask: ArrayLike) -> Float[np.ndarray, "*batch 1 side side"]:
         """A mask of the image's size as low-resolution logits, to be a prompt.
@@ -381,11 +389,15 @@ class SamInputs(dict):
 
 
 @jax.jit
-def _resized_masks(masks, rows, columns, threshold):
-    # One at a time, so that only one mask's logits are ever alive at full size.
-    return jax.lax.map(lambda mask: resize_masks(mask, rows, columns) > threshold, masks)
+def _resize_first(masks, rows, columns, threshold, count):
+    """The first masks at full size, above the threshold unless it is None; then zeros."""
+    masks = masks.reshape(-1, *masks.shape[-2:])
+    dtype = jnp.float32 if threshold is None else bool
+    result = jnp.zeros((len(masks), len(rows), len(columns)), dtype)
 
+    # One at a time, so that only one mask's logits are alive at full size.
+    def add(i, result):
+        logits = resize_masks(masks[i], rows, columns)
+        return result.at[i].set(logits if threshold is None else logits > threshold)
 
-@jax.jit
-def _resized_logits(masks, rows, columns):
-    return resize_masks(masks, rows, columns)
+    return jax.lax.fori_loop(0, count, add, result)

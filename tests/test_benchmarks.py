@@ -6,11 +6,9 @@ import importlib.util
 import os
 import re
 import shlex
-import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import jax
 import numpy as np
 import pycocotools.mask
 import pytest
@@ -102,13 +100,6 @@ def test_who_is_wrong_or_fails_gets_no_time(run):
     assert rows["ends"]["Time"] == "none"
 
 
-def test_without_the_first_there_is_no_time(run):
-    contenders = {"first": lambda: 1 / 0, "ours": lambda: np.ones(2)}
-    raced = run.race("decoder", contenders, "float32", 1)
-    assert not raced.times
-    assert raced.row("ours")["Difference"] == "RuntimeError: not compared, since first failed"
-
-
 def test_scores_are_compared_as_masks_are(run):
     masks, scores = np.ones(1000), np.ones(2)
     contenders = {"first": lambda: (masks, scores), "ours": lambda: (masks, 1.01 * scores)}
@@ -120,10 +111,7 @@ def test_scores_are_compared_as_masks_are(run):
     ("name", "arguments", "message"),
     [
         ("run", ["--repeat", "0"], "--repeat is 0, expected at least 1"),
-        ("run", ["--batch", "-1"], "--batch is -1, expected at least 1"),
         ("run", ["--parts", "windows"], "windows: of ViTs alone; name them with --models"),
-        ("compiled", ["--batch", "0"], "--batch is 0, expected at least 1"),
-        ("everything", ["--repeat", "0"], "--repeat is 0, expected at least 1"),
         ("everything", ["--photos", "lanscape"], "--photos is lanscape, but photos are: landscape"),
         ("accuracy", ["--photos", "small", "b"], "--photos is b, but photos are: landscape"),
     ],
@@ -133,60 +121,6 @@ def test_arguments_that_make_no_sense(name, arguments, message, monkeypatch, cap
     with pytest.raises(SystemExit):
         importlib.import_module(f"benchmarks.{name}").main()
     assert message in capsys.readouterr().err
-
-
-def test_ours_is_alone_without_what_others_need(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mobile_sam", None)
-    spec = importlib.util.find_spec("benchmarks.contenders")
-    contenders = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(contenders)
-    assert contenders.torch is None
-    assert "mobile_sam" in contenders.ALONE
-
-
-def test_accuracy_of_what_fails(monkeypatch, capsys):
-    accuracy = importlib.import_module("benchmarks.accuracy")
-
-    def segment(model, photo):
-        _, dtype, attention = (*model, None)[:3]
-        if attention == "pallas":
-            raise RuntimeError("no room | at all\nin memory")
-        if dtype == "float16":
-            raise FloatingPointError("not finite")
-        return np.ones(4), np.ones((3, 2, 2), bool), np.ones(3)
-
-    monkeypatch.setattr(accuracy, "segment", segment)
-    monkeypatch.setattr(
-        accuracy, "model_of", lambda name, dtype="float32", *rest: (name, dtype, *rest)
-    )
-    arguments = "--models vit_b --photos small --attention pallas xla --dtypes bfloat16"
-    statuses, tables = [], []
-    for more in ([], ["float16"]):
-        monkeypatch.setattr("sys.argv", ["accuracy", *arguments.split(), *more])
-        with pytest.raises(SystemExit) as ended:
-            accuracy.main()
-        statuses.append(bool(ended.value.code))
-        tables.append(
-            [r.split(" | ") for r in capsys.readouterr().out.splitlines() if "| vit_b" in r]
-        )
-    assert statuses == [False, True]  # nobody has to have an attention that was asked for
-    assert tables[1][0][3:5] == ["pallas", "RuntimeError: no room / at all"]
-    assert tables[1][1][3:6] == ["xla", "0.0e+00", "3"]
-    assert tables[1][3][2:5] == ["float16", "xla", "FloatingPointError: not finite"]
-    assert len(tables[0]) == 2
-    assert {len(cells) for cells in tables[1]} == {len(accuracy.COLUMNS)}
-
-
-def test_compiling_for_a_gpu_without_its_packages(monkeypatch):
-    compiled = importlib.import_module("benchmarks.compiled")
-
-    def none(*arguments, **options):
-        raise NotImplementedError("topology not implemented for cuda")
-
-    monkeypatch.setattr(compiled.topologies, "get_topology_desc", none)
-    with pytest.raises(SystemExit, match="takes jax-cuda12-plugin, jax-cuda12-pjrt, nvidia-cuda"):
-        compiled.h100()
-    assert jax.default_backend() == "cpu"
 
 
 def test_tables_are_printed_and_kept(results, monkeypatch, capsys):
@@ -232,37 +166,6 @@ def test_the_page_and_readme_show_the_newest_results():
     figure = (ROOT / "docs" / "performance.svg").read_text()
     for seconds in re.findall(r"\| [*]*([\d.]+)[*]* (?=\|)", "\n".join(rows)):
         assert f"<!-- {seconds} s -->" in figure
-
-
-def test_each_gets_warm_in_its_turn(run):
-    calls = []
-    contenders = {who: lambda who=who: calls.append(who) for who in "ab"}
-    assert set(run.seconds(contenders, 2, run.Failures())) == {"a", "b"}
-    assert calls == list("aabbaabb")
-
-
-@pytest.mark.parametrize(
-    ("who", "time", "fails"),
-    [
-        ("ours", "1 s", False),
-        ("Meta", "none", False),
-        ("ours", "none", True),
-        ("ours, cudnn", "none", False),
-        ("ours, cudnn", "differs", True),
-    ],
-)
-def test_the_status_tells_of_ours(run, who, time, fails):
-    assert run.ours_fails([{"Who": "Meta", "Time": "1 s"}, {"Who": who, "Time": time}]) == fails
-
-
-def test_a_device_that_is_not_there(run, monkeypatch):
-    def none():
-        raise AssertionError
-
-    assert run.find_device() == jax.local_devices()[0]
-    monkeypatch.setattr(jax, "local_devices", none)
-    with pytest.raises(SystemExit, match=r"JAX finds no device \(JAX_PLATFORMS=cpu\)"):
-        run.describe("float32")
 
 
 def test_a_process_that_dies_takes_no_other_with_it(run):

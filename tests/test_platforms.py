@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
-from reference import SMALL, SMALL_TINY, flash_attentions, lowered_for_cuda
+from reference import SMALL, TINIEST, flash_attentions, lowered_for_cuda
 
 from sam_jax.automatic.device import encode
 from sam_jax.models import compiled
@@ -25,9 +25,8 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 MODELS = {
     "vit": (SMALL, None),
     "xla": (SMALL, "xla"),
-    "folded": (SMALL, "folded"),
     "chunked": (SMALL, "chunked"),
-    "tiny_vit": (SMALL_TINY, None),
+    "tiny_vit": (TINIEST, None),
 }
 
 
@@ -149,7 +148,7 @@ LARGER = dataclasses.replace(
     image_encoder=dataclasses.replace(SMALL.image_encoder, window_size=14),
     image_size=32 * SMALL.image_encoder.patch_size,
 )
-ENCODERS = pytest.mark.parametrize("config", [LARGER, SMALL_TINY], ids=["vit", "tiny_vit"])
+ENCODERS = pytest.mark.parametrize("config", [LARGER, TINIEST], ids=["vit", "tiny_vit"])
 
 
 def lowered_encoder(config, platform):
@@ -200,7 +199,6 @@ def test_a_model_on_the_cpu_of_a_machine_with_a_gpu(config, request):
 
 
 FLASH = {"9.0": 2, "8.0": 1}  # layers that have cuDNN's flash attention
-ON_NVIDIA = pytest.mark.parametrize("nvidia", FLASH, indirect=True)
 
 
 @pytest.fixture
@@ -210,8 +208,7 @@ def vit(nvidia):
     return nnx.eval_shape(lambda: Sam(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
 
 
-@ON_NVIDIA
-@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize(("nvidia", "bits"), [("9.0", 32), ("8.0", 64)], indirect=["nvidia"])
 def test_flash_attention_is_the_default_of_nvidia(nvidia, vit, bits):
     """For all layers, in everything-mode's encoder."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("images",))
@@ -222,8 +219,7 @@ def test_flash_attention_is_the_default_of_nvidia(nvidia, vit, bits):
     assert "x4096x4096x" not in text
 
 
-@ON_NVIDIA
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(("nvidia", "remat"), [("9.0", True), ("8.0", False)], indirect=["nvidia"])
 def test_flash_attention_in_training(nvidia, vit, remat):
     tx = adamw(1e-4, EVERYTHING)
     trained, rest = partition(vit, EVERYTHING)

@@ -554,9 +554,17 @@ def disk(height, width):
     return ((y / height - 0.6) ** 2 + (x / width - 0.7) ** 2) < 0.07
 
 
-@pytest.mark.parametrize("resize", ["longest_side", "square"])
-@pytest.mark.parametrize("size", [(300, 451), (451, 300), (700, 1500), (60, 90)], ids=str)
-@pytest.mark.parametrize("image_size", [1024, 256])
+@pytest.mark.parametrize(
+    ("size", "resize", "image_size"),
+    [
+        *(((700, 1500), "longest_side", size) for size in (1024, 256)),
+        ((451, 300), "longest_side", 1024),
+        ((60, 90), "longest_side", 256),
+        ((300, 451), "square", 1024),
+        ((451, 300), "square", 256),
+    ],
+    ids=str,
+)
 def test_a_mask_becomes_logits_and_back(size, resize, image_size):
     config = dataclasses.replace(vit_b(), resize=resize, image_size=image_size)
     processor, mask = SamProcessor(config), disk(*size)

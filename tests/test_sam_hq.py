@@ -49,7 +49,6 @@ BOXES = np.array([[[5.0, 10.0, 60.0, 70.5], [20.0, 20.0, 90.0, 95.0]]], np.float
 MASKS = np.random.default_rng(3).normal(size=(1, 2, 48, 48)).astype(np.float32)
 PROMPTS = {
     "points": (POINTS, LABELS, None, None),
-    "boxes": (None, None, BOXES, None),
     "all": (POINTS, LABELS, BOXES, MASKS),
 }
 

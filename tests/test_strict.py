@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference import SMALL, SMALL_TINY
+from reference import SHALLOW, SMALL, TINIEST
 
 from sam_jax import Sam, SamAutomaticMaskGenerator, SamPredictor, pipeline
 from sam_jax.ops.prompts import join_prompts
@@ -35,9 +35,10 @@ def strict():
         yield
 
 
-@pytest.fixture(
-    params=[SMALL, SMALL_TINY, dataclasses.replace(SMALL, hq=True)], ids=["vit", "tiny_vit", "hq"]
-)
+HQ = dataclasses.replace(SMALL, hq=True)
+
+
+@pytest.fixture(params=[SHALLOW, TINIEST, HQ], ids=["vit", "tiny_vit", "hq"])
 def model(request):
     return Sam(request.param, rngs=nnx.Rngs(0))  # Flax's own initializers do not pass
 
@@ -102,6 +103,7 @@ def test_guidance_of_another_dtype(strict):
     )
 
 
+@pytest.mark.parametrize("model", [HQ], ids=["hq"], indirect=True)
 def test_everything_mode(model, strict):
     everything = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
     generator = SamAutomaticMaskGenerator(

@@ -1,4 +1,4 @@
-"""What the model refuses, with a message that says what was expected."""
+"""Checks of the model's arguments; an error says what was given and what was expected."""
 
 from typing import Any, NamedTuple, overload
 
@@ -183,7 +183,7 @@ def check_broadcast(name: str, array: Any, shape: tuple[int, ...]) -> Array:
 
 
 def to_device(array: Any, dtype: DTypeLike | None = None) -> Any:
-    """numpy's arrays on JAX's default device: explicitly, as `jax.transfer_guard` asks for."""
+    """A numpy array on JAX's default device; put explicitly, as `jax.transfer_guard` demands."""
     if dtype is not None:
         array = array.astype(dtype)
     return jax.device_put(array) if isinstance(array, np.ndarray) else array

@@ -1,6 +1,6 @@
 """The model's functions, compiled: pure functions of `nnx.split(model)` and arrays.
 
-At the module's level, so that all models of one kind and size share what is compiled.
+They are module-level, so that all models of one kind and size share the compiled programs.
 """
 
 import functools
@@ -84,7 +84,7 @@ def decode(
 
 
 def chunk_size_for(image_embeddings: Float[Array, "b g g c"], prompts: int) -> int | None:
-    """`prompts_chunk_size` of `decode` where they are, so that no other platform's is traced."""
+    """`prompts_chunk_size` of `decode` for the embeddings' device: no other platform is traced."""
     if isinstance(image_embeddings, Tracer):
         return None
     (device, *_) = image_embeddings.devices()
@@ -94,8 +94,9 @@ def chunk_size_for(image_embeddings: Float[Array, "b g g c"], prompts: int) -> i
 def fastest_chunk_size(platform: str, images: Any, prompts: Any) -> int | None:
     """How many prompts of each image `Sam.decode` computes together on a platform; None for all.
 
-    On a CPU one, which fits its cache; elsewhere 64 prompts of all images (0.4 GB in bfloat16 on an
-    NVIDIA GPU), but at least two of each. All where `jax.export` leaves their number open.
+    On a CPU it is one, which fits its cache. Elsewhere it is 64 prompts of all images (0.4 GB in
+    bfloat16 on an NVIDIA GPU), but at least two of each, and all if `jax.export` leaves their
+    number open.
     """
     if platform == "cpu":
         return 1

@@ -1,6 +1,6 @@
-"""TinyViT's convolutions, with a batch norm, written so that a CPU is fast at them.
+"""TinyViT's convolutions with batch norms, written so that XLA is fast at them on a CPU.
 
-Each is one function with a derivative of its own; their definitions are PyTorch's `conv2d`.
+Each is a function with its own derivative, and equal to PyTorch's `conv2d`.
 """
 
 import functools
@@ -23,8 +23,7 @@ class ConvBN(nnx.Module):
 
     The convolution is of one pixel, depthwise, or of 3 x 3 pixels with stride 2.
 
-    The norm is folded into the kernel, which costs a pass over the kernel instead of one over the
-    image.
+    The norm is folded into the kernel: a pass over the kernel instead of one over the image.
     """
 
     def __init__(self, in_chans, out_chans, size=1, stride=1, *, depthwise=False, dtype, rngs):
@@ -64,11 +63,11 @@ def halving_conv(
 ) -> Float[Array, "b h//2 w//2 o"]:
     """The stem's convolution, of stride 2, as one of stride 1 whose pixels are blocks of 2 x 2.
 
-    XLA on a CPU is faster at the gradient of the image, three times.
+    On a CPU, XLA is three times faster at the image's gradient this way.
     """
     (b, h, w, c), out = x.shape, kernel.shape[-1]
     blocks = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
-    # Around pixel 2 * i are one of the block before and both of its own.
+    # The pixels around pixel 2 * i are the last of the block before and both of block i.
     kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0)))
     kernel = kernel.reshape(2, 2, 2, 2, c, out).transpose(0, 2, 1, 3, 4, 5)
     blocks = blocks.reshape(b, h // 2, w // 2, 4 * c)
@@ -92,7 +91,7 @@ def _halving_conv_by_kernel(x, kernel):
 
 
 def _product_by_rows(x, kernel):
-    """As products of matrices; in the gradient of the kernel XLA on a CPU is faster."""
+    """As matmuls, with which XLA on a CPU is faster at the kernel's gradient."""
     b, h, w = x.shape[0], x.shape[1] // 2, x.shape[2] // 2
     kernel = kernel.astype(jnp.float32)  # in which its gradients are added up
     padded, rows = _pad(x, kernel), math.gcd(h, 4)  # at a time
@@ -120,7 +119,7 @@ def depthwise_conv(
 
 @depthwise_conv.defjvp
 def _depthwise_conv_jvp(stride, primals, tangents):
-    """Written for its transpose, which is what training needs, to be fast on a CPU."""
+    """Written so that its transpose, which training needs, is fast on a CPU."""
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
     by_x = _padded_sum(x_dot, kernel) if stride == 1 else depthwise_conv(x_dot, kernel, stride)
     padded = _barrier_on_cpu(_pad(x, kernel))
@@ -130,7 +129,7 @@ def _depthwise_conv_jvp(stride, primals, tangents):
 
 @jax.jit
 def _barrier_on_cpu(padded):
-    """Otherwise XLA takes the middle tap from what was padded, and keeps what that is made of."""
+    """Otherwise XLA reads the middle tap before padding, and keeps its inputs alive."""
     barrier = jax.lax.optimization_barrier
     return jax.lax.platform_dependent(padded, cpu=barrier, default=lambda x: x)
 
@@ -149,7 +148,7 @@ def _depthwise_conv_by_kernel(padded, kernel, stride):
 
 
 def _padded_sum(x, kernel):
-    """The convolution of stride 1 with a transpose of slices, where `_shifted_sum`'s is of pads.
+    """The convolution of stride 1, whose transpose slices; that of `_shifted_sum` pads.
 
     XLA on a CPU is faster at slices.
     """
@@ -166,9 +165,8 @@ def _padded_sum(x, kernel):
 def _sum_by_rows(padded, kernel, stride, rows):
     """The convolution whose transpose adds up gradients of whole rows, and sums along them last.
 
-    So many rows at a time.
-
-    XLA on a CPU makes arrays of the products that it sums, but not of those that it adds up.
+    It computes `rows` rows at a time. XLA on a CPU materializes the products that a sum reduces,
+    but not those that are added to each other.
     """
     (b, height, width, c), size = padded.shape, len(kernel)
     h, w = ((side - size) // stride + 1 for side in (height, width))

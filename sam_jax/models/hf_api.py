@@ -103,7 +103,7 @@ class HuggingFaceAPI(WithAdvice):
         """The masks that the prompts ask for: Hugging Face's `SamModel.forward`.
 
         Arguments and outputs are those of `transformers`, but `pixel_values` are channels last,
-        masks may be given per prompt, and points labelled -10 are ignored exactly. Arrays may be of
+        masks may be given per prompt, and points labeled -10 are ignored exactly. Arrays may be of
         any library that has `__array__` or DLPack.
 
         Args:
@@ -135,7 +135,7 @@ class HuggingFaceAPI(WithAdvice):
         of `sam_jax.models.compiled` with the parts of one `nnx.split`, or use `SamPredictor`.
 
         Raises:
-            TypeError: for what is no array.
+            TypeError: if an argument is not an array.
             ValueError: for shapes that do not fit; and, unless they are traced, for coordinates
                 that are not finite, unknown labels, and boxes inside out. The message says which.
         """
@@ -199,7 +199,7 @@ class HuggingFaceAPI(WithAdvice):
         """Image embeddings of [b, size, size, 3] pixels, channels first as in `transformers`.
 
         Raises:
-            TypeError: for what is no array of floats.
+            TypeError: if they are not an array of floats.
             ValueError: for pixels of another shape.
         """
         pixel_values = self._check_pixels(pixel_values)

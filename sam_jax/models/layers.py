@@ -44,9 +44,9 @@ class LayerNorm(nnx.Module):
 
 
 def align(vector: Float[Array, "*last"], x: Float[Array, "*shape"]) -> Float[Array, "*full"]:
-    """`vector` with axes of one before its own, as many as `x` has more.
+    """`vector` with leading axes of size one, up to the rank of `x`.
 
-    So that it is broadcast where users have JAX's `numpy_rank_promotion` refuse to.
+    So it broadcasts even where users forbid JAX's `numpy_rank_promotion`.
     """
     return vector.reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
 
@@ -64,12 +64,12 @@ def _center(x, eps):
 
 @_normalize.defjvp
 def _normalize_jvp(eps, primals, tangents):
-    """Written for its transpose: training's backward pass has less to keep."""
+    """Written for its transpose, so that the backward pass keeps less."""
     (x,), (tangent,) = primals, tangents
     centered, rate = _center(x, eps)
     ones = jnp.ones((x.shape[-1], 1), x.dtype)
 
-    # Products, whose transposes are, too: XLA on a CPU makes arrays of what is broadcast for a sum.
+    # As a matmul, whose transpose is one, too: XLA on a CPU materializes the broadcast of a sum.
     def mean(t):
         t = jnp.matmul(t, ones, precision="highest") / x.shape[-1]
         return jnp.matmul(t, ones.T, precision="highest")
@@ -88,15 +88,15 @@ class Linear(nnx.Linear):
         return rowwise(super().__call__, x)
 
     def weight(self) -> Float[Array, "i o"]:
-        """What the layer multiplies with; attention uses it by itself (`Attention`)."""
+        """What the layer multiplies with; the two-way `Attention` multiplies with it directly."""
         return self.kernel[...]
 
 
 def rowwise(function, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
     """`function` of [rows, i], on `x` with all axes but the last joined.
 
-    A kernel's gradient adds up over rows. If these are several axes, XLA on a CPU makes a
-    transposed array of what it adds up, beside one that it has already.
+    A kernel's gradient sums over rows. If rows span several axes, XLA on a CPU copies what it sums
+    into a transposed array.
     """
     y = function(x.reshape(-1, x.shape[-1]))
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -139,10 +139,9 @@ class PatchConv(nnx.Module):
 class UpscaleConv(nnx.Module):
     """`ConvTranspose2d(kernel_size=2, stride=2)`: each pixel becomes 2 x 2 pixels, by one matmul.
 
-    These get axes of their own, so that what follows pixel by pixel needs them in no other order;
-    `join_pixels` makes a picture of them. `kernel[c, i, j, o]` leads from channel c to channel o of
-    the pixel at row i, column j; the reference's kernel is indexed the same way, so that nothing is
-    flipped.
+    The new pixels get axes of their own, so that operations per pixel need no transpose;
+    `join_pixels` makes one image of them. `kernel[c, i, j, o]` leads from channel c to channel o of
+    the pixel at row i, column j, as in the reference's kernel, so that nothing is flipped.
     """
 
     def __init__(self, in_chans: int, out_chans: int, *, dtype, rngs: nnx.Rngs):
@@ -160,7 +159,7 @@ class UpscaleConv(nnx.Module):
 
 
 def join_pixels(x: Float[Array, "h w *pixels_of_pixels c"]) -> Float[Array, "rows columns c"]:
-    """Pixels of pixels as one picture: [h, w, 2, 2, 2, 2, c] -> [4 * h, 4 * w, c]."""
+    """Pixels of pixels as one image: [h, w, 2, 2, 2, 2, c] -> [4 * h, 4 * w, c]."""
     *pixels, c = x.shape
     last = len(pixels)
     rows, columns = range(0, last, 2), range(1, last, 2)
@@ -182,17 +181,17 @@ class Neck(nnx.Module):
 
 
 def relu(x: Array) -> Array:
-    """`jax.nn.relu`, which cannot be pickled, and so no model that holds it."""
+    """`jax.nn.relu` as a function that can be pickled, and a model that holds it."""
     return jax.nn.relu(x)
 
 
 def gelu(x: Array) -> Array:
-    """The exact GELU, computed as PyTorch does: by `erf`, in float32 whatever the dtype.
+    """The exact GELU, computed as PyTorch does: with `erf`, in float32 whatever the dtype.
 
-    `jax.nn.gelu(x, approximate=False)` is by `erfc`, which takes a CPU 2.5 times as long, and has
-    several arrays for the backward pass to keep, where this has one.
+    `jax.nn.gelu(x, approximate=False)` uses `erfc`, which takes a CPU 2.5 times as long, and keeps
+    several arrays for the backward pass, where this keeps one.
     """
-    return _gelu(x)  # which cannot be pickled, and so no model that holds it
+    return _gelu(x)  # which cannot be pickled itself, and a model holds this function
 
 
 @jax.custom_jvp
@@ -207,7 +206,7 @@ def _gelu_jvp(primals, tangents):
     (x,), (tangent,) = primals, tangents
     wide = x.astype(jnp.float32)
     density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
-    # By the other tail, so that a compiler that finds equal terms keeps none for the gradient.
+    # erf(-x): otherwise XLA's CSE shares the forward erf and keeps it alive for the backward pass.
     slope = 0.5 * (1 - jax.lax.erf(wide * -math.sqrt(0.5))) + wide * density
     return _gelu(x), tangent * slope.astype(x.dtype)
 
@@ -217,10 +216,10 @@ def _normal_cdf(x: Array) -> Array:
 
 
 def drop_path(x: Float[Array, "b h w c"], rate: float, keys: Array | None) -> Array:
-    """Stochastic depth (Huang et al. 2016): leaves the branch out for some images of the batch.
+    """Stochastic depth (Huang et al. 2016): drops the branch for some images of the batch.
 
-    What stays is scaled up, so that nothing changes on average. There is a key for each image, so
-    that what happens to it does not depend on the batch; without keys nothing is left out.
+    Branches that stay are scaled up, so that the mean is unchanged. Each image has its own key, so
+    that the result does not depend on the batch. Without keys nothing is dropped.
     """
     if keys is None or rate == 0:
         return x
@@ -247,10 +246,10 @@ def call_block(block, x: Array, *args, remat: Remat) -> Array:
 def partition_windows(
     x: Float[Array, "b h w c"], window: int, padding: Float[Array, " c"]
 ) -> Float[Array, "n {window} {window} c"]:
-    """Splits a grid into windows, with `padding` at each position below it and to its right.
+    """Splits a grid into windows; positions beyond its lower and right edges get `padding`.
 
-    The reference's `window_partition`: padded positions are attended like any other. There they
-    are in the input of a linear layer, here they are in its output, which spares it the work.
+    The reference's `window_partition`: padded positions are attended to like any other. The
+    reference pads the input of a linear layer. This pads its output, which saves work.
     """
     b, h, w, c = x.shape
     rows, columns = -(-h // window), -(-w // window)
@@ -265,7 +264,7 @@ def partition_windows(
 def join_windows(
     windows: Float[Array, "n window window c"], grid: tuple[int, int]
 ) -> Float[Array, "b {grid[0]} {grid[1]} c"]:
-    """The inverse of `partition_windows` for a grid of (h, w); the padding is dropped."""
+    """The inverse of `partition_windows` for a grid of (h, w); it drops the padding."""
     h, w = grid
     n, window, _, c = windows.shape
     rows, columns = -(-h // window), -(-w // window)

@@ -209,7 +209,7 @@ class Upscaling(nnx.Module):
 class HQ(nnx.Module):
     """What SAM-HQ adds (Ke et al. 2023; reference `MaskDecoderHQ` of `segment-anything-hq`).
 
-    A mask of finer details, from a token of its own and from the image encoder's first and last
+    A mask with finer details, from its own token and from the image encoder's first and last
     layers, which is added to each of SAM's masks. The reference returns the best of three masks
     by their predicted IoU, and Hugging Face all three, the best first; here they are all three in
     SAM's order.

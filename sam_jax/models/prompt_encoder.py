@@ -2,7 +2,7 @@
 
 Written for one prompt of one image, without batch axes: `jax.vmap` adds them.
 
-A prompt's points and boxes are one list of labelled points, in the order of the reference's tokens:
+A prompt's points and boxes are one list of labeled points, in the order of the reference's tokens:
 
     label   meaning                                  token
       1     a point on the object                    encoding + point_embeddings[1]
@@ -43,18 +43,18 @@ class PromptEncoder(WithAdvice, nnx.Module):
     def __call__(
         self, points: Float[Array, "n 2"], labels: Int[Array, " n"]
     ) -> tuple[Float[Array, "n c"], Bool[Array, " n"]]:
-        """Tokens of labelled points, and which of them are real rather than padding.
+        """Tokens of labeled points, and which of them are real rather than padding.
 
         Args:
-            points: (x, y) in pixels of the model's padded input; the centre of the first pixel is
+            points: (x, y) in pixels of the model's padded input; the center of the first pixel is
                 (0, 0).
             labels: see the table at the head of this file.
         """
         encoding = self.pe_layer((points.astype(jnp.float32) + 0.5) / self.image_size)
         kinds = jnp.concatenate([p[...] for p in self.point_embeddings]).astype(jnp.float32)
-        # A sum of one row, so that its gradient is a matmul; -1 and -10 select none.
+        # Selected by a matmul, whose gradient is one, too; labels -1 and -10 select none.
         chosen = labels[:, None] == jnp.arange(len(kinds))[None]
-        # In full float32, whatever a GPU or TPU would make of it.
+        # HIGHEST: full float32, on a GPU and a TPU as well.
         chosen = chosen.astype(jnp.float32)
         tokens = encoding + jnp.matmul(chosen, kinds, precision=jax.lax.Precision.HIGHEST)
         label, not_a_point = labels[:, None], self.not_a_point_embed[...].astype(jnp.float32)
@@ -64,8 +64,8 @@ class PromptEncoder(WithAdvice, nnx.Module):
     def embed_mask(self, mask: Float[Array, "side side"] | None) -> Float[Array, "*grid c"]:
         """The dense embedding: [g, g, c] of a mask of logits, or [c] for no mask.
 
-        Without a mask it is the same everywhere and for every prompt. Left unbatched, it lets what
-        depends on the image alone be computed once for all prompts.
+        Without a mask it is the same everywhere and for every prompt. It stays unbatched then, so
+        that what depends on the image alone is computed once for all prompts.
         """
         if mask is None:
             return self.no_mask_embed[0]
@@ -73,8 +73,8 @@ class PromptEncoder(WithAdvice, nnx.Module):
 
     def get_dense_pe(self) -> Float[Array, "g g c"]:
         """The positional encoding of the image embedding's grid."""
-        centres = (jnp.arange(self.grid, dtype=jnp.float32) + 0.5) / self.grid
-        return self.pe_layer.of_grid(centres, centres)
+        centers = (jnp.arange(self.grid, dtype=jnp.float32) + 0.5) / self.grid
+        return self.pe_layer.of_grid(centers, centers)
 
 
 class PositionEmbeddingRandom(nnx.Module):
@@ -85,21 +85,21 @@ class PositionEmbeddingRandom(nnx.Module):
         self.positional_encoding_gaussian_matrix = Buffer(init(rngs.params(), (2, num_pos_feats)))
 
     def __call__(self, coords: Float[Array, "*batch 2"]) -> Float[Array, "*batch c"]:
-        # A multiplication each and a sum rather than a matmul: float32 on every device.
+        # Multiplied and added, not a matmul: float32 on every device.
         angles = self._angles(coords[..., :1], 0) + self._angles(coords[..., 1:], 1)
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
     def of_grid(self, x: Float[Array, " w"], y: Float[Array, " h"]) -> Float[Array, "h w c"]:
-        """Of all positions (x, y), by the sines and cosines of x and of y alone.
+        """The features of all positions (x, y), from the sines and cosines of x and y alone.
 
-        sin(a + b) = sin a cos b + cos a sin b, and so for the cosine: as exact, and on a CPU the
-        sines of all positions would be a tenth of a click's time.
+        sin(a + b) = sin a cos b + cos a sin b, and likewise the cosine. It is as exact; on a CPU,
+        sines of all positions would take a tenth of a click's time.
         """
         a, b = self._angles(x[None, :, None], 0), self._angles(y[:, None, None], 1)
         sin_a, cos_a, sin_b, cos_b = jnp.sin(a), jnp.cos(a), jnp.sin(b), jnp.cos(b)
 
         def join(sines, cosines):
-            # Before they are multiplied, or XLA computes them anew for every position.
+            # Joined before they are multiplied: otherwise XLA computes them for every position.
             return jnp.concatenate([sines, cosines], axis=-1)
 
         return join(sin_a, cos_a) * join(cos_b, cos_b) + join(cos_a, -sin_a) * join(sin_b, sin_b)

@@ -324,7 +324,7 @@ def _with_auto_axes(function: Callable, array: Array, *others: Any) -> Any:
     static_argnames=("multimask_output", "hq_token_only", "prompts_chunk_size", "return_attention"),
 )
 def _decode(image_embeddings, model, prompts, *, prompts_chunk_size=None, **options):
-    """`Sam.decode` of checked arrays; compiled, so that their platform decides and not JAX's."""
+    """`Sam.decode` of checked arrays; compiled, so that it suits their platform."""
 
     def in_chunks_of(size):
         return functools.partial(model._decode_in_chunks, prompts_chunk_size=size, **options)
@@ -338,8 +338,8 @@ def _decode(image_embeddings, model, prompts, *, prompts_chunk_size=None, **opti
 
 
 def _map(function: Callable, arrays: PyTree, at_once: int | None) -> PyTree:
-    """`function` of each entry of the arrays, so many at a time, or all."""
+    """`function` of each entry of the arrays, `at_once` at a time; None for all."""
     if at_once is None or (at_once > 1 and at_once >= jax.tree.leaves(arrays)[0].shape[0]):
         return jax.vmap(function)(arrays)
-    # One at a time there is no batch axis, with which a CPU multiplies matrices more slowly.
+    # One at a time, without a batch axis, with which a CPU multiplies matrices more slowly.
     return jax.lax.map(function, arrays, batch_size=None if at_once == 1 else at_once)

@@ -167,7 +167,7 @@ class TinyViTBlock(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Self-attention within windows with a learnt bias for each distance in rows and columns."""
+    """Self-attention within windows with a learned bias for each distance in rows and columns."""
 
     def __init__(self, dim, num_heads, window, *, dtype, rngs):
         self.norm = LayerNorm(dim, eps=_EPS, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Image embeddings on disk: with a frozen encoder, each picture is encoded once and for all."""
+"""Image embeddings on disk: with a frozen encoder, each image is encoded once."""
 
 import hashlib
 import io
@@ -20,17 +20,17 @@ from sam_jax.training.datasets import Dataset
 
 
 class CachedEmbeddings:
-    """A source whose examples also have `image_embedding`, float32 [g, g, c].
+    """A dataset whose examples also have `image_embedding`, float32 [g, g, c].
 
-    Files are named by the picture's pixels, in a folder named by the encoder's weights, compute
-    dtype and configuration: another picture or another encoder finds nothing rather than something
-    stale.
+    Embeddings are made at the start. Files are named by the image's pixels, in a folder named by
+    the encoder's weights, compute dtype and configuration: another image or another encoder finds
+    nothing rather than something stale.
 
     Args:
-        source: examples; see `sam_jax.training.datasets`.
-        model: whose image encoder it is.
+        source: the dataset; see `sam_jax.training.datasets`.
+        model: the model whose image encoder is used.
         folder: of the cache; runs may share it.
-        on_image: called after each picture that is made sure of.
+        on_image: called when the embedding of one more image is there.
     """
 
     def __init__(
@@ -45,11 +45,13 @@ class CachedEmbeddings:
         self.folder = Path(folder) / _encoder_key(model)
         self.folder.mkdir(parents=True, exist_ok=True)
         processor, split = SamProcessor(model.config), nnx.split(model)
-        # Hosts that share the folder start at different pictures, and each encodes its part.
+        self._files = {}
+        # Hosts that share the folder start at different images, and each encodes its part.
         first = jax.process_index() * len(source) // jax.process_count()
         for i in np.roll(np.arange(len(source)), -first).tolist():
             image = source[i]["image"]
-            file = self._file(image)
+            digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes())
+            self._files[i] = file = self.folder / f"{digest.hexdigest()}.npy"
             if not _is_whole(file, model.config):
                 pixels = processor.preprocess(image)[None]
                 embedding = np.asarray(encode_image(*split, pixels)[0], np.float32)
@@ -61,24 +63,19 @@ class CachedEmbeddings:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.source[index]
-        file = self._file(example["image"])
+        file = self._files[index]
         try:
             embedding = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
-                f"the cached embedding {file} cannot be read ({error}); if its picture was "
-                "changed while the run went on, start it again"
+                f"the cached embedding {file} cannot be read ({error}); start the run again, which "
+                "makes it again"
             ) from error
-        return {**example, "image_embedding": embedding}
+        return {**self.source[index], "image_embedding": embedding}
 
     def image_id(self, index: int) -> Any:
-        """What the source calls the picture; its number if it has no names."""
+        """What the dataset calls the image; its number if it has no names."""
         return getattr(self.source, "image_id", int)(index)
-
-    def _file(self, image: np.ndarray) -> Path:
-        digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes())
-        return self.folder / f"{digest.hexdigest()}.npy"
 
 
 def _is_whole(file: Path, config: SamConfig) -> bool:

@@ -59,7 +59,7 @@ def interactive_losses(
     # Slots for all clicks to come; padding is exact, so that they change nothing until then.
     points = jnp.pad(points, ((0, num_rounds - 1), (0, 0)))
     labels = jnp.pad(labels, (0, num_rounds - 1), constant_values=PADDING)
-    brings_click = _brings_click(idle_key, num_rounds)
+    brings_click = click_schedule(idle_key, num_rounds)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_round(carry, step):
@@ -98,7 +98,7 @@ def _first_prompt(key, inside, box, image_size, box_probability):
     return points, labels, is_box
 
 
-def _brings_click(key, num_rounds):
+def click_schedule(key, num_rounds):
     """For each round, whether the next one has a new click."""
     following = jnp.arange(1, num_rounds + 1)
     if num_rounds <= 3:

@@ -36,7 +36,7 @@ def reference():
     "options",
     [
         {},
-        {"points_per_batch": 7, "crops_nms_thresh": 0.95},
+        {"crops_nms_thresh": 0.95},
         {"mask_threshold": 0.02, "crops_nms_thresh": 0.99},
     ],
     ids=str,

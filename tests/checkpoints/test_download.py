@@ -107,7 +107,7 @@ def test_a_short_name_is_the_model_whatever_folders_there_are(tmp_path, monkeypa
     ["missing.pth", "missing.pt", "a/missing.safetensors", "./missing", "/missing", "~/m", "a/b/c"],
 )
 def test_a_missing_path_is_not_looked_up(path, monkeypatch):
-    monkeypatch.setattr(download, "_locate_repository", lambda name: pytest.fail("looked up"))
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("looked up"))
     with pytest.raises(FileNotFoundError, match=r"does not exist\. Pass a short name \(mobile_sam"):
         resolve(path)
 
@@ -245,13 +245,20 @@ def test_of_two_downloads_at_once_one_waits_for_the_other(toy, origins, cache):
     assert files_below(cache) == [cached_path(toy)]
 
 
-def test_offline_the_hub_is_not_asked(toy, monkeypatch, tmp_path):
+@pytest.fixture
+def hub_only(toy, monkeypatch):
+    """The toy model, which the package index does not have."""
+    monkeypatch.setitem(MODELS, "toy", dataclasses.replace(toy, package=None))
+
+
+@pytest.mark.usefixtures("hub_only")
+def test_offline_the_hub_is_not_asked(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(download, "_ask_hub", lambda question: pytest.fail("asked"))
-    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
-        download._fetch_from_hub(toy, tmp_path)
-    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
-        download._list_repository("owner/toy")
+    for name in ("get_hf_file_metadata", "HfApi"):
+        monkeypatch.setattr(huggingface_hub, name, lambda *_, **__: pytest.fail("asked"))
+    for name in ("toy", "owner/toy"):
+        with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
+            resolve(name)
 
 
 @pytest.fixture
@@ -263,18 +270,20 @@ def closed_hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda repository, path: url)
 
 
-@pytest.mark.usefixtures("closed_hub")
-def test_an_unreachable_hub_is_given_up_at_once(toy, tmp_path):
+@pytest.mark.usefixtures("closed_hub", "hub_only")
+def test_an_unreachable_hub_is_given_up_at_once():
     start = time.monotonic()
-    with pytest.raises(Exception, match="refused"):
-        download._fetch_from_hub(toy, tmp_path)
+    with pytest.raises(ConnectionError, match="refused"):
+        resolve("toy")
     assert time.monotonic() - start < 4
 
 
+@pytest.mark.usefixtures("closed_hub", "hub_only")
 def test_a_silent_hub_is_given_up_at_the_deadline(monkeypatch):
     monkeypatch.setattr(download, "_HUB_DEADLINE", 0.05)
-    with pytest.raises(TimeoutError, match=r"did not answer within 0\.05 seconds"):
-        download._ask_hub(lambda: time.sleep(1))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: time.sleep(1))
+    with pytest.raises(ConnectionError, match=r"did not answer within 0\.05 seconds"):
+        resolve("toy")
 
 
 HUB_SERVER = r"""

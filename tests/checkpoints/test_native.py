@@ -363,14 +363,16 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, params):
 
 KILLED = """
 import os, sys
+import numpy as np
+from orbax.checkpoint import v1 as ocp
 from sam_jax.checkpoints import native
 from sam_jax.config import SamConfig
 
 def kill(*_):
     os.kill(os.getpid(), 9)
 
-native._save_params = kill
-native.save(sys.argv[1], {}, SamConfig())
+ocp.partial.save = kill
+native.save(sys.argv[1], {"x": np.zeros(3)}, SamConfig())
 """
 
 

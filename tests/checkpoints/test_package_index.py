@@ -89,16 +89,30 @@ def test_a_python_without_pip(sdist, monkeypatch):
         fetch(sdist)
 
 
-def test_the_line_of_pip_s_output_that_matters():
-    output = (
-        "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'\n"
-        "ERROR: Could not find a version\nERROR: No matching distribution found\n"
-    )
-    assert package_index._summarize_pip_error(output) == "connection broken by 'NewConnectionError'"
-    assert package_index._summarize_pip_error("ERROR: a\nERROR: b\n\n") == "ERROR: b"
-    output = "/bin/python: No module named pip"
-    assert package_index._summarize_pip_error(f"{output}\n") == output
-    assert package_index._summarize_pip_error("") == "no message"
+UNREACHABLE = """\
+WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'
+ERROR: Could not find a version
+ERROR: No matching distribution found
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        (UNREACHABLE, "connection broken by 'NewConnectionError'"),
+        ("ERROR: a\nERROR: b\n\n", "ERROR: b"),
+        ("/bin/python: No module named pip\n", "/bin/python: No module named pip"),
+        ("", "no message"),
+    ],
+)
+def test_the_line_of_pip_s_output_that_matters(tmp_path, monkeypatch, output, line):
+    failed = SimpleNamespace(returncode=1, stdout=output)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    package = package_index.PackageMember("toy-package==1.0", "0" * 64, "toy", wheel=True)
+    with pytest.raises(ConnectionError) as error:
+        package_index.download_package(package, tmp_path)
+    assert str(error.value) == f"pip: {line}"
+    assert error.value.__notes__ == [output]
 
 
 def test_a_member_of_a_wheel(tmp_path, monkeypatch):

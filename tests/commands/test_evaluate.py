@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from coco_examples import RECTANGLES, H, W, compressed, rectangle
 from PIL import Image
-from reference import SMALL, meta_sam, ours
+from reference import SHALLOW, meta_sam, ours
 
 import sam_jax
 from sam_jax import cli
@@ -16,7 +16,7 @@ from sam_jax.training import open_annotations
 @pytest.fixture
 def folder(tmp_path):
     """A saved model, and an annotated image."""
-    sam_jax.save_pretrained(ours(meta_sam(SMALL), SMALL), tmp_path / "model")
+    sam_jax.save_pretrained(ours(meta_sam(SHALLOW), SHALLOW), tmp_path / "model")
     pixels = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "1.png")
     coco = {

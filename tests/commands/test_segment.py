@@ -257,7 +257,7 @@ def test_a_full_disk_is_one_line(fails, monkeypatch):
     assert "No space left on device" in fails("--point", "60,30")
 
 
-@pytest.mark.parametrize("allowed", range(1, 7))
+@pytest.mark.parametrize("allowed", [1, 3, 6])
 def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed):
     """Wherever it was stopped, the next one knows all files as ours."""
     run("--point", "60,30", "--output", "out")

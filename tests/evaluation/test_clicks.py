@@ -4,7 +4,7 @@ import scipy.ndimage
 from reference import SMALL, meta_sam, ours
 
 from sam_jax import SamPredictor
-from sam_jax.evaluation.clicks import _by_clicks, draw_clicks, evaluate, middle
+from sam_jax.evaluation.clicks import draw_clicks, evaluate, middle
 from sam_jax.evaluation.metrics import iou
 from sam_jax.ops.rle import rle_decode
 from sam_jax.training.datasets import LazyMasks
@@ -85,7 +85,7 @@ def test_later_clicks_are_the_farthest_from_the_boundary_of_an_error(model, sour
         assert (points[k][1], labels[k][1]) == plain_click(predicted[k], mask)
 
 
-def test_a_thin_rim_is_no_large_error():
+def test_a_thin_rim_is_no_large_error(model, monkeypatch):
     """A click is in a blob, even if a rim around it has more pixels; beside a plain reference."""
     target = rectangle(2, 2, 58, 38)
     rim = target & ~rectangle(4, 4, 56, 36)
@@ -98,16 +98,17 @@ def test_a_thin_rim_is_no_large_error():
     ]
     targets = np.array([target] * 3 + [rim])
 
-    class Predictor:
-        """Answers with the predictions, whatever it is asked, and keeps the question."""
+    asked = []
 
-        def predict_batch(self, points, labels, **_):
-            self.asked = points, labels
-            return np.array(predictions)[:, None], np.zeros((4, 1)), np.zeros((4, 1, 1, 1))
+    def predict_batch(self, points=None, labels=None, **_):
+        """Answers with the predictions, whatever it is asked."""
+        if points is not None:
+            asked[:] = zip(points, labels, strict=True)
+        return np.array(predictions)[:, None], np.zeros((4, 1)), np.zeros((4, 1, 1, 1))
 
-    predictor = Predictor()
-    _by_clicks(predictor, targets, 2)
-    clicks = [(p[1], k[1]) for p, k in zip(*predictor.asked, strict=True)]
+    monkeypatch.setattr(SamPredictor, "predict_batch", predict_batch)
+    evaluate(model, [{"image": np.zeros((H, W, 3), np.uint8), "masks": targets}], clicks=(2,))
+    clicks = [(points[1], labels[1]) for points, labels in asked]
     expected = map(plain_click, predictions, targets)
     assert clicks == list(expected)
     assert clicks[0] == ((14, 14), 1)

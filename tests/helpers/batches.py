@@ -1,8 +1,11 @@
 """Batches to train on."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from reference import SMALL, normal
+
+from sam_jax.training.simulate import noisy_box, sample_point
 
 SIZE, SIDE = SMALL.image_size, SMALL.mask_size
 
@@ -13,6 +16,17 @@ def masks(shape, seed):
     return jnp.asarray(
         np.kron(coarse, np.ones((shape[-2] // 4, shape[-1] // 4))) > 0.3, jnp.float32
     )
+
+
+@jax.jit
+def first_prompts(key, inside, box):
+    """A point in an object, a noisy box around it, and whether the box is an object's first prompt.
+
+    As the first of the three keys of `interactive_losses` draws them.
+    """
+    choice, point_key, box_key = jax.random.split(key, 3)
+    point, _ = sample_point(point_key, inside, SIZE)
+    return point, noisy_box(box_key, box, SIZE), jax.random.bernoulli(choice, 0.5)
 
 
 def batch_of(count, objects=3, seed=0):

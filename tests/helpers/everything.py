@@ -1,6 +1,7 @@
 """Images, and options with which every mask is kept."""
 
 import functools
+from unittest import mock
 
 import numpy as np
 import pycocotools.mask
@@ -67,11 +68,18 @@ def generator(**options):
     return SamAutomaticMaskGenerator(small()[1], **{**ALL, "points_per_side": 6, **options})
 
 
+def as_on_a_gpu(**options):
+    """A generator with the schedule of accelerators."""
+    on_a_gpu = lambda points_per_batch, _platform: points_at_once(points_per_batch, "gpu")  # noqa: E731
+    with mock.patch("sam_jax.automatic.generator.points_at_once", on_a_gpu):
+        return generator(**options)
+
+
 def found_in_a_picture():
     """Of a click, and of everything."""
     image, predictor = picture(70, 110), SamPredictor(small()[1])
     predictor.set_image(image)
     outputs = predictor.predict([[30, 40]], [1], return_logits=True)
-    some = generator(points_per_side=3, output_mode="coco_rle")
-    some._at_once = points_at_once(4, "gpu")  # some one by one, some together
+    # Some points one by one, some together.
+    some = as_on_a_gpu(points_per_side=3, points_per_batch=4, output_mode="coco_rle")
     return [str(array.dtype) for array in outputs], outputs[1].tolist(), some.generate(image)

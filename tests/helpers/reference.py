@@ -120,6 +120,15 @@ SMALL_TINY = dataclasses.replace(
     prompt_embed_dim=256,
 )
 
+# For what is the same of a TinyViT of any size. It has no reference.
+TINIEST = dataclasses.replace(
+    SHALLOW,
+    image_encoder=TinyViTConfig(
+        embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), num_classes=None
+    ),
+    image_size=64,
+)
+
 
 def normal(shape, seed: int = 0, scale: float = 1.0) -> jax.Array:
     """Random float32 numbers."""
@@ -139,6 +148,18 @@ def to_torch(array) -> torch.Tensor:
 def from_torch_image(tensor: torch.Tensor) -> np.ndarray:
     """[..., c, h, w] -> channels last."""
     return np.moveaxis(tensor.detach().numpy(), -3, -1)
+
+
+def torch_encode(sam, pixels):
+    """Meta's image encoder, or MobileSAM's of any size: its own forward takes 1024 pixels only."""
+    encoder = sam.image_encoder
+    if not hasattr(encoder, "forward_features"):
+        return encoder(pixels)
+    x = encoder.patch_embed(pixels)
+    for layer in encoder.layers:
+        x = layer(x)
+    side = pixels.shape[-1] // 16
+    return encoder.neck(x.reshape(len(x), side, side, -1).permute(0, 3, 1, 2))
 
 
 def assert_close(actual: jax.Array | np.ndarray, expected, tolerance: float = 1e-5) -> None:

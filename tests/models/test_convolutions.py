@@ -28,7 +28,7 @@ def assert_like_torch(conv, x, kernel, **options):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("hw", [(32, 20), (7, 9), (34, 3)], ids=str)
+@pytest.mark.parametrize("hw", [(7, 9), (34, 4)], ids=str)
 def test_depthwise_conv(hw, stride, platform):
     """The kernel's gradient goes by rows on a CPU, at once elsewhere."""
     conv = functools.partial(depthwise_conv, stride=stride)
@@ -36,7 +36,7 @@ def test_depthwise_conv(hw, stride, platform):
     assert_like_torch(conv, x, kernel, stride=stride, groups=5)
 
 
-@pytest.mark.parametrize("hw", [(32, 20), (6, 8), (2, 2)], ids=str)
+@pytest.mark.parametrize("hw", [(6, 8), (2, 2)], ids=str)
 def test_halving_conv(hw, platform):
     """The kernel's gradient is of products on a CPU, XLA's own elsewhere."""
     x, kernel = normal((2, *hw, 5)), normal((3, 3, 5, 7), seed=1)

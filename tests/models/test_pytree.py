@@ -9,14 +9,14 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
-from reference import SMALL, SMALL_TINY, assert_close, normal
+from reference import SHALLOW, TINIEST, assert_close, normal
 
 from sam_jax import combine, join_prompts, partition
 from sam_jax.models.sam import Sam
 from sam_jax.training import DECODER_ONLY
 
 
-@pytest.fixture(scope="module", params=[SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
+@pytest.fixture(scope="module", params=[SHALLOW, TINIEST], ids=["vit", "tiny_vit"])
 def model(request):
     return Sam(request.param, rngs=nnx.Rngs(0))
 
@@ -36,11 +36,16 @@ def scores_of(model, pixels, points, labels):
 
 @pytest.fixture(scope="module")
 def expected(model, arrays):
-    return scores_of(model, *arrays)
+    return jax.jit(scores_of)(model, *arrays)
 
 
-def test_jit(model, arrays, expected):
-    assert_close(jax.jit(scores_of)(model, *arrays), expected)
+# What is the same of both kinds, and compiles long.
+VIT_ALONE = pytest.mark.parametrize("model", [SHALLOW], ids=["vit"], indirect=True)
+
+
+@VIT_ALONE
+def test_without_jit(model, arrays, expected):
+    assert_close(scores_of(model, *arrays), expected)
 
 
 def test_grad_of_what_trains(model, arrays, expected):
@@ -54,17 +59,18 @@ def test_grad_of_what_trains(model, arrays, expected):
     assert {key[0] for key, _ in nnx.to_flat_state(found)} == {"mask_decoder"}
     assert jax.tree.structure(found) == jax.tree.structure(params)
     lower = jax.tree.map(lambda p, g: p - 1e-2 * g, params, found)
-    assert scores_of(combine(lower, rest), *arrays).sum() < expected.sum()
+    assert jax.jit(scores_of)(combine(lower, rest), *arrays).sum() < expected.sum()
 
 
 def test_vmap_over_two_models(model, arrays, expected):
     other = jax.tree.map(lambda x: 1.01 * x, model)
     both = jax.tree.map(lambda *x: jnp.stack(x), model, other)
-    found = jax.vmap(scores_of, (0, None, None, None))(both, *arrays)
+    found = jax.jit(jax.vmap(scores_of, (0, None, None, None)))(both, *arrays)
     assert_close(found[0], expected)
-    assert_close(found[1], scores_of(other, *arrays))
+    assert_close(found[1], jax.jit(scores_of)(other, *arrays))
 
 
+@VIT_ALONE
 def test_a_donated_step(model, arrays):
     params, rest = partition(jax.tree.map(jnp.array, model))
     optimizer = optax.sgd(1e-3)
@@ -111,7 +117,7 @@ def test_a_mesh_with_explicit_axes(model, arrays):
 
 def test_pickle(model, arrays, expected):
     again = pickle.loads(pickle.dumps(model))
-    np.testing.assert_array_equal(scores_of(again, *arrays), expected)
+    np.testing.assert_array_equal(jax.jit(scores_of)(again, *arrays), expected)
 
 
 def test_display(model, capsys):

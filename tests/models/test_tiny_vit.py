@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from reference import (
-    MOBILE,
+    SMALL_TINY,
     assert_close,
     from_torch_image,
     meta_sam,
@@ -10,6 +10,7 @@ from reference import (
     run,
     tensor,
     to_torch,
+    torch_encode,
 )
 
 pytestmark = pytest.mark.optimised
@@ -17,15 +18,14 @@ pytestmark = pytest.mark.optimised
 
 @pytest.fixture(scope="module")
 def pair():
-    torch_sam = meta_sam(MOBILE)
-    return torch_sam.image_encoder, ours(torch_sam, MOBILE).image_encoder
+    torch_sam = meta_sam(SMALL_TINY)
+    return torch_sam, ours(torch_sam, SMALL_TINY).image_encoder
 
 
 @pytest.fixture(scope="module")
 def intermediates(pair):
-    """The reference's input and output of every stage, for one 1024-pixel picture."""
-    reference, _ = pair
-    values = {}
+    """The reference's input and output of every stage, and of the whole."""
+    reference, values = pair[0].image_encoder, {}
     hooks = [
         module.register_forward_hook(
             lambda _, inputs, output, name=name: values.update({name: (inputs[0], output)})
@@ -34,10 +34,10 @@ def intermediates(pair):
             ("patch_embed", reference.patch_embed),
             *((f"layer{i}", layer) for i, layer in enumerate(reference.layers)),
             ("neck", reference.neck),
-            ("encoder", reference),
         ]
     ]
-    reference(to_torch(normal((1, 1024, 1024, 3))))
+    pixels = to_torch(normal((1, 256, 256, 3)))
+    values["encoder"] = pixels, torch_encode(pair[0], pixels)
     for hook in hooks:
         hook.remove()
     return values
@@ -64,18 +64,17 @@ def test_stage(pair, intermediates, name):
 
 
 def test_block_with_padded_window(pair, platform):
-    """A 64 x 64 grid in windows of 7 and 14 is padded; padded positions are attended.
+    """Grids of 32 and 16 in windows of 7 and 14 are padded; padded positions are attended.
 
     Heads are in two groups on a CPU, in one elsewhere.
     """
-    reference, encoder = pair
     for stage in (1, 2):
-        block = reference.layers[stage].blocks[0]
+        block = pair[0].image_encoder.layers[stage].blocks[0]
         side = block.input_resolution[0]
         assert side % block.window_size
         x = normal((1, side, side, block.dim), seed=stage)
         expected = block(tensor(x).reshape(1, side * side, -1))
-        assert_close(run(encoder.layers[stage].blocks[0], x), grid_last(expected))
+        assert_close(run(pair[1].layers[stage].blocks[0], x), grid_last(expected))
 
 
 def test_hidden_states_and_attention(pair, intermediates):
@@ -89,11 +88,11 @@ def test_hidden_states_and_attention(pair, intermediates):
     for i, state in enumerate(states[1:]):
         assert_close(state, grid_last(intermediates[f"layer{i}"][1]))
 
-    x = normal((1, 14, 14, 160), seed=3)  # one window, so that nothing is padded
-    block, torch_block = encoder.layers[2].blocks[0], reference.layers[2].blocks[0]
+    x = normal((1, 14, 14, 48), seed=3)  # one window, so that nothing is padded
+    block, torch_block = encoder.layers[2].blocks[0], reference.image_encoder.layers[2].blocks[0]
     weights = run(block, x, method="attention_weights")
-    flat = tensor(x).reshape(1, 196, 160)
+    flat = tensor(x).reshape(1, 196, 48)
     attention = torch_block.attn
-    values = attention.qkv(attention.norm(flat)).reshape(1, 196, 5, 96)[..., 64:].detach().numpy()
-    averaged = np.einsum("whqk,wkhd->wqhd", weights, values).reshape(1, 196, 160)
+    values = attention.qkv(attention.norm(flat)).reshape(1, 196, 3, 48)[..., 32:].detach().numpy()
+    averaged = np.einsum("whqk,wkhd->wqhd", weights, values).reshape(1, 196, 48)
     assert_close(tensor(attention.proj(tensor(averaged)).detach()), attention(flat))

@@ -32,9 +32,11 @@ def inputs(tokens=TOKENS):
     )
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["first", "second"])
-@pytest.mark.parametrize("tokens", [3, 6, 40], ids=lambda n: f"{n}_tokens")
-@pytest.mark.parametrize("shared", [False, True], ids=["own_keys", "shared_keys"])
+# Few tokens and many, in the first layer and the second, with keys of their own and shared ones.
+@pytest.mark.parametrize(
+    ("index", "tokens", "shared"),
+    [(0, 3, False), (0, 6, True), (0, 40, False), (1, 3, True), (1, 6, False), (1, 40, True)],
+)
 def test_block(pair, index, tokens, shared):
     reference, transformer = pair
     arrays = inputs(tokens)

@@ -50,7 +50,7 @@ def inputs(grid, d=8):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
-@pytest.mark.parametrize("grid", [(6, 6), (7, 5), (5, 7), (1, 4), (48, 33)])
+@pytest.mark.parametrize("grid", [(7, 5), (5, 7), (1, 4), (48, 33)])
 def test_attention(implementation, grid):
     q, k, v, tables = inputs(grid)
     actual = rel_pos_attention(q, k, v, tables, grid, implementation)
@@ -93,7 +93,7 @@ def cudnn_by_xla(monkeypatch):
 
 
 @pytest.mark.usefixtures("cudnn_by_xla")
-@pytest.mark.parametrize("grid", [(6, 6), (7, 5), (2, 4), (14, 14)])
+@pytest.mark.parametrize("grid", [(7, 5), (2, 4), (14, 14)])
 def test_what_cudnn_is_given(grid):
     arrays = inputs(grid)
     assert_close(rel_pos_attention(*arrays, grid, "cudnn"), reference_attention(*arrays, grid))

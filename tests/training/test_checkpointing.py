@@ -96,12 +96,9 @@ def quiet_orbax(monkeypatch):
     ("pattern", "how"),
     [
         ("state", None),
-        ("state/_METADATA", None),
-        ("state/_METADATA", b""),
         ("state/_METADATA", b"{}"),
         ("state/_METADATA", b'{"tree_metadata": [1'),
         ("state/manifest.ocdbt", None),
-        ("state/d/*", None),
         ("state/d/*", "half"),
         ("state/array_metadatas/process_0", b""),
     ],

@@ -52,13 +52,11 @@ def test_what_is_there_is_not_made_again(model, source, tmp_path):
 
 
 def test_nothing_stale_is_found(model, source, tmp_path):
-    """Another picture, other weights, dtype or preparation: each has files of its own."""
+    """Another image, other weights, dtype or preprocessing: each has files of its own."""
     cached = CachedEmbeddings(source, model, folder=tmp_path)
     old = cached[0]["image_embedding"]
     source[0]["image"] = source[0]["image"].copy()
     source[0]["image"][0, 0] ^= 1
-    with pytest.raises(ValueError, match="if its picture was changed while the run went on"):
-        cached[0]
     cached = CachedEmbeddings(source, model, folder=tmp_path)
     assert len(files(tmp_path)) == 4
     assert not np.array_equal(cached[0]["image_embedding"], old)
@@ -75,7 +73,7 @@ def test_a_damaged_file(model, source, tmp_path):
     cached = CachedEmbeddings(source, model, folder=tmp_path)
     for file in files(tmp_path):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be read .* start the run again"):
         cached[0]
     again = CachedEmbeddings(source, model, folder=tmp_path)
     assert again[0]["image_embedding"].shape == cached[1]["image_embedding"].shape

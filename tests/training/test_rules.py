@@ -85,7 +85,7 @@ def test_layer_decay_is_detectron2s():
 
 
 def test_scales_decay_and_clipping(model):
-    table = [(r"mask_decoder\..*", 0.1), (r"prompt_encoder\..*", 1.0), (".*", None)]
+    table = [(r"mask_decoder\.iou_.*", 0.1), (r"prompt_encoder\..*", 1.0), (".*", None)]
     trained, _ = partition(model, table)
     grads = jax.tree.map(np.ones_like, trained)
 

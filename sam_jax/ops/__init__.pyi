@@ -1,0 +1,16 @@
+from .attention import attention_weights as attention_weights
+from .attention import rel_pos_attention as rel_pos_attention
+from .boxes import box_iou as box_iou
+from .boxes import build_point_grid as build_point_grid
+from .boxes import generate_crop_boxes as generate_crop_boxes
+from .boxes import mask_to_box as mask_to_box
+from .boxes import non_maximum_suppression as non_maximum_suppression
+from .regions import mask_to_polygons as mask_to_polygons
+from .regions import remove_small_regions as remove_small_regions
+from .resize import mask_resize_matrix as mask_resize_matrix
+from .resize import resize_masks as resize_masks
+from .rle import rle_area as rle_area
+from .rle import rle_compress as rle_compress
+from .rle import rle_decode as rle_decode
+from .rle import rle_encode as rle_encode
+from .rle import rle_uncompress as rle_uncompress

@@ -1,0 +1,1 @@
+from folders import expected, model, photos, run  # noqa: F401
