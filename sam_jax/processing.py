@@ -288,8 +288,8 @@ class SamProcessor(WithAdvice):
             masks = jax.device_put(pad_axis(masks, count_bucket(count), 0, 0))
         else:
             device = masks.device
-        threshold = None if threshold is None else np.float32(threshold)
-        arrays = jax.device_put((rows, columns, threshold, np.int32(count)), device)
+        limit = None if threshold is None else np.float32(threshold)
+        arrays = jax.device_put((rows, columns, limit, np.int32(count)), device)
         full = _resize_first(masks, *arrays)
         height, width = original_size
         # A copy, which may be written to and holds no padding in memory.
