@@ -1,11 +1,11 @@
-"""What bfloat16 and float16 cost in accuracy: masks and scores of real photos beside float32's.
+"""Accuracy of bfloat16 and float16: masks and scores of real photos, compared with float32.
 
     python -m benchmarks.accuracy
     python -m benchmarks.accuracy --models vit_h --attention cudnn     # on a GPU
 
-8 x 8 clicks in each photo, three masks each. IoUs are those of the masks at the photo's size, for
-masks whose predicted IoU is over everything-mode's threshold in float32 (over 0.6 for a random
-encoder); drift is of the scores of all masks. Embeddings, logits and scores must be finite.
+8 x 8 clicks per photo, three masks each. IoUs are computed at the photo's size, for masks whose
+predicted IoU in float32 is above the threshold of everything mode (0.6 for a random encoder). Drift
+is the difference of the scores of all masks. Embeddings, logits and scores must be finite.
 ViT-H has a random image encoder: see `benchmarks.common.model_of`.
 """
 
@@ -39,7 +39,7 @@ COLUMNS = (
 
 
 def segment(model, photo: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embedding, masks [192, h, w] at the photo's size, scores [192]; all finite."""
+    """Embedding, masks [192, h, w] at the photo's size, and scores [192]."""
     processor = SamProcessor(model.config)
     clicks = build_point_grid(CLICKS) * np.array(photo.shape[1::-1])
     inputs = processor(photo, input_points=[[[click.tolist()] for click in clicks]])
@@ -55,7 +55,7 @@ def segment(model, photo: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def row(actual, expected, threshold: float) -> list[str]:
-    """The cells of two `segment`s that tell how far one is from the other."""
+    """The table's cells that compare two results of `segment`."""
     good = expected[2] > threshold
     both = (actual[1] & expected[1]).sum((1, 2))[good]
     either = (actual[1] | expected[1]).sum((1, 2))[good]
@@ -76,10 +76,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mobile_sam", "vit_h"], choices=models)
     low = ["bfloat16", "float16"]
     parser.add_argument("--dtypes", nargs="+", default=low, choices=low)
-    parser.add_argument("--photos", nargs="*", default=[], help="beginnings of their names")
+    parser.add_argument("--photos", nargs="*", default=[], help="prefixes of their names")
     known = [*attention._IMPLEMENTATIONS]
     parser.add_argument(
-        "--attention", nargs="+", default=[None], choices=known, help="of a ViT; default: its own"
+        "--attention", nargs="+", default=[None], choices=known, help="default: the model's"
     )
     args = parser.parse_args()
     chosen = chosen_photos(parser, args.photos)
@@ -99,8 +99,8 @@ def main() -> None:
                 cells = [name, title, dtype, named or "default"]
                 try:
                     cells += row(segment(model_of(name, dtype, named), photo), expected, threshold)
-                except Exception as error:  # no reason to leave out the others
-                    # An attention that is asked for may be unable to run here.
+                except Exception as error:  # measure the others anyway
+                    # The chosen attention may not run here.
                     failed |= named is None or isinstance(error, FloatingPointError)
                     cells += [reason(error)] + [""] * (len(COLUMNS) - len(cells) - 1)
                 table.add(cells)

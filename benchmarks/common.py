@@ -1,4 +1,4 @@
-"""What several benchmarks share: photos, models, and how results are timed and compared."""
+"""Helpers of several benchmarks: photos, models, timing and comparison of results."""
 
 import argparse
 import datetime
@@ -31,12 +31,12 @@ from sam_jax.ops import attention
 
 RESULTS = Path(__file__).parent / "results"
 VITS = {"vit_b": vit_b, "vit_l": vit_l, "vit_h": vit_h}
-# For a random image encoder: what the decoder finds in noise scores lower than objects do.
+# For a random image encoder: masks that the decoder finds in noise score lower than objects.
 RANDOM_ENCODER = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.7}
 
 
 def photos() -> dict[str, np.ndarray]:
-    """Photos of scikit-image's wheel: landscape, portrait, small, larger than 1024 pixels."""
+    """Photos from scikit-image's wheel: landscape, portrait, small, larger than 1024 pixels."""
 
     def resized(image, width, height):
         return np.asarray(Image.fromarray(image).resize((width, height)))
@@ -50,7 +50,7 @@ def photos() -> dict[str, np.ndarray]:
 
 
 def chosen_photos(parser: argparse.ArgumentParser, beginnings: list[str]) -> dict[str, np.ndarray]:
-    """The photos whose names begin so; all if nothing is asked for."""
+    """The photos whose names have one of the prefixes; all photos without prefixes."""
     known = photos()
     if unknown := [b for b in beginnings if not any(name.startswith(b) for name in known)]:
         parser.error(f"--photos is {' '.join(unknown)}, but photos are: {', '.join(known)}")
@@ -65,14 +65,15 @@ def check_at_least_one(parser: argparse.ArgumentParser, **values: int) -> None:
 
 
 def reason(error: Exception) -> str:
-    """For a cell of a table."""
+    """The error as text for a table's cell."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200].replace("|", "/")
 
 
 def attention_with_bias(q, k, v, tables, grid):
-    """Of `sam_jax.ops.attention`: cuDNN's flash attention, given what positions add to all logits.
+    """cuDNN's flash attention with the relative positions as a bias on all logits.
 
-    What "cudnn" avoids; a rival, for head widths that it has on every GPU of today.
+    An alternative to "cudnn" of `sam_jax.ops.attention`, which avoids the bias, for head widths
+    that cuDNN supports on all current GPUs.
     """
     rel_h, rel_w = attention._position_terms(q, tables)
     bias = (rel_h[..., :, None] + rel_w[..., None, :]).astype(q.dtype)
@@ -86,7 +87,7 @@ attention._IMPLEMENTATIONS["cudnn, bias"] = attention_with_bias
 
 @functools.cache
 def model_of(name: str, dtype: str = "float32", attention: str | None = None) -> Sam:
-    """MobileSAM, or a ViT of random weights; neck, prompt encoder and decoder are MobileSAM's."""
+    """MobileSAM, or a ViT with random weights and MobileSAM's neck, prompt encoder and decoder."""
     mobile = from_pretrained("mobile_sam", dtype=jnp.dtype(dtype))
     if name == "mobile_sam":
         return mobile
@@ -106,37 +107,37 @@ def model_of(name: str, dtype: str = "float32", attention: str | None = None) ->
 
 
 def in_pytorch(model: Sam, fmt: Format = "meta") -> Any:
-    """Meta's model, or MobileSAM's, or "hf", `transformers`', with the weights of ours."""
+    """Meta's or MobileSAM's model, or "hf" for `transformers`', with a sam_jax model's weights."""
     import torch
     from torch_reference import hf_sam, meta_sam
 
     params = {path: np.asarray(value) for path, value in flat_params(model).items()}
     tensors = to_torch(params, model.config, fmt)
     reference = {"meta": meta_sam, "hf": hf_sam}[fmt](model.config)
-    # Hugging Face's has one matrix under two names.
+    # Hugging Face's model has one matrix under two names.
     tensors = {k: torch.tensor(v) for k, v in tensors.items()}
     reference.load_state_dict(tensors, strict=fmt == "meta")
     return reference.eval()
 
 
 def find_device() -> jax.Device:
-    """JAX's first; ends the program if there is none of the kind that the environment asks for."""
+    """JAX's first device; exits if there is none of the kind in JAX_PLATFORMS."""
     try:
         return jax.local_devices()[0]
-    except (AssertionError, RuntimeError):  # what JAX raises where it finds none
+    except (AssertionError, RuntimeError):  # raised by JAX if it finds none
         wanted = os.environ.get("JAX_PLATFORMS")
         sys.exit(f"JAX finds no device (JAX_PLATFORMS={wanted}): see docs/troubleshooting.md")
 
 
 def cpu_name() -> str:
-    """The model, where the system tells it (Linux), or else the kind."""
+    """The CPU's model (on Linux) or its architecture."""
     info = Path("/proc/cpuinfo")
     found = re.search("model name\\s*: (.*)", info.read_text()) if info.exists() else None
     return found[1] if found else platform.machine()
 
 
 def cpu_features() -> list[str]:
-    """The vector and matrix extensions that set a CPU's speed, where the system says (Linux)."""
+    """The vector and matrix extensions that determine a CPU's speed (Linux only)."""
     info = Path("/proc/cpuinfo")
     found = re.search("flags\\s*: (.*)", info.read_text()) if info.exists() else None
     known = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -144,7 +145,7 @@ def cpu_features() -> list[str]:
 
 
 def machine_slug(device: jax.Device | None = None) -> str:
-    """What the results file is named after: "2-core-avx512", or the name of the device."""
+    """The machine in the name of the results file: "2-core-avx512", or the device's name."""
     if device is not None and device.platform != "cpu":
         return re.sub(r"\W+", "-", device.device_kind.lower()).strip("-")
     vectors = {"amx_tile": "amx", "avx512f": "avx512", "avx2": "avx2"}
@@ -153,7 +154,7 @@ def machine_slug(device: jax.Device | None = None) -> str:
 
 
 def machine_line(packages: Sequence[str] = ("jax",), rate: float | None = None) -> str:
-    """CPU, versions, and the rate of a large matrix product (in FLOP/s) if it was measured."""
+    """The CPU, versions, and the rate of a large matrix product, if measured, in FLOP/s."""
     features = f" ({', '.join(cpu_features())})" if cpu_features() else ""
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     line = f"{os.cpu_count()} cores, {cpu_name()}{features}; Python {platform.python_version()}, "
@@ -161,14 +162,14 @@ def machine_line(packages: Sequence[str] = ("jax",), rate: float | None = None) 
 
 
 class Table:
-    """A table that is printed and appended to the results file row by row, as rows are measured.
+    """A table whose rows are printed and appended to the results file as they are measured.
 
     Args:
         heading: the question that the table answers.
         columns: names of the columns.
-        machine: what it was measured on, such as a `machine_line`.
-        slug: names the results file; None for that of this machine's CPU.
-        texts: how many of the first columns hold text, not numbers.
+        machine: the machine and device, such as a `machine_line`.
+        slug: the machine in the results file's name; None for this machine's CPU.
+        texts: how many of the first columns are text instead of numbers.
     """
 
     def __init__(
@@ -191,7 +192,7 @@ class Table:
         )
 
     def add(self, cells: Sequence[str] | dict[str, str]) -> None:
-        """Prints and appends a row; the first one is preceded by the table's head."""
+        """Prints and appends a row; writes the table's header before the first one."""
         if isinstance(cells, dict):
             cells = [cells.get(column, "") for column in self.columns]
         text = f"{self._head}| {' | '.join(map(str, cells))} |"
@@ -206,7 +207,7 @@ class Table:
 
 
 def timed(function, *args) -> tuple[Any, float]:
-    """The result, when it is there, whoever computes it, and the seconds it took."""
+    """The function's result, once it is computed on its device, and the seconds that it took."""
     start = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     torch = sys.modules.get("torch")
@@ -219,7 +220,7 @@ def matrix_rate(dtype: str = "float32") -> float:
     """Floating-point operations per second of a large matrix product."""
     side = 2048 if jax.default_backend() == "cpu" else 8192
     a = jax.random.normal(jax.random.key(0), (side, side), dtype)
-    # Several in one program, so that starting it counts for little.
+    # Several in one program, so that the time to start it is negligible.
     count = 1 if jax.default_backend() == "cpu" else 20
     products = jax.jit(lambda a: jax.lax.fori_loop(0, count, lambda _, x: (a @ x) / side**0.5, a))
     timed(products, a)
@@ -231,7 +232,7 @@ def match(actual: list[dict], expected: list[dict]) -> tuple[np.ndarray, list[tu
     """Records matched one to one, and the IoUs of their masks."""
     masks = [[record["segmentation"] for record in records] for records in (actual, expected)]
     ious = np.array(pycocotools.mask.iou(*masks, [0] * len(expected)))
-    ious = ious.reshape(len(actual), len(expected))  # pycocotools gives [] for no masks
+    ious = ious.reshape(len(actual), len(expected))  # pycocotools returns [] for no masks
     rows, columns = linear_sum_assignment(-ious)
     pairs = [(actual[i], expected[j]) for i, j in zip(rows, columns, strict=True)]
     return ious[rows, columns], pairs
@@ -240,7 +241,7 @@ def match(actual: list[dict], expected: list[dict]) -> tuple[np.ndarray, list[tu
 def compare(actual: list[dict], expected: list[dict], pixels: int) -> tuple[np.ndarray, float]:
     """IoUs of masks matched one to one, and the largest difference of their scores.
 
-    So many pixels more or less above a threshold of stability are no difference.
+    A few pixels more or less above the thresholds of the stability score are ignored.
     """
     ious, pairs = match(actual, expected)
     scores = []

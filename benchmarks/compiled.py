@@ -1,15 +1,15 @@
-"""What XLA compiles for an H100, looked at on a machine that has none: memory and traffic.
+"""Memory and traffic of the programs that XLA compiles for an H100, on a machine without one.
 
     python -m benchmarks.compiled
     python -m benchmarks.compiled --models vit_h --parts encoder
 
-Nothing runs, so there are no times, and what is chosen by trying on a GPU is not what a GPU would
-choose. Besides the project and scikit-image this needs `PACKAGES`, JAX's own of JAX's version.
+Nothing runs, so there are no times, and autotuned choices may differ from those on a GPU. In
+addition to the project and scikit-image, this needs `PACKAGES` in the version of JAX.
 
-* Temporaries: what the program holds at once besides its parameters, inputs and results.
-* Traffic: what its kernels read and write, without loops' bodies; everything-mode is a loop.
-* Flash: flash attentions, forward and backward.
-* N x N: arrays as large as all logits of an image's global layer, however they are shaped.
+* Temporaries: memory in addition to the program's parameters, inputs and results.
+* Traffic: bytes that kernels read and write, except in loops; everything mode is a loop.
+* Flash: number of flash attentions, forward and backward.
+* N x N: number of arrays as large as all logits of an image's global layer, in any shape.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.common import VITS, Table, check_at_least_one
-from sam_jax.automatic.device import Frame, Points, measure, points_at_once, size_to_pad_to
+from sam_jax.automatic.device import Frame, Points, chunk_sizes, measure, size_to_pad_to
 from sam_jax.models.compiled import decode, encode_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops import attention
@@ -44,7 +44,7 @@ PACKAGES = (
     *("nvidia-cuda-nvcc-cu12", "nvidia-cuda-runtime-cu12", "nvidia-cuda-cupti-cu12"),
 )
 PROMPTS = 64
-# As XLA describes an H100 to itself.
+# XLA's description of an H100.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -74,11 +74,11 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def h100() -> Mesh:
-    """A mesh of one, to compile for, or the program's end; JAX takes it for what is here."""
+    """A mesh with one H100 to compile for; exits if JAX cannot compile for it."""
     try:
         topology = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
-    except NotImplementedError:  # JAX's, where it has no plugin for CUDA
-        sys.exit(f"JAX cannot compile for a GPU here, which takes {', '.join(PACKAGES)}")
+    except NotImplementedError:  # raised by JAX without the CUDA plugin
+        sys.exit(f"JAX cannot compile for a GPU here; install {', '.join(PACKAGES)}")
     canonicalize = xla_bridge.canonicalize_platform
     xla_bridge.canonicalize_platform = lambda name: "cuda" if name == "gpu" else canonicalize(name)
     attention._nvidia_gpu = lambda: "9.0"
@@ -89,7 +89,7 @@ def h100() -> Mesh:
 
 
 def compiled(device: Mesh, function, *arguments, **static):
-    """The program of a jitted function of shapes."""
+    """Compiles a jitted function for arguments of these shapes."""
 
     def place(x):
         sharding = NamedSharding(device, PartitionSpec())
@@ -131,11 +131,11 @@ def decoder(mesh: Mesh, model: Sam, batch: int):
 
 
 def everything(mesh: Mesh, model: Sam, batch: int):
-    """A batch of points of everything-mode, measured at the size of a photo of 12 megapixels."""
-    at_once = points_at_once(PROMPTS, "gpu")
+    """A batch of points of everything mode, measured at the size of a photo of 12 megapixels."""
+    chunks = chunk_sizes(PROMPTS, "gpu")
     size, input_size = (3000, 4000), (768, 1024)
     frame = Frame(
-        make_upsampler(256, 1024, input_size, size, size_to_pad_to(max(size)), at_once.tile),
+        make_upsampler(256, 1024, input_size, size, size_to_pad_to(max(size)), chunks.tile),
         np.zeros(3, np.float32),
     )
     points = Points(
@@ -144,7 +144,7 @@ def everything(mesh: Mesh, model: Sam, batch: int):
     embedding = shape(1, 64, 64, 256, dtype=jnp.bfloat16)
     frame, points = jax.tree.map(lambda x: shape(1, *x.shape, dtype=x.dtype), (frame, points))
     arguments = *nnx.split(model), embedding, frame, points
-    return compiled(mesh, measure, *arguments, mesh=mesh, at_once=at_once)
+    return compiled(mesh, measure, *arguments, mesh=mesh, chunks=chunks)
 
 
 PARTS = {"encoder": encoder, "training": training, "decoder": decoder, "everything": everything}
@@ -153,7 +153,7 @@ NOT_KERNELS = ("parameter", "bitcast", "constant", "get-tuple-element", "tuple")
 
 
 def arrays(types: str) -> list[tuple[int, int]]:
-    """Numbers and bytes of the arrays that HLO's text names the types of."""
+    """Numbers of elements and bytes of the arrays whose types occur in HLO text."""
     found = re.findall(r"(\w+)\[([\d,]*)\]", types)
     counts = [math.prod(int(n) for n in sizes.split(",") if n) for _, sizes in found]
     kinds = (BYTES.get(kind, 4) for kind, _ in found)
@@ -164,8 +164,8 @@ def look(text: str, logits: int) -> dict[str, str]:
     """Traffic and large arrays of a program's main computation.
 
     Args:
-        text: HLO.
-        logits: the numbers of logits of a global layer.
+        text: the program's HLO.
+        logits: numbers of logits of a global layer.
     """
     written, traffic, large = {}, 0, 0
     for line in text[text.index("\nENTRY") :].splitlines():
@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["vit_b", "vit_h"], choices=VITS)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--batch", type=int, default=8, help="images, of encoder and training")
+    parser.add_argument("--batch", type=int, default=8, help="images for encoder and training")
     attentions = ["xla", "folded", "portable", "cudnn, bias", "pallas", "cudnn"]
     parser.add_argument("--attention", nargs="+", default=attentions, choices=attentions)
     args = parser.parse_args()

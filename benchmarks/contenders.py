@@ -1,13 +1,13 @@
-"""What `benchmarks.run` compares: ours and PyTorch's, part by part, as functions without arguments.
+"""The functions that `benchmarks.run` compares: sam_jax and PyTorch, part by part.
 
-Meta's code, `transformers` with its fused attention ("SDPA"), and of segment-anything-fast its two
-parts, the encoder and everything-mode, which are compiled; on request the others under
-torch.compile, too. Without one of the packages that they need ours is alone; the extra `test` has
-all but segment-anything-fast, which is left out alone where it is not installed. (It is
-pytorch-labs' on GitHub; PyPI has something else by that name.)
+PyTorch's contenders are Meta's code, `transformers` with its fused attention ("SDPA"), and the two
+parts of segment-anything-fast, its compiled encoder and everything mode; on request also the others
+under torch.compile. If a package of theirs is missing, only sam_jax runs. The extra `test` has all
+packages except segment-anything-fast, without which only its contenders are left out. (It is
+pytorch-labs' project on GitHub; PyPI has another one of this name.)
 
-Everyone has the same weights and the same inputs, random ones for encoder and decoder. Below
-float32 there is someone in float32 besides, first, whom the outputs of all are compared with.
+All contenders have the same weights and inputs, which are random for encoder and decoder. Below
+float32, the first contender is in float32; the outputs of all others are compared with its.
 """
 
 import copy
@@ -42,7 +42,7 @@ from sam_jax.training.rules import EVERYTHING, adamw, partition
 from sam_jax.training.step import TrainConfig, compile_step, init_state
 
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("convert", "tests/helpers"))
-ALONE = ""  # or why ours is
+ALONE = ""  # or the reason why only sam_jax runs
 try:
     import torch
     from torch_losses import torch_loss
@@ -62,17 +62,17 @@ Contenders = dict[str, Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a part is run with."""
+    """The arguments of a part."""
 
     name: str  # of the model
-    device: str  # PyTorch's name for it
+    device: str  # PyTorch's name
     dtype: str
     batch: int  # images
-    compiled: bool  # PyTorch's under torch.compile, too
-    attention: tuple[str, ...]  # ours with these besides
+    compiled: bool  # also run PyTorch's contenders under torch.compile
+    attention: tuple[str, ...]  # further attentions of sam_jax
 
     def with_ours(self, theirs: Contenders, ours: Callable[[Sam], Callable]) -> Contenders:
-        """All contenders: PyTorch's, and what `ours` makes of our model."""
+        """All contenders: PyTorch's, and those that `ours` returns for sam_jax's model."""
         found = {"ours": ours(model_of(self.name, self.dtype))}
         for name in self.attention if self.is_vit else ():
             found[f"ours, {name}"] = ours(model_of(self.name, self.dtype, name))
@@ -83,7 +83,7 @@ class Setting:
 
     @functools.cached_property
     def meta(self) -> "torch.nn.Module":
-        """Meta's, in float32."""
+        """Meta's model in float32."""
         return in_pytorch(model_of(self.name)).to(self.device)
 
     @functools.cached_property
@@ -95,7 +95,7 @@ class Setting:
 
     @functools.cached_property
     def fast(self) -> "tuple[types.ModuleType, torch.nn.Module] | None":
-        """segment-anything-fast and its model, compiled; None where it has none or is not here."""
+        """segment-anything-fast and its compiled model; None if it is not available."""
         try:
             package = import_reference("segment_anything_fast")
         except ImportError:
@@ -109,35 +109,35 @@ class Setting:
 
     @property
     def torch_dtype(self) -> "torch.dtype":
-        """PyTorch's."""
+        """PyTorch's dtype."""
         return getattr(torch, self.dtype)
 
     def tensor(self, array: np.ndarray) -> "torch.Tensor":
-        """PyTorch's, on the device."""
+        """The array as a PyTorch tensor on the device."""
         return torch.tensor(array, device=self.device)
 
     def random(self, *shape: int) -> np.ndarray:
-        """Float32, the same every time."""
+        """Random float32 numbers, the same in every call."""
         return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
     def compile(self, function: Callable, *, graphs: bool = True) -> Callable:
-        """As fast as PyTorch can; without CUDA graphs where one's outputs outlive the next call."""
+        """Compiles for the highest speed; without CUDA graphs if outputs outlive the next call."""
         mode = "max-autotune" if graphs else "max-autotune-no-cudagraphs"
         return torch.compile(function, mode=mode if self.device == "cuda" else None)
 
     @property
     def variants(self) -> tuple[bool, ...]:
-        """PyTorch's under torch.compile or not."""
+        """Whether to run PyTorch's contenders under torch.compile: no, and on request yes."""
         return (False, True) if self.compiled else (False,)
 
     @property
     def is_vit(self) -> bool:
-        """Or MobileSAM, which `transformers` does not have."""
+        """Whether the model is MobileSAM, which `transformers` does not have."""
         return self.name != "mobile_sam"
 
 
 def encoder(setting: Setting) -> Contenders:
-    """Image embeddings of normalised pixels."""
+    """Image embeddings of normalized pixels."""
     pixels = setting.random(setting.batch, 1024, 1024, 3)
     on_device = jnp.asarray(pixels)
 
@@ -174,7 +174,7 @@ def torch_encoders(setting: Setting, pixels: np.ndarray) -> Contenders:
 
 
 def decoder(setting: Setting) -> Contenders:
-    """Low-resolution masks and scores of a click each, three masks each, of one image."""
+    """Low-resolution masks and scores of clicks on one image, three masks each."""
     embedding = setting.random(1, 64, 64, 256)
     clicks = np.random.default_rng(0).uniform(0, 1023, (PROMPTS, 1, 2)).astype(np.float32)
     ones = np.ones((PROMPTS, 1), np.int32)
@@ -241,7 +241,7 @@ def torch_decoders(setting: Setting, embedding, clicks, labels) -> Contenders:
 
 
 def predict(setting: Setting) -> Contenders:
-    """A photo and a click to full-size masks, by `SamPredictor`; scores and logits."""
+    """Full-size masks, scores and logits of a photo and a click, by `SamPredictor`."""
     photo, point, label = photos()["landscape 600x400"], np.array([[300, 180]]), np.array([1])
 
     def by(predictor):
@@ -311,7 +311,7 @@ def hugging_face_everything(
     image = Image.fromarray(photo)
 
     def run():
-        # The pipeline decodes all that it keeps, and gives the run lengths besides.
+        # The pipeline decodes all masks that it keeps, and also returns run lengths.
         found = generate(image, points_per_batch=64, output_rle_mask=True, **RANDOM_ENCODER)
         rles = found["rle_mask"]
         return [{"segmentation": frPyObjects(rle, *rle["size"])} for rle in rles]
@@ -326,7 +326,7 @@ def hugging_face_processor():
 
 
 def metas(setting: Setting) -> "Iterator[tuple[str, torch.nn.Module, str]]":
-    """Meta's model and what it computes in, then compiled, encoder and decoder."""
+    """Meta's model and its dtype context, then the same with compiled encoder and decoder."""
     if torch is None:
         return
     if setting.dtype != "float32":
@@ -341,7 +341,7 @@ def metas(setting: Setting) -> "Iterator[tuple[str, torch.nn.Module, str]]":
 
 
 def hugging_faces(setting: Setting) -> "Iterator[tuple[str, torch.nn.Module]]":
-    """`SamModel` of `transformers`, then compiled, encoder and decoder."""
+    """`SamModel` of `transformers`, then the same with compiled encoder and decoder."""
     if torch is None or not setting.is_vit:
         return
     for compiled in setting.variants:
@@ -354,12 +354,12 @@ def hugging_faces(setting: Setting) -> "Iterator[tuple[str, torch.nn.Module]]":
 
 
 def give_float32(decoder: "torch.nn.Module") -> None:
-    """What comes out is made arrays of, which PyTorch does not do of bfloat16."""
+    """Casts outputs to float32: PyTorch cannot convert bfloat16 to numpy."""
     decoder.register_forward_hook(lambda *x: tuple(out.float() for out in x[-1]))
 
 
 def in_dtype(function: Callable, setting: Setting, dtype: str) -> Callable:
-    """Within PyTorch's automatic mixed precision."""
+    """Runs the function under PyTorch's automatic mixed precision."""
 
     def run():
         enabled = dtype != "float32"
@@ -407,13 +407,13 @@ def torch_steps(setting: Setting, batch: dict, key) -> Contenders:
     if setting.dtype != "float32":
         sam = copy.deepcopy(setting.meta)
         add("Meta, float32", sam, meta_forward(sam), "float32")
-    # On a CPU gradients of compiled decoders are wrong by more than their size (PyTorch 2.13).
+    # On a CPU, errors of compiled decoders' gradients exceed the gradients (PyTorch 2.13).
     decoders = setting.device != "cpu"
     for compiled in setting.variants:
         sam = copy.deepcopy(setting.meta)
         if compiled:
             sam.image_encoder = setting.compile(sam.image_encoder)
-            if decoders:  # the method, since that is what the step calls
+            if decoders:  # the method, which the step calls
                 sam.mask_decoder.predict_masks = setting.compile(sam.mask_decoder.predict_masks)
         add("Meta, torch.compile" if compiled else "Meta", sam, meta_forward(sam), setting.dtype)
     for compiled in setting.variants if setting.is_vit else ():
@@ -428,7 +428,7 @@ def torch_steps(setting: Setting, batch: dict, key) -> Contenders:
 
 
 def meta_forward(sam: "torch.nn.Module") -> Callable:
-    """Logits [b, 4, h, w] and scores [b, 4] of pixels and a box [b, 4] for each image."""
+    """Logits [b, 4, h, w] and scores [b, 4] for pixels and one box per image [b, 4]."""
 
     def forward(pixels, boxes):
         image_pe, found = sam.prompt_encoder.get_dense_pe(), []
@@ -442,7 +442,7 @@ def meta_forward(sam: "torch.nn.Module") -> Callable:
 
 
 def hugging_face_forward(model: "torch.nn.Module") -> Callable:
-    """The same of `SamModel`, of which one gets the first mask alone, or the others."""
+    """The same by `SamModel`, which returns either the first mask or the others."""
 
     def forward(pixels, boxes):
         embeddings = model.vision_encoder(pixels).last_hidden_state
@@ -457,9 +457,9 @@ def hugging_face_forward(model: "torch.nn.Module") -> Callable:
 def torch_step(
     setting: Setting, sam: "torch.nn.Module", forward: Callable, batch: dict, key, dtype: str
 ) -> Callable:
-    """The same step in PyTorch, with the boxes that ours draws at each step."""
+    """The same step in PyTorch, with the boxes that sam_jax draws at random in each step."""
     for module in sam.modules():
-        # It caches its biases when it does not train. Batch norms keep their statistics, as ours.
+        # It caches its biases unless it trains. Batch norms keep their statistics, as in sam_jax.
         module.training = hasattr(module, "attention_bias_idxs")
     kinds = torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d
     kernels = {id(m.weight) for m in sam.modules() if isinstance(m, kinds)}
@@ -503,9 +503,10 @@ def torch_step(
 
 
 def layer(setting: Setting, *, windows: bool = False, gradients: bool = False) -> Contenders:
-    """The attention of a layer of a ViT, of 64 x 64 positions or of 25 windows of an image.
+    """The attention of a ViT layer, over 64 x 64 positions or over an image's 25 windows.
 
-    The first is ours in float32, "xla", which has all logits and the positions added to them.
+    The first contender is sam_jax's "xla" in float32, which computes all logits and adds the
+    positions to them.
     """
     vit = VITS[setting.name]().image_encoder
     size, batch = (vit.window_size, 25) if windows else (64, 1)

@@ -1,8 +1,8 @@
-"""Peak memory of converting and loading a ViT-H checkpoint (2.5 GB); PyTorch is not needed.
+"""Peak memory of converting and loading a ViT-H checkpoint (2.5 GB). PyTorch is not needed.
 
     python -m benchmarks.convert_memory
 
-Needs Linux (it samples /proc), 12 GB of disk in the temporary folder and a few minutes.
+Needs Linux (it samples /proc), 12 GB of disk space in the temporary folder, and a few minutes.
 """
 
 import argparse
@@ -28,18 +28,18 @@ LOAD = "import sys, jax, sam_jax; jax.block_until_ready(sam_jax.from_pretrained(
 
 @dataclass
 class Peak:
-    """The most that a process held in memory, in bytes, and how long it ran, in seconds."""
+    """A process's peak memory, in bytes, and run time, in seconds."""
 
     total: int
     anonymous: int
-    """Of its own; these two do not peak together, so they do not add up to `total`."""
+    """Its own memory. The two peaks are at different times, so they do not add up to `total`."""
     file: int
-    """Pages of mapped files, the checkpoint's and those of libraries."""
+    """Pages of mapped files: the checkpoint and libraries."""
     seconds: float
 
 
 def write_random_checkpoint(path: Path) -> None:
-    """A file in Meta's format. The tensors are windows on one pool of random numbers."""
+    """Writes a file in Meta's format whose tensors are slices of one pool of random numbers."""
     config, rng = vit_h(), np.random.default_rng(0)
     shapes = param_shapes(config)
     pool = rng.standard_normal(2 * max(map(np.prod, shapes.values())), np.float32)
@@ -53,10 +53,10 @@ def write_random_checkpoint(path: Path) -> None:
 
 
 def run(*command: str | Path) -> Peak:
-    """Runs Python with these arguments and watches its memory."""
+    """Runs Python with these arguments and samples its memory."""
     start = time.perf_counter()
     peaks = {}
-    # Not ru_maxrss: it counts what this process held when it started the child.
+    # ru_maxrss would include this process's memory when it started the child.
     with subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT) as process:
         while process.poll() is None:
             for name, size in read_status(process.pid).items():
@@ -77,12 +77,12 @@ def read_status(pid: int | str) -> dict[str, int]:
 
 
 def check_identical(path: Path, other: Path) -> None:
-    """Both files hold the same tensors, bit for bit."""
+    """Checks that both files have the same tensors, bit for bit."""
     tensors, others = read_tensors(path), read_tensors(other)
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
         assert tensor.dtype == others[name].dtype, name
-        # As bytes: NaNs and signs of zeros count.
+        # Compare bytes, since NaNs and signs of zeros count.
         assert np.array_equal(tensor.view(np.uint8), others[name].view(np.uint8)), name
 
 

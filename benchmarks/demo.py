@@ -2,10 +2,10 @@
 
     python -m benchmarks.demo
 
-Serves MobileSAM's page by `sam-jax demo`, opens a photo and clicks on it here and there; then again
-while another visitor runs everything mode. An image is opened from when its file is chosen until it
-is shown; a click takes from when the button goes down until the mask is there to be painted. Needs
-chromium and chromedriver.
+Serves MobileSAM with `sam-jax demo`, opens a photo and clicks on it at several places, then again
+while another visitor runs everything mode. Opening is timed from choosing the file until the image
+is shown, a click from pressing the button until the mask is ready to be painted. Needs chromium and
+chromedriver.
 """
 
 import argparse
@@ -75,19 +75,19 @@ def everything(address: str, path: Path) -> Iterator[str]:
     yield ", during everything mode"
     ended.set()
     while thread.is_alive():
-        other.post("undo")  # which ends it
+        other.post("undo")  # ends everything mode
         thread.join(0.5)
 
 
 def size(image: np.ndarray, megapixels: float) -> tuple[int, int]:
-    """Width and height of an image of the same shape with so many pixels."""
+    """Width and height of an image with the same aspect ratio and this number of pixels."""
     height, width, _ = image.shape
     scale = (megapixels * 1e6 / (height * width)) ** 0.5
     return round(width * scale), round(height * scale)
 
 
 def visit(page: Page, path: Path) -> tuple[float, list[float]]:
-    """Seconds to open the photo, and of each click."""
+    """Seconds to open the photo, and for each click."""
     begin = time.perf_counter()
     page.choose(path)
     page.wait(lambda: page.run("return document.querySelector('.stage .image').complete"))

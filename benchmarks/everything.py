@@ -1,17 +1,16 @@
-"""Everything-mode beside Meta's generator on PyTorch: the same masks? how much faster?
+"""Everything mode compared with Meta's generator on PyTorch: same masks? how much faster?
 
     python -m benchmarks.everything                      # MobileSAM on four photos
     python -m benchmarks.everything --crops              # the same with two layers of crops
     python -m benchmarks.everything --model vit_b        # one photo
 
-Both run in one process, one after the other, on the same weights and pictures. Times are printed
-only where the masks agree. Both are warm; Meta's, which compiles nothing, runs once on each photo,
-and of ours, which takes seconds, the median counts.
+Both run in one process, one after the other, on the same weights and images. Times are printed only
+if the masks agree. Both are warm. Meta's generator, which compiles nothing, runs once per photo;
+for sam_jax, which takes seconds, the time is the median.
 
-ViT-B has a random image encoder here, with MobileSAM's neck after it; prompt encoder and mask
-decoder are the official ones, of MobileSAM. What they find in noise scores lower than objects do,
-and so the thresholds are lower, for as many masks to pass as in a photo; these are small, and a
-pixel of them may differ.
+ViT-B has a random image encoder here, with MobileSAM's neck, prompt encoder and mask decoder. Masks
+that they find in noise score lower than objects, so the thresholds are lower, to keep as many masks
+as in a photo. These masks are small, and single pixels may differ.
 """
 
 import argparse
@@ -51,8 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("mobile_sam", "vit_b"), default="mobile_sam")
     parser.add_argument("--crops", action="store_true", help="two layers of crops")
-    parser.add_argument("--photos", nargs="*", help="beginnings of their names")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of ours; the median counts")
+    parser.add_argument("--photos", nargs="*", help="prefixes of their names")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of sam_jax; the median counts")
     args = parser.parse_args()
     check_at_least_one(parser, repeat=args.repeat)
     wanted = chosen_photos(parser, args.photos or ["landscape"] * (args.model == "vit_b"))

@@ -1,9 +1,9 @@
-"""Peak memory of everything-mode above the model's, by points per batch, with and without crops.
+"""Peak memory of everything mode above the model's, by points per batch, with and without crops.
 
     python -m benchmarks.everything_memory
 
-Needs Linux (it reads /proc) and takes some minutes. MobileSAM, a photo of 4000 x 3000 pixels,
-32 x 32 points, run lengths as output.
+Needs Linux (it reads /proc) and takes some minutes. Uses MobileSAM, a photo of 4000 x 3000 pixels,
+32 x 32 points, and run lengths as output.
 """
 
 import argparse
@@ -26,7 +26,7 @@ photo = np.asarray(Image.fromarray(skimage.data.coffee()).resize((4000, 3000)))
 model = from_pretrained("mobile_sam")
 jax.block_until_ready(jax.tree.leaves(jax.tree.map(lambda x: x, model)))
 generator = SamAutomaticMaskGenerator(model, output_mode="coco_rle", **eval(sys.argv[1]))
-Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 before = read_status("self")["VmRSS"]
 records = generator.generate(photo)
 print(len(records), read_status("self")["VmHWM"] - before)

@@ -1,11 +1,11 @@
-"""Where everything-mode's time goes on a CPU, and how far that is from the machine's limit.
+"""Where the time of everything mode goes on a CPU, and how far that is from the machine's limit.
 
     python -m benchmarks.everything_profile
 
-MobileSAM, default arguments, one photo. Each part is run alone on 8 x 8 points of a grid, one after
-the other within one compiled loop, and taken times 16. The floor is what its floating-point
-operations take at the rate of a matrix product of the decoder's shape (4096 x 256 by 256 x 4096,
-float32). Then the transformer's time for a point, with so many of them at a time.
+MobileSAM, default arguments, one photo. Each part runs alone on a grid of 8 x 8 points, one after
+the other in one compiled loop; its time is multiplied by 16. The floor is the time of its
+floating-point operations at the rate of a matrix product of the decoder's shape (4096 x 256 by
+256 x 4096, float32). Then comes the transformer's time per point for several chunk sizes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from flax import nnx
 
 from benchmarks.common import Table, machine_line, timed
 from sam_jax import SamAutomaticMaskGenerator, SamProcessor, from_pretrained
-from sam_jax.automatic.device import _attend, points_at_once
+from sam_jax.automatic.device import _attend, chunk_sizes
 from sam_jax.models.compiled import encode_image
 from sam_jax.models.mask_decoder import output_slice
 from sam_jax.ops.boxes import build_point_grid
@@ -30,7 +30,7 @@ POINTS, REPEAT = 64, 5
 
 
 def seconds(function: Callable, *args) -> float:
-    """The median of several runs, compiled before."""
+    """The median of several runs, without compilation."""
     jax.block_until_ready(function(*args))
     runs = [timed(function, *args)[1] for _ in range(REPEAT)]
     return float(np.median(runs))
@@ -50,7 +50,7 @@ def main() -> None:
     graphdef, params = nnx.split(model)
     pixels = processor.preprocess(photo)[None]
     embedding = encode_image(graphdef, params, pixels)[0]
-    at_once, _, _, tile = points_at_once(64, "cpu")
+    chunk, _, _, tile = chunk_sizes(64, "cpu")
     grid = build_point_grid(int(POINTS**0.5)) * np.array(photo.shape[1::-1])
     coords = processor.scale_coords(grid, photo.shape[:2])
 
@@ -65,7 +65,7 @@ def main() -> None:
         return jax.jit(lambda params, *xs: jax.lax.map(lambda x: function(params, *x), xs))
 
     def one_by_one(function):
-        """Only the last result is kept, as everything-mode keeps none."""
+        """Keeps only the last result; everything mode keeps none."""
 
         def call(params, *xs):
             one = functools.partial(function, params)
@@ -75,11 +75,11 @@ def main() -> None:
 
         return jax.jit(call)
 
-    def per_point_of(at_once):
-        return seconds(one_by_one(of_points), params, coords.reshape(-1, at_once, 2)) / POINTS
+    def per_point_of(chunk):
+        return seconds(one_by_one(of_points), params, coords.reshape(-1, chunk, 2)) / POINTS
 
-    groups = coords.reshape(-1, at_once, 2)
-    per_point = per_point_of(at_once)
+    groups = coords.reshape(-1, chunk, 2)
+    per_point = per_point_of(chunk)
     iou_tokens, tokens, keys = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:]), over_all(of_points)(params, groups)
     )
@@ -95,7 +95,7 @@ def main() -> None:
 
     a, b = np.ones((4096, 256), np.float32), np.ones((256, 4096), np.float32)
     rate = 2 * 4096 * 4096 * 256 / seconds(jax.jit(jnp.matmul), a, b)
-    # Of one point more: what all points of an image share is computed once.
+    # For one additional point, since work that an image's points share is done once.
     work_point = flops(of_points, params, coords[:3]) - flops(of_points, params, coords[:2])
     work_upscale = flops(upscale, params, tokens[0], keys[0])
 

@@ -3,17 +3,17 @@
 #
 #     benchmarks/gpu.sh [python [part...]]
 #
-# Parts: tests layers encoder accuracy training decoder everything memory more_tests. The weights of MobileSAM are
-# taken from SAM_JAX_CACHE, or downloaded. Needs the extra `test` and JAX with CUDA; PyTorch's side of the tables is
-# there where PyTorch has CUDA, too, and segment-anything-fast's where it is installed from GitHub
-# (pytorch-labs/segment-anything-fast). What fails does not keep the rest from running; the status at the end says
-# so. (On another GPU than a Hopper "cudnn" has no accuracy: it has no heads of such a width there.)
+# Parts: tests layers encoder accuracy training decoder everything memory more_tests. MobileSAM's weights come from
+# SAM_JAX_CACHE or are downloaded. Needs the extra `test` and JAX with CUDA. The tables include PyTorch if it has CUDA,
+# and segment-anything-fast if it is installed from GitHub (pytorch-labs/segment-anything-fast). If a part fails, the
+# others run anyway, and the exit status is 1. ("cudnn" has no accuracy on GPUs other than Hopper, where cuDNN lacks
+# heads of this width.)
 set -uo pipefail
 cd "$(git rev-parse --show-toplevel)"
-export JAX_PLATFORMS=cuda,cpu  # never the CPU in silence
+export JAX_PLATFORMS=cuda,cpu  # never fall back to the CPU silently
 python=${1:-python}
 shift || true
-command -v -- "$python" >/dev/null || { echo "gpu.sh: python is $python, which is no command"; exit 2; }
+command -v -- "$python" >/dev/null || { echo "gpu.sh: python is $python, which is not a command"; exit 2; }
 known="tests layers encoder accuracy training decoder everything memory more_tests"
 parts=" ${*:-$known} "
 status=0
@@ -35,7 +35,7 @@ benchmark() {
     try "$python" -m benchmarks.run --device gpu --dtype bfloat16 --compile "$@"
 }
 
-# Optimised as for users: tests/conftest.py has a CPU in mind.
+# Optimized as for users: the settings in tests/conftest.py are meant for a CPU.
 tests() {
     try env JAX_DISABLE_MOST_OPTIMIZATIONS=0 "$python" -m pytest -q -n 0 -W default "$@"
 }
@@ -50,7 +50,7 @@ if wants layers; then
 fi
 if wants encoder; then
     benchmark --models vit_h vit_b --batch 8 --parts encoder --attention xla folded portable pallas cudnn --repeat 20
-    # The memory of the default alone.
+    # Alone, to measure the memory of the default.
     benchmark --models vit_h --batch 8 --parts encoder --repeat 20
 fi
 if wants accuracy; then

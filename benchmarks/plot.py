@@ -1,8 +1,8 @@
-"""Draws the newest results: seconds of Meta's code, with torch.compile, and of sam_jax.
+"""Draws the newest results: run times of Meta's code, of torch.compile, and of sam_jax.
 
     python -m benchmarks.plot
 
-Takes the newest file of `benchmarks/results/` that has all the rows of `WHAT`, writes
+Reads the newest file of `benchmarks/results/` with all rows of `WHAT`, writes
 `docs/performance.svg`, and prints the table of `docs/performance.md`.
 """
 
@@ -32,7 +32,7 @@ COLORS = ("#b0bec5", "#78909c", "#3f51b5")
 
 
 def read(path: Path) -> dict[tuple[str, str], float]:
-    """Seconds by part and contender; the last row of each counts."""
+    """Seconds by part and contender; if rows are repeated, the last one counts."""
     rows = re.findall(
         r"^\| (\w+, \w+) \| ([^|]+) \| [^|]+ \| ([\d.]+) (m?s) \|", path.read_text(), re.MULTILINE
     )
@@ -40,7 +40,7 @@ def read(path: Path) -> dict[tuple[str, str], float]:
 
 
 def newest(folder: Path = RESULTS) -> tuple[Path, dict[tuple[str, str], float]]:
-    """The newest results file that has everything, and its seconds."""
+    """The newest complete results file, and its seconds."""
     for path in sorted(folder.glob("*.md"), reverse=True):
         found = read(path)
         if all((what, who) in found for what in WHAT for who in WHO):
@@ -49,12 +49,12 @@ def newest(folder: Path = RESULTS) -> tuple[Path, dict[tuple[str, str], float]]:
 
 
 def rounded(seconds: float) -> str:
-    """Three digits or two decimals."""
+    """Formats seconds with three digits or two decimals."""
     return f"{seconds:.{0 if seconds >= 100 else 1 if seconds >= 10 else 2}f}"
 
 
 def table(found: dict[tuple[str, str], float]) -> str:
-    """Markdown, with sam_jax's times in bold."""
+    """The table in Markdown, with sam_jax's times in bold."""
     lines = [f"| seconds | {' | '.join(WHO.values())} |", f"|---|{'---:|' * len(WHO)}"]
     for what, title in WHAT.items():
         *theirs, ours = (rounded(found[what, who]) for who in WHO)
@@ -63,7 +63,7 @@ def table(found: dict[tuple[str, str], float]) -> str:
 
 
 def draw(found: dict[tuple[str, str], float], path: Path) -> None:
-    """Bars of each contender's share of the time of Meta's code, labeled with seconds."""
+    """Draws each contender's share of the time of Meta's code as bars, labeled with seconds."""
     matplotlib.rcParams.update({"svg.hashsalt": "sam_jax", "font.size": 9})
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()

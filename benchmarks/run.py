@@ -1,26 +1,25 @@
-"""Ours beside PyTorch, part by part: the same numbers? how much faster?
+"""sam_jax compared with PyTorch, part by part: same numbers? how much faster?
 
     python -m benchmarks.run
     python -m benchmarks.run --models vit_b --parts encoder --compile
     python -m benchmarks.run --models vit_b --parts global windows --attention folded chunked
     python -m benchmarks.run --device gpu --models vit_h --dtype bfloat16 --batch 8 --compile
 
-Each model and part has a process of its own, in which every contender (`benchmarks.contenders`) has
-the same weights and the same inputs. Outputs are compared before anything is timed: who gives other
-numbers than the first is not timed. Then all take turns, again and again, in each a run to get warm
-and one that is timed, blocked until its result is there, and the median counts.
+Each model and part runs in its own process, in which all contenders (`benchmarks.contenders`) have
+the same weights and inputs. Outputs are compared first: contenders whose numbers differ from those
+of the first one are not timed. Then all contenders take turns several times. In each turn, a run
+warms up and another one is timed until its result is ready; the median counts.
 
-* Difference: the root of the mean square of the difference from the first, over that of the first
-  (of masks and of scores, and the larger counts);
-  of everything-mode's masks, the share that has none among the first's of IoU 0.99 or better
-  (bfloat16 0.9, float16 0.97).
-* Rate and share: the work per second, also over that of a large matrix product of the same dtype
-  on the same device in the same run.
-* Peak: memory during a run: on a CPU what the process took more than it had before, on a GPU the
-  device's, weights and inputs of all contenders included (none of ours if there are several, which
-  JAX counts together).
-* Compiling: how much longer ours takes the first time, with JAX's persistent cache empty; and
-  again, all that the process knew forgotten, with the cache full.
+* Difference: the root mean square of the difference from the first contender, relative to the root
+  mean square of the first (the larger of masks and scores); for everything mode, the share of masks
+  without a counterpart in the first with an IoU of at least 0.99 (bfloat16 0.9, float16 0.97).
+* Rate and share: the work per second, also relative to that of a large matrix product of the same
+  dtype on the same device in the same run.
+* Peak: memory during a run: on a CPU, the increase of the process's memory; on a GPU, the device's
+  memory including weights and inputs of all contenders (not given for sam_jax if it has several
+  contenders, which JAX counts together).
+* Compiling: how much longer sam_jax's first run takes, with JAX's persistent cache empty; and again
+  with the cache full and everything in the process's memory dropped.
 """
 
 import argparse
@@ -60,22 +59,22 @@ from sam_jax.ops import attention
 # 2 floating-point operations per multiplication and addition, of an image's encoder. (MobileSAM's
 # is what PyTorch's FlopCounterMode counts.)
 ENCODER_FLOPS = {"vit_b": 0.96e12, "vit_l": 2.96e12, "vit_h": 5.93e12, "mobile_sam": 0.0775e12}
-DECODER_FLOPS = 3.5e9  # of a prompt, when nothing is shared
+DECODER_FLOPS = 3.5e9  # per prompt, if nothing is shared
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
 # Without the first step's update the losses of two steps differ by 1.6e-2.
 TRAINING_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
-# A mask of everything-mode is the same if its IoU is as good, as `benchmarks.accuracy` finds nearly
-# all to be with a random image encoder: masks of noise, whose rims rounding moves.
+# IoU from which masks of everything mode count as the same. With a random image encoder, nearly all
+# masks reach it in `benchmarks.accuracy`: they are masks of noise, whose edges depend on rounding.
 SAME_MASK = {"float32": 0.99, "bfloat16": 0.9, "float16": 0.97}
 MASKS_TOLERANCE = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.1}
 
 
 class Failures(dict[str, Exception]):
-    """Of contenders: whoever cannot run here is no reason to leave out the others."""
+    """Errors of contenders by name: if one cannot run here, the others are measured anyway."""
 
     @contextlib.contextmanager
     def of(self, who: str) -> Iterator[None]:
-        """Takes what the block raises."""
+        """Records an exception of the block."""
         try:
             yield
         except Exception as error:
@@ -83,10 +82,10 @@ class Failures(dict[str, Exception]):
 
 
 def seconds(contenders: Contenders, repeat: int, failures: Failures) -> dict[str, float]:
-    """The median time of each; all take turns, so that what else the machine does hits them all.
+    """The median time of each contender; they take turns, so that other load affects all of them.
 
-    Each starts its turn with a run that does not count: after another's, whose memory the process
-    has given back and whose data fill the caches, it would pay for what no user alternates.
+    Each turn starts with a run that does not count. Otherwise a contender would pay for memory that
+    the process released and for caches filled by another, although no user alternates them.
     """
     times: dict[str, list[float]] = {who: [] for who in contenders}
     for _ in range(repeat):
@@ -108,7 +107,7 @@ def on_host(result) -> list[np.ndarray]:
 def output(part: str, run) -> list[np.ndarray] | list[dict]:
     if part == "everything":
         return run()
-    if part == "training":  # two steps: the second shows what the first did
+    if part == "training":  # two steps: the second shows the effect of the first
         return [np.stack([on_host(run()) for _ in range(2)])]
     return on_host(run())
 
@@ -121,13 +120,13 @@ def error(actual: np.ndarray, expected: np.ndarray) -> float:
 def differences(
     part: str, contenders: Contenders, dtype: str, failures: Failures
 ) -> dict[str, float]:
-    """How far each one's output is from the first's, without which none is known to be right."""
+    """Each contender's difference from the first one, which has to run for others to be correct."""
     first = next(iter(contenders))
     found: dict[str, float] = {}
     for who, run in contenders.items():
         with failures.of(who):
             if first in failures:
-                raise RuntimeError(f"not compared, since {first} failed")
+                raise RuntimeError(f"not compared because {first} failed")
             actual = output(part, run)
             expected = actual if who == first else expected
             if part == "everything":
@@ -136,7 +135,7 @@ def differences(
                 pairs = zip(actual, expected, strict=True)
                 found[who] = max(error(*pair) for pair in pairs)
         if torch:
-            torch.cuda.empty_cache()  # JAX gets none of what PyTorch keeps
+            torch.cuda.empty_cache()  # JAX cannot use memory that PyTorch caches
     return found
 
 
@@ -148,11 +147,11 @@ def missing(records: list[dict], expected: list[dict], iou: float) -> float:
 
 
 def peak(who: str, run) -> float:
-    """Bytes during one run."""
+    """Peak memory of one run, in bytes."""
     device = jax.local_devices()[0]
     gc.collect()
     if device.platform == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = read_status("self")["VmRSS"]
         timed(run)
         return read_status("self")["VmHWM"] - before
@@ -165,7 +164,7 @@ def peak(who: str, run) -> float:
 
 
 class Raced(NamedTuple):
-    """What was found of each contender: who has no time was wrong, or could not run."""
+    """The measurements of all contenders; one without a time was wrong or could not run."""
 
     differences: dict[str, float]
     times: dict[str, float]
@@ -173,7 +172,7 @@ class Raced(NamedTuple):
     failures: Failures
 
     def row(self, who: str) -> dict[str, str]:
-        """The cells of the table that these fill."""
+        """The table's cells with these measurements."""
         if error := self.failures.get(who):
             return {"Difference": reason(error), "Time": "none"}
         row = {"Difference": f"{self.differences[who]:.0e}", "Time": "differs"}
@@ -187,7 +186,7 @@ class Raced(NamedTuple):
 
 
 def race(part: str, contenders: Contenders, dtype: str, repeat: int) -> Raced:
-    """Compares all, then times those who agree with the first."""
+    """Compares all contenders, then times those that agree with the first one."""
     failures = Failures()
     found = differences(part, contenders, dtype, failures)
     tolerances = {"everything": MASKS_TOLERANCE, "training": TRAINING_TOLERANCE}
@@ -205,7 +204,7 @@ def race(part: str, contenders: Contenders, dtype: str, repeat: int) -> Raced:
 
 
 def ours_fails(rows: list[dict]) -> bool:
-    """Rivals may be unable to run, and so may an attention that is asked for."""
+    """Whether the contender is one that may be unable to run: PyTorch's, or a chosen attention."""
     return any(
         r["Who"].startswith("ours")
         and (r["Time"] == "differs" or (r["Who"] == "ours" and r["Time"] == "none"))
@@ -214,7 +213,7 @@ def ours_fails(rows: list[dict]) -> bool:
 
 
 def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
-    """A row for each contender."""
+    """Adds a row for each contender."""
     if args.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
     if torch:
@@ -242,7 +241,7 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()
     del ours  # and its memory
-    contenders = contenders_of(setting)  # anew, since a step of training leaves its mark
+    contenders = contenders_of(setting)  # new ones, since a training step changes the weights
     raced = race(part, contenders, args.dtype, args.repeat)
     rate = matrix_rate(args.dtype)
     work = {
@@ -264,7 +263,7 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-# As README tells users to, but here also for what compiles quickly.
+# As README recommends, but also for programs that compile quickly.
 CACHE = {
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -276,7 +275,7 @@ COLUMNS = (
 
 
 def describe(dtype: str) -> tuple[str, str]:
-    """The machine in words, and what its results file is named after."""
+    """The machine in words, and its name in that of the results file."""
     device = find_device()
     packages = ("jax", "torch", "transformers") if torch else ("jax",)
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
@@ -287,7 +286,7 @@ def describe(dtype: str) -> tuple[str, str]:
 
 
 def alone(function, *arguments):
-    """Its result, in a process of its own, whose end takes nothing else with it."""
+    """The function's result, computed in its own process, which may crash without harm."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -299,12 +298,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["vit_b", "mobile_sam"], choices=models)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=[*PARTS, *LAYERS])
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
-    parser.add_argument("--batch", type=int, default=1, help="images, of encoder and training")
+    parser.add_argument("--batch", type=int, default=1, help="images for encoder and training")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="PyTorch's under torch.compile, too")
+    parser.add_argument("--compile", action="store_true", help="also run torch.compile")
     known = [*attention._IMPLEMENTATIONS]
     parser.add_argument(
-        "--attention", nargs="+", default=[], choices=known, help="ours of a ViT with these, too"
+        "--attention", nargs="+", default=[], choices=known, help="further attentions of sam_jax"
     )
     args = parser.parse_args()
     check_at_least_one(parser, batch=args.batch, repeat=args.repeat)
@@ -312,7 +311,7 @@ def main() -> None:
         parser.error(f"{', '.join(layers)}: of ViTs alone; name them with --models")
 
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[args.device]
-    # Memory is shared with PyTorch.
+    # Share memory with PyTorch.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     failed = False
     machine, slug = alone(describe, args.dtype)
@@ -321,7 +320,7 @@ def main() -> None:
         for part in args.parts:
             try:
                 rows = alone(measure, part, name, args)
-            except Exception:  # ours cannot, or the memory is too small for all
+            except Exception:  # sam_jax cannot run, or the memory is too small for all
                 traceback.print_exc()
                 failed = True
                 continue

@@ -1,11 +1,11 @@
-"""Memory of a training step of ViT-B on one picture of 1024 x 1024 pixels, all parameters.
+"""Memory of a training step of ViT-B on one image of 1024 x 1024 pixels, all parameters.
 
     python -m benchmarks.training_memory
 
-With float32 and bfloat16 computation, with and without remat, each in a process of its own. Two
-figures: what the forward pass of the image encoder keeps for the backward pass, parameters too,
-which is a property of the program, whatever runs it; and the most that the step took. On a GPU
-that is the device's own count, on a CPU (Linux: it reads /proc) the process's, above what it held.
+With float32 and bfloat16 compute, with and without remat, each in its own process. Reports two
+numbers: the memory that the image encoder's forward pass keeps for the backward pass, parameters
+included, which is a property of the program; and the step's peak. On a GPU, the peak is the
+device's own count; on a CPU (Linux only: it reads /proc), the increase of the process's memory.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def measure(dtype: str, remat: bool) -> dict:
     jax.block_until_ready(state)
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = read_status("self")["VmRSS"]
     _, metrics = jax.block_until_ready(compiled(state, rest, batch, jax.random.key(0)))
     assert np.isfinite(float(metrics["loss"]))
@@ -76,7 +76,7 @@ def measure(dtype: str, remat: bool) -> dict:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # it is the other processes' memory
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leave memory for other processes
     device = find_device()
     columns = ("Computation", "Remat", "Kept for the backward pass", "Peak of the step")
     machine = f"{device.device_kind}, {machine_line()}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Converts a folder of sam_jax back to a PyTorch checkpoint, bit for bit. PyTorch is not needed.
+"""Converts a sam_jax folder back to a PyTorch checkpoint, bit for bit. PyTorch is not needed.
 
 python convert/flax_to_torch.py --checkpoint sam_vit_b --output sam_vit_b.pth --format meta
 """
@@ -16,22 +16,22 @@ from sam_jax.checkpoints.names import Format
 
 @dataclasses.dataclass
 class Args:
-    """Convert a folder of sam_jax to a PyTorch checkpoint."""
+    """Convert a sam_jax folder to a PyTorch checkpoint."""
 
     checkpoint: str
-    """The folder (or anything else that from_pretrained takes)."""
+    """The folder (or anything else that from_pretrained accepts)."""
     output: Path
-    """The new file: .pth, .pt or .bin for torch.load, or .safetensors."""
+    """The file to create: .pth, .pt or .bin for torch.load, or .safetensors."""
     format: Format
-    """Names of `segment_anything` and MobileSAM, or of `transformers` (which also gets its
-    config.json beside the file)."""
+    """meta: names of `segment_anything` and MobileSAM; hf: names of `transformers`, with its
+    config.json next to the file."""
 
 
 def main(args: Args) -> None:
-    """Converts."""
+    """Converts the checkpoint."""
     params, config = load_params(args.checkpoint)
     write_checkpoint(args.output, params, config=config, fmt=args.format)
-    print(f"{args.output}: {len(params)} tensors in the names of {args.format}")
+    print(f"{args.output}: {len(params)} tensors with names of format {args.format}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The PyTorch references, for `--verify` and for the tests.
 
-`segment_anything` and `mobile_sam` import a few functions of torchvision and timm. Where those
-are not installed, stand-ins take their place during the import: none of it is part of the models.
+`segment_anything` and `mobile_sam` import a few functions of torchvision and timm, which are not
+part of the models. If these packages are not installed, stand-ins replace them during the import.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def _box_area(boxes):
 
 
 def _batched_nms(boxes, scores, categories, iou_threshold):
-    """Torchvision's on a CPU, written plainly; `categories` are all the same here."""
+    """Plain version of torchvision's function on a CPU; all `categories` must be 0."""
     assert not categories.any()
     areas, order, kept = _box_area(boxes), scores.sort(stable=True, descending=True)[1], []
     while len(order):
@@ -79,13 +79,13 @@ def _stand_ins():
 
 
 def import_reference(name: str) -> types.ModuleType:
-    """`segment_anything`, `mobile_sam` or `segment_anything_hq`."""
+    """Imports `segment_anything`, `mobile_sam` or `segment_anything_hq`."""
     with _stand_ins():
         return importlib.import_module(name)
 
 
 def meta_sam(config: SamConfig) -> torch.nn.Module:
-    """Meta's `Sam` of this configuration, or MobileSAM's, or SAM-HQ's; not initialised."""
+    """Meta's, MobileSAM's or SAM-HQ's `Sam` with this configuration; its weights are not set."""
     decoder, dim, grid = config.mask_decoder, config.prompt_embed_dim, config.image_embedding_size
     vit = isinstance(config.image_encoder, ViTConfig)
     package = "segment_anything" if vit else "mobile_sam"
@@ -150,7 +150,7 @@ def _tiny_vit(modeling, config: SamConfig) -> torch.nn.Module:
 
 
 def hf_sam(config: SamConfig) -> torch.nn.Module:
-    """Hugging Face's `SamModel`, or `SamHQModel`, of this configuration, with random weights."""
+    """Hugging Face's `SamModel` or `SamHQModel` with this configuration and random weights."""
     import transformers
 
     values = {k: v for k, v in to_hf(config).items() if k.endswith("_config")}
@@ -160,7 +160,7 @@ def hf_sam(config: SamConfig) -> torch.nn.Module:
 
 
 def hf_mask_generation(model: torch.nn.Module, processor, **options):
-    """Hugging Face's pipeline; suppression of overlapping masks stands in for torchvision's."""
+    """Hugging Face's pipeline, with a stand-in for torchvision's non-maximum suppression."""
     import transformers
     from transformers.models.sam.image_processing_pil_sam import _rle_to_mask
 

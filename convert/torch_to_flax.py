@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Converts a PyTorch checkpoint to a folder of sam_jax. PyTorch is not needed.
+"""Converts a PyTorch checkpoint to a sam_jax folder. PyTorch is not needed.
 
     python convert/torch_to_flax.py --checkpoint sam_vit_b_01ec64.pth --output sam_vit_b
 
-Takes what `from_pretrained` takes: Meta's `.pth` (ViT-B, L and H are told apart by their shapes),
+Accepts what `from_pretrained` accepts: Meta's `.pth` (shapes distinguish ViT-B, L and H),
 MobileSAM's `.pt`, Hugging Face folders and `.safetensors`, short names and hub repositories.
 """
 
@@ -26,22 +26,22 @@ from sam_jax.config import Preprocessing, SamConfig, TinyViTConfig, with_preproc
 
 @dataclasses.dataclass
 class Args:
-    """Convert a PyTorch checkpoint to a folder of sam_jax."""
+    """Convert a PyTorch checkpoint to a sam_jax folder."""
 
     checkpoint: str
     """File, folder, short name or hub repository."""
     output: Path
-    """The new folder."""
+    """The folder to create."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What to keep the parameters as; as in the checkpoint if left out."""
+    """Dtype of the parameters; the checkpoint's if left out."""
     preprocessing: Preprocessing | None = None
-    """How pictures are to be prepared, kept with the weights: "medsam" for a MedSAM."""
+    """Preprocessing of images, stored with the weights: medsam for a MedSAM."""
     verify: bool = False
-    """Run PyTorch's model and the converted one on a picture and print the differences."""
+    """Run PyTorch's model and the converted one on an image and print the differences."""
 
 
 def main(args: Args) -> None:
-    """Converts, and compares if asked to."""
+    """Converts the checkpoint, and compares the models with --verify."""
     if args.verify:
         check_verifiable(args.checkpoint)
     params, config = load_params(args.checkpoint)
@@ -57,14 +57,14 @@ def check_verifiable(checkpoint: str) -> None:
     """Raises ValueError, before anything is written, if there is nothing to compare with."""
     if native.is_checkpoint(resolve(checkpoint)):
         raise ValueError(
-            f"--verify compares with PyTorch's model, but {checkpoint} is a folder of sam_jax "
-            "already; give the PyTorch checkpoint, or leave --verify out"
+            f"--verify compares with PyTorch's model, but {checkpoint} is already a sam_jax "
+            "folder; give the PyTorch checkpoint, or leave --verify out"
         )
     tensors = read_state_dict(checkpoint)
     config = infer_config(tensors)
     tiny = isinstance(config.image_encoder, TinyViTConfig)
     if config.hq or (tiny and config.image_encoder.stem_stride == 1):
-        raise ValueError("--verify runs no PyTorch model of SAM-HQ or LiteMedSAM; leave it out")
+        raise ValueError("--verify does not support SAM-HQ and LiteMedSAM; leave it out")
     try:
         from torch_reference import import_reference
 
@@ -79,7 +79,7 @@ def check_verifiable(checkpoint: str) -> None:
 
 
 def verify(checkpoint: str, output: Path, config: SamConfig) -> None:
-    """Runs the reference on the PyTorch checkpoint and ours on the converted one."""
+    """Runs the reference on the PyTorch checkpoint and sam_jax on the converted one."""
     import torch
     from torch_reference import hf_sam, meta_sam
 
@@ -89,10 +89,10 @@ def verify(checkpoint: str, output: Path, config: SamConfig) -> None:
     state = {k: torch.from_numpy(np.array(v, np.float32)) for k, v in tensors.items()}
     # Hugging Face ties two names to one tensor; a file may hold either.
     reference.load_state_dict(state, strict=fmt == "meta")
-    reference.eval()  # only now: MobileSAM keeps a copy of its attention biases from this call
+    reference.eval()  # after loading: MobileSAM copies its attention biases in this call
 
     size = config.image_size
-    pixels, points = _picture(size), np.array([[[[0.4 * size, 0.5 * size]]]], np.float32)
+    pixels, points = _image(size), np.array([[[[0.4 * size, 0.5 * size]]]], np.float32)
     with jax.default_matmul_precision("highest"):
         model = from_pretrained(output)
         embedding = model.get_image_embeddings(pixels)
@@ -119,21 +119,21 @@ def verify(checkpoint: str, output: Path, config: SamConfig) -> None:
                 multimask_output=True,
             )
 
-    print("Largest difference between PyTorch and sam_jax, of the largest value:")
-    for name, ours, theirs in (
+    print("Largest difference between PyTorch and sam_jax, relative to the largest value:")
+    for name, actual, expected in (
         ("image embedding", embedding, expected_embedding),
         ("mask logits", masks[0], expected_masks),
         ("predicted IoUs", scores[0], expected_scores),
     ):
-        ours, theirs = np.asarray(ours), theirs.numpy()
-        print(f"  {name}: {np.abs(ours - theirs).max() / np.abs(theirs).max():.1e}")
-    ours, theirs = np.asarray(masks[0]) > 0, expected_masks.numpy() > 0
-    union = (ours | theirs).sum()
-    print(f"  IoU of the masks: {(ours & theirs).sum() / union if union else 1:.6f}")
+        actual, expected = np.asarray(actual), expected.numpy()
+        print(f"  {name}: {np.abs(actual - expected).max() / np.abs(expected).max():.1e}")
+    actual, expected = np.asarray(masks[0]) > 0, expected_masks.numpy() > 0
+    union = (actual | expected).sum()
+    print(f"  IoU of the masks: {(actual & expected).sum() / union if union else 1:.6f}")
 
 
-def _picture(size: int) -> np.ndarray:
-    """Normalised pixels of a disc on a gradient, [1, size, size, 3]."""
+def _image(size: int) -> np.ndarray:
+    """Normalized pixels of a disc on a gradient, [1, size, size, 3]."""
     y, x = np.mgrid[:size, :size] / size
     disc = (x - 0.4) ** 2 + (y - 0.5) ** 2 < 0.04
     gray = np.where(disc, 1.5, x - y)

@@ -1,8 +1,8 @@
-"""Everything in a photo, without a prompt.
+"""Finds everything in a photo, without prompts (automatic mask generation).
 
     python examples/everything.py
 
-Takes the default model (MobileSAM) and a photo from scikit-image, and writes `everything.png`.
+Uses the default model (MobileSAM) and a photo from scikit-image. Writes `everything.png`.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from sam_jax.visualize import overlay
 
 
 def main(output: Path = Path("everything.png"), points_per_side: int = 32) -> None:
-    """Finds the masks and draws them beside the photo."""
+    """Finds the masks and draws them next to the photo."""
     image = skimage.data.astronaut()  # 512 x 512, RGB
     generator = SamAutomaticMaskGenerator(from_pretrained("mobile_sam"), points_per_side)
     records = generator.generate(image)

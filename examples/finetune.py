@@ -3,9 +3,9 @@ r"""Fine-tunes SAM on a COCO instance file or a folder of SA-1B.
     python examples/finetune.py --annotations coco.json --images photos --output run --steps 500
 
 Ctrl-C and SIGTERM save the state; rerun the same command to resume. `run/model` is the result, a
-folder for `sam_jax.from_pretrained`; `run/metrics.jsonl` has a line for each step, and with
-held-out images one for step 0: what the model could before. The loop is short because its parts
-are functions of `sam_jax.training`, for loops of your own.
+folder for `sam_jax.from_pretrained`. `run/metrics.jsonl` has a line for each step and, with
+held-out images, one for step 0, before training. The parts of the loop are functions of
+`sam_jax.training`, so you can write your own loop.
 """
 
 import contextlib
@@ -74,35 +74,38 @@ class Config:
 
     annotations: Path  # a COCO instance file, or a folder of SA-1B
     output: Path  # folder for the run
-    steps: int  # steps in all
-    images: Path | None = None  # folder of the pictures of a COCO file
-    eval_annotations: Path | None = None  # held-out pictures to evaluate on
-    eval_images: Path | None = None  # folder of the held-out pictures of a COCO file
+    steps: int  # number of steps in total
+    images: Path | None = None  # folder of a COCO file's images
+    eval_annotations: Path | None = None  # annotations of held-out images to evaluate on
+    eval_images: Path | None = None  # folder of the held-out COCO file's images
     eval_every: int = 100  # steps between evaluations, each with a checkpoint
-    on_bad_annotation: OnBadAnnotation = "raise"  # list what is wrong and stop, or leave it out
+    # raise: list what is wrong with the annotations and stop; skip: leave bad annotations out
+    on_bad_annotation: OnBadAnnotation = "raise"
     model: str = "mobile_sam"  # short name, hub repository, file or folder
-    seed: int = 0  # of the order of pictures and of all that is by chance
-    # hq: what SAM-HQ adds to SAM; lora: the decoder and the encoder's adapters
+    seed: int = 0  # seed of the order of images and of all random numbers
+    # what trains; hq: SAM-HQ's additions to SAM; lora: the decoder and adapters of the encoder
     train: Literal["decoder", "hq", "lora", "everything"] = "decoder"
     lora_rank: int = 4  # rank of the adapters
     layer_decay: float | None = None  # layer-wise decay of a ViT's learning rate (everything)
-    # of pictures that it sees again keep a frozen encoder's embeddings on disk, 4 MB each, of a
-    # SAM-HQ 7 to 25
+    # keep a frozen encoder's embeddings on disk if images are used again, 4 MB each (SAM-HQ: 7 to
+    # 25 MB)
     cache: bool = True
-    batch_size: int = 4  # pictures per step, of all devices and hosts together
-    max_objects: int = 8  # objects of a picture per step
+    batch_size: int = 4  # images per step, over all devices and hosts
+    max_objects: int = 8  # objects per image and step
     full_resolution: bool = False  # compare masks at the resolution of the model's input
-    flip: float = 0.0  # how often a picture is mirrored
+    flip: float = 0.0  # probability of mirroring an image
     scale_range: tuple[float, float] | None = None  # large-scale jitter; the paper's is 0.1 2.0
     recipe: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()  # noqa: RUF009
-    dtype: Literal["float32", "bfloat16"] = "float32"  # what is computed in; parameters are float32
-    parallelism: sharding.Parallelism = "data"  # all parameters on every device, or its share
-    workers: int = 0  # processes that read pictures; 0 for threads
-    hosts: tuple[str, int, int] | None = None  # the first one's address and port, how many, which
+    dtype: Literal["float32", "bfloat16"] = "float32"  # compute dtype; parameters are float32
+    # data: each device has all parameters; fsdp: each device has a share of them
+    parallelism: sharding.Parallelism = "data"
+    workers: int = 0  # processes that read images; 0 for threads
+    # first host's address and port, number of hosts, index of this host
+    hosts: tuple[str, int, int] | None = None
 
 
-# What may be another when a run goes on.
+# Settings that may change when a run resumes.
 RESUMABLE = {
     "output",
     "hosts",
@@ -131,7 +134,7 @@ def main(config: Config) -> int:
 
 
 def run(config: Config) -> int:
-    """`main` in a folder that no other run works in."""
+    """`main`, in a folder that is locked for this run."""
     is_first = jax.process_index() == 0
     output = config.output
     model = from_pretrained(config.model, dtype=jnp.dtype(config.dtype))
@@ -149,13 +152,13 @@ def run(config: Config) -> int:
     params, rest = sharding.shard_tree((params, rest), mesh, parallelism=config.parallelism)
     begin = functools.partial(init_state, tx=tx, ema=config.recipe.ema_decay is not None)
     state = sharding.init_sharded(begin, params, mesh=mesh, parallelism=config.parallelism)
-    del model, params  # which the first device would hold beside its share of the state
+    del model, params  # otherwise the first device would keep them in addition to its state
 
     with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
         state = checkpointing.load_state(checkpoints, state) or state
         start, key = int(state.step), jax.random.key(config.seed)
         if start > config.steps:
-            raise ValueError(f"--steps is {config.steps}, but {output} has made {start} already")
+            raise ValueError(f"--steps is {config.steps}, but {output} is already at step {start}")
         if start:
             say(f"resuming from step {start} of {config.steps}")
         train_step = compile_step(state, tx, recipe=config.recipe)
@@ -168,7 +171,7 @@ def run(config: Config) -> int:
             workers=config.workers,
         )
         log = MetricsLog(output, start + 1 if start else 0)
-        if start == 0 and held_out is not None:  # what the model can before it is trained
+        if start == 0 and held_out is not None:  # the model before training
             found = evaluate_and_log(
                 sharding.merge_on_host(state.result, rest, mesh=mesh), held_out, log, 0
             )
@@ -187,21 +190,21 @@ def run(config: Config) -> int:
                     raise checkpointing.non_finite_error(
                         step, metrics, image_ids=images, checkpoints=checkpoints
                     )
-                if step == start + 1:  # the rate is of steps, not of compiling
+                if step == start + 1:  # the displayed rate excludes compilation
                     bar.set_description("training")
                     bar.unpause()
                 bar.set_postfix(loss=metrics["loss"], iou=metrics["iou_last"])
                 counts = {k: int(v) for k, v in metrics.items() if k.startswith("objects_")}
                 metrics |= counts | {"learning_rate": float(schedule(updates))}
                 updates += counts["objects_used"] > 0
-                if not counts["objects_used"]:  # nothing was learned, and there is no loss
+                if not counts["objects_used"]:  # no training, so no loss
                     metrics = dict.fromkeys(metrics) | counts
                 used, dropped = used + counts["objects_used"], dropped + counts["objects_dropped"]
                 if not warned and dropped >= max(5, (used + dropped) / 10):
                     warned = True
                     say(
-                        f"warning: {dropped} of {used + dropped} objects were left out so far: "
-                        f"{too_small(prepare)}"
+                        f"warning: {dropped} of {used + dropped} objects have been left out so "
+                        f"far: {too_small(prepare)}"
                     )
                 due = step % config.eval_every == 0 or step == config.steps
                 if due and held_out is not None:
@@ -232,7 +235,7 @@ def run(config: Config) -> int:
     for name, chosen in {"model": state, "best": best if held_out else None}.items():
         if chosen and not is_written(output, name, config.steps):
             tuned = sharding.merge_on_host(chosen.result, rest, mesh=mesh)
-            if is_first:  # of fewer steps
+            if is_first:  # remove a result of fewer steps
                 shutil.rmtree(output / name, ignore_errors=True)
             multihost_utils.sync_global_devices(f"may write {name}")
             if is_first and config.train == "lora":
@@ -265,17 +268,17 @@ class Interrupts:
         self.received = number
         signal.signal(number, signal.SIG_DFL)
         # Not `print`, which the signal may have interrupted.
-        os.write(2, b"\nfinetune: stopping after this step; once more stops at once\n")
+        os.write(2, b"\nfinetune: stopping after this step; press again to stop immediately\n")
 
 
 def say(text: str) -> None:
-    """A line for whoever watches, from the first host."""
+    """Prints a line to stderr, on the first host only."""
     if jax.process_index() == 0:
         tqdm.write(f"finetune: {text}", file=sys.stderr)
 
 
 def is_written(output: Path, name: str, steps: int) -> bool:
-    """Whether a result is there and of so many steps: a run may have been extended."""
+    """Whether a result with this number of steps exists; a run may have been extended."""
     try:
         return (output / name).exists() and read_json(output / SUMMARY)["steps"] == steps
     except (OSError, ValueError, TypeError, KeyError):  # killed before it was written, or damaged
@@ -283,10 +286,10 @@ def is_written(output: Path, name: str, steps: int) -> bool:
 
 
 def summarize(lines: list[dict]) -> dict:
-    """What a run came to, from the lines of its `metrics.jsonl`: objects, and before and after.
+    """Summarizes the lines of `metrics.jsonl`: numbers of objects, and metrics before and after.
 
-    With held-out images these are the first and the last evaluation, without them the means over
-    the first and the last tenth of the steps.
+    With held-out images, these are the first and the last evaluation; otherwise, the means over the
+    first and the last tenth of the steps.
     """
     evaluated = [line for line in lines if "miou@1" in line]
     learned = [line for line in lines if line.get("loss") is not None]
@@ -309,7 +312,7 @@ def summarize(lines: list[dict]) -> dict:
 
 
 def describe(summary: dict, prepare: ExampleTransform) -> list[str]:
-    """The summary in lines to read."""
+    """The summary as lines of text."""
     used, dropped = summary["objects_used"], summary["objects_dropped"]
     lines = [f"objects: {used} used, {dropped} dropped"]
     if dropped:
@@ -322,13 +325,13 @@ def describe(summary: dict, prepare: ExampleTransform) -> list[str]:
 
 
 def check(config: Config):
-    """What can be said of the options alone is said before pictures are encoded, which takes long.
+    """Checks the options before images are encoded, which takes long.
 
     Raises:
-        ValueError: for what cannot be, or would change nothing.
+        ValueError: if options are invalid or would have no effect.
     """
     if min(config.steps, config.eval_every, config.batch_size) < 1:
-        raise ValueError("--steps, --eval-every and --batch-size have to be at least 1")
+        raise ValueError("--steps, --eval-every and --batch-size must be at least 1")
     check_recipe(config.recipe)
     parts = {"devices": jax.device_count(), "parts of --accumulate": config.recipe.accumulate}
     for name, count in parts.items():
@@ -342,7 +345,7 @@ def check(config: Config):
     for name, given in options.items():
         if given and keeps_encoder(config):
             raise ValueError(
-                f"{name} is for an image encoder that trains, by --train lora or everything"
+                f"{name} requires a trained image encoder: --train lora or --train everything"
             )
 
 
@@ -352,7 +355,7 @@ def keeps_encoder(config: Config) -> bool:
 
 
 def keep_run_settings(model, config: Config):
-    """Compares the options with those that the run began with, or writes them for a new one."""
+    """Compares the options with those of the run so far, or writes them for a new run."""
     settings = dataclasses.asdict(config) | config.recipe._asdict() | config.optimizer._asdict()
     if Path(config.model).exists():
         settings["model"] = Path(config.model)
@@ -364,24 +367,24 @@ def keep_run_settings(model, config: Config):
     has_checkpoint = any(path.name.isdigit() for path in config.output.glob("checkpoints/*"))
     result = config.output / "model"
     if not has_checkpoint and result.exists():
-        raise ValueError(f"{result} is there already, but no run of it; choose another --output")
+        raise ValueError(f"{result} exists already without its run; choose another --output")
     try:
         check_or_write_settings(config.output / "settings.json", settings, has_checkpoint)
     except ValueError as error:
         raise ValueError(
-            f"{error}. Choose another --output; to train this run's result further, once it is "
-            f"finished, also say --model {result}. (Only --schedule constant, from the beginning, "
-            "lets a run be extended to more --steps.)"
+            f"{error}. Choose another --output. To train this run's result further, wait until it "
+            f"is finished and add --model {result}. (Only runs with --schedule constant from the "
+            "beginning can be extended to more --steps.)"
         ) from error
 
 
 def normalize(value) -> str:
-    """A setting as it is compared: a path is the same from wherever one says it."""
+    """A setting in comparable form; paths are absolute."""
     return str(value.resolve() if isinstance(value, Path) else value)
 
 
 def build_trainable(model, config: Config):
-    """The model, with adapters if they are asked for, and the table of what trains."""
+    """The model, with adapters for --train lora, and the table of what trains."""
     if config.train == "lora":
         layers = r"image_encoder\..*\.(qkv|proj)"
         model = add_lora(model, layers, rank=config.lora_rank, rngs=nnx.Rngs(config.seed))
@@ -391,7 +394,7 @@ def build_trainable(model, config: Config):
 
 
 def preparation(model_config: SamConfig, config: Config) -> ExampleTransform:
-    """What gives pictures and masks the shape that a step takes."""
+    """The transform that brings images and masks into the shapes of a step."""
     size = model_config.image_size if config.full_resolution else model_config.mask_size
     return ExampleTransform(
         model_config,
@@ -403,7 +406,7 @@ def preparation(model_config: SamConfig, config: Config) -> ExampleTransform:
 
 
 def sources(config: Config):
-    """Images to train on, and held-out ones or None."""
+    """The training dataset, and the held-out dataset or None."""
     source, held_out = (
         open_annotations(
             config.annotations, config.images, on_bad_annotation=config.on_bad_annotation
@@ -418,10 +421,10 @@ def sources(config: Config):
 
 
 def with_embeddings(source, held_out, model, config: Config):
-    """The sources, with embeddings on disk where that saves time."""
+    """The datasets, with embeddings on disk if that saves time."""
     if not (config.cache and keeps_encoder(config)):
         return source, held_out
-    # The encoder does not change: a picture that comes again, and as it was, is encoded once.
+    # The encoder is frozen, so an image that is used again unchanged needs encoding only once.
     augments = config.flip > 0 or config.scale_range is not None
     comes_again = not augments and config.steps * config.batch_size > len(source)
     chosen = [source if comes_again else None, held_out]
@@ -435,7 +438,7 @@ def with_embeddings(source, held_out, model, config: Config):
 
 
 def evaluate_and_log(model, held_out, log: MetricsLog, step: int) -> dict[str, float]:
-    """What `evaluate` finds; what it looks like goes to the log."""
+    """Evaluates the model, and logs an image of its masks."""
     log.log_image(step, draw_clicks(model, held_out))
     hidden = jax.process_index() > 0
     with tqdm(desc="evaluating", total=len(held_out), leave=False, disable=hidden) as bar:
@@ -443,23 +446,23 @@ def evaluate_and_log(model, held_out, log: MetricsLog, step: int) -> dict[str, f
 
 
 def terminate(number, _):
-    """SIGTERM outside the loop stops as Ctrl-C does, so that temporary files go."""
+    """Makes SIGTERM outside the loop act like Ctrl-C, so that temporary files are removed."""
     raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminate)
     warnings.formatwarning = lambda message, *_: f"finetune: warning: {message}\n"
-    # Orbax's threads each print a traceback of what is raised, and said, below.
+    # Orbax's threads would print tracebacks of errors that are reported below.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
     try:
         sys.exit(main(tyro.cli(Config, description=__doc__.splitlines()[0])))
     except KeyboardInterrupt as error:
-        print("finetune: stopped; rerun the same command to go on", file=sys.stderr, flush=True)
+        print("finetune: stopped; rerun the same command to resume", file=sys.stderr, flush=True)
         os._exit(128 + (error.args[0] if error.args else signal.SIGINT))
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"finetune: {error}", file=sys.stderr, flush=True)
-        # At once: on several hosts, leaving in order would wait for the others, which wait for us.
+        # Exit immediately: a regular exit would wait for the other hosts, which wait for this one.
         os._exit(1)

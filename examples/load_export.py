@@ -1,9 +1,9 @@
-"""A mask from a picture and a click, by what `sam-jax export` wrote for JAX. Needs no sam_jax.
+"""Segments an image from a click with the JAX programs of `sam-jax export`, without sam_jax.
 
     sam-jax export mobile_sam --output exported
     python examples/load_export.py exported photo.jpg 450 600
 
-writes `mask.png`. What it needs: jax, flatbuffers, numpy, pillow, safetensors.
+This writes `mask.png`. It needs jax, flatbuffers, numpy, pillow and safetensors.
 """
 
 import json
@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
-# Not all that Pillow reads: for EPS, whatever the file is called, it would run Ghostscript.
+# Not all of Pillow's formats: for EPS, whatever the file's name, it would run Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 
 
 def load(folder: Path):
-    """The folder's settings, and its encoder and decoder as compiled functions of arrays."""
+    """The folder's settings, and its encoder and decoder as compiled functions."""
     config = json.loads((folder / "config.json").read_text())
     params = jax.device_put(load_file(folder / "params.safetensors"))
 
@@ -33,8 +33,8 @@ def load(folder: Path):
     return config, program("encoder"), program("decoder")
 
 
-def prepare(image: Image.Image, config) -> tuple[np.ndarray, tuple[int, int]]:
-    """Pixels as the encoder takes them, and (height, width) of the resized picture in them."""
+def preprocess(image: Image.Image, config) -> tuple[np.ndarray, tuple[int, int]]:
+    """The encoder's input, and (height, width) of the resized image in it."""
     size = config["image_size"]
     width, height = size, size
     if config["resize"] == "longest_side":
@@ -48,15 +48,15 @@ def prepare(image: Image.Image, config) -> tuple[np.ndarray, tuple[int, int]]:
     return pixels, (height, width)
 
 
-def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") -> None:
-    """Segments what is at pixel (x, y) of the picture."""
+def main(folder: str, path: str, x: str, y: str, output: str = "mask.png") -> None:
+    """Segments the object at pixel (x, y) of the image."""
     config, encoder, decoder = load(Path(folder))
-    image = Image.open(picture, formats=FORMATS)
-    if ";16" in str(image.tile):  # to RGB it would be clipped, or keep the high byte
-        sys.exit(f"{picture} has 16 bits per channel, expected 8")
+    image = Image.open(path, formats=FORMATS)
+    if ";16" in str(image.tile):  # conversion to RGB would clip it or keep the high byte
+        sys.exit(f"{path} has 16 bits per channel, expected 8")
     image = ImageOps.exif_transpose(image).convert("RGB")
-    pixels, (height, width) = prepare(image, config)
-    embedding = encoder(pixels)  # once per picture
+    pixels, (height, width) = preprocess(image, config)
+    embedding = encoder(pixels)  # once per image
 
     # A click on the object (1); a list without a box ends with "not a point" (-1).
     click = [float(x) * width / image.width, float(y) * height / image.height]
@@ -64,7 +64,7 @@ def main(folder: str, picture: str, x: str, y: str, output: str = "mask.png") ->
     labels = np.array([[[1, -1]]], np.int32)
     masks, scores = decoder(embedding, points, labels)
 
-    # The first mask is for unambiguous prompts; one click is not: the best of the others.
+    # One click is ambiguous: take the best mask except for the first, which is for other prompts.
     best = 1 + int(scores[0, 0, 1:].argmax())
     size = config["image_size"]
     logits = masks[0, 0, best]

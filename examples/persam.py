@@ -1,11 +1,11 @@
-"""One object, shown once, found in another picture: PerSAM without training (Zhang et al. 2023).
+"""Finds an object from one image in another: PerSAM without training (Zhang et al. 2023).
 
     python examples/persam.py
 
-Takes the default model (MobileSAM) and two pictures of a motorcycle from scikit-image, the second
-one mirrored, and writes `persam.png`. How alike each place of a picture is to the object guides the
-decoder in three ways: a point where it is most alike and one where it is least, attention that
-looks there first, and the object's embedding added to the tokens.
+Uses the default model (MobileSAM) and two images of a motorcycle from scikit-image, the second one
+mirrored. Writes `persam.png`. The similarity of each position of an image to the object guides the
+decoder in three ways: points at the most and the least similar position, attention weighted by the
+similarity, and the object's embedding added to the tokens.
 """
 
 from pathlib import Path
@@ -20,18 +20,18 @@ from sam_jax.visualize import show_box, show_mask, show_points
 
 
 def embed(model: Sam, image: np.ndarray) -> np.ndarray:
-    """The image embedding as the model keeps it, channels first [1, 256, 64, 64]."""
+    """The image embedding, channels first [1, 256, 64, 64]."""
     pixels = SamProcessor(model.config)(image)["pixel_values"]
     return np.asarray(model.get_image_embeddings(pixels))
 
 
 def cells(model: Sam, embedding: np.ndarray) -> np.ndarray:
-    """Of each place of the grid [64, 64, 256]; without the early layer that a SAM-HQ adds."""
+    """The embedding by grid position [64, 64, 256], without the early layer that SAM-HQ appends."""
     return np.moveaxis(embedding[0, : model.config.prompt_embed_dim], 0, -1)
 
 
 def object_embedding(model: Sam, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The mean embedding [256] of what the mask [h, w] covers."""
+    """The mean embedding [256] of the area of the mask [h, w]."""
     size, grid = model.config.image_size, model.config.image_embedding_size
     shape = SamProcessor(model.config).input_size(mask.shape)
     covered = np.asarray(jax.image.resize(mask.astype(np.float32), shape, "linear"))
@@ -41,13 +41,13 @@ def object_embedding(model: Sam, image: np.ndarray, mask: np.ndarray) -> np.ndar
 
 
 def similarity(embedding: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The cosine of the target [c] and each place of an image embedding [g, g, c]."""
+    """The cosine similarity of the target [c] and each position of an embedding [g, g, c]."""
     norms = np.linalg.norm(embedding, axis=-1) * np.linalg.norm(target)
     return embedding @ target / norms
 
 
 def enlarge(model: Sam, alike: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The similarity [g, g] at each pixel of a picture of `size`, (h, w), as masks are enlarged."""
+    """Resizes the similarity [g, g] to an image of `size` (h, w), as masks are resized."""
     processor, side = SamProcessor(model.config), model.config.mask_size
     logits = jax.image.resize(alike, (side, side), "linear")[None, None, None]
     inputs = [processor.input_size(size)]
@@ -55,18 +55,18 @@ def enlarge(model: Sam, alike: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def find(model: Sam, image: np.ndarray, target: np.ndarray):
-    """The object's mask [h, w] in another picture; two clicks [2, 2]; the similarity [g, g]."""
+    """The object's mask [h, w] in another image, two clicks [2, 2], and the similarity [g, g]."""
     processor, size = SamProcessor(model.config), image.shape[:2]
     embedding = embed(model, image)
     alike = similarity(cells(model, embedding), target)
 
-    # Location prior: the most and the least similar place, in pixels of the picture.
+    # Location prior: the most and the least similar position, in pixels of the image.
     full = enlarge(model, alike, size)
     clicks = [np.unravel_index(i, size)[::-1] for i in (full.argmax(), full.argmin())]
     points, labels = np.array(clicks, np.float32), np.array([1, 0])
 
-    # Target-guided attention and target-semantic prompting. (The original stretches the picture's
-    # part of the similarity over the grid; here each place keeps its own.)
+    # Target-guided attention and target-semantic prompting. (The original stretches the similarity
+    # without padding over the whole grid; here each position keeps its own.)
     cell = model.config.image_size // model.config.image_embedding_size
     height, width = (-(-n // cell) for n in processor.input_size(size))
     inside = alike[:height, :width]  # the rest is padding
@@ -94,7 +94,7 @@ def find(model: Sam, image: np.ndarray, target: np.ndarray):
 
 
 def main(output: Path = Path("persam.png")) -> tuple[np.ndarray, np.ndarray]:
-    """Shows an object in one picture, finds it in the other, and draws both."""
+    """Marks an object in one image, finds it in the other, and draws both."""
     left, right, _ = skimage.data.stereo_motorcycle()
     other = np.ascontiguousarray(right[:, ::-1])
     model = from_pretrained("mobile_sam")

@@ -1,9 +1,9 @@
-"""README's story on a real photo: a point, a correction, a box, many prompts at once.
+"""Segments a photo by a point, a correction, a box, and many prompts at once.
 
     python examples/quickstart.py
 
-Takes the default model (MobileSAM) and a photo from scikit-image. Writes the photo,
-`astronaut.png`, and what was found on it, `quickstart.png`.
+Uses the default model (MobileSAM) and a photo from scikit-image. Writes the photo to
+`astronaut.png` and the results to `quickstart.png`.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from sam_jax.visualize import COLORS, show_box, show_mask, show_points
 
 
 def main(output: Path = Path("quickstart.png")) -> None:
-    """Segments the photo in four ways and draws them."""
+    """Segments the photo in four ways and draws the results."""
     image = skimage.data.astronaut()  # 512 x 512, RGB
     Image.fromarray(image).save(output.with_name("astronaut.png"))
     predictor = SamPredictor(from_pretrained("mobile_sam"))
@@ -29,7 +29,7 @@ def main(output: Path = Path("quickstart.png")) -> None:
         ax.imshow(image)
         ax.axis("off")
 
-    # One point is ambiguous: three candidates, of which the one with the best score is drawn.
+    # One point is ambiguous: of the three candidates, draw the one with the highest score.
     points, labels = [[100, 300]], [1]
     masks, scores, logits = predictor.predict(points, labels)
     best = scores.argmax()
@@ -37,16 +37,16 @@ def main(output: Path = Path("quickstart.png")) -> None:
     show_points(points, labels, axes[0])
     axes[0].set_title(f"one point (predicted IoU {scores[best]:.2f})")
 
-    # A correction: the chosen mask's logits, and one more point on what was missing.
+    # A correction: give the chosen mask's logits and another point, on the missing part.
     points, labels = [[100, 300], [225, 45]], [1, 1]
     masks, scores, _ = predictor.predict(
         points, labels, mask_input=logits[best][None], multimask_output=False
     )
     show_mask(masks[0], axes[1])
     show_points(points, labels, axes[1])
-    axes[1].set_title(f"corrected: the head, too ({scores[0]:.2f})")
+    axes[1].set_title(f"corrected, with the head ({scores[0]:.2f})")
 
-    # A box is seldom ambiguous: one mask will do.
+    # A box is rarely ambiguous: one mask is enough.
     box = [280, 345, 511, 511]
     masks, scores, _ = predictor.predict(box=box, multimask_output=False)
     show_mask(masks[0], axes[2], color=COLORS[1])

@@ -1,4 +1,4 @@
-"""Arrays of any library as numpy's: whatever has `__array__` or DLPack, and lists of such."""
+"""Converts arrays of any library with `__array__` or DLPack, and lists of them, to numpy arrays."""
 
 import contextlib
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from PIL import Image
 
 from sam_jax.decoders import check_decoder
 
-# JAX declares it as a variable, which type checkers do not take for a type.
+# JAX declares it as a variable, which type checkers do not accept as a type.
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
-# For type checkers alone. At run time the functions check values themselves, and say what to do.
+# Only for type checkers. At run time, functions check values themselves and give advice.
 if TYPE_CHECKING:
 
     class _HasArray(Protocol):
@@ -34,23 +34,23 @@ else:
 
 
 def is_array(value: Any) -> bool:
-    """Whether it is an array of some library: it has `__array__` or DLPack."""
+    """Whether the value is an array of some library, with `__array__` or DLPack."""
     return hasattr(value, "__array__") or hasattr(value, "__dlpack__")
 
 
 def as_numpy(value: Any, name: str) -> np.ndarray:
-    """An array, or nested lists of numbers or arrays, as a numpy array of its own dtype.
+    """Converts an array, or nested lists of numbers or arrays, to a numpy array of the same dtype.
 
-    A tensor of PyTorch leaves its gradient behind. A PIL image is an array, too.
+    PyTorch tensors are detached. PIL images count as arrays.
 
     Raises:
-        TypeError: for an array that cannot be read from here, such as one on a GPU of PyTorch.
-        ValueError: for lists of different lengths, and as `check_decoder`.
+        TypeError: if the array cannot be read, such as a PyTorch tensor on a GPU.
+        ValueError: if lists have different lengths, or as in `check_decoder`.
     """
     if isinstance(value, jax.Array):
         return jax.device_get(value)  # an explicit transfer, which `jax.transfer_guard` allows
     if isinstance(value, Image.Image):
-        check_decoder(value)  # numpy would decode it, whatever that runs
+        check_decoder(value)  # numpy would decode it, and so might run a program
         return np.asarray(value)
     if _is_list(value):
         return np.asarray([as_numpy(v, name) if _holds_array(v) else v for v in value])
@@ -60,7 +60,7 @@ def as_numpy(value: Any, name: str) -> np.ndarray:
         value = value.detach() if hasattr(value, "detach") else value
         return np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
     except (TypeError, RuntimeError, BufferError) as error:
-        if hasattr(value, "__dlpack__"):  # of a dtype that JAX has and numpy lacks: bfloat16
+        if hasattr(value, "__dlpack__"):  # its dtype may be bfloat16, which JAX has and numpy lacks
             with contextlib.suppress(Exception):
                 value = value.contiguous() if hasattr(value, "contiguous") else value
                 return jax.device_get(jnp.from_dlpack(value))
@@ -71,17 +71,17 @@ def as_numpy(value: Any, name: str) -> np.ndarray:
 
 
 def as_array(value: Any, name: str) -> np.ndarray | jax.Array:
-    """The array itself if it is numpy's or JAX's, which may be traced; others as numpy's.
+    """The array itself if it is a numpy or JAX array (also traced); others as numpy arrays.
 
     Raises:
-        TypeError: for anything else, also for lists.
+        TypeError: if it is not an array; lists are not accepted.
     """
     if isinstance(value, (np.ndarray, jax.Array)):
         return value
     if not is_array(value):
         raise TypeError(
-            f"{name} are a {type(value).__name__}, expected an array: numpy's, JAX's, PyTorch's on "
-            "a CPU, or another with __array__ or DLPack"
+            f"{name} are a {type(value).__name__}, expected an array of numpy, JAX, PyTorch (on a "
+            "CPU), or another library with __array__ or DLPack"
         )
     return as_numpy(value, name)
 
@@ -93,5 +93,5 @@ def _holds_array(value: Any) -> bool:
 
 
 def _is_list(value: Any) -> bool:
-    """Whether numpy would look into it for numbers, arrays and images."""
+    """Whether numpy would iterate over it to find numbers, arrays and images."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))

@@ -24,7 +24,7 @@ COMMANDS = {function.__name__: command for command, function in _FUNCTIONS.items
 
 
 def main() -> None:
-    """Runs the command; errors of the user go to stderr in one line, with exit code 1."""
+    """Runs the command; user errors are printed to stderr in one line, with exit code 1."""
     args = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="sam-jax", description="Segment Anything in JAX."
     )

@@ -1,4 +1,4 @@
-"""What a SAM is made of: frozen dataclasses, the published sizes, and Hugging Face's `config.json`.
+"""The configuration of a SAM as frozen dataclasses, and the published sizes.
 
 Field names are those of Meta's `segment_anything`; the defaults of each class are ViT-B's.
 """
@@ -12,17 +12,17 @@ from typing import Any, Literal, get_args, get_origin
 from sam_jax.idioms import WithAdvice
 
 Preprocessing = Literal["medsam"]
-# The largest number, and the most layers or outputs, that a configuration may have: more than any
-# model's, and few enough for one from a forged file to be compared with the tensors in seconds.
+# The largest number, and the largest number of layers or outputs, in a configuration: more than any
+# model has, and few enough to compare a forged file's configuration with its tensors in seconds.
 MAX_SIZE, _MOST_LAYERS = 65_536, 128
 _LAYERS = ("depth", "depths", "transformer_depth", "iou_head_depth", "num_multimask_outputs")
 
 
 def _check_types(config: Any) -> None:
-    """Raises ValueError for the first field whose value is not of its type, or too large.
+    """Raises ValueError for the first field whose value has the wrong type or is too large.
 
-    Integers are positive. Configurations are read from files, and a wrong value would come to light
-    far from there.
+    Integers must be positive. Configurations are read from files; without this check, a wrong value
+    would cause an error far from there.
     """
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -36,11 +36,11 @@ def _check_types(config: Any) -> None:
 
 
 def fits(value: Any, hint: Any, least: int = 1, most: int = MAX_SIZE) -> bool:
-    """Whether a value is of the type, and not too large."""
+    """Whether a value has the type and is within the limits."""
     if hint is int:
         return type(value) is int and least <= value <= most
     if hint is float:
-        return type(value) in (int, float) and abs(value) <= most  # which NaN is not
+        return type(value) in (int, float) and abs(value) <= most  # False for NaN
     if get_origin(hint) is tuple:
         kind = get_args(hint)[0]
         return isinstance(value, tuple) and all(fits(v, kind, 0, most) for v in value)
@@ -90,7 +90,7 @@ class ViTConfig:
 
     @property
     def early_dim(self) -> int:
-        """Channels of the layer that SAM-HQ looks at, the first block with global attention."""
+        """Channels of the layer that SAM-HQ also uses, the first block with global attention."""
         return self.embed_dim
 
     @property
@@ -103,7 +103,7 @@ class ViTConfig:
 class TinyViTConfig:
     """MobileSAM's image encoder (`TinyViT`): one stage of MBConv blocks, three of attention.
 
-    A tuple has one number for each stage.
+    Each tuple has one number per stage.
     """
 
     embed_dims: tuple[int, ...] = (64, 128, 160, 320)
@@ -111,25 +111,25 @@ class TinyViTConfig:
     depths: tuple[int, ...] = (2, 2, 6, 2)
     """Number of blocks of each stage."""
     num_heads: tuple[int, ...] = (2, 4, 5, 10)
-    """Attention heads of each stage; the first has no attention, and its number is not used."""
+    """Attention heads of each stage; the first stage has no attention and ignores its number."""
     window_sizes: tuple[int, ...] = (7, 7, 14, 7)
-    """Side of each stage's attention windows; likewise."""
+    """Side of each stage's attention windows; the first stage ignores its number."""
     mlp_ratio: float = 4.0
     """Hidden channels of an MLP, as a multiple of its stage's channels."""
     mbconv_expand_ratio: float = 4.0
-    """Hidden channels of an MBConv block, likewise."""
+    """Hidden channels of an MBConv block, as a multiple of its stage's channels."""
     stem_stride: int = 2
     """Stride of each of the stem's two convolutions: 2 (3 x 3 pixels), or 1 (1 x 1) for LiteMedSAM,
-    whose images are four times as small."""
+    whose images have a quarter of the side."""
     num_classes: int | None = 1000
-    """Outputs of the classifier; None if the checkpoint has none."""
+    """Outputs of the classifier; None if the checkpoint does not have one."""
 
     def __post_init__(self):
         _check_types(self)
         if self.stem_stride not in (1, 2):
             raise ValueError(f"stem_stride is {self.stem_stride}, expected 1 or 2")
-        # The first stage has no attention: its heads and its window do not count. The stem's first
-        # convolution has half of the first stage's channels.
+        # The first stage has no attention, so its heads and window are ignored. The stem's first
+        # convolution has half as many channels as the first stage.
         for name, first, least in (
             ("embed_dims", 0, 2),
             ("depths", 0, 1),
@@ -146,7 +146,7 @@ class TinyViTConfig:
             if dim % heads:
                 raise ValueError(
                     f"embed_dims is {self.embed_dims} and num_heads is {self.num_heads}, expected "
-                    f"multiples of the heads, which {dim} is not of {heads}"
+                    f"multiples of the heads, but {dim} is not a multiple of {heads}"
                 )
         ratios = self.mlp_ratio, self.mbconv_expand_ratio
         if min(ratios) * min(self.embed_dims) < 1 or max(ratios) * max(self.embed_dims) > MAX_SIZE:
@@ -158,18 +158,18 @@ class TinyViTConfig:
 
     @property
     def early_dim(self) -> int:
-        """Channels of the layer that SAM-HQ looks at, the output of the second stage."""
+        """Channels of the layer that SAM-HQ also uses, the output of the second stage."""
         return self.embed_dims[2]
 
     @property
     def patch_size(self) -> int:
-        """Pixels per position of the embedding: the first two stages halve the grid once each."""
+        """Pixels per embedding position: the first two stages also halve the grid, once each."""
         return 4 * self.stem_stride**2
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptEncoderConfig:
-    """Points, boxes and masks to tokens (`PromptEncoder`)."""
+    """The prompt encoder (`PromptEncoder`)."""
 
     mask_in_chans: int = 16
     """Channels of a mask prompt before the last convolution."""
@@ -178,7 +178,7 @@ class PromptEncoderConfig:
 
     def __post_init__(self):
         _check_types(self)
-        if self.mask_in_chans < 4:  # the first convolution has a fourth of them
+        if self.mask_in_chans < 4:  # the first convolution has a quarter of them
             raise ValueError(f"mask_in_chans is {self.mask_in_chans}, expected at least 4")
 
 
@@ -193,7 +193,7 @@ class MaskDecoderConfig:
     mlp_dim: int = 2048
     """Hidden channels of the blocks' MLPs."""
     attention_downsample_rate: int = 2
-    """How many times fewer channels attention between tokens and image has."""
+    """Factor by which attention between tokens and image reduces the channels."""
     num_multimask_outputs: int = 3
     """Masks for an ambiguous prompt; one more is for unambiguous prompts."""
     iou_head_depth: int = 3
@@ -202,7 +202,7 @@ class MaskDecoderConfig:
     """Hidden channels of that head."""
     layer_norm_eps: float = 1e-5
     """Epsilon of `norm1` to `norm4` of the two-way blocks: 1e-5 in Meta's code, 1e-6 in Hugging
-    Face's. The final norm has 1e-5 in both."""
+    Face's. The final norm uses 1e-5 in both."""
 
     def __post_init__(self):
         _check_types(self)
@@ -231,13 +231,13 @@ class SamConfig(WithAdvice):
     """A pixel is in a mask if its logit is above this."""
     resize: str = "longest_side"
     """How images are resized: "longest_side", then padded to the square, or "square", which changes
-    their proportions."""
+    their aspect ratio."""
     normalization: str = "statistics"
     """How pixels are normalized: "statistics", by `pixel_mean` and `pixel_std`, or "min_max", for
-    medical images: an image's smallest value becomes 0 and its largest 1."""
+    medical images: each image's smallest value becomes 0 and its largest 1."""
     hq: bool = False
-    """Whether it is a SAM-HQ (Ke et al. 2023), whose decoder has one more token and also reads an
-    early layer of the image encoder: image embeddings have its channels after their own."""
+    """Whether it is a SAM-HQ (Ke et al. 2023), whose decoder has one more token and also uses an
+    early layer of the image encoder; its channels are appended to the image embedding."""
 
     def __post_init__(self):
         _check_types(self)
@@ -251,7 +251,7 @@ class SamConfig(WithAdvice):
                 raise ValueError(
                     f"{name} is {short(getattr(self, name))}, expected {' or '.join(known)}"
                 )
-        # Half of them are sines, and the decoder's masks have an eighth of them.
+        # Half of the channels are sines, and the decoder's masks have an eighth of the channels.
         if self.prompt_embed_dim % 2 or self.prompt_embed_dim < 8:
             raise ValueError(
                 f"prompt_embed_dim is {self.prompt_embed_dim}, expected an even number of at least "
@@ -284,7 +284,7 @@ class SamConfig(WithAdvice):
 
     @property
     def image_embedding_channels(self) -> int:
-        """Channels of an image embedding: 256, and for SAM-HQ those of an early layer besides."""
+        """Channels of an image embedding: 256, plus those of an early layer for SAM-HQ."""
         return self.prompt_embed_dim + (self.image_encoder.early_dim if self.hq else 0)
 
     @property
@@ -293,16 +293,16 @@ class SamConfig(WithAdvice):
         return 4 * self.image_embedding_size
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; `from_dict` is the inverse."""
+        """The configuration as plain JSON values; `from_dict` is the inverse."""
         kind = "vit" if isinstance(self.image_encoder, ViTConfig) else "tiny_vit"
         return {"model_type": "sam_jax", "image_encoder_type": kind, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Any) -> "SamConfig":
-        """From `to_dict`'s values, also after a trip through JSON; anything else is refused.
+        """Builds the configuration from the values of `to_dict`, also after a round trip by JSON.
 
         Raises:
-            ValueError: for a key that this version does not know, or a value that no model has.
+            ValueError: for an unknown key or an invalid value.
         """
         check_mapping(values, "config")
         values = {k: v for k, v in values.items() if k != "model_type"}
@@ -376,7 +376,7 @@ def mobile_sam() -> SamConfig:
 
 
 def lite_medsam() -> SamConfig:
-    """LiteMedSAM, for medical pictures of 256 pixels: MobileSAM, but its stem halves nothing."""
+    """LiteMedSAM, for medical images of 256 pixels: MobileSAM with stride 1 in the stem."""
     return dataclasses.replace(
         mobile_sam(),
         image_encoder=TinyViTConfig(stem_stride=1, num_classes=None),
@@ -386,10 +386,10 @@ def lite_medsam() -> SamConfig:
 
 
 def with_preprocessing(config: SamConfig, name: Preprocessing | None) -> SamConfig:
-    """The configuration with pictures prepared in another way than it says; None for as it says.
+    """The configuration with other preprocessing; None keeps it.
 
-    "medsam" is what MedSAM was trained with (Ma et al. 2024), of whose checkpoints none says so:
-    pictures are resized to a square, and their values brought to 0 to 1.
+    "medsam" is the preprocessing of MedSAM (Ma et al. 2024), which MedSAM's checkpoints do not
+    record: images are resized to a square, and their values are scaled to 0 to 1.
 
     Raises:
         ValueError: for an unknown name.

@@ -1,9 +1,9 @@
-"""Which image formats may be decoded: those of which no decoder is another program."""
+"""The image formats that may be decoded: those that Pillow decodes without running a program."""
 
 from PIL import Image, ImageFile
 
-# Formats that Pillow decodes by libraries in this process. It reads others by running programs: EPS
-# by Ghostscript, whatever the file is called.
+# Formats that Pillow decodes in this process. For others it runs programs, such as Ghostscript for
+# EPS, whatever the file's name.
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI"),
     *("SGI", "TGA", "TIFF", "WEBP"),
@@ -11,14 +11,15 @@ FORMATS = (
 
 
 class DecoderError(ValueError):
-    """An image of a format that may not be decoded."""
+    """The image has a format that may not be decoded."""
 
 
 def check_decoder(image: Image.Image) -> None:
-    """Refuses a PIL image whose pixels a program would have to decode.
+    """Rejects a PIL image that only another program could decode.
 
     Raises:
-        DecoderError: for a file that was opened, but not read, of another format than `FORMATS`.
+        DecoderError: if the image is an opened file that is not decoded yet and whose format is not
+            one of `FORMATS`.
     """
     is_file = isinstance(image, ImageFile.ImageFile)
     is_decoded = is_file and not image.tile and not isinstance(image, ImageFile.StubImageFile)

@@ -1,10 +1,10 @@
-"""Exceptions, and how their messages show names from files."""
+"""Exceptions, and helpers for names from files in their messages."""
 
 import contextlib
 import itertools
 from collections.abc import Collection, Iterator
 
-# The packages of each extra that sam_jax imports, or that those import when they are used.
+# For each extra, the packages that sam_jax imports, or that these import when they are used.
 EXTRAS = {
     "demo": ("starlette", "uvicorn"),
     "onnx": ("onnx",),
@@ -18,16 +18,16 @@ class NonFiniteError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: what it is, what was expected, what to do."""
+    """A checkpoint that cannot be used; says what was found, what was expected and what to do."""
 
 
 class MissingExtra(ImportError):
-    """An optional package is not installed; the message says which command installs it."""
+    """An optional package is not installed; the message has the command that installs it."""
 
 
 @contextlib.contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Around the import of an extra's packages, which raises MissingExtra if one is missing."""
+    """Context for importing an extra's packages; raises MissingExtra if one is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -40,11 +40,11 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 
 def clip(name: str) -> str:
-    """A name from a file for a message: some have megabytes."""
+    """Shortens a name from a file for a message: some have megabytes."""
     return name if len(name) <= 200 else f"{name[:90]}...{name[-90:]}"
 
 
 def listed(names: Collection[str]) -> str:
-    """The first ten names, and how many more there are."""
+    """The first ten names and the number of others."""
     first = ", ".join(map(clip, itertools.islice(names, 10)))
     return f"{first} and {len(names) - 10} more" if len(names) > 10 else first

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, folders of one run at a time, and JSON."""
+"""Atomic writes of files and folders, folders locked by one run, and JSON."""
 
 import contextlib
 import fcntl
@@ -25,18 +25,18 @@ _MAX_JSON_BYTES, _MAX_JSON_DEPTH = 4 * 2**30, 100
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a path to write a file or a folder to, which then takes the place of `path`.
+    """Yields a path to write a file or a folder to, which then replaces `path`.
 
-    On an exception nothing is left behind, and an OSError, such as of a full disk, names `path` if
-    it names no file. What a killed process leaves is removed by the next one
-    that writes to the same folder. An existing folder is never replaced, unless it is empty.
+    On an exception nothing is left behind; an OSError without a file name, such as for a full disk,
+    gets `path` as its name. The next process that writes to the same folder removes what a killed
+    process leaves behind. An existing folder is only replaced if it is empty.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path.parent) as folder:
         temporary = folder / path.name
         with _naming(path):
             yield temporary
-            # On the disk before it has its name: a power failure leaves nothing half either.
+            # Sync before renaming, so that a power failure cannot leave a partial file either.
             for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
                 if file.is_file():
                     with file.open("rb") as opened:
@@ -46,7 +46,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """An OSError in here that names no file, such as of a full disk, names this one."""
+    """Adds this path to an OSError without a file name, such as for a full disk."""
     try:
         yield
     except OSError as error:
@@ -57,9 +57,9 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A hidden folder in `parent`, locked while it is used, so that others can tell it is alive.
+    """A hidden folder in `parent`, locked while in use so that other processes do not remove it.
 
-    It is removed at the end; what a killed process leaves, by the next one's first.
+    It is removed at the end. Folders of killed processes are removed at the start.
     """
     remove_leftovers(parent)
     while True:
@@ -75,7 +75,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def _lock_new(folder: Path) -> int | None:
-    """Locks a folder; None if another process takes it for a leftover, before it is locked."""
+    """Locks a folder; None if another process took it for a leftover before it was locked."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
@@ -94,14 +94,14 @@ def _lock_new(folder: Path) -> int | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes temporary folders in `folder` whose process is gone, once in this process."""
+    """Removes temporary folders of killed processes from `folder`, once per process."""
     _remove_leftovers(folder.absolute())
 
 
 @functools.cache
 def _remove_leftovers(folder: Path) -> None:
     for leftover in folder.glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(OSError):  # alive, or another process removes it too
+        with contextlib.suppress(OSError):  # in use, or being removed by another process
             descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,13 +112,13 @@ def _remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keeps `folder`, which is made if need be, for this run alone.
+    """Locks `folder` for this run, and creates it if needed.
 
-    The lock is the operating system's, on a hidden file that says who holds it: it ends with its
-    process, so a killed run leaves none that holds.
+    The operating system's lock on a hidden file, which names the process that holds it, ends with
+    the process: a killed run does not leave the folder locked.
 
     Raises:
-        FolderInUseError: if another run works in the folder; the message says which.
+        FolderInUseError: if another run works in the folder; the message names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _LOCK
@@ -133,9 +133,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 f"another run is working in {folder} ({owner}); wait until it ends, or choose "
                 "another folder"
             ) from error
-        except OSError:  # a file system without locks: the folder is not kept, but can be used
+        except OSError:  # a file system without locks: use the folder unlocked
             pass
-        with contextlib.suppress(FileNotFoundError):  # the one before has just removed it
+        with contextlib.suppress(FileNotFoundError):  # the run before has just removed it
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break
         os.close(descriptor)
@@ -146,20 +146,20 @@ def lock_folder(folder: Path) -> Iterator[None]:
         os.pwrite(descriptor, owner.encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)  # before it is free: nobody else's is removed
+        path.unlink(missing_ok=True)  # before the lock ends: it cannot be another run's file
         os.close(descriptor)
 
 
 class FolderInUseError(ValueError):
-    """Another run works in this folder."""
+    """Another run is working in this folder."""
 
 
 def read_json(source: Path | bytes, *, max_bytes: int = _MAX_JSON_BYTES) -> Any:
-    """What a JSON file, or JSON text in UTF-8, holds.
+    """Parses a JSON file, or JSON text in UTF-8.
 
     Raises:
-        ValueError: if it is not a regular file, larger than `max_bytes`, not JSON, or nested more
-            than 100 deep.
+        ValueError: if it is not a regular file, is larger than `max_bytes`, is not JSON, or is
+            nested more than 100 levels deep.
         OSError: if the file cannot be read.
     """
     if isinstance(source, bytes):
@@ -168,11 +168,13 @@ def read_json(source: Path | bytes, *, max_bytes: int = _MAX_JSON_BYTES) -> Any:
         what, data = str(source), read_regular(source, max_bytes)
     if len(data) > max_bytes:
         raise ValueError(f"{what} has {len(data)} bytes, expected at most {max_bytes}")
-    # Outside of strings brackets are the nesting. Measured before parsing, which recurses.
+    # Brackets outside strings give the depth. It is checked first, because parsing recurses.
     brackets = _STRING.sub(b"", data).translate(_STEP, _NOT_BRACKETS)
     depth = np.cumsum(np.frombuffer(brackets, np.int8), dtype=np.int64).max(initial=0)
     if depth > _MAX_JSON_DEPTH:
-        raise ValueError(f"{what} is nested {depth} deep, expected at most {_MAX_JSON_DEPTH}")
+        raise ValueError(
+            f"{what} is nested {depth} levels deep, expected at most {_MAX_JSON_DEPTH}"
+        )
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -185,10 +187,10 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"{[}]"))
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a regular file: a pipe would wait forever, a device never end.
+    """The bytes of a regular file; reading a pipe or a device might never end.
 
     Raises:
-        ValueError: if it is not a regular file, or larger than `max_bytes`.
+        ValueError: if it is not a regular file, or is larger than `max_bytes`.
         OSError: if it cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -207,12 +209,12 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 
 def folder_size(folder: Path) -> int:
-    """The bytes of a folder's files, once it is known that reading them ends and takes no more.
+    """The total size in bytes of a folder's files, after checking that they are safe to read.
 
     Raises:
-        ValueError: if it holds anything but regular files and folders. A pipe would be waited for
-            without end; a link to a folder leads out of what is checked here; the holes of a sparse
-            file take no space on the disk, but do in memory.
+        ValueError: if it has anything but regular files and folders. Reading a pipe might never
+            end, a link to a folder leads to unchecked files, and the holes of a sparse file take
+            no space on the disk but take memory.
         OSError: if something cannot be read.
     """
     size = 0
@@ -220,7 +222,9 @@ def folder_size(folder: Path) -> int:
         if path.is_file():
             size += _size_without_holes(path)
         elif path.is_symlink() or not path.is_dir():
-            raise ValueError(f"{path} is neither a file nor a folder (nor may it link to a folder)")
+            raise ValueError(
+                f"{path} is neither a regular file nor a folder; links are not allowed"
+            )
     return size
 
 
@@ -228,7 +232,7 @@ def _size_without_holes(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         size = hole = os.fstat(descriptor).st_size
-        with contextlib.suppress(OSError):  # an empty file, or a file system that knows of no holes
+        with contextlib.suppress(OSError):  # an empty file, or a file system without sparse files
             hole = os.lseek(descriptor, 0, os.SEEK_HOLE)
     finally:
         os.close(descriptor)
@@ -238,10 +242,10 @@ def _size_without_holes(path: Path) -> int:
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
-    """Writes strict JSON, whole or not at all.
+    """Writes strict JSON atomically.
 
     Raises:
-        ValueError: for NaN and infinity, which JSON cannot hold.
+        ValueError: for NaN and infinity, which JSON does not have.
     """
     text = json.dumps(value, indent=indent, allow_nan=False)
     with atomic_write(path) as temporary:
@@ -249,10 +253,10 @@ def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
 
 
 def check_or_write_settings(file: Path, settings: dict[str, Any], has_results: bool) -> None:
-    """Writes the settings of a run, or compares them with those of its results.
+    """Writes the settings of a run, or compares them with those of earlier results.
 
     Raises:
-        ValueError: for other settings than those of the results; the message names them.
+        ValueError: if earlier results have different settings; the message names them.
     """
     settings = json.loads(json.dumps(settings))
     if not has_results:
@@ -266,28 +270,30 @@ def check_or_write_settings(file: Path, settings: dict[str, Any], has_results: b
             f"{file.parent} has results, but their {file.name} cannot be read: {error}"
         ) from error
     if other:
-        names = ", ".join(f"{k} was {earlier.get(k)!r} and is {settings.get(k)!r}" for k in other)
-        raise ValueError(f"{file.parent} has results of other settings: {names}")
+        names = ", ".join(f"{k} was {earlier.get(k)!r}, now {settings.get(k)!r}" for k in other)
+        raise ValueError(
+            f"{file.parent} already contains results made with different settings: {names}"
+        )
 
 
 def map_file(file: BinaryIO) -> memoryview:
-    """The bytes of a file, mapped."""
+    """The bytes of a file, memory-mapped."""
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def require_absent(path: str | os.PathLike) -> None:
-    """Refuses a path at which there is something already.
-
-    Raises:
-        FileExistsError: if there is.
-    """
+    """Raises FileExistsError if the path exists already."""
     if os.path.lexists(Path(path).expanduser()):
         raise FileExistsError(f"{path} exists already; choose another folder or remove it first")
 
 
 @contextmanager
 def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write to, which takes its place if nothing is raised."""
+    """Yields a folder to write to, which becomes `path` unless an exception is raised.
+
+    Raises:
+        FileExistsError: if the path exists already.
+    """
     path = Path(path).expanduser().absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:

@@ -1,6 +1,6 @@
-"""What people write who know `segment_anything`, `transformers` or PyTorch, and what to write here.
+"""What users of `segment_anything`, `transformers` and PyTorch write, and what to write here.
 
-Idioms that can work do. For the others there is advice in the error; `docs/migrating.md` lists all.
+Idioms that can work do; for others the error gives advice. `docs/migrating.md` lists all of them.
 """
 
 import functools
@@ -11,11 +11,11 @@ from typing import Any, ParamSpec, TypeVar
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-_NO_DEVICES = "leave it out: JAX computes on the GPU or TPU that is there"
-_NUMPY = "leave it out: the arrays are numpy's, which the model takes and moves itself"
+_NO_DEVICES = "leave it out: JAX uses the GPU or TPU by itself"
+_NUMPY = "leave it out: the model moves these numpy arrays to the device itself"
 
 _DEVICES = dict.fromkeys(("to", "cuda", "cpu"), _NO_DEVICES)
-_MODULE = {  # of the model and of its three parts
+_MODULE = {  # for the model and its three parts
     **_DEVICES,
     **dict.fromkeys(("half", "float", "bfloat16"), "use from_pretrained(name, dtype=jnp.bfloat16)"),
     **dict.fromkeys(
@@ -31,7 +31,7 @@ _STATES = "use model.image_encoder.hidden_states(pixel_values)"
 _ATTENTION = "use model.decoder_attention, or attention_weights of the image encoder's blocks"
 _STEPS = "leave it out: processor.resize(image) and processor.normalize(image) are the steps"
 
-# By class, or by function for its arguments; then by name.
+# By class for attributes, by function for arguments; then by name.
 ADVICE = {
     "Sam": {
         **_MODULE,
@@ -40,7 +40,7 @@ ADVICE = {
         "num_parameters": "use sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))",
         "from_pretrained": "use sam_jax.from_pretrained(name)",
         "forward": "call the model: model(**inputs)",
-        "preprocess": "use SamProcessor(model.config).normalize(image), of a resized uint8 image",
+        "preprocess": "use SamProcessor(model.config).normalize(image) on a resized uint8 image",
         "postprocess_masks": "use SamProcessor(model.config).post_process_masks",
         "vision_encoder": "use image_encoder, or get_image_embeddings(pixel_values)",
         "shared_image_embedding": "use get_image_wide_positional_embeddings()",
@@ -70,26 +70,26 @@ ADVICE = {
         "set_torch_image": "use set_image(image) with the image as it is, or set_image_embedding",
     },
     "Transform": {
-        "apply_image_torch": "use apply_image(image), of an image [h, w, 3]",
+        "apply_image_torch": "use apply_image(image) on an image [h, w, 3]",
         "target_length": "use predictor.config.image_size",
         "get_preprocess_shape": "use predictor.processor.input_size((height, width))",
     },
     "SamAutomaticMaskGenerator": {
         **_DEVICES,
         "from_pretrained": "use SamAutomaticMaskGenerator(from_pretrained(name))",
-        "predictor": "make a SamPredictor(model)",
-        "postprocess_small_regions": "give min_mask_region_area to the generator",
+        "predictor": "use SamPredictor(model)",
+        "postprocess_small_regions": "pass min_mask_region_area to the generator",
     },
     "SamProcessor.__call__": {
         "padding": "leave it out: ragged prompts are padded",
         **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_pad"), _STEPS),
     },
     "SamProcessor.post_process_masks": {
-        "return_tensors": "leave it out: the masks are numpy's",
-        "pad_size": "leave it out: it is that of the model",
+        "return_tensors": "leave it out: the masks are numpy arrays",
+        "pad_size": "leave it out: it is the model's",
     },
     "SamProcessor": {
-        "save_pretrained": "use save_pretrained(model, folder), which saves all that it needs",
+        "save_pretrained": "use save_pretrained(model, folder), which also saves its configuration",
         "generate_crop_boxes": "use SamAutomaticMaskGenerator(model, crop_n_layers=...)",
         "filter_masks": "use SamAutomaticMaskGenerator(model, pred_iou_thresh=...)",
         "post_process_for_mask_generation": "use SamAutomaticMaskGenerator(model)",
@@ -112,8 +112,8 @@ ADVICE = {
         **dict.fromkeys(
             ("dtype", "torch_dtype"), "use model=from_pretrained(name, dtype=jnp.bfloat16)"
         ),
-        "image_processor": "leave it out: the model's configuration has all that it needs",
-        "batch_size": "leave it out: devices take an image each",
+        "image_processor": "leave it out: the model's configuration has its settings",
+        "batch_size": "leave it out: each device processes one image at a time",
     },
     "sam_jax": {
         "sam_model_registry": "use from_pretrained(checkpoint)",
@@ -143,10 +143,10 @@ class WithAdvice:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Of most classes there is no such thing.
+        """Exists only to raise an error with advice.
 
         Raises:
-            AttributeError: with what to write instead.
+            AttributeError: always; says what to write instead.
         """
         raise unknown_attribute(cls, "from_pretrained")
 
@@ -155,14 +155,14 @@ class WithAdvice:
 
 
 def unknown_attribute(owner: Any, name: str) -> AttributeError:
-    """The error for an attribute that is not there, with advice where it has a counterpart."""
+    """The error for an attribute that does not exist, with advice if it has a counterpart."""
     kind = owner.__name__ if isinstance(owner, type) else type(owner).__name__
     message = f"{kind!r} object has no attribute {name!r}{_advice(kind, name)}"
     return AttributeError(message, name=name, obj=owner)
 
 
 def with_advice(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """The method, of which unknown keyword arguments raise a TypeError with advice."""
+    """Wraps a method so that unknown keyword arguments raise a TypeError with advice."""
     known = inspect.signature(function).parameters
 
     @functools.wraps(function)

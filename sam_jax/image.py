@@ -1,4 +1,4 @@
-"""Whatever a person calls an image, as a uint8 array [h, w, 3]."""
+"""Loads images of all kinds as uint8 arrays [h, w, 3]."""
 
 import io
 import os
@@ -22,38 +22,38 @@ from sam_jax.arrays import AnyArray, as_numpy, is_array
 from sam_jax.decoders import FORMATS as FORMATS
 from sam_jax.decoders import check_decoder
 
-# A PIL image, a path, a file's content, or an array of any library: see `load_image`, which checks
-# it at run time and says what to do.
+# A PIL image, a path, a file's content, or an array of any library. Checked by `load_image` at run
+# time.
 if TYPE_CHECKING:
     ImageInput: TypeAlias = AnyArray | Image.Image | str | os.PathLike[str] | io.BytesIO
 else:
     ImageInput = Any
 
 _OTHERWISE = (
-    "read it with another library, scikit-image for instance, scale its values to 0 to "
-    "255, and give them as a uint8 array or in a new file"
+    "read it with another library, such as scikit-image, scale its values to 0 to 255, and give "
+    "them as a uint8 array or in a new file"
 )
 
 
 def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
-    """An image as a contiguous RGB array.
+    """Loads an image as a contiguous RGB array, uint8 [h, w, 3].
 
-    Of an animation, or a file of several pages, this is the first frame; of a PIL image, the frame
-    it is at.
+    The first frame of an animation or a file with several pages is used; the current frame of a
+    PIL image.
 
     Args:
-        image: a PIL image of 8 bits per channel; a uint8 array [h, w, 3] (RGB), [h, w], [h, w, 1]
-            or [h, w, 4], whose alpha is dropped, of any library with `__array__` or DLPack; or a
-            path to a file of one of `FORMATS`, or its content in an `io.BytesIO`; its EXIF
+        image: a PIL image with 8 bits per channel; a uint8 array [h, w, 3] (RGB), [h, w],
+            [h, w, 1] or [h, w, 4] (alpha is dropped) of any library with `__array__` or DLPack; or
+            the path of a file in one of `FORMATS`, or its content in an `io.BytesIO`, whose EXIF
             orientation is applied.
 
     Raises:
-        TypeError: for other things and other dtypes, and for more than 8 bits per channel.
-        ValueError: for other shapes, empty images and files that hold no image.
-        FileNotFoundError: for a path that does not exist.
+        TypeError: for another type or dtype, or more than 8 bits per channel.
+        ValueError: for another shape, an empty image, or a file that is not an image.
+        FileNotFoundError: if the path does not exist.
     """
     if isinstance(image, str) and re.match("https?://", image):
-        raise ValueError(f"{image} is an address; download the image first, and give its path")
+        raise ValueError(f"{image} is a URL; download the image first, and give its path")
     if isinstance(image, (str, os.PathLike, io.BytesIO)):
         array = turn(*read_stored(image))
     elif isinstance(image, Image.Image):
@@ -62,7 +62,7 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
         array = _rgb_array(as_numpy(image, "the image"))
     else:
         raise TypeError(
-            f"an image is a {type(image).__name__}, expected a PIL image, an array, or a path"
+            f"the image is a {type(image).__name__}, expected a PIL image, an array, or a path"
         )
     if array.size == 0:
         raise ValueError(f"the image is empty: its shape is {array.shape}")
@@ -75,33 +75,33 @@ def image_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
 
 
 def read_stored(path: str | os.PathLike | io.BytesIO) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
-    """The RGB pixels as an image file stores them, and the EXIF orientation to `turn` them by.
+    """The RGB pixels as stored in an image file, and the EXIF orientation to `turn` them by.
 
     Raises:
-        TypeError, ValueError, OSError: as `open_image`; and for a damaged file.
+        TypeError, ValueError, OSError: as `open_image`, and for a damaged file.
     """
     with open_image(path) as file:
-        # Pillow turns a TIFF when it decodes it, and then forgets how.
+        # Pillow applies a TIFF's orientation when it decodes it, and removes the tag.
         turned = exif_orientation(file) if file.format == "TIFF" else 1
         pixels = turn(_pixels(file, _name(path)), {6: 8, 8: 6}.get(turned, turned))
         return pixels, max(turned, exif_orientation(file))
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """How a PIL image has to be turned to be upright, 1 to 8 as in EXIF; 1 is not at all.
+    """The EXIF orientation of a PIL image, 1 to 8; 1 means upright.
 
     Raises:
-        ValueError: for damaged EXIF data.
+        ValueError: if the EXIF data is damaged.
     """
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:  # whatever Pillow's parsers meet in a damaged file
+    except Exception as error:  # anything that Pillow's parsers raise for a damaged file
         raise ValueError(f"the image's EXIF data cannot be read: {error}") from error
     return int(found) if found in range(1, 9) else 1
 
 
 def turn(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "_ _ 3"]:
-    """The pixels as an EXIF orientation from 1 to 8 says."""
+    """Turns pixels upright, given their EXIF orientation from 1 to 8."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -110,18 +110,20 @@ def turn(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarr
 
 
 def open_image(path: str | os.PathLike | io.BytesIO) -> ImageFile.ImageFile:
-    """Opens an image file of one of `FORMATS`; its content says which, not its name.
+    """Opens an image file in one of `FORMATS`, which is recognized by content, not by name.
 
-    Only its header is read. The file is to be closed: use `with`. Instead of a path, `path` may be
-    the file's content.
+    Only the header is read. Close the file after use, or use `with`.
+
+    Args:
+        path: of the file, or the file's content.
 
     Raises:
         TypeError: for more than 8 bits per channel.
-        ValueError: for files that hold no image.
+        ValueError: if the file is not an image.
         FileNotFoundError, PermissionError: as `open`.
     """
     name = _name(path)
-    # Pillow would wait for a pipe.
+    # Pillow would wait forever for a pipe.
     if not isinstance(path, io.BytesIO) and not Path(path).is_file() and Path(path).exists():
         what = "a folder" if Path(path).is_dir() else "not a regular file"
         raise ValueError(f"{name} is {what}, expected an image")
@@ -129,12 +131,12 @@ def open_image(path: str | os.PathLike | io.BytesIO) -> ImageFile.ImageFile:
         file = Image.open(path, formats=FORMATS)
     except (FileNotFoundError, PermissionError):
         raise
-    except (UnidentifiedImageError, KeyError) as error:  # KeyError: a PSD of 16 bits
+    except (UnidentifiedImageError, KeyError) as error:  # KeyError: a PSD with 16 bits
         raise ValueError(
             f"{name} is not an image of a known format, expected one of {', '.join(FORMATS)}, "
             f"with at most 8 bits per channel; or {_OTHERWISE}"
         ) from error
-    except Exception as error:  # whatever Pillow's parsers meet in a damaged file
+    except Exception as error:  # anything that Pillow's parsers raise for a damaged file
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
     try:
         _check_readable(file)
@@ -151,17 +153,17 @@ def _name(image: str | os.PathLike | io.BytesIO) -> str:
 def _pixels(image: Image.Image, name: str) -> np.ndarray:
     """A PIL image's RGB values."""
     _check_readable(image)
-    # By way of another mode where PIL would warn (palette colors that are transparent) or has
-    # no way to RGB (premultiplied alpha).
+    # Through another mode where PIL would warn (transparent palette colors) or cannot convert to
+    # RGB (premultiplied alpha).
     between = {"P": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
     try:
         return np.asarray(image.convert(between).convert("RGB"))
-    except Exception as error:  # whatever Pillow's decoders meet in a damaged file
+    except Exception as error:  # anything that Pillow's decoders raise for a damaged file
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 def _check_readable(image: Image.Image) -> None:
-    """Refuses formats that run programs, and more bits than Pillow would keep."""
+    """Rejects formats whose decoding runs programs, and images with more than 8 bits."""
     check_decoder(image)
     if image.mode in ("F", "I") or image.mode.startswith("I;") or _narrows(image):
         raise TypeError(
@@ -171,10 +173,10 @@ def _check_readable(image: Image.Image) -> None:
 
 
 def _narrows(image: Image.Image) -> bool:
-    """Whether Pillow, when it decodes this file, keeps 8 of more bits per channel."""
+    """Whether Pillow, when it decodes this file, reduces more bits per channel to 8."""
     if image.format == "TIFF" and isinstance(image, TiffImagePlugin.TiffImageFile):
         tags = image.tag_v2
-        unsigned = {1, 4}  # 4 is undefined, which is read so
+        unsigned = {1, 4}  # 4 is undefined, which is read as unsigned
         return max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8 or not unsigned.issuperset(
             tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))
         )
@@ -195,8 +197,8 @@ def _narrows(image: Image.Image) -> bool:
     if image.format == "AVIF":  # AV1CodecConfigurationBox: the third byte has high_bitdepth
         found = re.search(rb"av1C..(.)", data, re.DOTALL)
         return found is not None and bool(found[1][0] & 0x40)
-    # JPEG 2000's SOC and SIZ markers: 38 bytes on are the number of components, and three bytes
-    # for each, of which the first has the bits less one.
+    # JPEG 2000's SOC and SIZ markers; 38 bytes later the number of components, then three bytes
+    # for each component, the first of which is its number of bits minus one.
     found = re.search(rb"\xff\x4f\xff\x51.{36}(..)", data, re.DOTALL)
     if found is None:
         return False
@@ -221,7 +223,7 @@ def _rgb_array(array: np.ndarray) -> np.ndarray:
     if array.dtype != np.uint8:
         hint = "scale it to that"
         if array.dtype.kind in "fb":
-            hint = "convert it, for instance (255 * image).astype(np.uint8) for values 0 to 1"
+            hint = "convert it, such as (255 * image).astype(np.uint8) for values from 0 to 1"
         raise TypeError(
             f"the image's dtype is {array.dtype}, expected uint8 with values 0 to 255; {hint}"
         )

@@ -1,4 +1,4 @@
-"""The choices that options and arguments leave, by name."""
+"""The named choices of options and arguments."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Checks of what a user gives: prompts, sizes, embeddings; and nested lists as arrays."""
+"""Checks of user input: prompts, sizes and embeddings, also as nested lists."""
 
 import reprlib
 from typing import Any
@@ -18,10 +18,10 @@ from sam_jax.ops.prompts import (
 
 
 def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """One prompt's points [n, 2] and labels [n] as float64 and int32.
+    """One prompt's points, float64 [n, 2], and labels, int32 [n].
 
     Raises:
-        ValueError: for shapes that do not fit, coordinates that are not finite, unknown labels.
+        ValueError: for wrong shapes, coordinates that are not finite, or unknown labels.
     """
     coords = to_numbers(coords, where)
     if coords.size == 0:
@@ -31,7 +31,7 @@ def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.n
         if coords.ndim == 1 and coords.size == 2:
             hint = "; one point is [[x, y]]"
         if coords.ndim == 3:
-            hint = "; several prompts are for predict_batch, or input_points of the processor"
+            hint = "; for several prompts use predict_batch, or input_points of the processor"
         raise ValueError(
             f"{where} have shape {coords.shape}, expected (n, 2): x and y of each point{hint}"
         )
@@ -41,17 +41,18 @@ def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.n
     if labels.shape != coords.shape[:1]:
         raise ValueError(
             f"{where} are {len(coords)} points, but their labels have shape {labels.shape}; "
-            "expected one label per point"
+            "expected one label for each point"
         )
     check_values(coords, labels, None, where)
     return coords, labels.astype(np.int32)
 
 
 def check_boxes(boxes: Any, where: str) -> np.ndarray:
-    """Boxes [n, 4] as float64.
+    """Boxes, float64 [n, 4].
 
     Raises:
-        ValueError: for another shape, coordinates that are not finite, and boxes inside out.
+        ValueError: for another shape, coordinates that are not finite, or boxes with x0 > x1 or
+            y0 > y1.
     """
     boxes = to_numbers(boxes, where)
     if boxes.size == 0:
@@ -66,19 +67,19 @@ def check_boxes(boxes: Any, where: str) -> np.ndarray:
 
 
 def check_model(model: Any) -> None:
-    """Raises TypeError if it is not a model, and if its image encoder cannot be called as one."""
+    """Raises TypeError if it is not a `Sam`, or if its image encoder lacks the encoder's API."""
     if not isinstance(model, Sam):
         raise TypeError(
-            f"the model is {reprlib.repr(model)}, expected a Sam, as from_pretrained gives"
+            f"the model is {reprlib.repr(model)}, expected a Sam, such as from_pretrained returns"
         )
     check_encoder(model.image_encoder)
 
 
 def check_sizes(sizes: Any, images: int, where: str) -> list[tuple[int, int]]:
-    """(h, w) of each picture.
+    """The size (h, w) of each image.
 
     Raises:
-        ValueError: for another number of sizes, and for what is no positive integer.
+        ValueError: for another number of sizes, or if a size is not a positive integer.
     """
     array = to_numbers(sizes, where)
     whole = np.isfinite(array).all() and (array >= 1).all() and not (array % 1).any()
@@ -91,33 +92,33 @@ def check_sizes(sizes: Any, images: int, where: str) -> list[tuple[int, int]]:
 
 
 def check_embedding(embedding: Any, config: SamConfig) -> Float[np.ndarray, "g g c"]:
-    """An image embedding [1, c, g, g] as saved, float32 with its channels last.
+    """A saved image embedding [1, c, g, g] as float32 [g, g, c].
 
     Raises:
-        ValueError: for another shape, and for numbers that are not finite.
+        ValueError: for another shape, or numbers that are not finite.
     """
     grid, channels = config.image_embedding_size, config.image_embedding_channels
     embedding = to_numbers(embedding, "the embedding").astype(np.float32)
     if embedding.shape != (1, channels, grid, grid):
         hint = ""
         if embedding.shape == (1, grid, grid, channels):
-            hint = "; it is channels last, as of encode_image: use np.moveaxis(embedding, -1, 1)"
+            hint = "; it is channels last, as from encode_image: use np.moveaxis(embedding, -1, 1)"
         if embedding.shape == (channels, grid, grid):
             hint = "; use embedding[None]"
         raise ValueError(
             f"the embedding has shape {embedding.shape}, expected {(1, channels, grid, grid)}{hint}"
         )
     if not np.isfinite(embedding).all():
-        raise ValueError("the embedding holds numbers that are not finite")
+        raise ValueError("the embedding has numbers that are not finite")
     return np.moveaxis(embedding[0], 0, -1)
 
 
 def to_numbers(values: Any, where: str) -> np.ndarray:
-    """Numbers in lists of equal lengths, or in an array, as float64.
+    """Numbers in lists of equal lengths, or in an array, as a float64 array.
 
     Raises:
-        TypeError: for an array that cannot be read from here; see `as_numpy`.
-        ValueError: for anything else.
+        TypeError: if an array cannot be read; see `as_numpy`.
+        ValueError: if the values are not numbers in lists of equal lengths.
     """
     hint = ""
     try:
@@ -126,7 +127,7 @@ def to_numbers(values: Any, where: str) -> np.ndarray:
             hint = "; None is not a number: leave the prompt out" if None in array.flat else ""
             raise ValueError("objects")
         if array.dtype.kind in "USc":
-            hint = "; convert strings by float" if array.dtype.kind in "US" else ""
+            hint = "; convert strings with float" if array.dtype.kind in "US" else ""
             raise ValueError(array.dtype.name)
         return array.astype(np.float64)
     except DecoderError:
@@ -138,7 +139,7 @@ def to_numbers(values: Any, where: str) -> np.ndarray:
 
 
 def point_lists(points, labels, images: int) -> tuple[list, list]:
-    """Nested points and labels, checked: for each image its prompts' coordinates and labels."""
+    """Checks nested points and labels; returns each image's coordinates and labels by prompt."""
     points = _per_image("input_points", points, images, "[image][prompt][point][xy]")
     points = _without_none("input_points", points)
     if labels is None:
@@ -149,8 +150,8 @@ def point_lists(points, labels, images: int) -> tuple[list, list]:
     nested = max(map(_depth, points)) > 2
     for i, (prompts, kinds) in enumerate(zip(points, labels, strict=True)):
         where = f"input_points[{i}]"
-        # One prompt: [point][xy]. A list of empty lists are prompts without points, and an empty
-        # one among nested ones is no prompt.
+        # One prompt: [point][xy]. A list of empty lists means prompts without points; an empty
+        # list among nested ones means an image without prompts.
         one = not nested
         if len(prompts):
             one = _depth(prompts) <= 2 and any(as_numpy(p, where).size for p in prompts)
@@ -162,7 +163,7 @@ def point_lists(points, labels, images: int) -> tuple[list, list]:
             kinds = [kinds]
         if len(kinds) != len(prompts):
             raise ValueError(
-                f"{where} are {len(prompts)} prompts, but input_labels[{i}] are of {len(kinds)}"
+                f"{where} are {len(prompts)} prompts, but input_labels[{i}] are for {len(kinds)}"
             )
         checked = [
             check_points(p, k, f"{where}[{j}]")
@@ -174,23 +175,23 @@ def point_lists(points, labels, images: int) -> tuple[list, list]:
 
 
 def box_lists(boxes, images: int) -> list[np.ndarray]:
-    """Nested boxes, checked: for each image its boxes [n, 4]."""
+    """Checks nested boxes; returns each image's boxes [n, 4]."""
     boxes = _without_none(
         "input_boxes", _per_image("input_boxes", boxes, images, "[image][box][4]")
     )
     lists = [check_boxes(b, f"input_boxes[{i}]") for i, b in enumerate(boxes)]
     if not any(map(len, lists)):
-        raise ValueError("input_boxes hold no box; leave them out if there is none")
+        raise ValueError("input_boxes are empty; leave them out if there are no boxes")
     return lists
 
 
 def check_counts(points: list, boxes: list) -> None:
-    """Raises ValueError for images that have not one box for each list of points."""
+    """Raises ValueError unless each image has one box for each prompt's points."""
     for i, (prompts, rows) in enumerate(zip(points, boxes, strict=True)):
         if len(prompts) != len(rows):
             raise ValueError(
                 f"input_points[{i}] are {len(prompts)} prompts, but there are {len(rows)} boxes in "
-                f"input_boxes[{i}]; expected one for each prompt"
+                f"input_boxes[{i}]; expected one box for each prompt"
             )
 
 
@@ -206,10 +207,10 @@ def _per_image(name: str, values, images: int, nesting: str) -> list:
 
 
 def _without_none(name: str, values: list) -> list:
-    """None for an image as no prompts.
+    """Replaces None, for an image without prompts, by an empty tuple.
 
     Raises:
-        ValueError: if no image has any.
+        ValueError: if no image has prompts.
     """
     if all(value is None for value in values):
         raise ValueError(f"{name} are None for all images; leave them out")
@@ -217,7 +218,7 @@ def _without_none(name: str, values: list) -> list:
 
 
 def _depth(values) -> int:
-    """How deep lists or arrays are nested, where they are deepest."""
+    """The largest nesting depth of lists or arrays."""
     if isinstance(values, np.ndarray) or hasattr(values, "ndim"):
         return values.ndim
     if not isinstance(values, (list, tuple)):
@@ -226,7 +227,7 @@ def _depth(values) -> int:
 
 
 def pad_nested(lists: list[list[np.ndarray]], value, dtype, shape) -> np.ndarray:
-    """Per image a list of arrays [n, *shape] -> one array [images, prompts, points, *shape]."""
+    """Joins each image's arrays [n, *shape] into one array [images, prompts, points, *shape]."""
     prompts = max(len(p) for p in lists)
     points = max((len(a) for p in lists for a in p), default=0)
     result = np.full((len(lists), prompts, points, *shape), value, dtype)

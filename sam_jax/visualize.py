@@ -1,4 +1,4 @@
-"""Pictures of masks, points and boxes: on matplotlib axes for notebooks, or as a PIL image."""
+"""Draws masks, points and boxes: on matplotlib axes for notebooks, or on a PIL image."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +13,7 @@ from sam_jax.validation import check_boxes, check_points
 
 __all__ = ["COLORS", "overlay", "show_box", "show_mask", "show_points"]
 
-# matplotlib is imported by whoever has axes.
+# Callers with axes have imported matplotlib already.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 else:
@@ -34,10 +34,10 @@ ALPHA = 0.55
 
 
 def show_mask(mask: ArrayLike, ax: Axes, *, color: tuple[int, int, int] = COLORS[0]):
-    """Draws a mask [h, w], booleans, over the picture that the matplotlib axes `ax` show.
+    """Draws a boolean mask [h, w] over the image shown by the matplotlib axes `ax`.
 
     Raises:
-        ValueError: for a mask of another shape or dtype.
+        ValueError: if the mask has another shape or dtype.
     """
     mask = _check_mask(mask, "mask")
     rgba = np.zeros((*mask.shape, 4))
@@ -49,7 +49,7 @@ def show_points(coords: ArrayLike, labels: ArrayLike, ax: Axes, *, size: float =
     """Draws foreground points [n, 2] as green stars, background points as red ones.
 
     Raises:
-        ValueError: for points or labels that cannot be used.
+        ValueError: if points or labels are invalid.
     """
     coords, labels = check_points(coords, labels, "coords")
     for label, color in MARKS.items():
@@ -60,10 +60,10 @@ def show_points(coords: ArrayLike, labels: ArrayLike, ax: Axes, *, size: float =
 
 
 def show_box(box: ArrayLike, ax: Axes):
-    """Draws a box x0, y0, x1, y1.
+    """Draws a box (x0, y0, x1, y1), in pixels.
 
     Raises:
-        ValueError: for what is no such box.
+        ValueError: if the box is invalid.
     """
     from matplotlib.patches import Rectangle
 
@@ -82,18 +82,19 @@ def overlay(
     point_labels: ArrayLike = (),
     boxes: ArrayLike = (),
 ) -> Image.Image:
-    """The picture with masks tinted and outlined, points and boxes drawn on it.
+    """The image with masks tinted and outlined, and with points and boxes drawn on it.
 
     Args:
-        image: whatever `load_image` takes.
-        masks: [n, h, w] or a list, booleans of the picture's size, each in a colour of its own.
-        point_coords: [n, 2].
+        image: anything that `load_image` accepts.
+        masks: booleans [n, h, w] or a list of booleans [h, w], of the image's size. Each mask has
+            its own color.
+        point_coords: [n, 2], x and y in pixels.
         point_labels: [n], 1 foreground, 0 background.
-        boxes: [n, 4].
+        boxes: [n, 4], x0, y0, x1, y1 in pixels.
 
     Raises:
-        TypeError, ValueError: for a picture or a prompt that cannot be used, and for masks that are
-            not booleans of the picture's size.
+        TypeError, ValueError: if the image or a prompt is invalid, or if masks are not booleans of
+            the image's size.
     """
     coords, labels = check_points(point_coords, point_labels, "point_coords")
     boxes = check_boxes(boxes, "boxes")
@@ -104,13 +105,13 @@ def overlay(
         color = np.array(COLORS[i % len(COLORS)], np.float32)
         if mask.shape != pixels.shape[:2]:
             raise ValueError(
-                f"masks[{i}] has shape {mask.shape}, expected the picture's {pixels.shape[:2]}"
+                f"masks[{i}] has shape {mask.shape}, expected the image's {pixels.shape[:2]}"
             )
         pixels[mask] = (1 - ALPHA) * pixels[mask] + ALPHA * color
         pixels[outline(mask)] = 255
-    picture = Image.fromarray(pixels.round().astype(np.uint8))
-    draw = ImageDraw.Draw(picture)
-    unit = max(picture.size) / 512  # lines and marks grow with the picture
+    drawn = Image.fromarray(pixels.round().astype(np.uint8))
+    draw = ImageDraw.Draw(drawn)
+    unit = max(drawn.size) / 512  # lines and marks scale with the image
     for box in boxes:
         draw.rectangle(tuple(box), outline=MARKS[1], width=max(2, round(2 * unit)))
     for (x, y), label in zip(coords, labels, strict=True):
@@ -122,7 +123,7 @@ def overlay(
                 outline="white",
                 width=max(1, round(1.5 * unit)),
             )
-    return picture
+    return drawn
 
 
 def _check_mask(mask: ArrayLike, where: str) -> np.ndarray:
@@ -136,7 +137,7 @@ def _check_mask(mask: ArrayLike, where: str) -> np.ndarray:
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """A mask's pixels that touch a pixel outside it, up, down, left or right."""
+    """The mask's pixels with a neighbor above, below, left or right that is outside the mask."""
     padded = np.pad(mask, 1, mode="edge")
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inside

@@ -83,8 +83,8 @@ def mobile_sam_file():
 
 
 @pytest.fixture(autouse=True)
-def _optimised_at_full_size(request, monkeypatch):
-    """Optimised code for the real model, and others that run for longer than they compile."""
+def _optimized_at_full_size(request, monkeypatch):
+    """Optimized code for the real model, and others that run for longer than they compile."""
     before = jax.config.read("jax_disable_most_optimizations")
     if "mobile_sam_file" in request.fixturenames or request.node.get_closest_marker("full_size"):
         jax.config.update("jax_disable_most_optimizations", False)

@@ -111,7 +111,7 @@ FOUR = "for each of the four stages"
         (TinyViTConfig, {"embed_dims": (64, 128, 320)}, "embed_dims is (64, 128, 320), expected "),
         (TinyViTConfig, {"embed_dims": (0, 0, 0, 0)}, "is (0, 0, 0, 0), expected .* at least 2"),
         (TinyViTConfig, {"window_sizes": (7, 0, 14, 7)}, "window_sizes is (7, 0, 14, 7), expected"),
-        (TinyViTConfig, {"num_heads": (2, 3, 5, 10)}, "multiples of the heads, which 128 is not"),
+        (TinyViTConfig, {"num_heads": (2, 3, 5, 10)}, "multiples of the heads, but 128 is not"),
         (TinyViTConfig, {"mlp_ratio": -4.0}, "mlp_ratio is -4.0 and mbconv_expand_ratio is 4.0"),
         (TinyViTConfig, {"num_classes": 0}, "num_classes is 0, expected int | None"),
         (ViTConfig, {"global_attn_indexes": (50,)}, "is (50,), expected .* from 0 to 11"),
@@ -196,7 +196,7 @@ def test_a_configuration_is_built_or_refused(unchecked):
 
 
 @pytest.mark.parametrize("field", ["resize", "normalization"])
-def test_unknown_ways_to_prepare_pictures(field, unchecked):
+def test_unknown_ways_to_prepare_images(field, unchecked):
     with pytest.raises(ValueError, match=f"{field} is 'other', expected "):
         SamConfig(**{field: "other"})
     with pytest.raises(ValueError, match="preprocessing is 'sam', expected 'medsam' or None"):

@@ -99,7 +99,7 @@ def test_the_configuration_goes_to_hf_and_back(tmp_path):
 
 def test_what_metas_format_cannot_say_is_said(tmp_path):
     save_pretrained(ours(hf_sam(HF), HF), tmp_path / "ours")
-    with pytest.warns(UserWarning, match=r"mask_decoder.num_heads is 4, taken to be 8$"):
+    with pytest.warns(UserWarning, match=r"mask_decoder.num_heads is 4, inferred as 8$"):
         to_torch(tmp_path / "ours", tmp_path / "sam.pth", "meta")
 
 
@@ -138,7 +138,7 @@ def test_medsams_preprocessing_goes_with_the_weights(tmp_path):
 def test_lite_medsam_is_not_verified(tmp_path):
     params = {k: np.zeros(shape, np.float32) for k, shape in param_shapes(lite_medsam()).items()}
     write_checkpoint(tmp_path / "lite.safetensors", params, config=lite_medsam(), fmt="meta")
-    with pytest.raises(ValueError, match="runs no PyTorch model of SAM-HQ or LiteMedSAM"):
+    with pytest.raises(ValueError, match="does not support SAM-HQ and LiteMedSAM"):
         to_ours(tmp_path / "lite.safetensors", tmp_path / "ours", verify=True)
     assert not (tmp_path / "ours").exists()
 

@@ -81,7 +81,7 @@ def test_python(page, folder):
 
 @pytest.fixture
 def small(folder, monkeypatch):
-    """A small model that stands for MobileSAM and ViT-B, and three pictures with annotations."""
+    """A small model that stands for MobileSAM and ViT-B, and three images with annotations."""
     resolve = sam_jax.checkpoints.resolve
     weights = (folder / "medsam_vit_b.pth").rename(folder / "sam_vit_b_01ec64.pth")
     names = {"mobile_sam": weights}

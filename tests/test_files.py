@@ -159,8 +159,8 @@ def test_where_the_system_has_no_locks(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[" * 101 + b"]" * 101, "is nested 101 deep, expected at most 100"),
-        (b'{"a":' * 200_000, "is nested 200000 deep"),
+        (b"[" * 101 + b"]" * 101, "is nested 101 levels deep, expected at most 100"),
+        (b'{"a":' * 200_000, "is nested 200000 levels deep"),
         (b"[1, 2", "is not JSON"),
         (b"", "is not JSON"),
         (b'{"a": "\xff"}', "is not JSON"),

@@ -140,7 +140,7 @@ def saved(output, step, part):
     return found
 
 
-# All that is by chance: drawn prompts, the order, and with them mirrored pictures.
+# All that is by chance: drawn prompts, the order, and with them mirrored images.
 RANDOM = ["--train", "everything", "--flip", "0.5", "--ema-decay", "0.9"]
 
 
@@ -196,12 +196,12 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(whole, cells, model, tmp_path)
 
 def test_other_settings_are_refused_and_a_finished_run_stays(whole, cells, model):
     before = (whole / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"settings: seed was '0' and is '1'\. Choose another"):
+    with pytest.raises(ValueError, match=r"settings: seed was '0', now '1'\. Choose another"):
         finetune.main(config_of(cells, model, whole, *RANDOM, "--seed", "1"))
     annotations = cells / "train.json"
     content = annotations.read_text()
     annotations.write_text(content + "\n")
-    with pytest.raises(ValueError, match=r"other settings: data was '\w{64}' and is '\w{64}'\. "):
+    with pytest.raises(ValueError, match=r"different settings: data was '\w{64}', now '\w{64}'\. "):
         finetune.main(config_of(cells, model, whole, *RANDOM))
     annotations.write_text(content)
     # Paths are the same from wherever they are said.
@@ -252,9 +252,9 @@ def test_a_run_that_is_stopped_or_extended_is_as_one(cells, model, tmp_path, mon
     expected = flat_params(from_pretrained(stopped / "model"))
     for name, value in flat_params(from_pretrained(extended / "model")).items():
         np.testing.assert_array_equal(value, expected[name])
-    with pytest.raises(ValueError, match=r"--steps is 9, but .*extended has made 14 already"):
+    with pytest.raises(ValueError, match=r"--steps is 9, but .*extended is already at step 14"):
         finetune.main(config_of(cells, model, extended, *options, "--steps", 9))
-    with pytest.raises(ValueError, match=r"schedule was 'constant' and is 'cosine'.*--model .*mod"):
+    with pytest.raises(ValueError, match=r"schedule was 'constant', now 'cosine'.*--model .*mod"):
         finetune.main(config_of(cells, model, extended, *options, "--schedule", "cosine"))
 
 
@@ -279,7 +279,7 @@ def test_one_run_in_a_folder(cells, model, tmp_path):
     ):
         finetune.main(config)
     (tmp_path / "model").mkdir()
-    with pytest.raises(ValueError, match="model is there already, but no run of it; choose anoth"):
+    with pytest.raises(ValueError, match="model exists already without its run; choose anoth"):
         finetune.main(config)
 
 
@@ -341,7 +341,7 @@ def test_adapters_and_evaluation(cells, model, tmp_path, monkeypatch, capsys):
     assert from_pretrained(output / "best").config == from_pretrained(model).config
     before, *found = (line for line in lines(output) if "miou@1" in line)
     assert [line["step"] for line in found] == [4, 8, 12, 14]
-    assert {p.name for p in (output / "pictures").iterdir()} == {
+    assert {p.name for p in (output / "images").iterdir()} == {
         f"{step:06}.png" for step in (0, 4, 8, 12, 14)
     }
     # Before the first step it is the model that was given.
@@ -416,26 +416,26 @@ NOWHERE = Path("cells"), Path("model"), Path("run")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--steps", "0"), "--steps, --eval-every and --batch-size have to be at least 1"),
+        (("--steps", "0"), "--steps, --eval-every and --batch-size must be at least 1"),
         (("--num-rounds", "0"), "num_rounds is 0, expected at least 1"),
         (("--batch-size", "3"), "--batch-size is 3, expected a multiple of the 2 devices"),
         (("--accumulate", "4"), "--batch-size is 2, expected a multiple of the 4 parts of --acc"),
         (("--layer-decay", "0.5"), "--layer-decay is for --train everything"),
         (
             ("--remat",),
-            "--remat is for an image encoder that trains, by --train lora or everything",
+            "--remat requires a trained image encoder: --train lora or --train everything",
         ),
         (("--train", "hq", "--drop-path-rate", "0.1"), "--drop-path-rate is for an image encoder"),
     ],
 )
 def test_options_that_cannot_be(options, message, monkeypatch):
-    """Said before anything is read: there is neither a model nor a picture."""
+    """Said before anything is read: there is neither a model nor an image."""
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=message):
         finetune.main(config_of(*NOWHERE, *options))
 
 
-def test_options_of_the_model_and_the_pictures(monkeypatch):
+def test_options_of_the_model_and_the_images(monkeypatch):
     def load(name, *, dtype):
         raise InterruptedError(f"{name} in {dtype}")
 
@@ -473,13 +473,13 @@ def test_what_trains(model):
         ("--train hq", [5, 2]),
         ("--no-cache", []),
         ("--train lora", []),  # whose encoder changes
-        # Of the pictures to train on each is read once, or is another each time.
+        # Of the images to train on each is read once, or is another each time.
         ("--steps 2", [2]),
         ("--flip 0.5", [2]),
         ("--scale-range 0.5 1", [2]),
     ],
 )
-def test_pictures_that_come_again_are_encoded_once(cells, model, monkeypatch, options, cached):
+def test_images_that_come_again_are_encoded_once(cells, model, monkeypatch, options, cached):
     made = []
     monkeypatch.setattr(finetune, "CachedEmbeddings", lambda s, *_: made.append(len(s)) or s)
     held_out = "--eval-annotations", cells / "test.json", "--eval-images", cells / "images"

@@ -15,7 +15,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from reference import SMALL
 
 from sam_jax import Sam, SamPredictor, SamProcessor, cli, pipeline
-from sam_jax.demo.visit import open_picture
+from sam_jax.demo.session import open_image_file
 from sam_jax.image import FORMATS, load_image, read_stored
 from sam_jax.training.datasets import open_annotations
 from sam_jax.visualize import overlay
@@ -23,13 +23,13 @@ from sam_jax.visualize import overlay
 REMEDY = "read it with another library, .* give them as a uint8 array or in a new file"
 
 
-def picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def modes():
-    rgb = Image.fromarray(picture(12, 17))
+    rgb = Image.fromarray(random_image(12, 17))
     palette = rgb.quantize(16)
     transparent = palette.copy()
     transparent.info["transparency"] = bytes(range(0, 160, 10))
@@ -60,7 +60,7 @@ def test_pil_modes(mode, tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGBa", "La"])
 def test_premultiplied_alpha_is_dropped(mode):
-    opaque = Image.fromarray(picture(12, 17)).convert(mode.upper())
+    opaque = Image.fromarray(random_image(12, 17)).convert(mode.upper())
     assert np.array_equal(load_image(opaque.convert(mode)), load_image(opaque))
 
 
@@ -100,7 +100,7 @@ def test_formats_by_content(file_format, tmp_path):
 
 
 def test_the_first_of_several_frames_or_the_one_that_is_chosen(tmp_path):
-    first, second = (Image.fromarray(picture(9, 8, seed)) for seed in (0, 1))
+    first, second = (Image.fromarray(random_image(9, 8, seed)) for seed in (0, 1))
     first.save(tmp_path / "pages.tif", save_all=True, append_images=[second])
     assert np.array_equal(load_image(tmp_path / "pages.tif"), first)
     with Image.open(tmp_path / "pages.tif") as image:
@@ -164,7 +164,7 @@ ROUTES = {
     ),
     "training": train_on,
     "command": lambda image: cli.segment(cli.Segment(image, point=["1,1"])),
-    "page": lambda image: open_picture(Sam(SMALL, rngs=nnx.Rngs(0)), image.read_bytes()),
+    "page": lambda image: open_image_file(Sam(SMALL, rngs=nnx.Rngs(0)), image.read_bytes()),
 }
 
 
@@ -192,7 +192,7 @@ def test_no_image_runs_a_program(route, name, tmp_path, canary):
 
 
 def test_arrays():
-    rgb = picture(6, 8)
+    rgb = random_image(6, 8)
     gray = rgb[..., 0]
     three = np.stack([gray] * 3, -1)
     assert np.array_equal(load_image(rgb), rgb)
@@ -213,7 +213,7 @@ def test_arrays():
 
 @pytest.mark.parametrize("dtype", [bool, np.float32, np.float64, np.uint16, np.int64])
 def test_other_dtypes_are_refused(dtype):
-    how = "scale it to that" if np.issubdtype(dtype, np.integer) else "convert it, for instance"
+    how = "scale it to that" if np.issubdtype(dtype, np.integer) else "convert it, such as"
     message = f"dtype is {np.dtype(dtype)}, expected uint8 with values 0 to 255; {how}"
     with pytest.raises(TypeError, match=message):
         load_image(np.zeros((4, 5, 3), dtype))
@@ -250,7 +250,7 @@ def test_exif_orientation_of_files(orientation, suffix, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {} if suffix in ("png", "tif") else {"quality": 100}
-    Image.fromarray(picture(20, 30)).save(path, exif=exif, **options)
+    Image.fromarray(random_image(20, 30)).save(path, exif=exif, **options)
     with Image.open(path) as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     assert np.array_equal(load_image(path), expected)
@@ -258,12 +258,12 @@ def test_exif_orientation_of_files(orientation, suffix, tmp_path):
     assert found == orientation
     assert stored.shape == (20, 30, 3)
     if suffix in ("png", "tif"):
-        assert np.array_equal(stored, picture(20, 30))
+        assert np.array_equal(stored, random_image(20, 30))
 
 
 def test_bad_files(tmp_path):
     whole = tmp_path / "whole.png"
-    Image.fromarray(picture(64, 64)).save(whole)
+    Image.fromarray(random_image(64, 64)).save(whole)
     truncated = tmp_path / "truncated.png"
     truncated.write_bytes(whole.read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"truncated\.png cannot be read: .+"):
@@ -282,7 +282,7 @@ def test_bad_files(tmp_path):
 
 
 def test_a_file_of_far_too_many_pixels(tmp_path, monkeypatch):
-    Image.fromarray(picture(64, 64)).save(tmp_path / "image.png")
+    Image.fromarray(random_image(64, 64)).save(tmp_path / "image.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"cannot be read as an image: .*4096 pixels"):
         load_image(tmp_path / "image.png")
@@ -291,8 +291,8 @@ def test_a_file_of_far_too_many_pixels(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("value", [None, [[1, 2], [3, 4]], 5, b"bytes"])
 def test_other_types_are_refused(value):
-    message = f"an image is a {type(value).__name__}, expected a PIL image, an array"
+    message = f"the image is a {type(value).__name__}, expected a PIL image, an array"
     with pytest.raises(TypeError, match=message):
         load_image(value)
-    with pytest.raises(TypeError, match=r"an image is a .*, expected a PIL image"):
+    with pytest.raises(TypeError, match=r"the image is a .*, expected a PIL image"):
         SamProcessor(SMALL)(value)

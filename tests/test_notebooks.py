@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICKLY = 'jax.config.update("jax_disable_most_optimizations", True)\n'
 THOROUGHLY = QUICKLY.replace("True", "False")
-# How many pictures each shows, and what makes it small; and where compiling takes longer than
+# How many images each shows, and what makes it small; and where compiling takes longer than
 # running.
 NOTEBOOKS = {
     "predictor": (6, {}),
@@ -39,8 +39,8 @@ NOTEBOOKS = {
 def test_notebook(name, tmp_path):
     shutil.copy(EXAMPLES / "cells.py", tmp_path)
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
-    pictures, small = NOTEBOOKS[name]
-    assert count_pictures(notebook) == pictures, "it is stored without its pictures"
+    images, small = NOTEBOOKS[name]
+    assert count_images(notebook) == images, "it is stored without its images"
     for full, less in small.items():
         (cell,) = (cell for cell in notebook.cells if full in cell.source)
         cell.source = cell.source.replace(full, less)
@@ -48,13 +48,13 @@ def test_notebook(name, tmp_path):
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
     client.execute()
-    assert count_pictures(notebook) == pictures
+    assert count_images(notebook) == images
     warned = [o["text"] for o in outputs(notebook) if o.get("name") == "stderr"]
     assert not warned
 
 
 @pytest.mark.parametrize("name", ["predictor", "research_loop"])
-def test_readmes_picture_is_the_notebooks_first(name):
+def test_readmes_image_is_the_notebooks_first(name):
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     first = next(
         o.data["image/jpeg"] for o in outputs(notebook) if "image/jpeg" in o.get("data", {})
@@ -66,6 +66,6 @@ def outputs(notebook):
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
-def count_pictures(notebook):
+def count_images(notebook):
     kinds = {"image/png", "image/jpeg"}
     return sum(bool(kinds & set(output.get("data", {}))) for output in outputs(notebook))

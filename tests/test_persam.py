@@ -19,10 +19,10 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_object_is_found(mobile_sam_file, tmp_path):
-    """As if one had drawn a box around it in the second picture, too."""
+    """As if one had drawn a box around it in the second image, too."""
     found, points = persam.main(tmp_path / "persam.png")
-    with Image.open(tmp_path / "persam.png") as picture:
-        assert picture.size[0] > 1000
+    with Image.open(tmp_path / "persam.png") as image:
+        assert image.size[0] > 1000
     predictor = SamPredictor(from_pretrained("mobile_sam"))
     predictor.set_image(np.ascontiguousarray(skimage.data.stereo_motorcycle()[1][:, ::-1]))
     seat, _, _ = predictor.predict(box=[432, 155, 648, 262], multimask_output=False)

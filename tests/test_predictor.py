@@ -33,7 +33,7 @@ LABELS = np.array([1, 0, 1])
 BOX = np.array([12.0, 8.5, 90.0, 66.0])
 
 
-def picture(height=SIZE[0], width=SIZE[1], seed=0):
+def random_image(height=SIZE[0], width=SIZE[1], seed=0):
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
@@ -56,14 +56,14 @@ def reference_predictor(seed=0):
 @pytest.fixture(scope="module")
 def reference():
     predictor = reference_predictor()
-    predictor.set_image(picture())
+    predictor.set_image(random_image())
     return predictor
 
 
 @pytest.fixture
 def predictor(reference):
     predictor = SamPredictor(model())
-    predictor.set_image(picture())
+    predictor.set_image(random_image())
     return predictor
 
 
@@ -118,7 +118,7 @@ def test_number_of_compilations(compilations):
     rng = np.random.default_rng(0)
     sizes = [tuple(int(n) for n in rng.integers(20, 500, 2)) for _ in range(10)]
     counts = 1, 2, 3, 7, 8, 10
-    sam, images = model(), [picture(*size) for size in sizes]
+    sam, images = model(), [random_image(*size) for size in sizes]
     jax.clear_caches()
     compilations.clear()
     predictor = SamPredictor(sam)
@@ -141,11 +141,11 @@ def test_number_of_compilations(compilations):
 
 
 def test_number_of_compilations_of_the_rest(compilations):
-    """After the first call, nothing compiles for another picture or prompt of the same buckets."""
+    """After the first call, nothing compiles for another image or prompt of the same buckets."""
 
     def everything(size, count, points):
         predictor = SamPredictor(sam)
-        predictor.set_image(picture(*size), "BGR")
+        predictor.set_image(random_image(*size), "BGR")
         predictor.set_image_embedding(predictor.get_image_embedding(), size)
         for logits in (False, True):
             predictor.predict_batch(
@@ -184,11 +184,11 @@ def test_predict(predictor, reference, prompt, multimask):
         assert_same(predictor.predict(**PROMPTS[prompt], **options), expected, logits)
 
 
-def test_a_stretched_picture():
+def test_a_stretched_image():
     """MedSAM's preprocessing, against Meta's predictor given the prepared pixels."""
     config = with_preprocessing(SMALL, "medsam")
     predictor = SamPredictor(ours(torch_model(), config))
-    image = picture()
+    image = random_image()
     predictor.set_image(image)
     assert predictor.input_size == (96, 96)
     small = np.asarray(Image.fromarray(image).resize((96, 96), Image.Resampling.BILINEAR))
@@ -223,7 +223,7 @@ def test_lists_serve_as_arrays(predictor):
 )
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
 def test_set_image(size, image_format):
-    image = picture(*size)
+    image = random_image(*size)
     reference, predictor = reference_predictor(), SamPredictor(model())
     reference.set_image(image, image_format)
     predictor.set_image(image, image_format)
@@ -262,9 +262,9 @@ def test_jax_arrays_compile_as_numpy_s(predictor, compilations):
 
 def test_bgr_is_rgb_reversed():
     predictor = SamPredictor(model())
-    predictor.set_image(picture()[..., ::-1], "BGR")
+    predictor.set_image(random_image()[..., ::-1], "BGR")
     expected = SamPredictor(model())
-    expected.set_image(picture())
+    expected.set_image(random_image())
     assert np.array_equal(predictor.get_image_embedding(), expected.get_image_embedding())
 
 
@@ -392,7 +392,7 @@ def test_an_embedding_saved_and_set_again(predictor, tmp_path):
 def test_an_embedding_of_a_bfloat16_model_can_be_saved(tmp_path, compilations):
     """NumPy has no bfloat16: the file would hold bytes without a meaning."""
     predictor = SamPredictor(ours(torch_model(), SMALL, dtype=jnp.bfloat16))
-    predictor.set_image(picture())
+    predictor.set_image(random_image())
     embedding = predictor.get_image_embedding()
     np.save(tmp_path / "embedding.npy", embedding)
     loaded = np.load(tmp_path / "embedding.npy")
@@ -415,7 +415,7 @@ def test_an_embedding_of_the_reference_can_be_set(reference):
 def test_set_torch_image_as_the_guide_migrates_it():
     """The row of docs/migrating.md, run."""
     reference, predictor, size = reference_predictor(), SamPredictor(model()), SIZE
-    pixels = reference.transform.apply_image(picture())
+    pixels = reference.transform.apply_image(random_image())
     reference.set_torch_image(torch.tensor(pixels).permute(2, 0, 1)[None], size)
     (row,) = re.findall(r"^\| `predictor\.set_torch_image.*", MIGRATING.read_text(), re.MULTILINE)
     code = row.split("|")[2].split("`")[3]
@@ -436,10 +436,10 @@ def test_set_torch_image_as_the_guide_migrates_it():
 def test_bad_embeddings(predictor, shape, size, message):
     with pytest.raises(ValueError, match=message):
         predictor.set_image_embedding(np.zeros(shape, np.float32), size)
-    assert predictor.original_size == SIZE  # the former picture stays
+    assert predictor.original_size == SIZE  # the former image stays
 
 
-def test_without_a_picture():
+def test_without_an_image():
     predictor = SamPredictor(model())
     for _ in range(2):  # before any is set, and after it is reset
         assert not predictor.is_image_set
@@ -450,22 +450,22 @@ def test_without_a_picture():
             predictor.get_image_embedding,
             lambda: predictor.input_size,
         ):
-            with pytest.raises(RuntimeError, match="no picture is set; call set_image"):
+            with pytest.raises(RuntimeError, match="no image is set; call set_image"):
                 call()
-        predictor.set_image(picture())
+        predictor.set_image(random_image())
         assert predictor.is_image_set
         predictor.reset_image()
 
 
-def test_models_and_pictures_do_not_share_state():
+def test_models_and_images_do_not_share_state():
     """Two models of one shape run the same compiled programs; nothing may stick to them."""
     predictors = [(SamPredictor(model(seed)), reference_predictor(seed)) for seed in (0, 1)]
     results = []
-    for image in (picture(), picture(seed=1)):
+    for image in (random_image(), random_image(seed=1)):
         for ours_, theirs in predictors:
             ours_.set_image(image)
             theirs.set_image(image)
-        # Only now, so that each predictor must have kept its own picture and parameters.
+        # Only now, so that each predictor must have kept its own image and parameters.
         for ours_, theirs in predictors:
             found = ours_.predict(POINTS, LABELS, return_logits=True)
             assert_same(found, theirs.predict(POINTS, LABELS, return_logits=True), logits=True)
@@ -475,32 +475,32 @@ def test_models_and_pictures_do_not_share_state():
             assert np.abs(results[i] - results[j]).max() > 0.01
 
 
-def test_one_model_with_two_pictures(predictor):
+def test_one_model_with_two_images(predictor):
     other = SamPredictor(model())
-    other.set_image(picture(50, 60, seed=1))
+    other.set_image(random_image(50, 60, seed=1))
     first = predictor.predict(POINTS, LABELS)
     second = other.predict(POINTS / 2, LABELS)
     assert first[0].shape[1:] == SIZE
     assert second[0].shape[1:] == (50, 60)
-    other.set_image(picture())  # replaces the former
+    other.set_image(random_image())  # replaces the former
     for part, expected in zip(other.predict(POINTS, LABELS), first, strict=True):
         assert np.array_equal(part, expected)
 
 
-def test_a_picture_that_cannot_be_read_leaves_the_former(predictor):
+def test_an_image_that_cannot_be_read_leaves_the_former(predictor):
     expected = predictor.predict(POINTS, LABELS)
     with pytest.raises(TypeError, match="float64"):
-        predictor.set_image(picture() / 255)
+        predictor.set_image(random_image() / 255)
     with pytest.raises(ValueError, match="image_format is 'GBR', expected 'RGB' or 'BGR'"):
-        predictor.set_image(picture(), "GBR")
+        predictor.set_image(random_image(), "GBR")
     for part, array in zip(predictor.predict(POINTS, LABELS), expected, strict=True):
         assert np.array_equal(part, array)
 
 
-def test_pictures_that_know_their_channels_are_not_swapped(predictor, tmp_path):
-    image = Image.fromarray(picture())
-    image.save(tmp_path / "picture.png")
-    for given in (image, tmp_path / "picture.png"):
+def test_images_that_know_their_channels_are_not_swapped(predictor, tmp_path):
+    image = Image.fromarray(random_image())
+    image.save(tmp_path / "image.png")
+    for given in (image, tmp_path / "image.png"):
         predictor.set_image(given, "BGR")
         swapped = predictor.get_image_embedding()
         predictor.set_image(given)
@@ -510,14 +510,14 @@ def test_pictures_that_know_their_channels_are_not_swapped(predictor, tmp_path):
 def test_parameters_are_those_of_when_it_was_made():
     sam = ours(torch_model(), SMALL)
     predictor = SamPredictor(sam)
-    predictor.set_image(picture())
+    predictor.set_image(random_image())
     expected = predictor.predict(POINTS, LABELS)
     tokens = sam.mask_decoder.mask_tokens
     tokens[...] = tokens[...] + 1
     for part, array in zip(predictor.predict(POINTS, LABELS), expected, strict=True):
         assert np.array_equal(part, array)
     changed = SamPredictor(sam)
-    changed.set_image(picture())
+    changed.set_image(random_image())
     assert np.abs(changed.predict(POINTS, LABELS)[2] - expected[2]).max() > 0.01
 
 
@@ -531,7 +531,7 @@ def test_parameters_are_those_of_when_it_was_made():
         ({"point_labels": LABELS}, "point_labels are given without point_coords"),
         (
             {"point_coords": POINTS, "point_labels": [1]},
-            r"are 3 points, but their labels have shape \(1,\); expected one label per point",
+            r"are 3 points, but their labels have shape \(1,\); expected one label for each point",
         ),
         (
             {"point_coords": POINTS, "point_labels": [1, 4, 0]},
@@ -664,7 +664,7 @@ def test_the_model_s_own_coordinates_are_warned_of_too(predictor):
 )
 def test_predictors_and_generators_travel(predictor, copy_of):
     """With the image that is set."""
-    predictor.set_image(picture())
+    predictor.set_image(random_image())
     again = copy_of(predictor)
     results = again.predict(POINTS, LABELS), predictor.predict(POINTS, LABELS)
     for found, expected in zip(*results, strict=True):
@@ -674,7 +674,7 @@ def test_predictors_and_generators_travel(predictor, copy_of):
     generator = SamAutomaticMaskGenerator(predictor.model, **everything, mesh=mesh)
     again = copy_of(generator)
     assert (again.mesh == mesh) == (copy_of is copy.deepcopy)
-    records = zip(again.generate(picture()), generator.generate(picture()), strict=True)
+    records = zip(again.generate(random_image()), generator.generate(random_image()), strict=True)
     for found, expected in records:
         assert np.array_equal(found.pop("segmentation"), expected.pop("segmentation"))
         assert found == expected
@@ -683,8 +683,8 @@ def test_predictors_and_generators_travel(predictor, copy_of):
 @pytest.mark.usefixtures("unchecked")
 def test_arrays_of_other_libraries(predictor):
     """Everywhere, as numpy's."""
-    image, model = torch.tensor(picture()), predictor.model
-    predictor.set_image(picture())
+    image, model = torch.tensor(random_image()), predictor.model
+    predictor.set_image(random_image())
     expected = predictor.predict(POINTS, LABELS, BOX)
     predictor.set_image(image)
     coords = torch.tensor(POINTS, requires_grad=True)
@@ -716,7 +716,7 @@ def test_arrays_of_other_libraries(predictor):
         attention_similarity=torch.zeros(1, 1, 1, 1, SMALL.image_embedding_size**2),
     )
     SamAutomaticMaskGenerator(model, points_per_side=1).generate(image)
-    assert np.array_equal(load_image(image), picture())
+    assert np.array_equal(load_image(image), random_image())
     overlay(image, torch.tensor(masks[0][0]))
 
     class OnlyDLPack:

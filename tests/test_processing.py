@@ -53,7 +53,7 @@ def hf():
     return transformers.SamProcessor(SamImageProcessorPil())
 
 
-def picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     """Random, with smooth parts and edges."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -62,12 +62,12 @@ def picture(height, width, seed=0):
     return np.where(rng.random((height, width, 1)) < 0.3, noise, smooth)
 
 
-# --- pictures -----------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_pixels_are_metas(processor, transforms, meta, size):
-    image = picture(*size)
+    image = random_image(*size)
     resized = transforms.ResizeLongestSide(1024).apply_image(image)
     expected = meta.preprocess(torch.tensor(resized).permute(2, 0, 1)).permute(1, 2, 0).numpy()
     inputs = processor(image)
@@ -80,7 +80,7 @@ def test_pixels_are_metas(processor, transforms, meta, size):
 
 @pytest.mark.parametrize("size", [s for s in SIZES if min(s) > 3], ids=str)
 def test_pixels_are_hfs(processor, hf, size):
-    image = Image.fromarray(picture(*size))
+    image = Image.fromarray(random_image(*size))
     expected = hf(image, return_tensors="np")
     inputs = processor(image)
     pixels = np.moveaxis(inputs["pixel_values"], -1, 1)
@@ -91,7 +91,7 @@ def test_pixels_are_hfs(processor, hf, size):
 
 def test_another_image_size_and_statistics(transforms):
     config = dataclasses.replace(SMALL, pixel_mean=(0.0, 1.0, 2.0), pixel_std=(1.0, 2.0, 4.0))
-    image = picture(50, 71)
+    image = random_image(50, 71)
     resized = transforms.ResizeLongestSide(96).apply_image(image).astype(np.float32)
     pixels = SamProcessor(config)(image)["pixel_values"][0]
     assert pixels.shape == (96, 96, 3)
@@ -100,7 +100,7 @@ def test_another_image_size_and_statistics(transforms):
     assert not pixels[len(resized) :].any()
 
 
-def test_medsams_pictures():
+def test_medsams_images():
     """Its lines: a square, then the smallest value to 0 and the largest to 1."""
     config = with_preprocessing(SMALL, "medsam")
     processor = SamProcessor(config)
@@ -140,8 +140,8 @@ def test_medsams_resampling_is_as_close_as_we_say():
         assert round(float(np.abs(pixels[: len(resized)] - expected).mean()), 3) == mean
 
 
-def test_several_pictures_of_different_sizes(small, tmp_path):
-    images = [picture(40, 60), picture(61, 33, 1), picture(7, 7, 2)]
+def test_several_images_of_different_sizes(small, tmp_path):
+    images = [random_image(40, 60), random_image(61, 33, 1), random_image(7, 7, 2)]
     Image.fromarray(images[1]).save(tmp_path / "image.png")
     inputs = small([Image.fromarray(images[0]), tmp_path / "image.png", images[2]])
     for i, image in enumerate(images):
@@ -150,9 +150,9 @@ def test_several_pictures_of_different_sizes(small, tmp_path):
             assert np.array_equal(inputs[name][i], value[0])
 
 
-def test_a_hair_thin_picture_keeps_a_pixel(small):
+def test_a_hair_thin_image_keeps_a_pixel(small):
     # The reference computes a width of 0 here and fails.
-    inputs = small(picture(500, 1), input_points=[[[0, 250]]])
+    inputs = small(random_image(500, 1), input_points=[[[0, 250]]])
     assert inputs["reshaped_input_sizes"].tolist() == [[96, 1]]
     assert inputs["input_points"].tolist() == [[[[0, 48]]]]
 
@@ -160,7 +160,7 @@ def test_a_hair_thin_picture_keeps_a_pixel(small):
 @pytest.mark.parametrize("size", [(300, 451), (451, 300), (256, 256), (700, 1500), (5, 9)], ids=str)
 def test_segmentation_maps_are_hfs(processor, hf, size):
     rng = np.random.default_rng(0)
-    image, labels = picture(*size), rng.integers(0, 200, size, dtype=np.uint8)
+    image, labels = random_image(*size), rng.integers(0, 200, size, dtype=np.uint8)
     expected = hf(Image.fromarray(image), segmentation_maps=labels, return_tensors="np")["labels"]
     for given in (labels, [labels], labels.astype(np.int64), Image.fromarray(labels)):
         found = processor(image, segmentation_maps=given)["labels"]
@@ -168,19 +168,19 @@ def test_segmentation_maps_are_hfs(processor, hf, size):
         assert np.array_equal(found, expected)
 
 
-def test_segmentation_maps_of_stretched_pictures():
-    """They lie on the model's masks, whose picture lost its proportions."""
+def test_segmentation_maps_of_stretched_images():
+    """They lie on the model's masks, whose image lost its proportions."""
     labels = np.zeros((300, 451), np.uint8)
     labels[100:200, 150:] = 7
     processor = SamProcessor(with_preprocessing(vit_b(), "medsam"))
-    (found,) = processor(picture(300, 451), segmentation_maps=labels)["labels"]
+    (found,) = processor(random_image(300, 451), segmentation_maps=labels)["labels"]
     expected = Image.fromarray(labels).resize((256, 256), Image.Resampling.NEAREST)
     assert np.array_equal(found, np.asarray(expected))
 
 
 def test_segmentation_maps_of_booleans_and_large_numbers(small):
     side = small.config.mask_size
-    image = picture(side // 4, side)
+    image = random_image(side // 4, side)
     truth = np.zeros(image.shape[:2], bool)
     truth[2:8, 10:20] = True
     (labels,) = small(image, segmentation_maps=truth)["labels"]
@@ -205,16 +205,16 @@ def test_segmentation_maps_of_booleans_and_large_numbers(small):
 )
 def test_bad_segmentation_maps(small, maps, message):
     with pytest.raises(ValueError, match=message):
-        small(picture(8, 9), segmentation_maps=maps)
+        small(random_image(8, 9), segmentation_maps=maps)
 
 
 @pytest.mark.parametrize("most", [2**31 - 1, -(2**31)])
 def test_segmentation_maps_up_to_int32(small, most):
-    (labels,) = small(picture(8, 9), segmentation_maps=np.full((8, 9), most))["labels"]
+    (labels,) = small(random_image(8, 9), segmentation_maps=np.full((8, 9), most))["labels"]
     assert set(np.unique(labels)) == {0, most}  # 0 is the padding
 
 
-def test_no_picture(small):
+def test_no_image(small):
     for images in ([], ()):
         with pytest.raises(ValueError, match="images is an empty list, expected at least one"):
             small(images)
@@ -229,14 +229,14 @@ def test_coordinates_are_metas_and_hfs(processor, transforms, hf, size):
     rng = np.random.default_rng(0)
     coords = rng.uniform(-5, 1500, (7, 2))
     boxes = np.sort(rng.uniform(0, 1500, (3, 2, 2)), axis=1).reshape(3, 4)
-    inputs = processor(picture(*size), input_points=[coords], input_boxes=[boxes[:1]])
+    inputs = processor(random_image(*size), input_points=[coords], input_boxes=[boxes[:1]])
     resize = transforms.ResizeLongestSide(1024)
     expected = resize.apply_coords(coords, size).astype(np.float32)
     assert np.array_equal(inputs["input_points"][0, 0], expected)
     assert np.array_equal(
         expected, hf._normalize_coordinates(1024, coords, size).astype(np.float32)
     )
-    inputs = processor(picture(*size), input_boxes=[boxes])
+    inputs = processor(random_image(*size), input_boxes=[boxes])
     expected = resize.apply_boxes(boxes, size).astype(np.float32)
     assert np.array_equal(inputs["input_boxes"][0], expected)
     theirs = hf._normalize_coordinates(1024, boxes, size, is_bounding_box=True)
@@ -264,13 +264,13 @@ POINT, POINTS, BOX = [450, 100], [[450, 100], [20.5, 3]], [10, 20, 300.25, 200]
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
-@pytest.mark.parametrize("images", [1, 2])
-def test_nesting_is_hfs(processor, hf, prompts, images):
+@pytest.mark.parametrize("count", [1, 2])
+def test_nesting_is_hfs(processor, hf, prompts, count):
     """As the reference gives it for return_tensors="pt", for one image and for two."""
-    pictures = [Image.fromarray(picture(*size)) for size in [(300, 451), (200, 100)][:images]]
-    prompts = {name: value * images for name, value in prompts.items()}
-    expected = hf(pictures, return_tensors="pt", **prompts)
-    found = processor(pictures, **prompts)
+    images = [Image.fromarray(random_image(*size)) for size in [(300, 451), (200, 100)][:count]]
+    prompts = {name: value * count for name, value in prompts.items()}
+    expected = hf(images, return_tensors="pt", **prompts)
+    found = processor(images, **prompts)
     dtypes = {"input_points": np.float32, "input_labels": np.int32, "input_boxes": np.float32}
     for name, dtype in dtypes.items():
         if name in expected:
@@ -283,7 +283,7 @@ def test_nesting_is_hfs(processor, hf, prompts, images):
 
 
 def test_arrays_tuples_and_tensors_nest_as_lists(small):
-    image = picture(30, 40)
+    image = random_image(30, 40)
     points, labels, boxes = [[[[1, 2], [3, 4]]]], [[[1, 0]]], [[[1, 2, 3, 4]]]
     expected = small(image, input_points=points, input_labels=labels, input_boxes=boxes)
     for convert in (np.array, torch.tensor, jnp.array, lambda x: (tuple(map(tuple, x[0])),)):
@@ -302,16 +302,16 @@ def test_arrays_tuples_and_tensors_nest_as_lists(small):
 
 def test_ragged_points_of_two_images(processor, hf):
     """The one ragged case that the reference knows; it gives the padding coordinates of -10."""
-    pictures = [Image.fromarray(picture(300, 451)), Image.fromarray(picture(64, 64))]
+    images = [Image.fromarray(random_image(300, 451)), Image.fromarray(random_image(64, 64))]
     points, labels = [POINTS, [[30, 40]]], [[1, 0], [1]]
     expected = hf(
-        pictures,
+        images,
         input_points=points,
         input_labels=[[1, 0], [1]],
         point_pad_value=-10,
         return_tensors="pt",
     )
-    found = processor(pictures, input_points=points, input_labels=labels)
+    found = processor(images, input_points=points, input_labels=labels)
     assert found["input_labels"].tolist() == expected["input_labels"].tolist()
     assert found["input_labels"].tolist() == [[[1, 0]], [[1, -10]]]
     real = found["input_labels"] != -10
@@ -321,7 +321,7 @@ def test_ragged_points_of_two_images(processor, hf):
 
 
 def test_ragged_points_and_prompts(small):
-    images = [picture(96, 96), picture(48, 48), picture(96, 96)]
+    images = [random_image(96, 96), random_image(48, 48), random_image(96, 96)]
     inputs = small(
         images,
         input_points=[[[[1, 2], [3, 4]], [[5, 6]]], [[7, 8]], [[], [[1, 1], [2, 2], [3, 3]]]],
@@ -343,7 +343,7 @@ def test_ragged_points_and_prompts(small):
 @pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 def test_ragged_points_with_boxes(small):
     """Images without a prompt, and prompts without points."""
-    images = [picture(96, 96), picture(96, 96)]
+    images = [random_image(96, 96), random_image(96, 96)]
     inputs = small(
         images, input_points=[[[[1, 2]]], []], input_labels=[[[0]], []], input_boxes=[[BOX], []]
     )
@@ -356,7 +356,7 @@ def test_ragged_points_with_boxes(small):
 
 
 def test_ragged_boxes(small):
-    images = [picture(96, 96), picture(48, 48), picture(96, 96)]
+    images = [random_image(96, 96), random_image(48, 48), random_image(96, 96)]
     boxes = small(images, input_boxes=[[[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 4]], []])
     assert boxes["input_boxes"].tolist() == [
         [[1, 2, 3, 4], [5, 6, 7, 8]],
@@ -367,7 +367,8 @@ def test_ragged_boxes(small):
 
 @pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
-    inputs = small(picture(96, 96), input_points=[[[96, 96], [-3, 200]]], input_boxes=[[[5] * 4]])
+    prompts = {"input_points": [[[96, 96], [-3, 200]]], "input_boxes": [[[5] * 4]]}
+    inputs = small(random_image(96, 96), **prompts)
     assert inputs["input_points"].tolist() == [[[[96, 96], [-3, 200]]]]
     assert inputs["input_boxes"].tolist() == [[[5, 5, 5, 5]]]
 
@@ -397,7 +398,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
         ),
         (
             {"input_points": [[POINTS, POINTS]], "input_labels": [[1, 1]]},
-            r"input_points\[0\] are 2 prompts, but input_labels\[0\] are of 1",
+            r"input_points\[0\] are 2 prompts, but input_labels\[0\] are for 1",
         ),
         (
             {"input_points": [[POINT]], "input_labels": [[1], [1]]},
@@ -429,7 +430,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
         ({"input_boxes": [[[1, 2, 3]]]}, r"have shape \(1, 3\), expected \(n, 4\)"),
         ({"input_boxes": [[BOX, [1, 2]]]}, r"input_boxes\[0\] are .*, expected numbers in lists"),
         ({"input_boxes": [[[1, 2, 3, float("nan")]]]}, r"input_boxes\[0\] hold .* not finite"),
-        ({"input_boxes": [[]]}, "input_boxes hold no box; leave them out"),
+        ({"input_boxes": [[]]}, "input_boxes are empty; leave them out"),
         (
             {"input_points": [[POINTS, POINTS]], "input_boxes": [[BOX]]},
             r"input_points\[0\] are 2 prompts, but there are 1 boxes in input_boxes\[0\]",
@@ -439,14 +440,14 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
 )
 def test_bad_prompts(small, prompts, message):
     with pytest.raises(ValueError, match=message):
-        small(picture(300, 451), **prompts)
+        small(random_image(300, 451), **prompts)
 
 
 def test_different_numbers_of_prompts_in_one_of_two_images(small):
     """Padding to the largest number must not hide it."""
     with pytest.raises(ValueError, match=r"input_points\[0\] are 2 prompts, but there are 1 boxes"):
         small(
-            [picture(30, 40)] * 2,
+            [random_image(30, 40)] * 2,
             input_points=[[[[1, 1]], [[2, 2]]], [[1, 1]]],
             input_boxes=[[[1, 1, 2, 2]], [[1, 1, 2, 2], [3, 3, 4, 4]]],
         )
@@ -489,7 +490,7 @@ def test_masks_are_metas_and_hfs(processor, hf, meta, size):
 
 def test_masks_of_several_images(processor, hf):
     sizes = [(300, 451), (451, 300), (20, 30)]
-    inputs = processor([picture(*size) for size in sizes])
+    inputs = processor([random_image(*size) for size in sizes])
     low_res = logits(3, 1, 3, 256, 256)
     expected = hf.post_process_masks(
         [torch.tensor(m) for m in low_res], inputs["original_sizes"], inputs["reshaped_input_sizes"]
@@ -536,7 +537,7 @@ def test_bad_sizes_of_masks(small, shape, originals, inputs, message):
         small.post_process_masks(np.zeros((*shape, 48, 48), np.float32), originals, inputs)
 
 
-def test_masks_of_the_pictures_size_are_refused(small):
+def test_masks_of_the_images_size_are_refused(small):
     message = r"masks\[0\] has shape \(1, 3, 20, 30\), expected .*48, 48\): low-resolution logits"
     with pytest.raises(ValueError, match=message):
         small.post_process_masks(np.zeros((1, 1, 3, 20, 30)), [(20, 30)], [(64, 96)])
@@ -601,7 +602,7 @@ def test_what_is_not_a_mask(small, mask, message):
 
 
 def test_none_is_an_image_without_prompts(small):
-    images = [picture(96, 96), picture(96, 96)]
+    images = [random_image(96, 96), random_image(96, 96)]
     for none in (None, []):
         inputs = small(images, input_points=[[[[1, 2]]], none], input_boxes=[[[1, 2, 3, 4]], none])
         assert inputs["input_labels"].tolist() == [[[1]], [[-10]]]
@@ -611,7 +612,7 @@ def test_none_is_an_image_without_prompts(small):
 
 
 def test_inputs_are_a_dictionary_with_attributes(small):
-    inputs = small(picture(96, 96), return_tensors="np")
+    inputs = small(random_image(96, 96), return_tensors="np")
     assert inputs.pixel_values is inputs["pixel_values"]
     doubled = jax.tree.map(lambda array: 2 * array, inputs)
     assert np.array_equal(doubled.original_sizes, [[192, 192]])

@@ -58,8 +58,8 @@ def test_links():
 def test_everything(mobile_sam_file, tmp_path):
     main = runpy.run_path(str(EXAMPLES / "everything.py"))["main"]
     main(tmp_path / "everything.png", points_per_side=4)
-    with Image.open(tmp_path / "everything.png") as picture:
-        assert picture.size == (1024, 512)
+    with Image.open(tmp_path / "everything.png") as image:
+        assert image.size == (1024, 512)
 
 
 def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):

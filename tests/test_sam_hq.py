@@ -127,7 +127,7 @@ def torch_decode(original, embedding, early, points, labels, boxes, masks, multi
     )
 
 
-@pytest.mark.optimised
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_masks_are_the_originals(original, model, kind):
     pixels = normal((1, 96, 96, 3), seed=2)

@@ -26,12 +26,12 @@ def square(top, left, bottom, right, shape=(60, 80)):
 # --- overlay ------------------------------------------------------------------------------------
 
 
-def test_nothing_to_draw_leaves_the_picture(image, tmp_path):
+def test_nothing_to_draw_leaves_the_image(image, tmp_path):
     Image.fromarray(image).save(tmp_path / "image.png")
     for given in (image, Image.fromarray(image), tmp_path / "image.png", image[..., 0]):
-        picture = overlay(given)
-        assert picture.mode == "RGB"
-        assert np.array_equal(picture, image)
+        drawn = overlay(given)
+        assert drawn.mode == "RGB"
+        assert np.array_equal(drawn, image)
     empty = overlay(
         image, [], point_coords=np.zeros((0, 2)), point_labels=[], boxes=np.zeros((0, 4))
     )
@@ -87,7 +87,7 @@ def test_points(image):
     )
     assert tuple(pixels[15, 20]) == GREEN
     assert tuple(pixels[40, 60]) == RED
-    assert tuple(pixels[30, 40]) == (100, 100, 100)  # no point of the picture
+    assert tuple(pixels[30, 40]) == (100, 100, 100)  # no point of the image
     assert tuple(pixels[59, 79]) == GREEN
     ring = pixels[15, 10:31]
     assert (ring == 255).all(-1).sum() == 2
@@ -101,7 +101,7 @@ def test_boxes(image):
     assert tuple(pixels[18, 30]) == (100, 100, 100)
 
 
-def test_marks_grow_with_the_picture():
+def test_marks_grow_with_the_image():
     small = np.asarray(
         overlay(np.zeros((100, 100, 3), np.uint8), (), point_coords=[[50, 50]], point_labels=[1])
     )
@@ -113,7 +113,7 @@ def test_marks_grow_with_the_picture():
     assert large.any(-1).sum() > 10 * small.any(-1).sum()
 
 
-def test_a_picture_of_one_pixel():
+def test_an_image_of_one_pixel():
     pixel = np.zeros((1, 1, 3), np.uint8)
     mask = np.ones((1, 1), bool)
     assert overlay(
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused(image, options, message):
 
 @pytest.fixture
 def axes(image):
-    """Axes that fill a figure of the picture's size, so that pixels are pixels."""
+    """Axes that fill a figure of the image's size, so that pixels are pixels."""
     figure = Figure(figsize=(8, 6), dpi=10)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()

@@ -1,4 +1,4 @@
-"""What automatic mask generation computes on the device: points to masks, and their measures."""
+"""The device programs of automatic mask generation: from points to masks and their statistics."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,43 +16,43 @@ from sam_jax.ops.mask_statistics import MaskStatistics, MaskUpsampler, mask_stat
 from sam_jax.ops.prompts import join_prompts, pad_axis
 
 
-class AtOnce(NamedTuple):
+class ChunkSizes(NamedTuple):
     """How many of each are computed together."""
 
     points: int  # through the transformer
     upscaled: int  # through the upscaling
     measured: int  # masks at full size
-    tile: int  # of which a square of this side
+    tile: int  # side in pixels of the tiles that masks are measured in
 
 
 class Frame(NamedTuple):
-    """How masks become full size and are measured; arrays."""
+    """How masks are resized to full size and measured; arrays."""
 
     full: MaskUpsampler
-    limits: Float[Any, "3"]  # of predicted IoU, of logits, offset of the latter for stability
+    limits: Float[Any, "3"]  # predicted IoU, mask threshold, stability score offset
 
 
 class Points(NamedTuple):
     """A batch of points; arrays."""
 
     coords: Float[Any, "n 2"]  # in pixels of the model's input
-    which: Int[Any, " n"]  # of a point's masks, to decode one
-    real: Int[Any, ""]  # how many are no padding
+    mask_index: Int[Any, " n"]  # which of a point's masks to decode
+    real: Int[Any, ""]  # how many are not padding
 
 
 class Measured(NamedTuple):
-    """Of every mask of every point; of no meaning for masks whose predicted IoU is too low."""
+    """For every mask of every point; undefined for masks whose predicted IoU is too low."""
 
     iou: Float[Array, "n m"]
     statistics: MaskStatistics
 
 
-def points_at_once(points_per_batch: int, platform: str) -> AtOnce:
-    """How many of each are computed together on a platform."""
+def chunk_sizes(points_per_batch: int, platform: str) -> ChunkSizes:
+    """The chunk sizes for a platform."""
     if platform == "cpu":
-        # What two points need stays in a CPU's cache (docs/design/everything-mode.md).
-        return AtOnce(2, 1, 1, 64)
-    return AtOnce(points_per_batch, -(-points_per_batch // 4), 3, 256)
+        # Two points fit in a CPU's cache (docs/design/everything-mode.md).
+        return ChunkSizes(2, 1, 1, 64)
+    return ChunkSizes(points_per_batch, -(-points_per_batch // 4), 3, 256)
 
 
 def size_to_pad_to(size: int) -> int:
@@ -61,12 +61,12 @@ def size_to_pad_to(size: int) -> int:
 
 
 def _per_image(function: Callable) -> Callable:
-    """Compiles `function(model, *arrays, at_once)` for one image on each device of a mesh.
+    """Compiles `function(model, *arrays, chunks)` for one image on each device of a mesh.
 
-    The result is called with arrays that have an axis of devices before their own.
+    The arrays of the compiled function have a leading axis of devices.
     """
 
-    @functools.partial(jax.jit, static_argnames=("mesh", "at_once"))
+    @functools.partial(jax.jit, static_argnames=("mesh", "chunks"))
     def compiled(graphdef, params, *arrays, mesh, **static):
         def one_image(params, *arrays):
             arrays = jax.tree.map(lambda x: x[0], arrays)
@@ -75,7 +75,7 @@ def _per_image(function: Callable) -> Callable:
 
         images = PartitionSpec(mesh.axis_names)
         in_specs = (PartitionSpec(), *[images] * len(arrays))
-        # The loops' trip counts differ from device to device, which the check does not allow for.
+        # The check rejects loops whose trip counts differ between devices.
         return jax.shard_map(
             one_image, mesh=mesh, in_specs=in_specs, out_specs=images, check_vma=False
         )(params, *arrays)
@@ -96,9 +96,9 @@ def measure(
     frame: Frame,
     points: Points,
     *,
-    at_once: AtOnce,
+    chunks: ChunkSizes,
 ) -> Measured:
-    """Predicted IoUs and statistics of the masks of points."""
+    """Predicted IoUs and statistics of the points' masks."""
     decoder = model.mask_decoder
     outputs = output_slice(multimask_output=True)
     embedding, hq_features = decoder.image_features(image_embedding)
@@ -109,18 +109,18 @@ def measure(
 
     def masks_of_point(mask_tokens, keys, wanted):
         masks = decoder.predict_masks(mask_tokens, keys, outputs, hq_features)
-        return _for_each_wanted(measure, wanted, (masks,), at_once.measured)
+        return _for_each_wanted(measure, wanted, (masks,), chunks.measured)
 
     def some_points(real, coords):
         iou_token, mask_tokens, keys = _attend(model, embedding, coords, outputs)
         iou = jax.vmap(decoder.predict_iou)(iou_token)[:, outputs]
         wanted = real[:, None] & ((iou > iou_limit) | (iou_limit <= 0))
         statistics = _for_each_wanted(
-            masks_of_point, wanted.any(1), (mask_tokens, keys, wanted), at_once.upscaled
+            masks_of_point, wanted.any(1), (mask_tokens, keys, wanted), chunks.upscaled
         )
         return Measured(iou, statistics)
 
-    return _for_some_at_a_time(some_points, (points.coords,), points.real, at_once.points)
+    return _for_some_at_a_time(some_points, (points.coords,), points.real, chunks.points)
 
 
 @_per_image
@@ -129,23 +129,23 @@ def decode(
     image_embedding: Float[Array, "g g c"],
     points: Points,
     *,
-    at_once: AtOnce,
+    chunks: ChunkSizes,
 ) -> Float[Array, "n side side"]:
-    """The logits of one mask of each point."""
+    """The logits of one mask per point."""
     decoder = model.mask_decoder
     outputs = output_slice(multimask_output=True)
     embedding, hq_features = decoder.image_features(image_embedding)
 
-    def mask_of_point(mask_tokens, keys, which):
-        return decoder.predict_masks(mask_tokens, keys, outputs, hq_features)[which]
+    def mask_of_point(mask_tokens, keys, mask_index):
+        return decoder.predict_masks(mask_tokens, keys, outputs, hq_features)[mask_index]
 
-    def some_points(real, coords, which):
+    def some_points(real, coords, mask_index):
         _, mask_tokens, keys = _attend(model, embedding, coords, outputs)
-        arrays = mask_tokens, keys, which
-        return _for_each_wanted(mask_of_point, real, arrays, at_once.upscaled)
+        arrays = mask_tokens, keys, mask_index
+        return _for_each_wanted(mask_of_point, real, arrays, chunks.upscaled)
 
-    arrays = points.coords, points.which
-    return _for_some_at_a_time(some_points, arrays, points.real, at_once.points)
+    arrays = points.coords, points.mask_index
+    return _for_some_at_a_time(some_points, arrays, points.real, chunks.points)
 
 
 def _attend(
@@ -154,7 +154,7 @@ def _attend(
     coords: Float[Array, "n 2"],
     outputs: slice,
 ):
-    """What the two-way transformer makes of n prompts of one foreground point each."""
+    """Runs the two-way transformer on n prompts of one foreground point each."""
     image_pe = model.prompt_encoder.get_dense_pe()
     no_mask = model.prompt_encoder.embed_mask(None)
 
@@ -176,7 +176,7 @@ def _attend(
 def _for_some_at_a_time(
     function: Callable, arrays: Sequence[Array], count: Int[Array, ""], size: int
 ) -> PyTree:
-    """`function(real, *arrays)` of `size` entries of the arrays at a time, as far as `count`."""
+    """Maps `function(real, *arrays)` over the first `count` entries, `size` at a time."""
     total = len(arrays[0])
     padded = -(-total // size) * size
     arrays = [pad_axis(x, padded, 0, 0) for x in arrays]
@@ -202,9 +202,9 @@ def _for_some_at_a_time(
 def _for_each_wanted(
     function: Callable, wanted: Bool[Array, " n"], arrays: Sequence[Array], size: int
 ) -> PyTree:
-    """`function` of each entry of the arrays that is wanted, `size` together.
+    """Maps `function` over the wanted entries of the arrays, `size` at a time.
 
-    Other entries of the result are of no meaning.
+    Other entries of the result are undefined.
     """
     n = len(wanted)
     order = jnp.argsort(~wanted, stable=True)
@@ -217,7 +217,7 @@ def _for_each_wanted(
             entry = (jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in arrays)
             found = function(*entry)
         else:
-            # Beyond the end there is nothing to read (the last is read again) or to write.
+            # Past the end, the last entry is read again and nothing is written.
             index = jnp.where(k * size + jnp.arange(size) < n, 0, n)
             index += jax.lax.dynamic_slice_in_dim(jnp.pad(order, (0, size)), k * size, size)
             found = jax.vmap(function)(*(x[index] for x in arrays))

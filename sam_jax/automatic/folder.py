@@ -1,4 +1,4 @@
-"""Automatic mask generation for many images: which images there are, and a result for each."""
+"""Automatic mask generation for many images: finds the files and writes a result for each."""
 
 import collections
 import errno
@@ -14,20 +14,20 @@ from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 from sam_jax.automatic.results import RESERVED, Results, one_line
 from sam_jax.image import FORMATS, load_image
 
-# Every further image would fail, too: a run ends at these.
+# Every later image would fail too, so these errors end the run.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def find_pictures(inputs: Iterable[Path]) -> list[Path]:
-    """The files given, and of the folders given the files that are named as images, sorted.
+def find_images(inputs: Iterable[Path]) -> list[Path]:
+    """Lists the given files, and the image files in the given folders in sorted order.
 
-    Hidden ones are passed over, and those without an extension of `sam_jax.image.FORMATS`.
+    In folders, hidden files and files without an extension of `sam_jax.image.FORMATS` are skipped.
 
     Raises:
-        FileNotFoundError: for a path that does not exist.
-        ValueError: if there is none, or if two of them would have one result.
+        FileNotFoundError: if a path does not exist.
+        ValueError: if there is no image, or if two images would be written under the same name.
     """
-    pictures: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     inputs = list(inputs)
     for path in inputs:
         if not path.exists():
@@ -35,24 +35,24 @@ def find_pictures(inputs: Iterable[Path]) -> list[Path]:
         for file in _images_of(path) if path.is_dir() else [path]:
             if file.stem in RESERVED:
                 raise ValueError(
-                    f"{file} would be written as {file.stem!r}, a name of ours; rename it"
+                    f"{file} would be written as {file.stem!r}, a name that sam_jax uses; rename it"
                 )
-            other = pictures.setdefault(file.stem, file)
+            other = files.setdefault(file.stem, file)
             if os.path.realpath(other) != os.path.realpath(file):
                 raise ValueError(
                     f"{other} and {file} would both be written as {file.stem!r}; rename one, or "
-                    "give them separately with another output"
+                    "run them separately with different outputs"
                 )
     if not inputs:
-        raise ValueError("there is no input, expected images or folders of images")
-    if not pictures:
-        hint = "".join(f"; {line}" for line in passed_over(inputs))
+        raise ValueError("no input given, expected images or folders of images")
+    if not files:
+        hint = "".join(f"; {line}" for line in skipped(inputs))
         raise ValueError(f"there is no image in {', '.join(map(str, inputs))}{hint}")
-    return list(pictures.values())
+    return list(files.values())
 
 
 def _images_of(folder: Path) -> list[Path]:
-    # Pillow opens a camera's MPO as the JPEG that it begins with.
+    # Pillow opens a camera's MPO by its first image, a JPEG.
     formats = {*FORMATS, "MPO"}
     known = {name for name, kind in Image.registered_extensions().items() if kind in formats}
     return sorted(
@@ -62,9 +62,9 @@ def _images_of(folder: Path) -> list[Path]:
     )
 
 
-def passed_over(inputs: Iterable[Path], output: Path | None = None) -> list[str]:
-    """What there is to say of what lies in the folders given and is not an image of theirs."""
-    there = [
+def skipped(inputs: Iterable[Path], output: Path | None = None) -> list[str]:
+    """Messages about subfolders and files of the given folders that are skipped."""
+    others = [
         path
         for folder in inputs
         if folder.is_dir()
@@ -72,33 +72,33 @@ def passed_over(inputs: Iterable[Path], output: Path | None = None) -> list[str]
         if not path.name.startswith(".") and path != output
     ]
     kinds = {
-        "subfolders are passed over, give them as inputs of their own": lambda path: path.is_dir(),
-        "files without the name of an image that can be read are passed over": os.path.isfile,
+        "skipped subfolders, which you can give as further inputs": lambda path: path.is_dir(),
+        "skipped files without the extension of a supported image format": os.path.isfile,
     }
     lines = []
     for what, is_kind in kinds.items():
-        if paths := list(filter(is_kind, there)):
+        if paths := list(filter(is_kind, others)):
             lines.append(f"{what}: {paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''}")
     return lines
 
 
 def generate_folder(
     generator: SamAutomaticMaskGenerator,
-    pictures: Sequence[Path],
+    files: Sequence[Path],
     results: Results,
     on_image: Callable[[], object],
     on_failure: Callable[[Path, str], object],
 ) -> None:
-    """Generates and writes the masks of pictures, as many at a time as the generator has devices.
+    """Generates and writes the masks of image files, one image per device at a time.
 
-    Pictures are read before, and results written after, while the devices work on others.
+    While the devices compute, the next images are read and the last results are written.
 
     Args:
         generator: its output mode must be "uncompressed_rle".
-        pictures: files.
+        files: the image files.
         results: where to write.
-        on_image: called for each image that cannot be read, or whose masks are found.
-        on_failure: called with each image that could not be read or written, and the cause.
+        on_image: called when an image's masks are found, or when it cannot be read.
+        on_failure: called with the file and the cause if an image cannot be read or written.
 
     Raises:
         OSError: if the disk is full or read-only.
@@ -107,29 +107,29 @@ def generate_folder(
     taken: collections.deque[tuple[Path, np.ndarray]] = collections.deque()
 
     def images() -> Iterator[np.ndarray]:
-        for picture in pictures:
+        for file in files:
             try:
-                image = load_image(picture)
+                image = load_image(file)
             except (OSError, ValueError, TypeError) as error:
-                on_failure(picture, one_line(error))
+                on_failure(file, one_line(error))
                 on_image()
             else:
-                taken.append((picture, image))
+                taken.append((file, image))
                 yield image
 
-    def finish(picture: Path, writing: Future) -> None:
+    def finish(file: Path, writing: Future) -> None:
         try:
             writing.result()
         except OSError as error:
             if error.errno in _DISK_FULL:
                 raise
-            on_failure(picture, one_line(error))
+            on_failure(file, one_line(error))
 
     before = None
     with ThreadPoolExecutor(1) as writer:
         for found in generator.generate_batch(images(), on_image):
-            picture, image = taken.popleft()
-            writing = picture, writer.submit(results.write, picture, image, found)
+            file, image = taken.popleft()
+            writing = file, writer.submit(results.write, file, image, found)
             if before is not None:
                 finish(*before)
             before = writing

@@ -1,15 +1,15 @@
-"""Everything-mode: `SamAutomaticMaskGenerator`, with the surface of Meta's.
+"""Automatic mask generation ("everything mode"): `SamAutomaticMaskGenerator`, with Meta's API.
 
-A picture is prompted with a grid of points. Step by step, as little is computed as can be:
+An image is prompted with a grid of points. Each step computes only what the next one needs:
 
-1. a few points at a time go through the two-way transformer, which gives the predicted IoUs;
-2. points of which a mask may be good enough go on to the upscaling, which gives its logits;
-3. those masks are measured at full size, tile by tile: box and stability;
-4. the host picks the survivors by these numbers (non-maximum suppression);
-5. survivors are decoded again, and only they become full-size masks.
+1. a few points at a time go through the two-way transformer, which predicts the IoUs;
+2. points with at least one mask above the IoU threshold are upscaled to mask logits;
+3. the box and the stability of those masks are measured at full size, tile by tile;
+4. the host selects the survivors by these numbers (non-maximum suppression);
+5. the survivors are decoded again and resized to full size.
 
-So no mask is kept on the device, or made at full size, that is not in the result. What the device
-holds depends on `points_per_batch`, not on how many masks there are.
+Only masks of the result are kept on the device or resized to full size. The memory on the device
+depends on `points_per_batch`, not on the number of masks.
 """
 
 import copy
@@ -33,10 +33,10 @@ from sam_jax.automatic.device import (
     Frame,
     Measured,
     Points,
+    chunk_sizes,
     decode,
     encode,
     measure,
-    points_at_once,
     size_to_pad_to,
 )
 from sam_jax.automatic.options import MaskGenerationOptions
@@ -61,21 +61,20 @@ from sam_jax.validation import check_embedding, check_model, check_sizes
 
 
 class SamAutomaticMaskGenerator(WithAdvice):
-    """Finds all objects of a picture by prompting a grid of points.
+    """Finds all objects in an image by prompting a grid of points.
 
-    Compiled once, for pictures of every size (above 4096 pixels once more for each power of two).
-    With a `mesh` of several devices, `generate_batch` works on as many pictures at a time, one on
-    each device.
+    XLA compiles once for all image sizes (above 4096 pixels, once more for each power of two). With
+    a `mesh` of several devices, `generate_batch` works on one image per device at a time.
 
     Args:
-        model: its parameters are taken as they are now; make a new generator after changing them.
+        model: its current parameters are used; create a new generator after changing them.
         args: options in Meta's order.
-        options: those of `MaskGenerationOptions`.
-        mesh: of the devices that images are spread over, along all its axes; None for the device
-            that the model is on.
+        options: options of `MaskGenerationOptions` by name.
+        mesh: images are distributed over its devices, along all axes; None for the model's device.
 
     Raises:
-        ValueError: for an invalid option; the message says which.
+        TypeError: if `model` is not a `Sam`, or an option is unknown.
+        ValueError: if an option is invalid; the message names it.
     """
 
     __signature__: ClassVar[inspect.Signature]
@@ -90,22 +89,22 @@ class SamAutomaticMaskGenerator(WithAdvice):
         self.processor = SamProcessor(model.config)
         self._dtype = model.mask_decoder.dtype
         self._graphdef, params = nnx.split(model)
-        # Whole groups of survivors' masks are fetched from the device: small ones waste little.
-        self._kept_at_once = min(self.options.points_per_batch, 16)
+        # Survivors' masks are fetched in whole batches: small batches waste little on padding.
+        self._decode_batch_size = min(self.options.points_per_batch, 16)
         self._place(params, mesh)
 
     def _place(self, params: PyTree, mesh: Mesh | None) -> None:
-        """Puts parameters on the devices of a mesh, None for one of the device they are on."""
+        """Puts the parameters on the devices of a mesh; None for the device that they are on."""
         if mesh is None:
             (device, *_) = jax.tree.leaves(params)[0].devices()
             mesh = Mesh(np.array([device]), ("images",))
         self.mesh = mesh
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        self._at_once = points_at_once(self.options.points_per_batch, mesh.devices.flat[0].platform)
+        self._chunks = chunk_sizes(self.options.points_per_batch, mesh.devices.flat[0].platform)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Devices cannot be pickled: a generator comes back on one device of the process.
+        # Devices cannot be pickled: an unpickled generator is on one device of its process.
         return {k: v for k, v in vars(self).items() if k not in ("mesh", "_sharding")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,32 +112,32 @@ class SamAutomaticMaskGenerator(WithAdvice):
         self._place(self._params, None)
 
     def __deepcopy__(self, memo: dict) -> "SamAutomaticMaskGenerator":
-        # In the same process the mesh stays.
+        # Within a process the mesh is kept.
         (new := copy.copy(self))._place(copy.deepcopy(self._params, memo), self.mesh)
         return new
 
     def generate(self, image: ImageInput) -> list[dict[str, Any]]:
-        """The masks of one picture.
+        """The masks of one image.
 
         Args:
-            image: whatever `sam_jax.load_image` takes.
+            image: anything that `sam_jax.load_image` accepts.
 
         Returns:
-            A record for each mask, a dictionary of
+            A dictionary for each mask:
 
-            * `segmentation`: see `output_mode`;
+            * `segmentation`: the mask in the form of `output_mode`;
             * `area`: int, in pixels;
             * `bbox`: [x, y, w, h], ints in pixels, w and h from the first pixel to the last;
-            * `predicted_iou`: float, what the model expects;
-            * `point_coords`: [[x, y]], floats, the point that gave the mask;
+            * `predicted_iou`: float, the model's prediction of the mask's IoU;
+            * `point_coords`: [[x, y]], floats in pixels, the point prompt;
             * `stability_score`: float; 0 for an empty mask, where the reference has NaN;
-            * `crop_box`: [x, y, w, h], ints, the crop that gave the mask.
+            * `crop_box`: [x, y, w, h], ints in pixels, the crop in which the mask was found.
 
-            Without crops, the best predicted IoU comes first, otherwise the smallest crop; with
-            `min_mask_region_area` those before both that it did not change.
+            Masks are sorted by predicted IoU, highest first; with crops, those of smaller crops
+            come first. With `min_mask_region_area`, unchanged masks come before changed ones.
 
         Raises:
-            TypeError, ValueError, OSError: for a picture that `load_image` cannot take.
+            TypeError, ValueError, OSError: for an image that `load_image` rejects.
             NonFiniteError: if the model predicts NaN or infinity.
         """
         (records,) = self.generate_batch([image])
@@ -147,20 +146,20 @@ class SamAutomaticMaskGenerator(WithAdvice):
     def generate_batch(
         self, images: Iterable[ImageInput], on_image: Callable[[], object] | None = None
     ) -> Iterator[list[dict[str, Any]]]:
-        """The masks of several pictures, of any sizes: one after the other what `generate` returns.
+        """Yields what `generate` returns for each of several images of any sizes.
 
-        Pictures are taken from `images`, and their masks given, as the work goes on, so that there
-        may be more of them than fit the memory.
+        Images are loaded and masks yielded one after the other, so they need not fit in memory.
 
         Args:
-            images: whatever `sam_jax.load_image` takes, each.
+            images: an iterable of anything that `sam_jax.load_image` accepts.
             on_image: called when the masks of an image are found, to show progress. They are
-                yielded later, when those of the next are found, too.
+                yielded later, when those of the next image are found too.
 
         Raises:
+            TypeError: if `images` is one image instead of several.
+            TypeError, ValueError, OSError: for an image that `load_image` rejects, when it is
+                loaded.
             NonFiniteError: if the model predicts NaN or infinity.
-            FileNotFoundError, TypeError, ValueError: for one picture instead of several at once,
-                and as `load_image` when it is a picture's turn.
         """
         if is_array(images) or isinstance(images, (str, os.PathLike, Image.Image)):
             raise TypeError(
@@ -179,22 +178,21 @@ class SamAutomaticMaskGenerator(WithAdvice):
         *,
         on_batch: Callable[[int, int], object] | None = None,
     ) -> list[dict[str, Any]]:
-        """What `generate` returns for a picture whose embedding is known.
+        """What `generate` returns, for an image whose embedding is known.
 
         Args:
-            embedding: [1, c, g, g] of `SamPredictor.get_image_embedding`, of the same model.
-            original_size: (h, w) of the picture.
-            on_batch: called with how many batches of `points_per_batch` points are done, and how
-                many there are, to show progress; at the end, with all done, for each group of masks
-                that are decoded. What it raises ends the work, and while it waits the device rests.
+            embedding: [1, c, g, g] from `SamPredictor.get_image_embedding` of the same model.
+            original_size: (h, w) of the image in pixels.
+            on_batch: called with the number of batches of `points_per_batch` points that are done
+                and their total, to show progress; at the end, with all done, once for each batch of
+                decoded masks. An exception in it ends the work; the device is idle while it runs.
 
         Raises:
-            ValueError: for another shape, and with crops, of which there are no embeddings.
+            ValueError: if the embedding has another shape, or if the generator uses crops, which
+                need the image.
         """
         if layers := self.options.crop_n_layers:
-            raise ValueError(
-                f"crop_n_layers is {layers}, and crops need the picture: call generate"
-            )
+            raise ValueError(f"crop_n_layers is {layers}, and crops need the image: call generate")
         embedding = check_embedding(embedding, self.config).astype(self._dtype)
         (size,) = check_sizes([original_size], 1, "original_size")
         (records,) = self._generate([[self._crops(size, embedding=embedding)]], on_batch)
@@ -206,7 +204,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         image: np.ndarray | None = None,
         embedding: np.ndarray | None = None,
     ) -> "list[Crop]":
-        """A picture's crops, those first whose masks win over others'."""
+        """An image's crops; masks of earlier crops win over those of later ones."""
         boxes, layers = generate_crop_boxes(
             size, self.options.crop_n_layers, self.options.crop_overlap_ratio
         )
@@ -220,9 +218,9 @@ class SamAutomaticMaskGenerator(WithAdvice):
         on_batch: Callable[[int, int], object] | None = None,
         on_image: Callable[[], object] | None = None,
     ) -> Iterator[list[dict[str, Any]]]:
-        """The records of groups of at most as many pictures as there are devices.
+        """The records of groups of images, with at most one image per device in a group.
 
-        While the devices work, the host reads what comes next and encodes what they have found.
+        While the devices compute, the host loads the next images and encodes the masks found.
         """
         host = ThreadPoolExecutor(2)
         try:
@@ -232,24 +230,24 @@ class SamAutomaticMaskGenerator(WithAdvice):
                 if on_image is not None:
                     for _ in done:
                         on_image()
-                records = [host.submit(self._records, picture[0].found) for picture in done]
+                records = [host.submit(self._records, image[0].found) for image in done]
                 yield from (future.result() for future in before)
                 before = records
             yield from (future.result() for future in before)
         finally:
-            # What an error, or whoever wants no more, leaves undone.
+            # Cancel what is pending after an error or when the caller stops iterating.
             host.shutdown(cancel_futures=True)
 
     def _turns(
         self, groups: "Iterable[list[list[Crop]]]"
     ) -> "Iterator[tuple[list[Crop], list[np.ndarray], list[list[Crop]]]]":
-        """A crop for each device that has one, what its encoder takes, and pictures then done."""
-        for pictures in groups:
-            *turns, last = itertools.zip_longest(*pictures)
+        """One crop for each device, the encoder's inputs, and the images that are then done."""
+        for images in groups:
+            *turns, last = itertools.zip_longest(*images)
             for turn in (*turns, last):
                 crops = [crop for crop in turn if crop is not None]
                 pixels = [self.processor.preprocess(c.pixels) for c in crops if c.embedding is None]
-                yield crops, pixels, pictures if turn is last else []
+                yield crops, pixels, images if turn is last else []
 
     def _add_masks(
         self,
@@ -258,7 +256,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         host: ThreadPoolExecutor,
         on_batch: Callable[[int, int], object] | None,
     ) -> None:
-        """Finds the masks of a crop on each device and adds them to those of its picture."""
+        """Finds the masks of one crop per device and adds them to those of its image."""
         if pixels:
             embeddings = encode(self._graphdef, self._params, self._spread(pixels), mesh=self.mesh)
         else:
@@ -266,7 +264,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         padded_size = size_to_pad_to(max(max(crop.size) for crop in crops))
         frames = [self._frame(crop.size, padded_size) for crop in crops]
         state, spread_frames = (self._graphdef, self._params, embeddings), self._spread(frames)
-        static = {"mesh": self.mesh, "at_once": self._at_once}
+        static = {"mesh": self.mesh, "chunks": self._chunks}
 
         every = [(np.arange(len(crop.grid)), np.zeros(len(crop.grid), int)) for crop in crops]
         size, measured = self.options.points_per_batch, []
@@ -283,11 +281,14 @@ class SamAutomaticMaskGenerator(WithAdvice):
             mine = jax.tree.map(lambda *parts: np.concatenate(parts), *mine)
             chosen.append(self._choose(crop, mine))
 
-        size, wanted = self._kept_at_once, [(masks.point, masks.which) for masks in chosen]
+        size, wanted = (
+            self._decode_batch_size,
+            [(masks.point, masks.mask_index) for masks in chosen],
+        )
         decoded = (
             decode(*state, points, **static) for points in self._batches(crops, wanted, size)
         )
-        # The next are computed while some are fetched.
+        # The next batch is computed while one is fetched.
         ahead = itertools.pairwise(itertools.chain(decoded, [None]))
         for start, (low_res, _) in zip(itertools.count(0, size), ahead, strict=False):
             masks_of = zip(crops, frames, chosen, jax.device_get(low_res), strict=False)
@@ -299,7 +300,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
                 on_batch(total, total)
 
     def _spread(self, items: list) -> Any:
-        """Trees of arrays, one for each device, stacked; devices without one get zeros."""
+        """Stacks trees of arrays, one per device; devices without one get zeros."""
 
         def stack(*arrays):
             idle = self.mesh.devices.size - len(arrays)
@@ -308,9 +309,9 @@ class SamAutomaticMaskGenerator(WithAdvice):
         return jax.device_put(jax.tree.map(stack, *items), self._sharding)
 
     def _frame(self, size: tuple[int, int], padded_size: int) -> "Frame":
-        """How the low-resolution masks of a crop of (h, w) are measured."""
+        """How the low-resolution masks of a crop of size (h, w) are measured."""
         config, input_size = self.config, self.processor.input_size(size)
-        tile = self._at_once.tile
+        tile = self._chunks.tile
         full = make_upsampler(
             config.mask_size, config.image_size, input_size, size, padded_size, tile
         )
@@ -325,17 +326,17 @@ class SamAutomaticMaskGenerator(WithAdvice):
 
         Args:
             crops: one for each device.
-            masks: for each crop which points of its grid, and which of a point's masks.
-            size: the last are padded to it.
+            masks: for each crop, indices of points in its grid and of masks of these points.
+            size: the last batch is padded to it.
         """
         for start in range(0, max(len(point) for point, _ in masks), size):
             batch = []
-            for crop, (point, which) in zip(crops, masks, strict=True):
-                point, which = point[start : start + size], which[start : start + size]
+            for crop, (point, mask_index) in zip(crops, masks, strict=True):
+                point, mask_index = point[start : start + size], mask_index[start : start + size]
                 coords = self.processor.scale_coords(crop.points[point], crop.size)
                 count = np.array(len(point), np.int32)
-                which = pad_axis(which.astype(np.int32), size, 0, 0)
-                batch.append(Points(pad_axis(coords, size, 0, 0), which, count))
+                mask_index = pad_axis(mask_index.astype(np.int32), size, 0, 0)
+                batch.append(Points(pad_axis(coords, size, 0, 0), mask_index, count))
             yield self._spread(batch)
 
     def _choose(self, crop: "Crop", measured: "Measured") -> "Survivors":
@@ -361,7 +362,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         )
         index = index[kept]
         if self.options.crop_n_layers:
-            # What earlier crops have found comes first, then this crop's in their order.
+            # Masks of earlier crops come first, then this crop's in their order.
             boxes = np.concatenate(
                 [np.array([m.box for m in crop.found]).reshape(-1, 4), box[index]]
             )
@@ -371,8 +372,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
                 iou_threshold=self.options.crop_nms_thresh,
             )
             index = index[kept[kept >= len(crop.found)] - len(crop.found)]
-        point, which = np.divmod(index, measured.iou.shape[1])
-        return Survivors(point, which, iou[index], np.nan_to_num(stability[index]), box[index])
+        point, mask_index = np.divmod(index, measured.iou.shape[1])
+        return Survivors(point, mask_index, iou[index], np.nan_to_num(stability[index]), box[index])
 
     def _rle(self, crop: "Crop", frame: "Frame", box: np.ndarray, logits: np.ndarray) -> dict:
         """Run lengths of a mask at full size."""
@@ -384,7 +385,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
             frame.full.columns[x0 - left : x1 - left + 1],
         )
         height, width = crop.image_size
-        # Column by column in memory, as run lengths go.
+        # Column by column in memory, like run lengths.
         mask = np.zeros((width, height), bool).T
         mask[y0 : y1 + 1, x0 : x1 + 1] = rows @ logits @ columns.T > self.mask_threshold
         return rle_encode(mask)
@@ -407,7 +408,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         ]
 
     def _without_small_regions(self, found: "list[MaskRecord]") -> "list[MaskRecord]":
-        """Holes filled and islands dropped; of masks that now are the same, the unchanged stay."""
+        """Fills holes, removes islands, and drops changed masks that duplicate others."""
         options, masks, scores = self.options, [], []
         for one in found:
             mask, changed = remove_small_regions(rle_decode(one.rle), options.min_mask_region_area)
@@ -427,14 +428,14 @@ class SamAutomaticMaskGenerator(WithAdvice):
 
 
 def _one_ahead(items: Iterator, host: ThreadPoolExecutor) -> Iterator:
-    """The items, each of which is made while the one before is worked on."""
+    """The items; each is produced while the caller works on the one before."""
     following = host.submit(next, items, None)
     while (item := following.result()) is not None:
         following = host.submit(next, items, None)
         yield item
 
 
-# For `help` and notebooks, which would show *args and **options.
+# `help` and notebooks would otherwise show *args and **options.
 SamAutomaticMaskGenerator.__signature__ = inspect.Signature(
     [
         inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Sam),

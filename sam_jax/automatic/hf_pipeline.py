@@ -1,4 +1,4 @@
-"""`pipeline("mask-generation")`: everything-mode with the surface of `transformers`."""
+"""`pipeline("mask-generation")`: everything mode with the API of `transformers`."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from sam_jax.image import ImageInput, exif_orientation, image_list, load_image, 
 from sam_jax.models.sam import Sam
 from sam_jax.ops.rle import rle_decode
 
-# Hugging Face's names of the generator's arguments.
+# Hugging Face's name -> names of the generator's arguments.
 _ARGUMENTS = {
     "points_per_batch": ("points_per_batch",),
     "points_per_crop": ("points_per_side",),
@@ -35,30 +35,30 @@ _OUTPUTS = ("output_rle_mask", "output_bboxes_mask")
 def pipeline(
     task: str = "mask-generation", model: Sam | str | os.PathLike = "mobile_sam", **options: Any
 ) -> "MaskGenerationPipeline":
-    """A pipeline that finds the masks of everything in a picture.
+    """A pipeline that finds the masks of everything in an image.
 
-    The masks are those of `SamAutomaticMaskGenerator`, which follows Meta. Without crops they are
-    those of Hugging Face's pipeline, which differs from this one in that
+    The masks are those of `SamAutomaticMaskGenerator`, which follows Meta. Without crops, Hugging
+    Face's pipeline finds the same masks. It differs from sam_jax's as follows:
 
-    * with crops it suppresses duplicates once, by predicted IoU, where Meta does so within each
-      crop and then between crops, of which the smaller wins;
-    * a mask's stability must exceed its threshold, where Meta's may equal it;
-    * it fails where no mask survives, and here the lists are empty;
-    * its scores and boxes are PyTorch tensors, and here numpy arrays;
-    * it also takes addresses on the network, pictures as base64 and generators, and here a list or
-      a tuple is a list of pictures, and arrays are taken too;
-    * calls also take `batch_size`, `num_workers` and `timeout`, and `max_hole_area` and
-      `max_sprinkle_area` of SAM 2, which here are unknown options;
-    * its construction also takes `device`, `dtype`, `image_processor` and more, and here a model
-      that was loaded with what is wanted.
+    * with crops it suppresses duplicates once, by predicted IoU; Meta suppresses them within each
+      crop and then between crops, where the smaller crop wins;
+    * a mask's stability must exceed the threshold; in Meta's code it may equal it;
+    * it fails if no mask survives; sam_jax returns empty lists;
+    * its scores and boxes are PyTorch tensors; in sam_jax they are numpy arrays;
+    * it also accepts URLs, base64 images and generators; in sam_jax a list or a tuple is a list of
+      images, and arrays are accepted too;
+    * its calls also take `batch_size`, `num_workers`, `timeout`, and SAM 2's `max_hole_area` and
+      `max_sprinkle_area`, which are unknown options in sam_jax;
+    * its constructor also takes `device`, `dtype`, `image_processor` and more; in sam_jax, load
+      the model with these settings instead.
 
     Args:
-        task: "mask-generation", the only one.
+        task: "mask-generation", the only task.
         model: a model, or what `from_pretrained` takes.
-        options: of each call, unless it is given others; see `MaskGenerationPipeline`.
+        options: defaults for each call; see `MaskGenerationPipeline`.
 
     Raises:
-        ValueError: for another task, or an option's value that cannot be.
+        ValueError: for another task or an invalid value of an option.
         TypeError: for an unknown option.
     """
     if task != "mask-generation":
@@ -69,14 +69,13 @@ def pipeline(
 
 
 class MaskGenerationPipeline(WithAdvice):
-    """What `pipeline` returns; called with pictures.
+    """What `pipeline` returns; call it with an image or a list of images.
 
     Options, with the defaults of `transformers`: `points_per_batch` (64; None for all at once),
     `points_per_crop` (32, along a side), `pred_iou_thresh` (0.88), `stability_score_thresh` (0.95),
     `stability_score_offset` (1), `mask_threshold` (0), `crops_n_layers` (0), `crops_nms_thresh`
     (0.7), `crop_overlap_ratio` (512 / 1500), `crop_n_points_downscale_factor` (1),
-    `output_rle_mask` (False), `output_bboxes_mask` (False). See `SamAutomaticMaskGenerator` for
-    what they mean.
+    `output_rle_mask` (False), `output_bboxes_mask` (False). `MaskGenerationOptions` explains them.
     """
 
     def __init__(self, model: Sam, **options: Any):
@@ -91,21 +90,21 @@ class MaskGenerationPipeline(WithAdvice):
     def __call__(
         self, image: ImageInput | Sequence[ImageInput], **options: Any
     ) -> dict[str, Any] | list[dict[str, Any]]:
-        """The masks of a picture, or of each picture of a list.
+        """The masks of an image, or of each image of a list.
 
         Args:
-            image: what `sam_jax.load_image` takes, or a list of such. A PIL image is
-                turned as its EXIF orientation says.
-            options: in the place of those of the construction.
+            image: anything that `sam_jax.load_image` accepts, or a list of them. The EXIF
+                orientation of a PIL image is applied.
+            options: override those of the constructor.
 
         Returns:
-            A dictionary of `masks`, a list of booleans [h, w]; `scores`, their predicted IoUs,
-            float32 [n]; with `output_rle_mask` also `rle_mask`, COCO's uncompressed run lengths;
-            with `output_bboxes_mask` also `bounding_boxes`, int64 [n, 4], x0, y0, x1, y1 with the
-            last pixels included.
+            A dictionary of `masks`, a list of boolean arrays [h, w]; `scores`, their predicted
+            IoUs, float32 [n]; with `output_rle_mask` also `rle_mask`, COCO's uncompressed run
+            lengths; with `output_bboxes_mask` also `bounding_boxes`, int64 [n, 4]: x0, y0, x1, y1
+            of the first and last pixels.
 
         Raises:
-            TypeError, ValueError: for an option or a picture that cannot be.
+            TypeError, ValueError: for an invalid option or image.
         """
         options = {**self.options, **options}
         generator = SamAutomaticMaskGenerator(
@@ -121,7 +120,7 @@ class MaskGenerationPipeline(WithAdvice):
 def _upright(image: ImageInput) -> ImageInput:
     if not isinstance(image, Image.Image):
         return image
-    pixels = load_image(image)  # first: it refuses what must not be decoded
+    pixels = load_image(image)  # first, since it rejects formats that must not be decoded
     return turn(pixels, exif_orientation(image))
 
 
@@ -140,7 +139,7 @@ def _outputs(records: list[dict[str, Any]], options: dict[str, Any]) -> dict[str
 
 
 def _generator_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """The generator's arguments that options mean; raises what `pipeline` raises."""
+    """The generator's arguments for these options; raises what `pipeline` raises."""
     known = (*_ARGUMENTS, "mask_threshold", *_OUTPUTS)
     if unknown := sorted(set(options) - set(known)):
         advice = "".join(
@@ -148,10 +147,10 @@ def _generator_arguments(options: dict[str, Any]) -> dict[str, Any]:
         )
         raise TypeError(f"unknown options {', '.join(unknown)}; known: {', '.join(known)}{advice}")
     side = options.get("points_per_crop", 32)
-    if side is None:  # for the generator that would mean grids of points
+    if side is None:  # which the generator takes to mean that point_grids are given
         raise ValueError("points_per_crop is None, expected a whole number of at least 1")
     arguments = {
-        ours: value for name, value in options.items() for ours in _ARGUMENTS.get(name, ())
+        target: value for name, value in options.items() for target in _ARGUMENTS.get(name, ())
     }
     all_at_once = options.get("points_per_batch", 64) is None
     if all_at_once:
@@ -161,7 +160,7 @@ def _generator_arguments(options: dict[str, Any]) -> dict[str, Any]:
         check_number("mask_threshold", options.get("mask_threshold", 0.0))
     except ValueError as error:
         message = str(error)
-        for name, ours in _ARGUMENTS.items():
-            message = re.sub(rf"\b({'|'.join(ours)})\b", name, message)
+        for name, targets in _ARGUMENTS.items():
+            message = re.sub(rf"\b({'|'.join(targets)})\b", name, message)
         raise ValueError(message) from None
     return {**arguments, "points_per_batch": side**2} if all_at_once else arguments

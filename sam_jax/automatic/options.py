@@ -23,20 +23,20 @@ class MaskGenerationOptions:
     points_per_side: int | None = 32
     """Points along one side of the image; the grid has as many squared. None with point_grids."""
     points_per_batch: int = 64
-    """Points decoded by one call. On a GPU or TPU more take more memory; a CPU works on two at a
-    time whatever it is. Float32 results do not depend on it; those of bfloat16, whose rounding
-    depends on what is computed together, may differ by a few masks at the thresholds."""
+    """Points decoded per call. On a GPU or TPU, more points need more memory; a CPU always decodes
+    two at a time. Float32 results do not depend on it; with bfloat16, whose rounding depends on the
+    batch, a few masks at the thresholds may differ."""
     pred_iou_thresh: float = 0.88
-    """A mask's predicted IoU must be larger; 0 lets all pass."""
+    """A mask's predicted IoU must be larger; 0 keeps all masks."""
     stability_score_thresh: float = 0.95
-    """A mask's stability must be at least this; 0 lets all pass. Stability is the IoU of the masks
-    that a higher and a lower threshold of the logits give."""
+    """A mask's stability must be at least this; 0 keeps all masks. Stability is the IoU of the mask
+    at a higher and at a lower threshold of the logits."""
     stability_score_offset: float = 1.0
-    """How far these two thresholds are from the middle one; not negative."""
+    """Distance of these two thresholds from the mask threshold; not negative."""
     box_nms_thresh: float = 0.7
     """IoU threshold of the box NMS; the mask with the highest predicted IoU wins."""
     crop_n_layers: int = 0
-    """Layers of crops to segment too: 2^i x 2^i crops in layer i."""
+    """Crop layers to segment in addition to the image: 2^i x 2^i crops in layer i."""
     crop_nms_thresh: float = 0.7
     """IoU threshold of the box NMS between crops; the mask of the smaller crop wins."""
     crop_overlap_ratio: float = 512 / 1500
@@ -108,19 +108,19 @@ def _check_whole(name: str, value: Any, least: int) -> None:
 
 
 def _check_grids(grids: Sequence[Any], layers: int) -> list[np.ndarray]:
-    from sam_jax.arrays import as_numpy  # which imports JAX, for which `--help` need not wait
+    from sam_jax.arrays import as_numpy  # imports JAX, which would slow down `--help`
 
     if not hasattr(grids, "__len__"):
         raise ValueError(f"point_grids are {grids!r}, expected a list of arrays [n, 2]")
     if len(grids) != layers:
         raise ValueError(
-            f"there are {len(grids)} point_grids, expected {layers}: one for the whole picture "
+            f"there are {len(grids)} point_grids, expected {layers}: one for the whole image "
             "and one for each of the crop_n_layers"
         )
     try:
         grids = [as_numpy(grid, "point_grids").astype(np.float64) for grid in grids]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"point_grids hold no lists of points (x, y): {error}") from error
+        raise ValueError(f"point_grids are not lists of points (x, y): {error}") from error
     for i, grid in enumerate(grids):
         if grid.ndim != 2 or grid.shape[1] != 2 or not len(grid):
             raise ValueError(f"point_grids[{i}] has shape {grid.shape}, expected (n, 2)")
@@ -128,6 +128,6 @@ def _check_grids(grids: Sequence[Any], layers: int) -> list[np.ndarray]:
         if not inside.all():
             raise ValueError(
                 f"point_grids[{i}] holds {grid[~inside.all(axis=1)][0].tolist()}, expected x and y "
-                "from 0 to 1, as fractions of the picture"
+                "from 0 to 1, as fractions of the image"
             )
     return grids

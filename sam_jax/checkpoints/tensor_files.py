@@ -1,4 +1,4 @@
-"""Reads a file of named tensors, of whichever format."""
+"""Reads a file of named tensors in any supported format."""
 
 import os
 from pathlib import Path
@@ -11,27 +11,26 @@ from sam_jax.errors import CheckpointError
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads every tensor of a torch (`torch.save`, of any version) or safetensors file.
+    """Reads every tensor of a torch file (`torch.save`, any version) or a safetensors file.
 
-    The kind of file is told by its content, not by its name. A state dict may lie one or two levels
-    down: of several that are a SAM's, one under "model", "state_dict", "model_state_dict",
-    "model_state", "module", "network" or "net" is read. What lies beside the tensors is not
-    interpreted, whatever it is.
+    The format is recognized by content, not by name. The state dict may be up to two levels deep;
+    if there are several of a SAM, the one under "model", "state_dict", "model_state_dict",
+    "model_state", "module", "network" or "net" is read. Anything but tensors is ignored.
 
     Returns:
         Name -> array, in the file's order, with the file's shapes and dtypes (float64, float32,
         float16, bfloat16, int64 to int8, uint8, bool). The arrays are read-only views of the mapped
-        file: a tensor that shares storage still shares it, and a strided one keeps its strides.
+        file: tensors that share storage still do, and strided tensors keep their strides.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: anything else that is not a whole file of named tensors.
+        FileNotFoundError: if the file does not exist.
+        CheckpointError: if it is not a complete file of named tensors.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected {EXPECTED}.")
     if not path.is_file():
-        raise CheckpointError(f"{path} is no file; expected {EXPECTED}. Name the file in it.")
+        raise CheckpointError(f"{path} is not a file; expected {EXPECTED}. Pass the file's path.")
     with path.open("rb") as file:
         head = file.read(256)
         try:
@@ -47,19 +46,19 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _what_else(head: bytes) -> str:
-    """Says what a file with these first bytes is, when it is no checkpoint, and what to do."""
+    """Says what a file that is not a checkpoint is, by its first bytes, and what to do."""
     if not head:
         return f"the file is empty; expected {EXPECTED}. Fetch or save it again."
     if head.startswith(b"version https://git-lfs"):
-        return "this is a Git LFS pointer, not the file that it stands for. Run `git lfs pull`."
+        return "this is a Git LFS pointer, not the file itself. Run `git lfs pull`."
     if head.startswith(b"\x80"):
         return (
-            f"this is a bare pickle, which torch did not write; expected {EXPECTED}. Where it was "
-            "made, save its tensors: torch.save(model.state_dict(), path)."
+            f"this is a plain pickle that torch did not write; expected {EXPECTED}. In the program "
+            "that wrote it, save the tensors: torch.save(model.state_dict(), path)."
         )
     if head.lstrip().startswith(b"<"):
         return (
-            f"this is a web page, most likely an error page in place of the download; expected "
+            f"this is a web page, most likely an error page instead of the download; expected "
             f"{EXPECTED}. Fetch it again."
         )
     return f"the file begins with {head[:16]!r}; expected {EXPECTED}."

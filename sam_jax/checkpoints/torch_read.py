@@ -1,9 +1,9 @@
-"""Reads and writes tensors in checkpoint files (`.pth .pt .bin .safetensors`), without torch.
+"""Reads tensors from torch checkpoint files (`.pth .pt .bin`), without torch.
 
-Nothing in a file is ever run: a torch file is a zip of raw storages and one pickle, and the pickle
-is interpreted here, opcode by opcode, by a machine that knows tensors and dicts. Whatever else lies
-beside the weights becomes an inert placeholder.
-The arrays are views of the memory-mapped file, so only what is used of them costs memory.
+Code in a file is never run: a torch file is a zip of raw storages and one pickle, which is
+interpreted here, opcode by opcode, by a machine that knows only tensors and dicts. Anything else in
+the file becomes an inert placeholder. The arrays are views of the memory-mapped file, so only the
+parts that are used take memory.
 """
 
 import itertools
@@ -28,10 +28,10 @@ from sam_jax.errors import CheckpointError, clip, listed
 from sam_jax.files import map_file
 
 EXPECTED = "a torch checkpoint (from torch.save) or a .safetensors file"
-# Where training scripts keep the weights beside their other state.
+# Where training scripts keep the weights among their other state.
 _WEIGHTS = ["model", "state_dict", "model_state_dict", "model_state", "module", "network", "net"]
-# What `torch.save` before version 1.6 begins with, as a pickle; and types whose storages are passed
-# over by their size.
+# The pickled beginning of a file of `torch.save` before version 1.6, and the sizes of storages that
+# are skipped.
 MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _OTHER_SIZES = {
     "torch.ComplexFloatStorage": 8,
@@ -40,7 +40,7 @@ _OTHER_SIZES = {
     **dict.fromkeys(("torch.QUInt4x2Storage", "torch.QUInt2x4Storage"), 1),
     "torch.QInt32Storage": 4,
 }
-# By strides of 0 a small file can stand for any number of elements.
+# With strides of 0, a small file can declare any number of elements.
 _MOST_EXPANDED, _ALWAYS_ALLOWED = 100, 256 << 20
 
 
@@ -49,7 +49,7 @@ def read_torch(file: BinaryIO) -> dict[str, np.ndarray]:
     data = map_file(file)
     try:
         archive = zipfile.ZipFile(file)
-    # zipfile lets these out too when the table is damaged rather than absent.
+    # zipfile also raises these if the table is damaged.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
         raise CheckpointError(
             f"begins like a torch checkpoint, but the zip's table of contents at the end of its "
@@ -84,7 +84,7 @@ def read_torch(file: BinaryIO) -> dict[str, np.ndarray]:
         dtype = TORCH_DTYPES[kind]
         try:
             content = entry(f"{root}/data/{key}")
-        except CheckpointError as error:  # which matters for a weight only
+        except CheckpointError as error:  # which only matters for a weight
             return Placeholder("a tensor", str(error))
         if len(content) != elements * dtype.itemsize:
             problem = f"has {len(content)} bytes, but claims {elements} of {dtype}"
@@ -95,10 +95,10 @@ def read_torch(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def read_legacy_torch(file: BinaryIO) -> dict[str, np.ndarray]:
-    """The format before torch 1.6.
+    """Every tensor of a file that torch before 1.6 saved.
 
-    Five pickles (a number, a version, the machine, the object, the keys of its storages), then for
-    each key the number of its elements, in 8 bytes, and they themselves.
+    The format: five pickles (a number, a version, the machine, the object, the keys of its
+    storages), then for each key the number of elements, in 8 bytes, and the elements.
     """
     data, ends = map_file(file), [0]
     for _ in range(5):
@@ -159,7 +159,7 @@ def _tensors(
     size = sum(tensor.nbytes for tensor in tensors.values())
     if size > max(_MOST_EXPANDED * file_size, _ALWAYS_ALLOWED):
         raise CheckpointError(
-            f"{file_size:,} bytes, which cannot be tensors of {size:,}: they repeat their storage."
+            f"{file_size:,} bytes cannot be tensors of {size:,} bytes: they repeat their storage."
         )
     return tensors
 
@@ -172,10 +172,10 @@ def _stored_bytes(data: memoryview, info: zipfile.ZipInfo) -> memoryview:
         or info.flag_bits & 0x1  # encrypted
     ):
         raise CheckpointError(
-            f"the zip's entry {clip(info.filename)!r} is compressed or encrypted, and torch does "
-            f"neither. {RESAVE}"
+            f"the zip's entry {clip(info.filename)!r} is compressed or encrypted, which torch does "
+            f"not do. {RESAVE}"
         )
-    # The local header may be longer than the table of contents tells: torch pads it to align data.
+    # The local header may be longer than the table of contents says: torch pads it to align data.
     header = data[info.header_offset : info.header_offset + 30]
     if len(header) == 30 and header[:4] == b"PK\x03\x04":
         name_length, extra_length = struct.unpack("<HH", header[26:])
@@ -191,7 +191,7 @@ def _state_dict(root: object) -> dict[str, np.ndarray]:
     if not isinstance(root, dict):
         raise CheckpointError(f"expected a dict of tensors, not {kind_of(root)}. {RESAVE}")
     found = _choose(_dicts_of_tensors(root))
-    # What is no tensor has no place in a model; which of its tensors are missing is told later.
+    # Drop what is not a tensor; missing tensors are reported later.
     tensors = {k: v for k, v in found.items() if isinstance(k, str) and _is_tensor(v)}
     for key, value in tensors.items() or root.items():
         if not isinstance(key, str):
@@ -212,7 +212,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def _dicts_of_tensors(root: dict) -> dict[tuple[str, ...], dict]:
-    """Those of the root and of two levels below that hold a tensor, by their keys; each once."""
+    """The dicts with a tensor among the root and two levels below it, by key, each only once."""
     found, seen, level = {}, {id(root)}, {(): root}
     for _ in range(3):
         below = {}
@@ -230,10 +230,10 @@ def _dicts_of_tensors(root: dict) -> dict[tuple[str, ...], dict]:
 
 
 def _choose(found: dict[tuple[str, ...], dict]) -> dict:
-    """The weights: a SAM's rather than others, under a known name rather than at the top.
+    """Chooses the weights: prefers a SAM's, then those under a known name, then the root.
 
     Raises:
-        CheckpointError: if there are several, none of them in a known place.
+        CheckpointError: if there are several and none is in a known place.
     """
 
     def is_sam(values: dict) -> bool:
@@ -248,7 +248,7 @@ def _choose(found: dict[tuple[str, ...], dict]) -> dict:
     if len(found) > 1 and not known:
         places = [repr(".".join(place)) for place in found]
         raise CheckpointError(
-            f"there are several dicts of tensors, under {listed(places)}. In torch, save one of "
-            f"them alone: torch.save(torch.load(path)[key], new_path)."
+            f"there are several dicts of tensors, under {listed(places)}. In torch, save only one "
+            f"of them: torch.save(torch.load(path)[key], new_path)."
         )
     return found[known[0]] if known else next(iter(found.values()), {})

@@ -20,14 +20,14 @@ def write_torch(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> N
     """Writes a file that `torch.load(path, weights_only=True)` reads as an OrderedDict.
 
     Names, order, shapes, dtypes and bits are kept; every tensor gets its own contiguous storage.
-    One tensor at a time is copied at most. `path` appears whole or, after an error, not at all.
+    At most one tensor is copied at a time. The write is atomic.
 
     Args:
-        path: the file to write; one that exists is replaced.
-        tensors: name -> array of any shape and layout, of a dtype that `read_tensors` reads.
+        path: the file to write; an existing one is replaced.
+        tensors: name -> array of any shape and layout, with a dtype that `read_tensors` reads.
 
     Raises:
-        CheckpointError: an array has another dtype; nothing is written.
+        CheckpointError: if an array has another dtype; nothing is written.
     """
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     for name, array in arrays.items():
@@ -51,7 +51,7 @@ def _write_entry(
     archive: zipfile.ZipFile, file: BinaryIO, name: str, content: bytes | memoryview
 ) -> None:
     """Adds an uncompressed entry whose content begins at a multiple of 64 bytes, as in torch."""
-    entry = zipfile.ZipInfo(f"archive/{name}")  # dated 1980: the same tensors give the same file
+    entry = zipfile.ZipInfo(f"archive/{name}")  # dated 1980: equal tensors give equal files
     large = len(content) >= 2**31  # more than the plain zip format can describe
     # In the local header: 30 bytes, the name, zip64's 20 bytes, then the padding as an extra field.
     start = file.tell() + 30 + len(entry.filename) + (20 if large else 0) + 4

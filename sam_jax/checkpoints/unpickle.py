@@ -1,6 +1,6 @@
-"""Runs the pickles of PyTorch checkpoints without a call of what they name.
+"""Interprets the pickles of PyTorch checkpoints without calling what they name.
 
-Only the opcodes and functions that make dictionaries of tensors do anything; anything else becomes
+Only opcodes and functions that build dictionaries of tensors have an effect; anything else becomes
 an inert placeholder.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from sam_jax.errors import CheckpointError
 
-RESAVE = "In torch, re-save the tensors alone: torch.save(model.state_dict(), path)."
+RESAVE = "In torch, save only the tensors again: torch.save(model.state_dict(), path)."
 
 TORCH_DTYPES = {
     "torch.DoubleStorage": np.dtype("<f8"),
@@ -35,35 +35,35 @@ TORCH_DTYPES = {
 TORCH_STORAGES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 ORDERED_DICT = "collections.OrderedDict"
 REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
-_REBUILD_TENSORS = (REBUILD_TENSOR, "torch._utils._rebuild_tensor")  # the latter of torch 0.1
+_REBUILD_TENSORS = (REBUILD_TENSOR, "torch._utils._rebuild_tensor")  # the latter in torch 0.1
 _REBUILD_PARAMETERS = (
     "torch._utils._rebuild_parameter",
     "torch._utils._rebuild_parameter_with_state",
 )
-_REBUILD_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"  # a tensor that has attributes
+_REBUILD_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"  # a tensor with attributes
 _TUPLE_SIZES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# A SAM with its optimizer has a hundredth of that; these take seconds.
+# A hundred times as many as a SAM with its optimizer has; they take seconds.
 _MAX_OPCODES = 4_000_000
 _MAX_NAME = 1000
-# What genops raises for bytes that are no pickle, and pops and look-ups for an ill-formed one.
-# DeprecationWarning, where warnings are errors: genops on a name with a stray backslash.
+# Raised by genops for bytes that are not a pickle, and by pops and lookups for a malformed pickle.
+# DeprecationWarning, if warnings are errors: genops on a name with a stray backslash.
 _PICKLE_ERRORS = ValueError, IndexError, KeyError, TypeError, OverflowError, DeprecationWarning
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placeholder:
-    """Stands for what the pickle names, or makes by that name; it is never imported, made or run.
+    """Stands for an object that the pickle names or builds, which is never imported or run.
 
-    Compared and hashed by identity, so that no file chooses its hash.
+    It is compared and hashed by identity, so that files cannot choose hashes.
     """
 
     name: str
-    problem: str | None = None  # of a tensor: why it is none here
+    problem: str | None = None  # for a tensor: why it cannot be read
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """The numbers of a tensor, or of several, in the file."""
+    """The elements in the file of one or more tensors."""
 
     dtype: np.dtype
     elements: int
@@ -71,7 +71,7 @@ class Storage:
 
 
 def end_of_pickle(file: mmap.mmap, start: int) -> int:
-    """Where a pickle ends; of a mapped file, which allocates no more than there is."""
+    """The offset at which a pickle ends; a mapped file cannot allocate more than its size."""
     file.seek(start)
     with _reading_pickle():
         for _ in _opcodes(file):
@@ -82,10 +82,10 @@ def end_of_pickle(file: mmap.mmap, start: int) -> int:
 def unpickle(pickled: bytes, storage: Callable[[object], Storage | Placeholder]) -> object:
     """Interprets the opcodes that Python's pickle module writes, in time linear in their number.
 
-    `pickle.Unpickler` with a restricted `find_class` would still let a file call and modify
-    whatever it may name (BUILD sets attributes, even of functions) and ask for gigabytes in one
-    opcode. Here names are data, only what makes a tensor is called (`_call`), attributes are
-    dropped, and the rest becomes placeholders.
+    Even with a restricted `find_class`, `pickle.Unpickler` would let a file call and modify the
+    allowed names (BUILD sets attributes, even of functions) and allocate gigabytes in one opcode.
+    Here names are data, only functions that build tensors are called (`_call`), attributes are
+    dropped, and anything else becomes a placeholder.
     """
     with _reading_pickle():
         return _run_pickle(pickled, storage)
@@ -93,7 +93,7 @@ def unpickle(pickled: bytes, storage: Callable[[object], Storage | Placeholder])
 
 @contextlib.contextmanager
 def _reading_pickle() -> Iterator[None]:
-    """Says that the pickle is damaged, whatever is raised by what it does."""
+    """Reports errors of interpreting the pickle as damage."""
     try:
         yield
     except CheckpointError:
@@ -105,11 +105,11 @@ def _reading_pickle() -> Iterator[None]:
 
 
 def _opcodes(pickled: bytes | mmap.mmap) -> Iterator[tuple]:
-    """Those of `pickletools.genops`, of which there may be so many."""
-    found = pickletools.genops(pickled)  # pyright: ignore[reportArgumentType]  a map is a file, too
+    """The opcodes of `pickletools.genops`, up to a limit."""
+    found = pickletools.genops(pickled)  # pyright: ignore[reportArgumentType]  a map is a file too
     for count, opcode in enumerate(found):
         if count == _MAX_OPCODES:
-            raise CheckpointError(f"holds more than {_MAX_OPCODES:,} values. {RESAVE}")
+            raise CheckpointError(f"has more than {_MAX_OPCODES:,} values. {RESAVE}")
         yield opcode
 
 
@@ -142,7 +142,7 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], Storage | Placeholde
         stack.append(_call(name, _expect(arguments, tuple)))
 
     def push_global(name: str) -> None:
-        if len(name) > _MAX_NAME:  # a long one could be made from one string any number of times
+        if len(name) > _MAX_NAME:  # one long string could be used any number of times
             raise ValueError(f"a name has {len(name)} characters")
         stack.append(Placeholder(name))
 
@@ -158,7 +158,7 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], Storage | Placeholde
                 stack.append(False)
             case "BININT" | "BININT1" | "BININT2" | "BINFLOAT":
                 stack.append(argument)
-            case "LONG1" | "LONG4":  # to multiply ever larger ones would take ever longer
+            case "LONG1" | "LONG4":  # multiplying ever larger numbers would take ever longer
                 stack.append(argument if abs(argument) < 2**63 else Placeholder("a large number"))
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
                 stack.append(argument)
@@ -217,10 +217,10 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], Storage | Placeholde
                 pop(1)
             case "STOP":
                 return pop(1)[0]
-            case name:  # INST, OBJ, EXT1, ...: nothing has written them for decades
+            case name:  # INST, OBJ, EXT1, ...: unused for decades
                 raise CheckpointError(
-                    f"the pickle does what torch.save does not ({name} at byte {position}); "
-                    f"nothing was run. {RESAVE}"
+                    f"the pickle has an opcode that torch.save does not write ({name} at byte "
+                    f"{position}); nothing was run. {RESAVE}"
                 )
     raise ValueError("the pickle has no end")
 
@@ -228,15 +228,15 @@ def _run_pickle(pickled: bytes, storage: Callable[[object], Storage | Placeholde
 def _key(value: object) -> object:
     """A key of a dictionary: a name, or a placeholder.
 
-    Integers can be chosen to collide, and a nested tuple can take for ever to hash.
+    Integers can be chosen to collide, and a nested tuple can take forever to hash.
     """
     return value if isinstance(value, str) else Placeholder(kind_of(value))
 
 
 def _call(name: str, arguments: tuple) -> object:
-    """The dict or tensor that torch makes by this call, and a placeholder for any other.
+    """The dict or tensor that torch builds by this call, or a placeholder for any other call.
 
-    An argument after the ones used is ignored.
+    Arguments after those used are ignored.
     """
     if name == ORDERED_DICT and not arguments:
         return {}
@@ -244,7 +244,7 @@ def _call(name: str, arguments: tuple) -> object:
         return {_key(key): value for key, value in arguments[0]}
     if name == _REBUILD_FROM_TYPE and len(arguments) > 2:
         function, _, inner = arguments[:3]
-        # No other function: calls within calls could be nested without end.
+        # Only this function: calls within calls could be nested endlessly.
         if isinstance(function, Placeholder) and function.name == REBUILD_TENSOR:
             name, arguments = REBUILD_TENSOR, _expect(inner, tuple)
     if name in _REBUILD_TENSORS:
@@ -253,8 +253,8 @@ def _call(name: str, arguments: tuple) -> object:
         storage, offset, size, stride = arguments[:4]
         if isinstance(storage, Placeholder):
             return storage
-        if len(arguments) > 6 and arguments[6]:  # {"neg": True}: the numbers' signs are not theirs
-            return Placeholder("a tensor", "it is a view that negates; save tensor.resolve_neg()")
+        if len(arguments) > 6 and arguments[6]:  # {"neg": True}: the stored signs are inverted
+            return Placeholder("a tensor", "it is a negated view; save tensor.resolve_neg()")
         try:
             return _tensor(_expect(storage, Storage), offset, size, stride)
         except ValueError as error:
@@ -268,7 +268,7 @@ def _call(name: str, arguments: tuple) -> object:
 
 
 def _tensor(storage: Storage, offset: object, size: object, stride: object) -> np.ndarray:
-    """`torch.as_strided` that cannot leave the storage; offset and strides count elements."""
+    """`torch.as_strided` within the storage; offset and strides are in elements."""
     if not (
         isinstance(offset, int)
         and isinstance(size, tuple)
@@ -299,12 +299,12 @@ def _tensor(storage: Storage, offset: object, size: object, stride: object) -> n
 
 def _expect(value: object, kind: type) -> Any:
     if type(value) is not kind:
-        raise TypeError(f"{kind_of(value)} in the place of {kind.__name__}")
+        raise TypeError(f"{kind_of(value)} in place of {kind.__name__}")
     return value
 
 
 def kind_of(value: object) -> str:
-    """What messages call a value of the pickle."""
+    """The name of a value in messages."""
     if isinstance(value, Placeholder):
         return value.name
     return "a tensor" if isinstance(value, np.ndarray) else type(value).__name__

@@ -1,1 +1,1 @@
-"""The commands of `sam-jax`: a file for each, its options beside its function."""
+"""The commands of `sam-jax`: one file each, with the options next to the function."""

@@ -1,4 +1,4 @@
-"""What several commands share."""
+"""Helpers of several commands."""
 
 import sys
 
@@ -6,11 +6,11 @@ from tqdm import tqdm
 
 
 def say(text: str) -> None:
-    """To the person who waits, and not to a program that reads the output."""
+    """Prints to stderr: to the user, not to programs that read the output."""
     tqdm.write(text, sys.stderr)
     sys.stderr.flush()
 
 
 def say_compiling(how_often: str = "once") -> None:
-    """Says what the first seconds are spent on."""
+    """Tells the user why the first seconds pass without results."""
     say(f"compiling the image encoder and the mask decoder, {how_often} ...")

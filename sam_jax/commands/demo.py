@@ -11,22 +11,22 @@ from sam_jax.types import DType
 
 @dataclasses.dataclass
 class Demo:
-    """Serve a web page on which you drop an image, click, and see the mask."""
+    """Serve a local web page: drop an image on it, click on an object, and see its mask."""
 
     model: str = "mobile_sam"
     """Short name, hub repository, file or folder."""
     dtype: DType = "float32"
-    """What to compute in; bfloat16 is faster on a GPU or TPU."""
+    """Compute dtype. bfloat16 is faster on GPU and TPU."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 is all of this machine's, for other machines to reach it."""
+    """Address to listen on; 0.0.0.0 makes the page reachable from other machines."""
     port: int = 7860
-    """Port to listen at."""
+    """Port to listen on."""
     max_megabytes: int = 20
-    """Size of the largest file that is taken."""
+    """Largest accepted image file, in megabytes."""
     allow_host: Annotated[
         tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="NAME[:PORT]")
     ] = dataclasses.field(default_factory=list)
-    """Another name under which browsers reach the page, such as a proxy's. May be repeated."""
+    """Another host name of the page, such as a proxy's. May be repeated."""
 
 
 def demo(args: Demo) -> None:
@@ -34,8 +34,8 @@ def demo(args: Demo) -> None:
 
     Raises:
         KeyboardInterrupt: when it is stopped.
-        OSError: if the port is taken.
-        ValueError: for invalid numbers and an unknown model.
+        OSError: if the port is in use.
+        ValueError: for invalid options or an unknown model.
         MissingExtra: without the extra `demo`.
     """
     with needs_extra("demo"):

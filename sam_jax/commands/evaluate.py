@@ -13,7 +13,7 @@ from sam_jax.types import DType, OnBadAnnotation
 
 @dataclasses.dataclass
 class Evaluate:
-    """Compare a model's masks with annotated objects, by the number of clicks and by box.
+    """Compare a model's masks with annotated objects, for 1, 2, 3 and 5 clicks and for a box.
 
     Prints mean IoUs over all objects as JSON; see `sam_jax.evaluation`.
     """
@@ -21,17 +21,17 @@ class Evaluate:
     annotations: tyro.conf.Positional[Path]
     """A COCO instance file, or a folder of SA-1B."""
     images: Path | None = None
-    """The COCO file's folder of pictures."""
+    """Folder of the COCO file's images."""
     on_bad_annotation: OnBadAnnotation = "raise"
-    """List what is wrong with the file and stop, or leave it out."""
+    """raise: list what is wrong with the annotations and stop; skip: leave bad annotations out."""
     model: str = "mobile_sam"
     """Short name, hub repository, file or folder."""
     dtype: DType = "float32"
-    """What to compute in; bfloat16 is faster on a GPU or TPU."""
+    """Compute dtype. bfloat16 is faster on GPU and TPU."""
 
 
 def evaluate(args: Evaluate) -> None:
-    """Prints mean IoUs."""
+    """Prints mean IoUs as JSON."""
     from sam_jax.checkpoints import from_pretrained
     from sam_jax.evaluation.clicks import evaluate as evaluate_model
     from sam_jax.training.datasets import open_annotations
@@ -40,6 +40,6 @@ def evaluate(args: Evaluate) -> None:
         args.annotations, args.images, on_bad_annotation=args.on_bad_annotation
     )
     model = from_pretrained(args.model, dtype=args.dtype)
-    say_compiling("the latter for several numbers of objects")
+    say_compiling("the decoder once per number of objects")
     with tqdm(total=len(source), unit="image", miniters=1) as bar:
         print(json.dumps(evaluate_model(model, source, on_image=bar.update), indent=2))

@@ -12,35 +12,34 @@ from sam_jax.types import DType, Platform
 
 @dataclasses.dataclass
 class Export:
-    """Write the model for programs without sam_jax: for JAX, or in ONNX.
+    """Write the model for programs without sam_jax: as programs of jax.export, or as ONNX.
 
-    See `sam_jax.export`, and `examples/load_export.py` and `load_onnx.py` for how to use it.
+    `examples/load_export.py` and `examples/load_onnx.py` show how to use them.
     """
 
     model: tyro.conf.Positional[str]
     """Short name, hub repository, file or folder."""
     output: Path
-    """The new folder."""
+    """The folder to create."""
     format: Literal["jax", "onnx"] = "jax"
     """Programs of jax.export, or ONNX."""
     platforms: tuple[Platform, ...] | None = None
-    """Of jax: to run on; cpu, cuda and tpu if left out."""
+    """jax only: platforms to run on; cpu, cuda and tpu if left out."""
     dtype: DType = "float32"
-    """Of jax: what to compute in."""
+    """jax only: compute dtype."""
     gradient: bool = False
-    """Of jax: programs that jax.grad can differentiate, once. Writing them takes several times as
-    long."""
+    """jax only: make the programs differentiable by jax.grad, once. Writing them takes several
+    times as long."""
     single_mask: bool = False
-    """Of onnx: one mask instead of four, chosen by the number of points and the scores."""
+    """onnx only: return one mask instead of four, chosen by the number of points and the scores."""
 
 
 def export(args: Export) -> None:
     """Writes the folder; see `sam_jax.export`.
 
     Raises:
-        OSError: for an output that exists or cannot be written.
-        ValueError: for options that do not go together or that the model does not allow, and for
-            an unknown model.
+        OSError: if the output exists or cannot be written.
+        ValueError: if options contradict each other or the model, or if the model is unknown.
         MissingExtra: for ONNX without the extra `onnx`.
     """
     from sam_jax.checkpoints import from_pretrained

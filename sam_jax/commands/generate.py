@@ -19,45 +19,49 @@ from sam_jax.types import DType, OutputMode, ResultsFormat, Segmentation
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(MaskGenerationOptions):
-    """Find the masks of everything in pictures.
+    """Find the masks of everything in images (automatic mask generation).
 
-    The run can be stopped and started again: pictures that have a result are passed over.
+    Rerun the same command to resume an interrupted run: images that have a result are skipped.
     """
 
     input: tyro.conf.Positional[tuple[Path, ...]]
-    """Images and folders of images, whose subfolders are not searched."""
+    """Images, and folders of images without their subfolders."""
     output: Path
     """Folder for the results."""
     model: str = "mobile_sam"
     """Short name, hub repository, file or folder."""
     dtype: DType = "float32"
-    """What to compute in; bfloat16 is faster on a GPU or TPU."""
+    """Compute dtype. bfloat16 is faster on GPU and TPU."""
     format: ResultsFormat = "png"
-    """A folder of PNG masks with metadata.csv for each picture, or one annotations.json of COCO's
-    format for all that the output folder has results of."""
+    """png: for each image a folder of PNG masks with metadata.csv; coco: one annotations.json in
+    COCO's format for all results in the output folder."""
     segmentation: Segmentation = "rle"
-    """How annotations.json holds masks: run lengths, or polygons for programs that read nothing
-    else (about five times the size). It applies to all results in the folder."""
+    """Form of the masks in annotations.json: run lengths, or polygons (about five times as large)
+    for programs that read nothing else. It applies to all results in the folder."""
     overlays: bool = False
-    """Also draw each picture with its masks."""
+    """Also save each image with its masks drawn on it."""
     devices: int | None = None
-    """How many devices of this machine to use, one picture on each; all of them if left out."""
+    """Number of this machine's devices to use, one image on each; all if left out."""
     ray: tuple[str, ...] | None = None
-    """Use the machines of a Ray cluster: the one at this address, or without an address one that
-    runs here or a new one. All machines must see the same folders."""
+    """Run on a Ray cluster: the one at this address; without an address, one that runs on this
+    machine or else a new one. All machines must see the same folders."""
     points_per_side: int | None = None
     """Points along one side of the image, 32 if left out; the grid has as many squared."""
-    # The file here, its content in `options`.
+    # A file here; `options` reads it.
     point_grids: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """JSON file with a list of points [x, y], from 0 to 1, for the image and for each crop layer;
     instead of points_per_side."""
     output_mode: tyro.conf.Suppress[OutputMode] = "uncompressed_rle"
 
     def __post_init__(self):
-        """Only `options` are checked."""
+        """Checks nothing; `options` does."""
 
     def options(self) -> MaskGenerationOptions:
-        """The options, with the grids of the file; raises ValueError for an invalid one."""
+        """The options, with the point grids of the file.
+
+        Raises:
+            ValueError: for an invalid option.
+        """
         options = {f.name: getattr(self, f.name) for f in fields(MaskGenerationOptions)}
         if self.point_grids is not None:
             options["point_grids"] = _read_grids(self.point_grids)
@@ -67,22 +71,21 @@ class Generate(MaskGenerationOptions):
 
 
 def generate(args: Generate) -> None:
-    """Writes the results of all pictures; see `sam_jax.automatic`.
+    """Writes the results of all images; see `sam_jax.automatic`.
 
     Raises:
-        OSError: for a path that does not exist, a folder that cannot be written to, or a full disk.
-        ValueError: for options that cannot be or do not go together, for results that are there
-            and were made otherwise, for an unknown model, if another run works in the folder, and,
-            when all others are done, for images that cannot be read or written; the message names
-            them.
+        OSError: if a path does not exist, the output cannot be written to, or the disk is full.
+        ValueError: if options are invalid or contradict each other, if the output has results of
+            different settings, if the model is unknown, if another run works in the folder, and,
+            after all other images, if images cannot be read or written; the message names them.
     """
-    from sam_jax.automatic.folder import find_pictures, passed_over
+    from sam_jax.automatic.folder import find_images, skipped
     from sam_jax.automatic.results import Results
     from sam_jax.checkpoints.download import MODELS
 
-    pictures = find_pictures(args.input)
+    files = find_images(args.input)
     if any(os.path.realpath(path) == os.path.realpath(args.output) for path in args.input):
-        raise ValueError(f"--output {args.output} is an input, too; choose another folder")
+        raise ValueError(f"--output {args.output} is also an input; choose another folder")
     if args.segmentation == "polygons" and args.format != "coco":
         raise ValueError("--segmentation polygons is for --format coco")
     if args.ray is not None and len(args.ray) > 1:
@@ -94,31 +97,31 @@ def generate(args: Generate) -> None:
     if model not in MODELS and Path(model).exists():
         model = str(Path(model).resolve())
     results = Results(args.output, args.format, args.overlays, args.segmentation)
-    # What says which masks there are: all results in a folder must have it in common.
+    # What determines the masks: all results in a folder must have the same settings.
     settings = {"model": model, "dtype": args.dtype, **vars(options)}
     del settings["points_per_batch"], settings["output_mode"]
 
     failures: list[str] = []
     with lock_folder(args.output):
-        todo = results.begin(settings, pictures)
-        for line in passed_over(args.input, args.output):
+        todo = results.begin(settings, files)
+        for line in skipped(args.input, args.output):
             say(line)
         if todo:
             _say_what_crops_take(options.grids())
         try:
             if todo:
-                _generate(args, model, options, results, todo, len(pictures), failures)
+                _generate(args, model, options, results, todo, len(files), failures)
         except BaseException:
             print("".join(f"{failure}\n" for failure in failures), end="", file=sys.stderr)
             raise
         joined = results.finish()
-    print(f"{len(pictures) - len(failures)} of {len(pictures)} pictures in {args.output}")
+    print(f"{len(files) - len(failures)} of {len(files)} images in {args.output}")
     if joined:
         print(joined[0])
     for line in joined[1:]:
         say(line)
     if failures:
-        raise ValueError("\n".join([f"{len(failures)} failed:", *failures]))
+        raise ValueError("\n".join([f"{len(failures)} images failed:", *failures]))
 
 
 def _generate(args, model, options, results, todo, total, failures) -> None:
@@ -135,17 +138,17 @@ def _generate(args, model, options, results, todo, total, failures) -> None:
         if bars:
             bars[0].update()
             return
-        # From here on, so that the rate is that of images for which nothing is compiled.
+        # The bar starts here, so that its rate excludes compilation.
         say(f"the first image took {time.monotonic() - start:.1f} s")
         bar = tqdm(total=total, initial=done + 1, unit="image", miniters=1)
         bars.append(stack.enter_context(bar))
 
-    def on_failure(picture: Path, problem: str) -> None:
-        failures.append(f"  {picture}: {problem}")
+    def on_failure(file: Path, problem: str) -> None:
+        failures.append(f"  {file}: {problem}")
 
     with contextlib.ExitStack() as stack:
         if args.ray is not None:
-            say("starting workers, which compile the image encoder and the mask decoder ...")
+            say("starting workers; each compiles the image encoder and the mask decoder ...")
             address = args.ray[0] if args.ray else None
             generate_with_ray(
                 address, model, args.dtype, options, todo, results, on_image, on_failure
@@ -167,18 +170,21 @@ def _say_what_crops_take(grids: list[np.ndarray]) -> None:
         say(
             f"{sum(crops) - 1} crops per image: the encoder runs {sum(crops)} times instead of "
             f"once, and {sum(points)} points are decoded instead of {points[0]}; expect {times} "
-            "times the time of a run without crops"
+            "times the run time without crops"
         )
 
 
 def _devices(count: int | None) -> list:
-    """So many of this machine's, or all."""
+    """The first `count` devices of this machine, or all."""
     import jax
 
     available = jax.local_devices()
     count = len(available) if count is None else count
     if not 1 <= count <= len(available):
-        raise ValueError(f"--devices is {count}, expected 1 to {len(available)}, as many there are")
+        raise ValueError(
+            f"--devices is {count}, but this machine has {len(available)}; give 1 to "
+            f"{len(available)}"
+        )
     return available[:count]
 
 
@@ -187,5 +193,5 @@ def _read_grids(path: Path) -> list[list]:
         return [np.array(grid, np.float64).tolist() for grid in read_json(path)]
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"--point-grids {path} is no JSON list of lists of points [x, y]: {error}"
+            f"--point-grids {path} is not a JSON list of lists of points [x, y]: {error}"
         ) from error

@@ -17,18 +17,18 @@ from sam_jax.types import DType
 
 @dataclasses.dataclass
 class Segment:
-    """Segment what points or boxes show in a picture.
+    """Segment the objects marked by points or boxes.
 
-    All points belong to one object. Each box is an object of its own; points go together with a
-    single box.
+    All points belong to one object. Each box marks another object; points can be combined with at
+    most one box.
     """
 
     image: tyro.conf.Positional[Path]
-    """The picture."""
+    """The image."""
     point: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="X,Y[,LABEL]")] = (
         dataclasses.field(default_factory=list)
     )
-    """A point in pixels; label 1 (the default) is on the object, 0 is not. May be repeated."""
+    """A point in pixels; label 1 (the default): on the object, 0: background. May be repeated."""
     box: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="X0,Y0,X1,Y1")] = (
         dataclasses.field(default_factory=list)
     )
@@ -36,21 +36,21 @@ class Segment:
     model: str = "mobile_sam"
     """Short name, hub repository, file or folder."""
     dtype: DType = "float32"
-    """What to compute in; bfloat16 is faster on a GPU or TPU."""
+    """Compute dtype. bfloat16 is faster on GPU and TPU."""
     output: Path | None = None
-    """Folder for the results, `<picture>_masks` if left out; those of an earlier run are
+    """Folder for the results, `<image>_masks` if left out. Results of an earlier run are
     replaced."""
     multimask: bool | None = None
-    """Three candidate masks per object instead of one; by default for a single point only."""
+    """Three candidate masks per object instead of one; by default only for a single point."""
 
 
 def segment(args: Segment) -> None:
     """Writes overlay.png, a PNG for each mask and masks.json with their scores.
 
     Raises:
-        OSError: for a picture that cannot be read, or a folder that cannot be written to.
-        ValueError: for prompts that cannot be, an output with files of others' that have the same
-            names, an unknown model.
+        OSError: if the image cannot be read or the output cannot be written to.
+        ValueError: if a prompt is invalid, if the output has files with names of results that no
+            earlier run wrote, or if the model is unknown.
     """
     from sam_jax.checkpoints import from_pretrained
     from sam_jax.image import load_image
@@ -63,7 +63,7 @@ def segment(args: Segment) -> None:
         raise ValueError("nothing to segment: give at least one --point or --box")
     if len(points) and len(boxes) > 1:
         raise ValueError(
-            f"--point goes together with one --box at the most, but there are {len(boxes)}"
+            f"--point can be combined with at most one --box, but there are {len(boxes)}"
         )
     image = load_image(args.image)
     _check_inside(points, "--point", image.shape[:2])
@@ -87,18 +87,18 @@ def segment(args: Segment) -> None:
     )
     check_scores(scores)
 
-    pictures, records = {}, []
+    images, records = {}, []
     for prompt in range(len(masks)):
         for candidate in np.argsort(-scores[prompt]):
             mask, score = masks[prompt, candidate], float(scores[prompt, candidate])
             name = f"mask_{len(records)}.png"
-            pictures[name] = Image.fromarray(mask)
+            images[name] = Image.fromarray(mask)
             record = {"file": name, "predicted_iou": score, "area": int(mask.sum())}
             if len(boxes):
                 record["box"] = boxes[prompt].tolist()
             records.append(record)
     best = [m[s.argmax()] for m, s in zip(masks, scores, strict=True)]
-    pictures["overlay.png"] = overlay(
+    images["overlay.png"] = overlay(
         image, best, point_coords=points, point_labels=labels, boxes=boxes
     )
     summary = {
@@ -111,43 +111,44 @@ def segment(args: Segment) -> None:
     }
     with lock_folder(output):
         _check_free(output)
-        _write(output, pictures, summary)
+        _write(output, images, summary)
     for record in records:
         print(f"{output / record['file']}  predicted IoU {record['predicted_iou']:.3f}")
     print(output / "overlay.png")
 
 
-def _write(folder: Path, pictures: dict[str, Image.Image], summary: dict[str, Any]) -> None:
-    """Writes all images under a hidden folder, then puts them in the place of an earlier run's.
+def _write(folder: Path, images: dict[str, Image.Image], summary: dict[str, Any]) -> None:
+    """Writes all images to a hidden folder, then moves them to the place of an earlier run's.
 
-    Whenever it is interrupted, masks.json tells of every file there that is ours.
+    If it is interrupted at any point, masks.json lists all files that `segment` wrote there.
     """
     with temporary_folder(folder) as temporary:
-        for name, picture in pictures.items():
-            picture.save(temporary / name)
+        for name, image in images.items():
+            image.save(temporary / name)
         old = _files_of_earlier_run(folder)
-        both = [{"file": name} for name in (*old, *pictures)]
+        both = [{"file": name} for name in (*old, *images)]
         write_json(folder / "masks.json", {"masks": both})
-        for name in pictures:
+        for name in images:
             os.replace(temporary / name, folder / name)
-        for name in {*old} - {*pictures, "masks.json"}:
+        for name in {*old} - {*images, "masks.json"}:
             (folder / name).unlink(missing_ok=True)
         write_json(folder / "masks.json", summary, indent=2)
 
 
 def _check_free(folder: Path) -> None:
-    """Refuses a folder in which files of our names are somebody else's, the picture for one."""
-    ours = _files_of_earlier_run(folder)
+    """Rejects a folder that has files with names of results that no earlier run wrote."""
+    earlier = _files_of_earlier_run(folder)
     for file in sorted(folder.glob("*")):
         name = file.name
-        if name not in ours and re.fullmatch(r"mask_\d+\.png|overlay\.png|masks\.json", name):
+        if name not in earlier and re.fullmatch(r"mask_\d+\.png|overlay\.png|masks\.json", name):
             raise ValueError(
-                f"{file} is not of an earlier run, and is not overwritten; choose another --output"
+                f"{file} was not written by an earlier run and is not overwritten; choose another "
+                "--output"
             )
 
 
 def _files_of_earlier_run(folder: Path) -> list[str]:
-    """What its masks.json tells of."""
+    """The files listed in masks.json, and those that are always written."""
     try:
         names = [record["file"] for record in read_json(folder / "masks.json")["masks"]]
         names = [name for name in names if re.fullmatch(r"mask_\d+\.png", name)]
@@ -162,7 +163,9 @@ def _parse_points(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     rows = [_parse_numbers(t, (2, 3), "--point", "X,Y or X,Y,LABEL") for t in texts]
     labels = [row[2] if len(row) == 3 else 1 for row in rows]
     if wrong := [x for x in labels if x not in (0, 1)]:
-        raise ValueError(f"--point has label {wrong[0]:g}, expected 1 (on the object) or 0 (not)")
+        raise ValueError(
+            f"--point has label {wrong[0]:g}, expected 1 (on the object) or 0 (background)"
+        )
     return check_points([row[:2] for row in rows], labels, "--point")
 
 
@@ -173,7 +176,7 @@ def _parse_boxes(texts: list[str]) -> np.ndarray:
 
 
 def _check_inside(coords: np.ndarray, option: str, size: tuple[int, int]) -> None:
-    """Refuses coordinates [n, 2] outside an image of (h, w)."""
+    """Rejects coordinates [n, 2] outside an image of size (h, w)."""
     height, width = size
     outside = ((coords < 0) | (coords > (width, height))).any(1)
     if outside.any():

@@ -1,7 +1,7 @@
 """The demo page as an ASGI application: a few routes, each with its limits.
 
-Nothing that a client sends names a file or an address, and the server fetches nothing. An image
-stays in memory until it is embedded, and its visitor is known by a random token.
+Clients cannot name files or addresses, and the server fetches nothing. An image is kept in memory
+until it is embedded. A random token identifies its visitor.
 """
 
 import asyncio
@@ -28,32 +28,32 @@ from starlette.routing import Route
 from starlette.types import Message
 
 from sam_jax.demo.limits import BUSY, Limits, Shares, Turns, Visitor, Worker
-from sam_jax.demo.visit import (
+from sam_jax.demo.session import (
+    EmbeddedImage,
     Found,
-    Picture,
-    Visit,
+    Session,
     add_box,
     add_point,
-    answer,
     choose,
     clear,
     draw_layer,
     everything_json,
     find_everything,
     full_mask,
-    label_picture,
+    label_image,
     number_masks,
-    open_picture,
+    open_image_file,
+    predict,
     prompt_json,
     undo,
 )
 from sam_jax.files import read_json
 from sam_jax.models.sam import Sam
 
-POINTS_PER_SIDE: tuple[int, int] = 4, 32  # of everything mode, the fewest and the most
-_PIXELS = -(10**9), 10**9  # what lies outside the image moves to its edge
-# What changes a visit, and the whole numbers that it takes, each with its limits.
-_CHANGES: dict[str, tuple[Callable[..., Visit], dict[str, tuple[int, int]]]] = {
+POINTS_PER_SIDE: tuple[int, int] = 4, 32  # limits for everything mode
+_PIXELS = -(10**9), 10**9  # points outside the image are moved to its edge
+# The functions that change a session, and the integers that they take, each with its limits.
+_CHANGES: dict[str, tuple[Callable[..., Session], dict[str, tuple[int, int]]]] = {
     "point": (add_point, {"x": _PIXELS, "y": _PIXELS, "label": (0, 1)}),
     "box": (add_box, dict.fromkeys(("x0", "y0", "x1", "y1"), _PIXELS)),
     "choose": (choose, {"candidate": (0, 2)}),
@@ -78,11 +78,11 @@ _SECURITY = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
-# Headers that servers and proxies may read differently where there are two.
+# Headers that servers and proxies may read differently if they are repeated.
 _SINGLE = (b"host", b"origin", b"content-type", b"content-length", b"x-session")
 _SAVED = {"png": "image/png", "json": "application/json"}
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
-_GONE = "the image was dropped, after a long time or for other visitors; open it again"
+_GONE = "the image was removed, after a long time or to make room for others; open it again"
 
 
 class Demo:
@@ -90,8 +90,8 @@ class Demo:
 
     Args:
         model: shared by all visitors.
-        hosts: what the header Host may be, such as "localhost:7860"; the address that a connection
-            came to is fine, too.
+        hosts: accepted values of the Host header, such as "localhost:7860", in addition to the
+            address of the connection.
         limits: see `Limits`.
     """
 
@@ -101,7 +101,7 @@ class Demo:
         self._turns = Turns()
         self._bodies, self._requests = Shares(*limits.bodies), Shares(*limits.requests)
         self._uploads, self._saves = Shares(*limits.uploads), Shares(*limits.saves)
-        # Of each kind one at a time; no kind waits for another.
+        # One piece of work of each kind at a time; kinds do not wait for each other.
         self._workers = [Worker() for _ in range(4)]
         self._clicks, self._images, self._files, self._finder = self._workers
         routes = [
@@ -117,14 +117,14 @@ class Demo:
         self._app.router.redirect_slashes = False
 
     def close(self) -> None:
-        """Ends what the threads do."""
+        """Ends the work of all threads."""
         for token in list(self.visitors):
             self._drop(token)
         for worker in self._workers:
             worker.close()
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
-        """Answers a request, or refuses it by its headers."""
+        """Answers a request, or rejects it because of its headers."""
 
         async def send_securely(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -138,10 +138,10 @@ class Demo:
         await (refusal or self._app)(scope, receive, send_securely)
 
     def _refusal(self, scope: dict[str, Any]) -> Response | None:
-        """An answer to requests that other sites or misread headers may have made."""
+        """The error response for requests that may come from other sites or misread headers."""
         count = Counter(name for name, _ in scope["headers"])
         if twice := [name.decode() for name in _SINGLE if count[name] > 1]:
-            return _error(400, f"there are several headers {twice[0]}, expected one")
+            return _error(400, f"the header {twice[0]} is repeated, expected one")
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host, (address, port) = headers.get(b"host", "").lower(), scope["server"]
         if host not in self.hosts and host != f"{address}:{port}":
@@ -160,10 +160,10 @@ class Demo:
     async def _visiting(
         self, request: Request, limits: dict[str, tuple[int, int]]
     ) -> AsyncIterator[tuple[Visitor, dict[str, int]]]:
-        """The visitor who makes the request, and the request's numbers."""
+        """The visitor who sent the request, and the request's numbers."""
         token, address = request.headers.get("x-session", ""), request.scope["client"][0]
         self._visitor(token)
-        # What has not come yet takes no share of the work from others.
+        # A body that is still arriving does not take a share of the work.
         with self._bodies.take(address):
             numbers = await self._numbers(request, limits)
         with self._requests.take(address, token):
@@ -180,23 +180,24 @@ class Demo:
         self.visitors.pop(token).stop.set()
 
     def _make_room(self, address: str) -> None:
-        """For another visitor: who longest did nothing goes, at an address that has the most.
+        """Drops the visitor idle the longest, of those at the address with the most visitors.
 
-        Unless it did something lately, and its address would not have more than the other's.
+        The newcomer is rejected instead if that visitor was active recently and its address would
+        not have more visitors than the newcomer's.
         """
         if len(self.visitors) < self.limits.visitors:
             return
         count = Counter(visitor.address for visitor in self.visitors.values())
         most = max(count.values())
-        theirs = [token for token, v in self.visitors.items() if count[v.address] == most]
-        token = min(theirs, key=lambda token: self.visitors[token].used)
+        crowded = [token for token, v in self.visitors.items() if count[v.address] == most]
+        token = min(crowded, key=lambda token: self.visitors[token].used)
         idle = time.monotonic() - self.visitors[token].used
         if most <= count[address] + 1 and idle < self.limits.recent:
             raise HTTPException(503, BUSY)
         self._drop(token)
 
     async def _body(self, request: Request, kind: str, most: int) -> bytes:
-        """The whole body, if it has so many bytes at the most and comes fast enough."""
+        """The whole body, if it has at most `most` bytes and arrives fast enough."""
         if request.headers.get("content-type") != kind:
             raise HTTPException(415, f"expected the Content-Type {kind}")
         too_large = HTTPException(413, f"expected at most {most} bytes")
@@ -214,10 +215,10 @@ class Demo:
                     end.reschedule(min(now(), expected) + limits.body_seconds)
             return bytes(body)
         except TimeoutError as error:
-            raise HTTPException(408, "the request did not come in time") from error
+            raise HTTPException(408, "the request did not arrive in time") from error
 
     async def _numbers(self, request: Request, limits: dict[str, tuple[int, int]]) -> dict:
-        """The body: JSON with just these names, and whole numbers within the limits."""
+        """The body: JSON with exactly these names, and integers within the limits."""
         body = await self._body(request, "application/json", self.limits.json_bytes)
         try:
             numbers = read_json(body)
@@ -234,7 +235,7 @@ class Demo:
         return numbers
 
     async def _run(self, request: Request, worker: Worker, work: Callable, *args) -> Any:
-        """The work's result, when its turn has come; if the client leaves before, it has none."""
+        """Runs the work when its turn comes, or drops it if the client leaves before."""
         with contextlib.nullcontext() if worker is self._finder else self._turns.first():
             done = asyncio.ensure_future(worker.run(work, *args))
             gone = asyncio.ensure_future(_disconnected(request))
@@ -250,39 +251,39 @@ class Demo:
                 gone.cancel()
 
     async def _open(self, request: Request) -> Response:
-        """Embeds the image that is the body, for a new visitor or instead of an earlier image."""
+        """Embeds the image in the body, for a new visitor or in place of an earlier image."""
 
-        def work(content: bytes) -> tuple[Picture, str]:
-            picture, shown = open_picture(self.model, content)
-            return picture, _url(shown, "jpeg")
+        def work(content: bytes) -> tuple[EmbeddedImage, str]:
+            embedded, shown = open_image_file(self.model, content)
+            return embedded, _url(shown, "jpeg")
 
         self._forget()
         limits, address = self.limits, request.scope["client"][0]
         token = request.headers.get("x-session", "")
         with self._uploads.take(address):
             content = await self._body(request, "application/octet-stream", limits.max_bytes)
-            picture, url = await self._run(request, self._images, work, content)
+            embedded, url = await self._run(request, self._images, work, content)
         if token in self.visitors:
             self._drop(token)
         else:
             self._make_room(address)
             token = secrets.token_urlsafe(32)
-        visitor = Visitor(address, Visit(picture), time.monotonic())
+        visitor = Visitor(address, Session(embedded), time.monotonic())
         self.visitors[token] = visitor
         asyncio.get_running_loop().call_later(limits.forget + 1, self._forget)
-        height, width = picture.size
+        height, width = embedded.size
         image = {"session": token, "image": url, "width": width, "height": height}
-        return JSONResponse(_show(visitor.visit) | image)
+        return JSONResponse(_show(visitor.session) | image)
 
-    def _change(self, change: Callable[..., Visit], limits: dict) -> Callable:
-        """The endpoint that changes a visit."""
+    def _change(self, change: Callable[..., Session], limits: dict) -> Callable:
+        """The endpoint that changes a session."""
 
         def work(visitor: Visitor, numbers: dict[str, int]) -> dict[str, Any]:
-            visit = change(visitor.visit, **numbers)
-            if visit.steps is not visitor.visit.steps:
-                visit = answer(self.model, visit)
-            visitor.visit, visitor.found = visit, None
-            return _show(visit)
+            session = change(visitor.session, **numbers)
+            if session.steps is not visitor.session.steps:
+                session = predict(self.model, session)
+            visitor.session, visitor.found = session, None
+            return _show(session)
 
         async def endpoint(request: Request) -> Response:
             async with self._visiting(request, limits) as (visitor, numbers):
@@ -293,23 +294,23 @@ class Demo:
         return endpoint
 
     def _save(self, kind: str) -> Callable:
-        """The endpoint that gives what is shown as a file, at the image's own size."""
+        """The endpoint that returns what is shown as a file, at the image's own size."""
 
-        def work(visit: Visit, found: Found | None) -> bytes:
+        def work(session: Session, found: Found | None) -> bytes:
             if found is not None and kind == "json":
                 return json.dumps(everything_json(found)).encode()
             if found is not None:
-                return _encode(label_picture(number_masks(found)), "png")
-            if visit.answer is None:
+                return _encode(label_image(number_masks(found)), "png")
+            if session.prediction is None:
                 raise ValueError("there is no mask to save")
-            mask = full_mask(self.model, visit)
+            mask = full_mask(self.model, session)
             if kind == "json":
-                return json.dumps(prompt_json(visit, mask)).encode()
+                return json.dumps(prompt_json(session, mask)).encode()
             return _encode(Image.fromarray(mask), "png")
 
         async def endpoint(request: Request) -> Response:
             async with self._visiting(request, {}) as (visitor, _):
-                shown = visitor.visit, visitor.found
+                shown = visitor.session, visitor.found
                 with self._saves.take(request.scope["client"][0], request.headers["x-session"]):
                     file = await self._run(request, self._files, work, *shown)
                 return Response(file, media_type=_SAVED[kind])
@@ -317,13 +318,13 @@ class Demo:
         return endpoint
 
     async def _everything(self, request: Request) -> Response:
-        """Finds everything in the image, unless the visitor leaves or does something else."""
+        """Segments everything in the image, unless the visitor leaves or does something else."""
         limits = {"points_per_side": POINTS_PER_SIDE}
         async with self._visiting(request, limits) as (visitor, numbers):
             side = numbers["points_per_side"]
             visitor.stop.set()
             visitor.stop = stop = threading.Event()
-            visitor.progress, visit = (0, 0), visitor.visit
+            visitor.progress, session = (0, 0), visitor.session
 
             def on_batch(done: int, total: int) -> None:
                 visitor.progress = done, total
@@ -333,7 +334,7 @@ class Demo:
 
             def work() -> tuple[Found, str]:
                 on_batch(0, 0)
-                found = find_everything(self.model, visit.picture, side, on_batch)
+                found = find_everything(self.model, session.image, side, on_batch)
                 return found, _url(draw_layer(number_masks(found)), "png")
 
             try:
@@ -342,17 +343,17 @@ class Demo:
                     raise HTTPException(400, "everything mode was stopped")
             finally:
                 stop.set()
-            visitor.visit, visitor.found = clear(visit), found
-            return JSONResponse(_show(visitor.visit) | {"mask": layer, "found": True})
+            visitor.session, visitor.found = clear(session), found
+            return JSONResponse(_show(visitor.session) | {"mask": layer, "found": True})
 
     async def _progress(self, request: Request) -> Response:
-        """How many batches of everything mode are done, and how many there are."""
+        """The number of batches of everything mode that are done, and their total."""
         async with self._visiting(request, {}) as (visitor, _):
             return JSONResponse(visitor.progress)
 
 
 def _file(name: str, kind: str, limits: Limits) -> Callable:
-    """The endpoint that gives a file of this package."""
+    """The endpoint that returns a file of this package."""
     text = Path(__file__).with_name(name).read_text().replace("{max_bytes}", str(limits.max_bytes))
 
     async def endpoint(_request: Request) -> Response:
@@ -382,23 +383,23 @@ async def _tell_nobody(_request: Request, _error_: ClientDisconnect) -> Response
     return Response(status_code=400)
 
 
-def _show(visit: Visit) -> dict[str, Any]:
-    """What the page shows of a visit, besides the image."""
-    shown = {"points": visit.points, "box": visit.box, "chosen": visit.chosen}
+def _show(session: Session) -> dict[str, Any]:
+    """What the page shows of a session, except for the image."""
+    shown = {"points": session.points, "box": session.box, "chosen": session.chosen}
     shown |= {"mask": None, "scores": [], "found": False}
-    if visit.answer is not None:
-        shown["mask"] = _url(draw_layer(visit.answer.masks[visit.chosen]), "png")
-        shown["scores"] = visit.answer.scores.tolist()
+    if session.prediction is not None:
+        shown["mask"] = _url(draw_layer(session.prediction.masks[session.chosen]), "png")
+        shown["scores"] = session.prediction.scores.tolist()
     return shown
 
 
-def _url(picture: Image.Image, kind: str) -> str:
-    """The image within a URL, so that it goes to its own visitor and is in no file."""
-    content = base64.b64encode(_encode(picture, kind)).decode()
+def _url(image: Image.Image, kind: str) -> str:
+    """The image as a data URL: only its visitor gets it, and it is never stored in a file."""
+    content = base64.b64encode(_encode(image, kind)).decode()
     return f"data:image/{kind};base64,{content}"
 
 
-def _encode(picture: Image.Image, kind: str) -> bytes:
+def _encode(image: Image.Image, kind: str) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, quality=90)
+    image.save(file, kind, quality=90)
     return file.getvalue()

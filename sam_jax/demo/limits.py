@@ -1,4 +1,4 @@
-"""How much one visitor, and all together, may ask of the page."""
+"""Limits on what one visitor, and all visitors together, may ask of the page."""
 
 import asyncio
 import contextlib
@@ -11,49 +11,49 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from sam_jax.demo.visit import Found, Visit
+from sam_jax.demo.session import Found, Session
 
 BUSY = "the page is busy with other requests; try again in a moment"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of what the server keeps and does at a time."""
+    """How much the server keeps and does at a time."""
 
-    max_bytes: int = 20 * 10**6  # of an image's file
-    json_bytes: int = 64 * 1024  # of all other bodies
+    max_bytes: int = 20 * 10**6  # of an image file
+    json_bytes: int = 64 * 1024  # of any other body
     visitors: int = 50  # whose images are kept, about 10 MB each
-    forget: float = 3600  # seconds without a request after which a visitor's image is dropped
-    recent: float = 600  # seconds within which no newcomer from the same address takes its place
-    requests: tuple[int, ...] = (100, 16, 4)  # at work: in all, from one address, of one visitor
-    bodies: tuple[int, ...] = (128, 16)  # of these that are still coming: in all, from one address
-    uploads: tuple[int, ...] = (16, 4)  # in memory: in all, from one address
-    saves: tuple[int, ...] = (16, 4, 1)  # at work: in all, from one address, of one visitor
-    body_seconds: float = 10  # within which a part of a body must come
-    body_rate: int = 100_000  # bytes per second of a body, at the least, after these seconds
+    forget: float = 3600  # seconds without a request after which a visitor's image is removed
+    recent: float = 600  # seconds idle before a newcomer from the same address may replace it
+    requests: tuple[int, ...] = (100, 16, 4)  # being answered: in total, per address, per visitor
+    bodies: tuple[int, ...] = (128, 16)  # request bodies still arriving: in total, per address
+    uploads: tuple[int, ...] = (16, 4)  # image files in memory: in total, per address
+    saves: tuple[int, ...] = (16, 4, 1)  # being saved: in total, per address, per visitor
+    body_seconds: float = 10  # within which a part of a body must arrive
+    body_rate: int = 100_000  # minimum bytes per second of a body, after these seconds
 
 
 @dataclass
 class Visitor:
-    """One who opened an image; another tab of the same browser is another visitor."""
+    """A browser tab that has opened an image; each tab is another visitor."""
 
     address: str
-    visit: Visit
+    session: Session
     used: float
-    found: Found | None = None  # of everything mode, if that is shown
+    found: Found | None = None  # the result of everything mode, if it is shown
     stop: threading.Event = field(default_factory=threading.Event)  # ends everything mode
     progress: tuple[int, int] = (0, 0)
 
 
 class Turns:
-    """Who works in steps waits between them for all others."""
+    """Lets work in steps wait between steps for all other work."""
 
     def __init__(self):
         self._changed, self._waiting = threading.Condition(), 0
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
-        """While this lasts, `wait` does not return."""
+        """While in this context, `wait` does not return."""
         with self._changed:
             self._waiting += 1
         try:
@@ -64,44 +64,43 @@ class Turns:
                 self._changed.notify_all()
 
     def wait(self, seconds: float = 5) -> None:
-        """No longer than this, so that the work ends however many others come."""
+        """Waits at most `seconds`, so that the work ends however much other work arrives."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting, seconds)
 
 
 class Worker:
-    """A thread that does one piece of work at a time, in the order in which they come.
+    """A thread that does one piece of work at a time, in order of arrival.
 
-    What waits is with the coroutine that asked for it, not in the thread's own queue, which would
-    keep cancelled work and its arguments until their turn. A client that leaves before its turn
-    therefore leaves nothing in memory.
+    Pending work waits in the coroutine that asked for it. The thread's own queue would keep
+    canceled work and its arguments until their turn; this way, a client that leaves before its turn
+    leaves nothing in memory.
     """
 
     def __init__(self):
         self._thread, self._turn = ThreadPoolExecutor(1), asyncio.Lock()
 
     async def run(self, work: Callable, *args: Any) -> Any:
-        """The work's result; once begun, it is done even if this is cancelled."""
+        """The work's result; work that has begun is finished even if this is canceled."""
         await self._turn.acquire()
         done = asyncio.wrap_future(self._thread.submit(work, *args))
         done.add_done_callback(self._end_turn)
-        await asyncio.wait({done})  # unlike `await done`, this leaves it alone when cancelled
+        await asyncio.wait({done})  # unlike `await done`, does not cancel it
         return done.result()
 
     def _end_turn(self, done: asyncio.Future) -> None:
         self._turn.release()
-        done.exception()  # marks it as seen, where the client has left
+        done.exception()  # marks it as retrieved if the client has left
 
     def close(self) -> None:
-        """Waits for the work that is being done."""
+        """Waits for the work in progress."""
         self._thread.shutdown()
 
 
 class Shares:
-    """How much is taken of something, of which there is so much, and for each so much.
+    """Counts shares of a resource, with a limit in total and a limit for each client.
 
-    Who takes may be known by several names, such as an address and a token; for each name in turn
-    there is a limit.
+    A client may have several names, such as an address and a token, each with its own limit.
     """
 
     def __init__(self, total: int, *each: int):
@@ -109,7 +108,11 @@ class Shares:
 
     @contextlib.contextmanager
     def take(self, *who: str) -> Iterator[None]:
-        """A share, while this lasts; refused with 503 if there is none left."""
+        """Holds a share while in this context.
+
+        Raises:
+            HTTPException: with status 503 if no share is left.
+        """
         limits = zip(who, self._each, strict=True)
         if self._all >= self._total or any(self._taken[name] >= each for name, each in limits):
             raise HTTPException(503, BUSY)
@@ -120,4 +123,4 @@ class Shares:
         finally:
             self._all -= 1
             self._taken.subtract(who)
-            self._taken += Counter()  # forgets those who have none
+            self._taken += Counter()  # removes zero counts

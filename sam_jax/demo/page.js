@@ -1,12 +1,12 @@
-// The page: what its buttons do, and what the server is asked. The image is stage.js's concern.
+// The page's buttons and its requests to the server. stage.js handles the image.
 import {makeStage} from "./stage.js";
 
 const $ = (id) => document.getElementById(id);
 const candidates = [...document.querySelectorAll("#candidates input")];
-let session = null; // this tab's, which the server gives with the first image
-let name = "image"; // of the photo, without its ending
-let shown = null; // what the server said last
-let finding = null; // ends everything mode
+let session = null; // this tab's token, which the server sends with the first image
+let name = "image"; // of the image file, without its extension
+let shown = null; // the server's last answer
+let finding = null; // aborts everything mode
 
 const stage = makeStage($("stage"), {
   onPoint: ({x, y, background}) => {
@@ -35,7 +35,7 @@ async function ask(path, body = {}, signal = undefined) {
   const request = {method: "POST", headers, body: isFile ? body : JSON.stringify(body), signal};
   const response = await fetch(path, request);
   if (response.ok) return response;
-  const {error} = await response.json().catch(() => ({error: `The server says ${response.status}.`}));
+  const {error} = await response.json().catch(() => ({error: `Server error ${response.status}.`}));
   if (response.status === 410) update(null);
   throw new Error(error);
 }
@@ -47,7 +47,7 @@ function update(state) {
   if (state) stage.show(state);
   else session = null;
   const scores = state?.scores ?? [], marked = Boolean(state && (state.points.length || state.box));
-  // What the model predicts may be a little more than 1.
+  // A predicted IoU may be slightly above 1.
   const texts = scores.map((score) => Math.min(score, 1).toFixed(2));
   candidates.forEach((candidate, i) => {
     candidate.disabled = i >= scores.length;
@@ -61,7 +61,7 @@ function update(state) {
   $("all").disabled = !state;
 }
 
-// One request after the other: each click sees what the one before it did.
+// Requests run one after the other, so that each click sees the result of the one before.
 let last = Promise.resolve();
 function inTurn(work) {
   last = last.then(work).catch(tell);
@@ -77,7 +77,7 @@ function open(file) {
   if (!file) return;
   const most = +document.body.dataset.maxBytes;
   if (file.size > most) {
-    tell(new Error(`The file has ${(file.size / 1e6).toFixed(1)} MB, expected at most ${most / 1e6}.`));
+    tell(new Error(`The file has ${(file.size / 1e6).toFixed(1)} MB; the limit is ${most / 1e6} MB.`));
     return;
   }
   inTurn(async () => {
@@ -97,8 +97,8 @@ function open(file) {
 async function findEverything() {
   const mine = finding = new AbortController();
   $("all").disabled = true;
-  $("status").textContent = "Waiting for others …";
-  const look = setInterval(async () => {
+  $("status").textContent = "Waiting for other visitors …";
+  const poll = setInterval(async () => {
     const answer = await ask("progress", {}, mine.signal).catch(() => null);
     const [done, total] = answer ? await answer.json() : [0, 0];
     if (finding === mine && total) $("status").textContent = `Everything: ${done} of ${total} steps`;
@@ -109,7 +109,7 @@ async function findEverything() {
   } catch (error) {
     tell(error);
   } finally {
-    clearInterval(look);
+    clearInterval(poll);
     finding = null;
     $("all").disabled = !shown;
     $("status").textContent = "";

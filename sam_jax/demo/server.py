@@ -21,7 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from sam_jax.checkpoints import from_pretrained
 from sam_jax.demo.app import Demo
 from sam_jax.demo.limits import Limits
-from sam_jax.demo.visit import warm_up
+from sam_jax.demo.session import warm_up
 
 
 def serve(
@@ -30,17 +30,17 @@ def serve(
     """Serves the page until it is interrupted or terminated.
 
     Args:
-        model: whatever `from_pretrained` takes.
-        dtype: likewise.
-        host: the address to listen at.
-        port: likewise.
-        max_megabytes: the size of the largest file that is taken.
-        allow_host: what the page may be called besides, as NAME or NAME:PORT.
+        model: what `from_pretrained` takes.
+        dtype: the compute dtype, as for `from_pretrained`.
+        host: the address to listen on.
+        port: the port to listen on.
+        max_megabytes: size of the largest accepted image file.
+        allow_host: further host names of the page, as NAME or NAME:PORT.
 
     Raises:
         KeyboardInterrupt: when it is stopped.
-        OSError: if the port is taken.
-        ValueError: for invalid numbers.
+        OSError: if the port is in use.
+        ValueError: for an invalid host, port or size.
     """
     if max_megabytes < 1:
         raise ValueError(f"--max-megabytes is {max_megabytes}, expected 1 or more")
@@ -50,31 +50,31 @@ def serve(
         raise ValueError(f"--host is {host!r}, expected a name or an IPv4 address")
     if not _is_loopback(host):
         print(
-            f"sam-jax: warning: whoever reaches port {port} of this machine can use the page; it "
-            "asks for no password and encrypts nothing",
+            f"sam-jax: warning: everyone who can reach port {port} of this machine can use the "
+            "page; it has no password and no encryption",
             file=sys.stderr,
         )
     silence_decoders()
-    with _listen(host, port) as listener:  # before compiling for a taken port
-        # What stops services and containers ends it as Ctrl+C does.
+    with _listen(host, port) as listener:  # fails before compiling if the port is in use
+        # SIGTERM, which stops services and containers, acts like Ctrl+C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         print("Compiling the model ...", flush=True)
         sam = from_pretrained(model, dtype=dtype)
         warm_up(sam)
-        # What is there now stays; looking through it for garbage stops a click for half a second.
+        # Garbage collection of the objects made so far would delay clicks by half a second.
         gc.collect()
         gc.freeze()
         hosts = host_names(host, port, allow_host)
         app = Demo(sam, hosts, Limits(max_bytes=max_megabytes * 10**6))
         with running(app, listener) as server:
-            print(f"http://{host}:{port}/ is the page; Ctrl+C stops it.", flush=True)
+            print(f"The page is at http://{host}:{port}/; press Ctrl+C to stop.", flush=True)
             server.result()
 
 
 def silence_decoders() -> None:
-    """Keeps messages about damaged images out of the log; the visitor gets one as the answer.
+    """Keeps messages of Pillow and libtiff about damaged images out of the log.
 
-    They are Pillow's warnings and errors, and those that libtiff prints by itself.
+    The visitor gets the error as the answer.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -93,12 +93,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def host_names(host: str, port: int, others: Collection[str] = ()) -> set[str]:
-    """What the header Host may be, besides the address that a connection comes to."""
+    """Accepted values of the Host header, in addition to the address of the connection."""
     names = {host, "localhost", "127.0.0.1", *others}
     if not _is_loopback(host):
         names |= {socket.gethostname(), socket.getfqdn()}
     names = {name if ":" in name else f"{name}:{port}" for name in map(str.lower, names)}
-    # A browser leaves the usual port out.
+    # Browsers omit the default port.
     return names | {name.removesuffix(":80") for name in names}
 
 
@@ -108,8 +108,8 @@ def running(app: Demo, listener: socket.socket, **timing: float) -> Iterator[Fut
 
     Args:
         app: the application.
-        listener: where it is served.
-        timing: in the place of `Connection`'s attributes.
+        listener: the listening socket.
+        timing: override attributes of `Connection`.
     """
     config = uvicorn.Config(
         app,
@@ -136,14 +136,14 @@ def running(app: Demo, listener: socket.socket, **timing: float) -> Iterator[Fut
 
 
 class Connection(H11Protocol):
-    """A client's connection, which ends if nothing comes or goes.
+    """A client's connection, which is closed if the client is idle.
 
-    uvicorn lets a client that sends no request, or half a request's head, stay forever, and one
-    that does not read its answer.
+    uvicorn never closes the connection of a client that sends no request, or half of a request's
+    head, or does not read its answer.
     """
 
-    seconds = 15  # without a whole request's head, or with an answer that is not read
-    most = 256  # connections; of more the one that has been idle the longest ends
+    seconds = 15  # without a whole request head, or with an answer that is not read
+    most = 256  # connections; beyond that, the one that has been idle the longest is closed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # noqa: D102
         super().connection_made(transport)
@@ -172,7 +172,7 @@ class Connection(H11Protocol):
             self.transport.abort()
 
     def shutdown(self) -> None:
-        """When the server stops: as if the client left, which ends what is done for it."""
+        """Acts as if the client had left, which ends its work; called when the server stops."""
         self.transport.abort()
 
     def on_response_complete(self) -> None:  # noqa: D102

@@ -1,8 +1,8 @@
-// An image with a mask, points and a box on it, on which people mark what they want: a click is a
-// point, a drag is a box, and keys do both. What to do about it is told by three functions:
+// An image with a mask, points and a box. A click adds a point, a drag a box, and keys do both.
+// Three callbacks handle them:
 //   onPoint({x, y, background}), with background true for the right button and the key B,
-//   onBox({x0, y0, x1, y1}), between any two corners, and onUndo().
-// Places are whole pixels of the image, however large it is shown.
+//   onBox({x0, y0, x1, y1}), between any two opposite corners, and onUndo().
+// Coordinates are whole pixels of the image, whatever size it is shown at.
 export function makeStage(element, {onPoint, onBox, onUndo}) {
   const add = (tag, name) => {
     const made = document.createElement(tag);
@@ -12,8 +12,8 @@ export function makeStage(element, {onPoint, onBox, onUndo}) {
   element.classList.add("stage");
   element.tabIndex = 0;
   element.setAttribute("role", "application");
-  element.setAttribute("aria-label", "Your image. Arrow keys move a cross, with Shift far; Enter " +
-    "marks the object there, B the background, X a corner of a box; Backspace undoes.");
+  element.setAttribute("aria-label", "Your image. Arrow keys move a crosshair, faster with Shift; " +
+    "Enter adds a foreground point, B a background point, X marks a box corner; Backspace undoes.");
   const image = add("img", "image"), mask = add("img", "mask"), box = add("div", "box");
   const points = add("div", "points"), pending = add("div", "pending"), cross = add("div", "cross");
   image.alt = "Your image";
@@ -29,8 +29,8 @@ export function makeStage(element, {onPoint, onBox, onUndo}) {
   const atPixel = (target, x, y) =>
     percent(target, {left: [x + 0.5, width], top: [y + 0.5, height]});
 
-  // Shows what is given, of: image and mask (URLs, or null), width, height, points ([x, y, label],
-  // label 1 on the object, 0 off it), box ([x0, y0, x1, y1] or null).
+  // Shows a state: image and mask (URLs or null), width, height, points ([x, y, label], label 1
+  // foreground, 0 background), box ([x0, y0, x1, y1] or null).
   function show(state) {
     if (state.image) {
       ({width, height} = state);
@@ -74,7 +74,7 @@ export function makeStage(element, {onPoint, onBox, onUndo}) {
   const dragged = (event) => Math.hypot(event.clientX - start.clientX, event.clientY - start.clientY)
     > (event.pointerType === "touch" ? 12 : 5);
 
-  // What was just marked, until the answer comes and redraws all: a point, or a box between two.
+  // Shows a new point, or a box between two points, until the answer arrives and redraws all.
   function showPending([x, y], [x0, y0] = [x, y]) {
     const round = x === x0 && y === y0;
     pending.className = round ? "pending round" : "pending";
@@ -115,7 +115,7 @@ export function makeStage(element, {onPoint, onBox, onUndo}) {
   });
   element.addEventListener("contextmenu", (event) => event.preventDefault());
 
-  // By keyboard, a cross moves over the image; `corner` is a box's first one.
+  // Arrow keys move a crosshair over the image; `corner` is the first corner of a box.
   const MOVES = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
   let place = [0, 0], corner = null;
 

@@ -1,4 +1,4 @@
-"""Evaluation: how good the masks of a model are."""
+"""Evaluation: the quality of a model's masks."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""How good a model's masks are, by the number of clicks and by box (paper, section 7.1, D.1)."""
+"""Mean IoU of a model's masks by number of clicks and by box (paper, sections 7.1 and D.1)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from sam_jax.training.datasets import Dataset
 from sam_jax.visualize import overlay
 
 CLICKS = (1, 2, 3, 5)
-_DRAWN = 16  # objects of a picture: of SA-1B's hundred the eye would tell no more apart
+_DRAWN = 16  # objects per image; SA-1B's hundred could not be told apart
 
 
 def evaluate(
@@ -27,26 +27,26 @@ def evaluate(
     objects_chunk_size: int = 16,
     on_image: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """The mean IoU over all objects, at the pictures' own resolution.
+    """The mean IoU over all objects, at the images' own resolution.
 
-    The first click is in the middle of the object, each later one in the middle of an error: of
-    all pixels missed, or wrongly in the mask, the farthest from that region's boundary (paper,
-    appendix D.1). After one click, which is ambiguous, the candidate with the best predicted IoU
-    counts; after more, the single mask, which has the logits before as a mask prompt. A box is the
-    object's own.
+    The first click is in the center of the object, and each later one in the center of the error:
+    at the pixel, missed or wrongly included, that is farthest from its region's boundary (paper,
+    appendix D.1). One click is ambiguous, so the candidate with the highest predicted IoU counts;
+    after more clicks, the single mask, for which the previous logits are a mask prompt. The box is
+    the object's bounding box.
 
     Args:
-        model: of any kind.
-        source: examples; see `sam_jax.training.datasets`.
-        clicks: numbers of clicks, at least one.
-        objects_chunk_size: prompts decoded together.
-        on_image: called after each picture.
+        model: the model to evaluate.
+        source: a dataset of examples; see `sam_jax.training.datasets`.
+        clicks: the numbers of clicks to evaluate, each at least 1.
+        objects_chunk_size: number of prompts decoded together.
+        on_image: called after each image.
 
     Returns:
-        `miou@1`, ... for each number of clicks, `miou@box`, and `objects`, how many there were.
+        `miou@1`, ... for each number of clicks, `miou@box`, and `objects`, their number.
 
     Raises:
-        ValueError: for numbers below 1, or if there is no object.
+        ValueError: if a number is below 1, or if there are no objects.
     """
     if not clicks or min(clicks) < 1:
         raise ValueError(f"clicks is {clicks}, expected one number of clicks or more, each above 0")
@@ -61,7 +61,7 @@ def evaluate(
             set_image(predictor, example)
         for start in range(0, len(example["masks"]), objects_chunk_size):
             masks = example["masks"][start : start + objects_chunk_size]
-            masks = masks[masks.any((-2, -1))]  # an empty one has no place for a click
+            masks = masks[masks.any((-2, -1))]  # an empty mask cannot be clicked
             if not len(masks):
                 continue
             for count, ious in _by_clicks(predictor, masks, max(clicks)).items():
@@ -73,37 +73,37 @@ def evaluate(
         on_image()
     objects = len(found["miou@box"])
     if not objects:
-        raise ValueError("there is no object to evaluate on")
+        raise ValueError("there are no objects to evaluate on")
     return {**{name: float(np.mean(values)) for name, values in found.items()}, "objects": objects}
 
 
 def draw_clicks(model: Sam, source: Dataset, *, count: int = 4) -> Image.Image:
-    """The first pictures side by side, with the best mask of a click in each object's middle.
+    """Draws the first images side by side, with the best mask for a click at each object's center.
 
-    Of more than 16 objects the first are drawn.
+    At most 16 objects are drawn per image.
     """
-    predictor, pictures = SamPredictor(model), []
+    predictor, drawn = SamPredictor(model), []
     for i in range(min(count, len(source))):
         example = source[i]
         targets = example["masks"][:_DRAWN]
         targets = targets[targets.any((-2, -1))]
         if not len(targets):
-            pictures.append(Image.fromarray(example["image"]))
+            drawn.append(Image.fromarray(example["image"]))
             continue
         points = np.array([[middle(mask)] for mask in targets])
         set_image(predictor, example)
         masks, scores, _ = predictor.predict_batch(points, np.ones(points.shape[:2]))
         best = masks[np.arange(len(masks)), scores.argmax(1)]
         marks = {"point_coords": points[:, 0], "point_labels": np.ones(len(points), int)}
-        pictures.append(overlay(example["image"], best, **marks))
-    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (sum(p.width for p in pictures[:i]), 0))
+        drawn.append(overlay(example["image"], best, **marks))
+    sheet = Image.new("RGB", (sum(d.width for d in drawn), max(d.height for d in drawn)))
+    for i, image in enumerate(drawn):
+        sheet.paste(image, (sum(d.width for d in drawn[:i]), 0))
     return sheet
 
 
 def set_image(predictor: SamPredictor, example: dict[str, Any]) -> None:
-    """Gives the predictor the example's picture, or its embedding if it has one."""
+    """Gives the predictor the example's image, or its embedding if it has one."""
     if "image_embedding" in example:
         embedding = np.moveaxis(example["image_embedding"], -1, 0)[None]
         predictor.set_image_embedding(embedding, example["image"].shape[:2])
@@ -112,12 +112,12 @@ def set_image(predictor: SamPredictor, example: dict[str, Any]) -> None:
 
 
 def middle(region: Bool[np.ndarray, "h w"]) -> tuple[int, int]:
-    """(x, y) of the pixel farthest from what is not in the region, the picture's edge included."""
+    """(x, y) of the pixel farthest from all pixels outside the region and from the image's edge."""
     return _innermost(region)[1]
 
 
 def _by_clicks(predictor, targets, most: int) -> dict[int, list[float]]:
-    """For 1, 2, ... clicks the IoUs of all objects."""
+    """The IoUs of all objects after 1, 2, ... clicks."""
     predicted, ious, low_res = np.zeros_like(targets), {}, None
     points: list[list] = [[] for _ in targets]
     labels: list[list] = [[] for _ in targets]
@@ -140,8 +140,8 @@ def _by_clicks(predictor, targets, most: int) -> dict[int, list[float]]:
 
 
 def _innermost(region: Bool[np.ndarray, "h w"]) -> tuple[float, tuple[int, int]]:
-    """How far the pixel of `middle` is from what is not in the region, and the pixel."""
-    import scipy.ndimage  # a quarter of a second that few need
+    """The pixel of `middle`, preceded by its distance from the outside of the region."""
+    import scipy.ndimage  # takes a quarter of a second, which few callers need
 
     x0, y0, x1, y1 = mask_to_box(region)
     part = np.pad(region[y0 : y1 + 1, x0 : x1 + 1], 1)

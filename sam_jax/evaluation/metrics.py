@@ -1,4 +1,4 @@
-"""How masks are compared."""
+"""Metrics that compare masks."""
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 def iou(
     masks: Bool[np.ndarray, "*n h w"], others: Bool[np.ndarray, "*n h w"]
 ) -> Float[np.ndarray, "*n"]:
-    """IoU of masks pair by pair; 1 where both are empty."""
+    """The IoU of each pair of masks; 1 if both are empty."""
     intersection = (masks & others).sum((-2, -1))
     union = (masks | others).sum((-2, -1))
     return np.where(union == 0, 1.0, intersection / np.maximum(union, 1))

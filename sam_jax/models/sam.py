@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from sam_jax.arrays import Device
 from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.models.checks import Prompts, check_embeddings, check_pixels, check_prompts
 from sam_jax.models.compiled import fastest_chunk_size
@@ -91,12 +93,12 @@ class Sam(HuggingFaceAPI, nnx.Module):
         return self.config.mask_threshold
 
     @property
-    def dtype(self) -> jnp.dtype:
+    def dtype(self) -> np.dtype:
         """The dtype of the computation."""
         return jnp.dtype(self.mask_decoder.dtype)
 
     @property
-    def device(self) -> Any:
+    def device(self) -> Device | Sharding:
         """Where the parameters are: a device of JAX, or their sharding over several."""
         return self.mask_decoder.iou_token[...].device
 

@@ -14,12 +14,13 @@ from everything import (
     ALL,
     GRID,
     assert_same_records,
-    found_in_a_picture,
+    found_in_an_image,
     generator,
-    picture,
+    random_image,
     segmentation,
     small,
 )
+from flax import nnx
 from PIL import Image
 from reference import SMALL, mask_iou, mobile_sam_torch, ours
 
@@ -32,7 +33,7 @@ amg = torch_reference.import_reference("segment_anything")
 
 
 class Remembered(torch.nn.Module):
-    """An image encoder that encodes no picture twice: PyTorch takes seconds for each."""
+    """An image encoder that encodes no image twice: PyTorch takes seconds for each."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -103,7 +104,7 @@ def test_records_are_metas(mobile, name, options):
 def test_options_are_metas(options):
     torch_sam, model = small()
     options = {**ALL, "points_per_side": 6, **options}
-    image = picture(120, 160)
+    image = random_image(120, 160)
     expected = amg.SamAutomaticMaskGenerator(torch_sam, **options).generate(image)
     actual = SamAutomaticMaskGenerator(model, **options).generate(image)
     assert actual
@@ -114,10 +115,10 @@ def test_options_are_metas(options):
 
 
 @pytest.mark.slow
-def test_a_stretched_picture():
+def test_a_stretched_image():
     """MedSAM's preprocessing, also of crops: the masks are the predictor's."""
     model = ours(small()[0], with_preprocessing(SMALL, "medsam"))
-    image, predictor = picture(70, 110), SamPredictor(model)
+    image, predictor = random_image(70, 110), SamPredictor(model)
     grids = [np.array([[0.3, 0.6]]), np.array([[0.5, 0.5]])]
     generator = SamAutomaticMaskGenerator(
         model, None, point_grids=grids, crop_n_layers=1, crop_nms_thresh=1, **ALL
@@ -139,7 +140,7 @@ def test_a_stretched_picture():
 
 @pytest.mark.slow
 def test_a_batch_is_as_one_at_a_time():
-    images = [picture(50, 200, 1), picture(130, 90, 2), picture(96, 96, 3)]
+    images = [random_image(50, 200, 1), random_image(130, 90, 2), random_image(96, 96, 3)]
     some = generator(crop_n_layers=1)
     for actual, image in zip(some.generate_batch(images), images, strict=True):
         assert_same_records(actual, some.generate(image), exact=True)
@@ -152,11 +153,11 @@ def test_a_batch_is_taken_and_given_as_the_work_goes_on():
     def images():
         for i in range(6):
             taken.append(i)
-            yield picture(40, 50, i)
+            yield random_image(40, 50, i)
 
     some = generator()
     for i, records in enumerate(some.generate_batch(images())):
-        assert_same_records(records, some.generate(picture(40, 50, i)), exact=True)
+        assert_same_records(records, some.generate(random_image(40, 50, i)), exact=True)
         # One is worked on, and one read ahead.
         assert len(taken) <= i + 3
     assert taken == [*range(6)]
@@ -169,7 +170,7 @@ def test_a_batch_is_taken_and_given_as_the_work_goes_on():
 def test_an_image_is_told_before_it_is_given(layers, expected):
     """Once each, crops or not: progress is shown while the masks of the next are looked for."""
     events = []
-    images = (picture(40, 50, i) for i in range(3))
+    images = (random_image(40, 50, i) for i in range(3))
     some = generator(crop_n_layers=layers, points_per_side=2)
     for _ in some.generate_batch(images, lambda: events.append("found")):
         events.append("given")
@@ -178,8 +179,8 @@ def test_an_image_is_told_before_it_is_given(layers, expected):
 
 def test_a_batch_that_is_not_wanted_to_its_end_stops():
     with pytest.raises(ValueError, match="the image is empty"):
-        list(generator().generate_batch([picture(40, 50), np.zeros((0, 3, 3), np.uint8)]))
-    batch = generator().generate_batch(picture(40, 50) for _ in range(10**9))
+        list(generator().generate_batch([random_image(40, 50), np.zeros((0, 3, 3), np.uint8)]))
+    batch = generator().generate_batch(random_image(40, 50) for _ in range(10**9))
     assert next(batch)
     batch.close()
 
@@ -203,7 +204,7 @@ from flax import nnx
 from jax.sharding import Mesh
 import everything as tests
 
-images = [tests.picture(60 + 10 * i, 120 - 7 * i, i) for i in range(6)]
+images = [tests.image(60 + 10 * i, 120 - 7 * i, i) for i in range(6)]
 one = tests.generator(crop_n_layers=1)
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
 eight = tests.generator(crop_n_layers=1, mesh=mesh)
@@ -263,15 +264,15 @@ def test_with_64_bits_all_is_the_same():
     enabled, new, (dtypes, scores, records) = json.loads(printed(X64, JAX_ENABLE_X64="1"))
     assert enabled
     assert new == ["float32", "int32"]  # the latter counts a batch norm's batches
-    expected_dtypes, expected_scores, expected = found_in_a_picture()
+    expected_dtypes, expected_scores, expected = found_in_an_image()
     assert dtypes == expected_dtypes == ["float32"] * 3
     np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=1e-6)
     assert len(expected) > 5
     assert_same_records(records, expected, exact=True)
 
 
-def test_a_saved_embedding_serves_for_the_picture():
-    image = picture(70, 110)
+def test_a_saved_embedding_serves_for_the_image():
+    image = random_image(70, 110)
     predictor = SamPredictor(small()[1])
     predictor.set_image(image)
     embedding = predictor.get_image_embedding()
@@ -283,7 +284,7 @@ def test_a_saved_embedding_serves_for_the_picture():
     # 36 points are one batch; then their masks come, 16 at a time.
     assert steps[0] == (1, 1)
     assert steps[1:] == [(1, 1)] * -(-len(actual) // 16)
-    with pytest.raises(ValueError, match="crop_n_layers is 1, and crops need the picture"):
+    with pytest.raises(ValueError, match="crop_n_layers is 1, and crops need the image"):
         generator(crop_n_layers=1).generate_from_embedding(embedding, (70, 110))
     with pytest.raises(ValueError, match=r"shape \(1, 2\), expected \(1, 32, 12, 12\)"):
         generator().generate_from_embedding(np.zeros((1, 2)), (70, 110))
@@ -292,7 +293,7 @@ def test_a_saved_embedding_serves_for_the_picture():
 def test_what_on_batch_raises_ends_the_work(monkeypatch):
     """No other batch is computed."""
     predictor = SamPredictor(small()[1])
-    predictor.set_image(picture(70, 110))
+    predictor.set_image(random_image(70, 110))
     batches = []
     measure = module.measure
     monkeypatch.setattr(
@@ -312,27 +313,27 @@ def test_what_on_batch_raises_ends_the_work(monkeypatch):
 
 
 @pytest.mark.slow
-def test_another_picture_compiles_nothing(compilations):
+def test_another_image_compiles_nothing(compilations):
     some = generator(crop_n_layers=1)
-    some.generate(picture(100, 75))
+    some.generate(random_image(100, 75))
     compilations.clear()
-    some.generate(picture(33, 250))
-    some.generate(picture(700, 1300))
-    generator(crop_n_layers=1, pred_iou_thresh=0.3).generate(picture(20, 20))
+    some.generate(random_image(33, 250))
+    some.generate(random_image(700, 1300))
+    generator(crop_n_layers=1, pred_iou_thresh=0.3).generate(random_image(20, 20))
     assert compilations == []
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_checkpoint_s_name_is_no_model():
-    with pytest.raises(TypeError, match="model is 'mobile_sam', expected a Sam, as from_pretr"):
+    with pytest.raises(TypeError, match="model is 'mobile_sam', expected a Sam, such as"):
         SamAutomaticMaskGenerator("mobile_sam")
 
 
-def test_other_kinds_of_pictures(tmp_path):
-    image = picture(40, 60)
-    Image.fromarray(image).save(tmp_path / "picture.png")
+def test_other_kinds_of_images(tmp_path):
+    image = random_image(40, 60)
+    Image.fromarray(image).save(tmp_path / "image.png")
     expected = generator().generate(image)
-    for given in (Image.fromarray(image), tmp_path / "picture.png"):
+    for given in (Image.fromarray(image), tmp_path / "image.png"):
         assert_same_records(generator().generate(given), expected, exact=True)
 
 
@@ -346,10 +347,25 @@ def test_other_kinds_of_pictures(tmp_path):
     ids=str,
 )
 def test_nothing_survives(options):
-    assert generator(**options).generate(picture(50, 80)) == []
+    assert generator(**options).generate(random_image(50, 80)) == []
 
 
-def test_blank_and_tiny_pictures():
+def test_masks_at_a_limit():
+    """As Meta's: a predicted IoU must be larger, a stability as large."""
+    model = nnx.clone(small()[1])
+    model.mask_decoder.iou_prediction_head.layers[-1].bias[...] += 5  # all above 0
+
+    def values(name, **limits):
+        options = {**ALL, "stability_score_offset": 0.01, **limits}
+        records = SamAutomaticMaskGenerator(model, 3, **options).generate(random_image(50, 80))
+        return sorted({record[name] for record in records if record[name] > 0})
+
+    ious, stabilities = values("predicted_iou"), values("stability_score")
+    assert values("predicted_iou", pred_iou_thresh=ious[1]) == ious[2:]
+    assert values("stability_score", stability_score_thresh=stabilities[1]) == stabilities[1:]
+
+
+def test_blank_and_tiny_images():
     for size in ((64, 64), (1, 1), (1, 40), (3, 2)):
         records = generator(crop_n_layers=1).generate(np.zeros((*size, 3), np.uint8))
         assert records
@@ -360,7 +376,7 @@ def test_blank_and_tiny_pictures():
 
 
 def test_empty_masks_are_valid_json():
-    records = generator(output_mode="coco_rle").generate(picture(50, 80))
+    records = generator(output_mode="coco_rle").generate(random_image(50, 80))
     assert any(record["area"] == 0 for record in records)
     json.dumps(records, allow_nan=False)
 
@@ -368,7 +384,7 @@ def test_empty_masks_are_valid_json():
 def test_bfloat16():
     config = dataclasses.replace(SMALL)
     model = ours(small()[0], config, dtype=jax.numpy.bfloat16)
-    image = picture(50, 80)
+    image = random_image(50, 80)
     records = SamAutomaticMaskGenerator(model, **ALL, points_per_side=4).generate(image)
     assert len(records) > 20
     exact = generator(points_per_side=4).generate(image)
@@ -383,7 +399,7 @@ def test_bfloat16():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_one_picture_is_no_list():
-    for image in (picture(5, 5), "photo.jpg", Image.fromarray(picture(5, 5))):
+def test_one_image_is_no_list():
+    for image in (random_image(5, 5), "photo.jpg", Image.fromarray(random_image(5, 5))):
         with pytest.raises(TypeError, match=r"expected a list of images.*generate takes one"):
             generator().generate_batch(image)

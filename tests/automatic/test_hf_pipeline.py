@@ -3,7 +3,7 @@ import inspect
 
 import numpy as np
 import pytest
-from everything import picture
+from everything import random_image
 from image_files import write_deep
 from PIL import ExifTags, Image
 from reference import SMALL, hf_sam, mask_iou, ours
@@ -42,7 +42,7 @@ def reference():
     ids=str,
 )
 def test_results_are_hugging_faces(model, reference, options):
-    image = Image.fromarray(picture(80, 120))
+    image = Image.fromarray(random_image(80, 120))
     options = {**ALL, **options, "output_rle_mask": True, "output_bboxes_mask": True}
     expected = reference(image, **options)
     actual = pipeline("mask-generation", model)(image, **options)
@@ -58,8 +58,8 @@ def test_results_are_hugging_faces(model, reference, options):
         assert type(rle["counts"]) is list
 
 
-def test_a_picture_is_turned_as_its_exif_says(model, reference):
-    image = Image.fromarray(picture(80, 120))
+def test_an_image_is_turned_as_its_exif_says(model, reference):
+    image = Image.fromarray(random_image(80, 120))
     image.getexif()[ExifTags.Base.Orientation] = 6
     expected = reference(image, **ALL)
     generate = pipeline(model=model, **ALL)
@@ -77,7 +77,7 @@ def test_an_opened_file_of_more_than_8_bits_is_refused_before_it_is_turned(model
 
 
 def test_lists_and_defaults(model, tmp_path):
-    images = [picture(40, 60), picture(50, 30)]
+    images = [random_image(40, 60), random_image(50, 30)]
     generate = pipeline(model=model, **ALL)
     results = generate(images)
     assert [r["masks"][0].shape for r in results] == [(40, 60), (50, 30)]
@@ -91,7 +91,7 @@ def test_lists_and_defaults(model, tmp_path):
 
 def test_nothing_survives(model):
     result = pipeline(model=model, **{**ALL, "pred_iou_thresh": 100.0})(
-        picture(40, 60), output_bboxes_mask=True, output_rle_mask=True
+        random_image(40, 60), output_bboxes_mask=True, output_rle_mask=True
     )
     assert result["masks"] == result["rle_mask"] == []
     assert result["scores"].shape == (0,)
@@ -104,7 +104,7 @@ def test_what_cannot_be(model):
     with pytest.raises(TypeError, match=r"unknown options points_per_side; known: points_per_batc"):
         pipeline(model=model, points_per_side=3)
     with pytest.raises(TypeError, match=r"unknown options device; known"):
-        pipeline(model=model)(picture(4, 5), device=0)
+        pipeline(model=model)(random_image(4, 5), device=0)
     with pytest.raises(ValueError, match="Unknown model 'vit_x'"):
         pipeline(model="vit_x")
 
@@ -131,7 +131,7 @@ def test_bad_values_are_named_as_they_were_given(model, options, message):
     with pytest.raises(ValueError, match=message):
         pipeline(model=model, **options)
     with pytest.raises(ValueError, match=message):
-        pipeline(model=model)(picture(4, 5), **options)
+        pipeline(model=model)(random_image(4, 5), **options)
 
 
 def test_help_tells_how_hugging_faces_pipeline_differs():

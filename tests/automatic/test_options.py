@@ -39,7 +39,7 @@ def test_arguments_are_metas():
         ({"points_per_side": None, "point_grids": 5}, "point_grids are 5, expected a list of arr"),
         (
             {"points_per_side": None, "point_grids": [[[1, 2], [3]]]},
-            "point_grids hold no lists of points",
+            "point_grids are not lists of points",
         ),
         ({"crop_overlap_ratio": 1.0}, "crop_overlap_ratio is 1.0, expected 0 to below 1"),
         ({"output_mode": "png"}, "output_mode is 'png', expected one of binary_mask, uncompresse"),
@@ -54,7 +54,7 @@ def test_arguments_are_metas():
         ({"points_per_side": None, "point_grids": [[]]}, r"point_grids\[0\] has shape \(0,\)"),
         (
             {"points_per_side": None, "point_grids": [GRID], "crop_n_layers": 1},
-            "there are 1 point_grids, expected 2: one for the whole picture",
+            "there are 1 point_grids, expected 2: one for the whole image",
         ),
     ],
     ids=str,

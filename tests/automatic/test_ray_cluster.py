@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cores import all_cores
-from everything import picture
+from everything import random_image
 from folders import OPTIONS
 from PIL import Image
 
@@ -44,14 +44,14 @@ from sam_jax.automatic.ray_cluster import generate_with_ray
 from sam_jax.automatic.results import Results
 
 class Poisoned(Results):
-    def write(self, picture, *others):
+    def write(self, image, *others):
         with open(self.folder / "writes", "a") as file:
-            file.write(picture.stem + " ")
-        if picture.stem == "tall":
+            file.write(image.stem + " ")
+        if image.stem == "tall":
             os.kill(os.getpid(), 9)
         if self.overlays:
             raise RuntimeError("the cause")
-        super().write(picture, *others)
+        super().write(image, *others)
 
 address, model, photos, output = sys.argv[1:]
 options = MaskGenerationOptions(1, output_mode="uncompressed_rle")
@@ -83,10 +83,10 @@ def ray_workers():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
-    """Ray Data on a cluster of two nodes: every picture once, though a worker is lost."""
+    """Ray Data on a cluster of two nodes: every image once, though a worker is lost."""
     for i in range(20):
-        Image.fromarray(picture(40, 50, seed=i)).save(photos / f"more_{i:02}.png")
-    (photos / "bad.png").write_text("no picture")
+        Image.fromarray(random_image(40, 50, seed=i)).save(photos / f"more_{i:02}.png")
+    (photos / "bad.png").write_text("no image")
     with all_cores():
         cluster = subprocess.Popen(
             [sys.executable, "-c", CLUSTER],
@@ -123,7 +123,7 @@ def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
     assert process.returncode == 1, errors
     assert "1 failed:" in errors
     assert f"  {photos / 'bad.png'}: " in errors
-    assert "23 of 24 pictures" in printed
+    assert "23 of 24 images" in printed
     coco = json.loads((tmp_path / "out/annotations.json").read_text())
     names = [image["file_name"] for image in coco["images"]]
     assert len(names) == len(set(names)) == 23

@@ -18,7 +18,7 @@ def test_a_crop_s_pixels_and_points():
 def test_a_record_s_point_is_in_the_image():
     survivors = Survivors(
         point=np.array([1, 0]),
-        which=np.array([2, 1]),
+        mask_index=np.array([2, 1]),
         iou=np.float32([0.5, 0.75]),
         stability=np.float32([1, 0.25]),
         box=np.array([[0, 0, 1, 1], [6, 7, 9, 11]]),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pycocotools.coco
 import pytest
-from everything import picture
+from everything import random_image
 from folders import SIZES, files, record_of
 from PIL import Image
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def test_png_folders(run, expected, tmp_path):
     message, printed = run("--overlays")
     assert message is None
-    assert printed.out == f"3 of 3 pictures in {tmp_path / 'out'}\n"
+    assert printed.out == f"3 of 3 images in {tmp_path / 'out'}\n"
     assert "image/s" in printed.err
     for name, records in expected.items():
         folder = tmp_path / "out" / name
@@ -92,7 +92,7 @@ def test_polygons(run, expected, tmp_path):
             assert annotation["iscrowd"] == 0
             np.testing.assert_array_equal(coco.annToMask(annotation), record["segmentation"])
             count += 1
-    said = f"3 images, {count} masks; IoU of polygons and masks 1.0000, the least 1.0000"
+    said = f"3 images, {count} masks; IoU of polygons and masks: mean 1.0000, lowest 1.0000"
     assert said in printed.out
     assert "--segmentation polygons is for --format coco" in run("--segmentation", "polygons")[0]
 
@@ -137,7 +137,7 @@ def test_all_parts_are_joined(run, photos, tmp_path):
     (tmp_path / "out/parts/small.json").write_text("{")
     message, printed = run("--format", "coco", inputs=[photos / "tall.png"])
     assert message is None
-    assert "parts/small.json was left out, it is damaged: " in printed.err
+    assert "parts/small.json is damaged and was left out: " in printed.err
     third = json.loads(file.read_text())
     assert third["images"] == second["images"][1:]
     gone = second["images"][0]["id"]
@@ -182,30 +182,33 @@ def test_damaged_parts_are_left_out(photos, tmp_path, damage):
     part.write_text(json.dumps(content))
     said, left_out = results.finish()
     assert "1 images, 1 masks" in said
-    assert left_out.startswith(f"{part} was left out, it is damaged: ")
+    assert left_out.startswith(f"{part} is damaged and was left out: ")
     assert "NaN" not in (tmp_path / "out/annotations.json").read_text()
 
 
 def test_other_settings_are_refused(run, tmp_path):
     run()
     message, _ = run("--crop-n-layers", "1")
-    assert "has results of other settings: crop_n_layers was 0 and is 1" in message
+    assert (
+        "already contains results made with different settings: crop_n_layers was 0, now 1"
+        in message
+    )
     message, _ = run("--format", "coco")
-    assert "format was 'png' and is 'coco'" in message
+    assert "format was 'png', now 'coco'" in message
     assert run("--points-per-batch", "5")[0] is None  # which changes no result
     (tmp_path / "out/sam_jax.json").write_text("[")
     assert "has results, but their sam_jax.json cannot be read" in run()[0]
 
 
 @pytest.mark.parametrize("kind", ["png", "coco"])
-def test_another_picture_of_the_same_name(run, photos, tmp_path, kind):
+def test_another_image_of_the_same_name(run, photos, tmp_path, kind):
     run("--format", kind)
     other = tmp_path / "other"
     other.mkdir()
-    Image.fromarray(picture(30, 30)).save(other / "wide.png")
+    Image.fromarray(random_image(30, 30)).save(other / "wide.png")
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*") if p.is_file()}
     message, _ = run("--format", kind, inputs=[other])
-    assert "is the result of another picture than" in message
+    assert "is the result of a different image than" in message
     os.utime(photos / "tall.png", (1, 1))
     message, _ = run("--format", kind)
     assert "or of what that was before it was changed; remove it" in message
@@ -218,7 +221,9 @@ def test_files_of_others_are_not_overwritten(run, photos, tmp_path):
         output.mkdir()
         (output / name).write_text("mine")
         message, _ = run("--format", "coco", output=output)
-        assert f"{output / name} is not of an earlier run, and is not overwritten" in message
+        assert (
+            f"{output / name} was not written by an earlier run and is not overwritten" in message
+        )
         assert (output / name).read_text() == "mine"
     (tmp_path / "out/wide").mkdir(parents=True)
     (tmp_path / "out/wide/0.png").write_text("mine")
@@ -226,14 +231,16 @@ def test_files_of_others_are_not_overwritten(run, photos, tmp_path):
     assert "is where the result of" in message
     assert files(tmp_path / "out") == {"wide/0.png", "sam_jax.json"}
     message, _ = run(output=photos)
-    assert "is an input, too; choose another folder" in message
+    assert "is also an input; choose another folder" in message
     (photos / "parts.png").write_bytes((photos / "wide.png").read_bytes())
-    assert "would be written as 'parts', a name of ours" in run(output=tmp_path / "new")[0]
+    assert (
+        "would be written as 'parts', a name that sam_jax uses" in run(output=tmp_path / "new")[0]
+    )
 
 
 def test_overlays_are_a_setting(run):
     run()
-    assert "overlays was False and is True" in run("--overlays")[0]
+    assert "overlays was False, now True" in run("--overlays")[0]
 
 
 def test_names_may_be_as_long_as_the_system_allows(run, photos, tmp_path):

@@ -159,7 +159,7 @@ def test_when_every_origin_fails(toy, origins, cache):
         "toy.pt is not in the cache and could not be downloaded:",
         "  hub repository owner/toy: no route to the hub",
         "  package index, toy-package==1.0: no route to the index",
-        "5 of 11 bytes are kept: run it again to go on from there.",
+        "5 of 11 bytes are kept: run it again to resume.",
         f"Pass the path of a local copy of toy.pt instead (11 bytes, sha256 {toy.sha256}).",
     ]
     assert not cached_path(toy).exists()
@@ -200,7 +200,7 @@ def test_a_cached_file_is_checked_when_it_has_changed(toy, origins, capsys, monk
     capsys.readouterr()
     assert resolve("toy").read_bytes() == CONTENT
     damaged, fetched = capsys.readouterr().err.splitlines()
-    assert damaged == f"sam_jax: {path} is damaged and is fetched again"
+    assert damaged == f"sam_jax: {path} is damaged; downloading it again"
     assert fetched.startswith("sam_jax: downloading toy.pt")
     path.write_bytes(CONTENT)  # a copy by hand
     assert resolve("toy") == path
@@ -222,7 +222,7 @@ def test_of_a_download_that_broke_off_it_is_told_what_is_kept(toy, origins):
     assert lines[1:4] == [
         "  hub repository owner/toy: timed out",
         "  package index, toy-package==1.0: timed out",
-        "5 of 11 bytes are kept: run it again to go on from there.",
+        "5 of 11 bytes are kept: run it again to resume.",
     ]
 
 
@@ -378,7 +378,7 @@ def test_the_real_hub_client_against_a_small_hub(tmp_path):
     left = "['.checked', '.lock']"  # the first of the file that was there before
     assert weights == [whole, "bytes=5-", whole, whole, whole, "bytes=5-", left]
     assert files == "['config.json', 'model.safetensors']"
-    assert missing.startswith("owner/other is no file or folder here, and no hub repository")
+    assert missing.startswith("owner/other is not a local file or folder, and not a hub repository")
     assert again == "True"
 
 
@@ -451,8 +451,8 @@ def test_a_download_of_a_repository_that_stalls(repository, monkeypatch, functio
 
     monkeypatch.setattr(huggingface_hub, function, stalls)
     message = (
-        r"^the download of owner/toy from the hub broke off \(ReadTimeout: The read operation "
-        r"timed out\)\. Its files that are whole are kept; run it again to go on$"
+        r"^the download of owner/toy from the hub failed \(ReadTimeout: The read operation "
+        r"timed out\)\. Complete files are kept; run it again to resume$"
     )
     with pytest.raises(ConnectionError, match=message):
         resolve("owner/toy")
@@ -461,7 +461,7 @@ def test_a_download_of_a_repository_that_stalls(repository, monkeypatch, functio
 def test_an_index_of_weights_that_is_none(repository):
     for content in ("[" * 100_000, "[]", '{"weight_map": 3}'):
         repository.folder.joinpath("x").write_text(content)
-        with pytest.raises(CheckpointError, match="is no index of weights"):
+        with pytest.raises(CheckpointError, match="is not an index of weights"):
             download.read_index(repository.folder / "x")
 
 
@@ -478,7 +478,7 @@ def test_a_repository_that_does_not_exist(repository):
     response = SimpleNamespace(headers={}, request=None)
     repository.error = RepositoryNotFoundError("404\n\nNot Found", response=response)
     with pytest.raises(
-        FileNotFoundError, match=r"owner/toy is no file or folder here.*404 Not Found"
+        FileNotFoundError, match=r"owner/toy is not a local file or folder.*404 Not Found"
     ):
         resolve("owner/toy")
 
@@ -493,7 +493,7 @@ def test_without_the_hub_a_downloaded_repository_will_do(repository):
 def test_without_the_hub_and_without_weights(repository, local):
     repository.error = OSError("no route")
     repository.local = local
-    with pytest.raises(ConnectionError, match=r"could not be asked for it \(no route\)"):
+    with pytest.raises(ConnectionError, match=r"hub is unreachable \(no route\)"):
         resolve("owner/toy")
 
 

@@ -71,9 +71,9 @@ def test_check_tensors_lists_all():
         check_tensors(found, expected)
     assert str(caught.value).splitlines()[1:] == [
         "  missing: c (4, 5)",
-        "  misshapen: b is (2,), expected (3,)",
-        "  left over: d ()",
-        "  no floats: e is int8",
+        "  wrong shape: b is (2,), expected (3,)",
+        "  unexpected: d ()",
+        "  wrong dtype: e is int8, expected floats",
     ]
 
 

@@ -74,7 +74,7 @@ def test_a_missing_file(tmp_path):
 
 
 def test_a_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="is no file; expected a torch checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a file; expected a torch checkpoint"):
         read_tensors(tmp_path)
 
 

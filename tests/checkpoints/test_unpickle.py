@@ -76,18 +76,18 @@ def test_code_is_named_and_not_run(tmp_path, function, name, protocol):
         # NEWOBJ, NEWOBJ_EX, INST, OBJ, EXT1: the other ways to call something.
         (b"cos\nmkdir\nX\x01\x00\x00\x00.\x85\x81", r"entry 'w' is os\.mkdir; nothing was run"),
         (b"cos\nmkdir\n)}\x92", r"entry 'w' is os\.mkdir; nothing was run"),
-        (b"(X\x01\x00\x00\x00.ios\nmkdir\n", r"what torch\.save does not .INST"),
-        (b"(ccollections\nOrderedDict\no", r"what torch\.save does not .OBJ"),
-        (b"\x82\x01", r"what torch\.save does not .EXT1"),
+        (b"(X\x01\x00\x00\x00.ios\nmkdir\n", r"that torch\.save does not write .INST"),
+        (b"(ccollections\nOrderedDict\no", r"that torch\.save does not write .OBJ"),
+        (b"\x82\x01", r"that torch\.save does not write .EXT1"),
         # A path through a known module.
         (b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n", r"'w' is torch\._utils\._rebuild_ten"),
         (b"ctorch.storage\n_load_from_bytes\n)R", r"'w' is torch\.storage\._load_from_bytes"),
-        (b"})\x93", "dict in the place of str"),
+        (b"})\x93", "dict in place of str"),
         # Known names in the wrong place.
         (b"ctorch\nFloatStorage\n)R", r"'w' is torch\.FloatStorage"),
         (b"ccollections\nOrderedDict\n(}tR", r"'w' is collections\.OrderedDict"),
-        (b"ctorch._utils\n_rebuild_parameter\n(}tR", "dict in the place of ndarray"),
-        (b"ctorch._utils\n_rebuild_tensor_v2\n(}}}}tR", "dict in the place of Storage"),
+        (b"ctorch._utils\n_rebuild_parameter\n(}tR", "dict in place of ndarray"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n(}}}}tR", "dict in place of Storage"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n(}tR", "_rebuild_tensor_v2 has 1 arguments"),
         # A call within a call, which could be nested without end.
         (
@@ -146,7 +146,7 @@ def test_keys_that_collide_take_no_longer(tmp_path):
 def test_the_number_of_values_is_bounded(tmp_path, monkeypatch):
     torch.save({"w": torch.ones(2), "many": [0] * 1000}, tmp_path / "x")
     monkeypatch.setattr(unpickle, "_MAX_OPCODES", 1000)
-    with pytest.raises(CheckpointError, match="holds more than 1,000 values"):
+    with pytest.raises(CheckpointError, match="has more than 1,000 values"):
         read_tensors(tmp_path / "x")
 
 

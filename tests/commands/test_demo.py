@@ -31,7 +31,9 @@ def test_other_hosts_are_warned_of(fails, capsys, host, warns):
     assert "/no/such/model" in fails("--host", host, "--port", port, "--model", "/no/such/model")
     printed = capsys.readouterr().err
     assert bool(printed) == warns
-    assert not warns or f"warning: whoever reaches port {port} of this machine can" in printed
+    assert (
+        not warns or f"warning: everyone who can reach port {port} of this machine can" in printed
+    )
 
 
 def test_what_cannot_be_served(fails):

@@ -10,7 +10,7 @@ import time
 
 import jax
 import pytest
-from everything import ALL, picture
+from everything import ALL, random_image
 from flax import nnx
 from folders import ALL_PASS, OPTIONS, SIZES, files
 from PIL import Image
@@ -29,13 +29,13 @@ def test_in_bfloat16(run, model, tmp_path, expected):
     options = {**ALL, "box_nms_thresh": 0.7, "points_per_side": 4}
     sam = from_pretrained(model, dtype="bfloat16")
     records = SamAutomaticMaskGenerator(sam, **options).generate(
-        picture(*SIZES["small"], seed=list(SIZES).index("small"))
+        random_image(*SIZES["small"], seed=list(SIZES).index("small"))
     )
     scores = [annotation["predicted_iou"] for annotation in found]
     assert scores == [record["predicted_iou"] for record in records]
     assert scores != [record["predicted_iou"] for record in expected["small"]]
     # Results of both are not mixed.
-    assert "dtype was 'bfloat16' and is 'float32'" in run("--format", "coco")[0]
+    assert "dtype was 'bfloat16', now 'float32'" in run("--format", "coco")[0]
 
 
 @pytest.mark.parametrize("kind", ["png", "coco"])
@@ -55,7 +55,7 @@ def test_what_is_finished_is_passed_over(run, tmp_path, kind):
         lost.write_bytes(content[:100])
     message, printed = run("--format", kind)
     assert message is None
-    assert printed.out.startswith("3 of 3 pictures")
+    assert printed.out.startswith("3 of 3 images")
     assert lost.read_bytes() == content
     for path, (time_written, data) in before.items():
         assert path.read_bytes() == data
@@ -95,21 +95,21 @@ def test_a_run_that_came_to_nothing_binds_no_other(run):
 
 
 @pytest.mark.parametrize("kind", ["png", "coco"])
-def test_bad_pictures_do_not_stop_the_rest(run, photos, tmp_path, kind):
+def test_bad_images_do_not_stop_the_rest(run, photos, tmp_path, kind):
     (photos / "empty.png").touch()
     whole = (photos / "wide.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
     (photos / "notes.txt").write_text("not looked at")
-    (photos / "wide.json").write_text("not looked at: SA-1B has such beside its pictures")
+    (photos / "wide.json").write_text("not looked at: SA-1B has such beside its images")
     pixels = io.BytesIO()
-    Image.fromarray(picture(20, 20)).save(pixels, "AVIF")
+    Image.fromarray(random_image(20, 20)).save(pixels, "AVIF")
     (photos / "damaged.avif").write_bytes(pixels.getvalue()[:300])
     (photos / ".hidden").write_text("not looked at")
     message, printed = run("--format", kind)
     assert message.startswith("sam-jax: 3 failed:\n")
     for name in ("empty.png", "cut.png", "damaged.avif"):
         assert f"  {photos / name}: " in message
-    assert printed.out.startswith("3 of 6 pictures")
+    assert printed.out.startswith("3 of 6 images")
     assert not any("empty" in f or "cut" in f or "notes" in f for f in files(tmp_path / "out"))
     if kind == "coco":
         images = json.loads((tmp_path / "out/annotations.json").read_text())["images"]
@@ -125,7 +125,7 @@ def test_what_is_no_image_and_what_lies_deeper(run, photos, tmp_path):
     (photos / "more" / "deep.png").write_bytes((photos / "wide.png").read_bytes())
     message, printed = run(output=photos / "out")
     assert message is None
-    assert printed.out.startswith("3 of 3 pictures")
+    assert printed.out.startswith("3 of 3 images")
     assert f"as inputs of their own: {photos / 'inner.png'} and 1 more\n" in printed.err
     assert f"that can be read are passed over: {photos / 'data.h5'} and 5 more\n" in printed.err
 
@@ -141,7 +141,7 @@ def test_one_that_cannot_be_written_does_not_stop_the_rest(run, photos, tmp_path
     assert message.startswith("sam-jax: 3 failed:\n")
     assert f"{longest}: [Errno 36] File name too long" in message
     assert f"{photos / 'gone.png'}: [Errno 2] No such file or directory" in message
-    assert printed.out.startswith("2 of 5 pictures")
+    assert printed.out.startswith("2 of 5 images")
     images = json.loads((tmp_path / "out/annotations.json").read_text())["images"]
     assert [image["file_name"] for image in images] == ["small.png", "tall.png"]
     assert {p.stem for p in (tmp_path / "out/parts").iterdir()} == {"small", "tall"}
@@ -152,11 +152,11 @@ def test_a_full_disk_ends_the_run(run, tmp_path, monkeypatch, kind):
     """With one line: every further image would fail, too."""
     write, written = Results.write, []
 
-    def full(results, picture, *others):
+    def full(results, file, *others):
         if written:
             raise OSError(28, "No space left on device")
-        written.append(picture)
-        write(results, picture, *others)
+        written.append(file)
+        write(results, file, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(Results, "write", full)
@@ -213,10 +213,10 @@ def test_what_is_said_while_one_waits(run):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "and 80 points are decoded instead of 16; expect 5 times the time"),
+        ([], "and 80 points are decoded instead of 16; expect 5 times the run time"),
         (
             ["--crop-n-points-downscale-factor", "2"],
-            "and 32 points are decoded instead of 16; expect 2.0 to 5 times the time",
+            "and 32 points are decoded instead of 16; expect 2.0 to 5 times the run time",
         ),
     ],
     ids=str,
@@ -231,7 +231,7 @@ def test_crops_are_estimated_before_they_start(run, photos, options, said):
 def test_a_run_that_is_killed_goes_on(model, photos, tmp_path, run, expected):
     """A process killed while it works leaves nothing half, and the next run does the rest."""
     for i in range(30):
-        Image.fromarray(picture(40, 50, seed=i)).save(photos / f"more_{i:02}.png")
+        Image.fromarray(random_image(40, 50, seed=i)).save(photos / f"more_{i:02}.png")
     command = [sys.executable, "-m", "sam_jax.cli", "generate", photos, "--output"]
     command += [tmp_path / "out", "--model", model, *OPTIONS, "--format", "coco"]
     process = subprocess.Popen(
@@ -272,7 +272,7 @@ def test_point_grids(run, tmp_path):
     grid.write_text("[[[0.5, 2]]]")
     assert "point_grids[0] holds [0.5, 2.0]" in run("--point-grids", grid, **other)[0]
     grid.write_text("5")
-    assert "is no JSON list of lists of points" in run("--point-grids", grid, **other)[0]
+    assert "is not a JSON list of lists of points" in run("--point-grids", grid, **other)[0]
 
 
 def test_bad_arguments(run, photos, tmp_path):

@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
-    """A saved model and a picture."""
+    """A saved model and an image."""
     folder = tmp_path_factory.mktemp("cli")
     sam_jax.save_pretrained(model, folder / "model")
     coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
@@ -176,15 +176,15 @@ def test_other_peoples_files_are_left_alone(fails, tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
     message = fails("--point", "3,4", "--output", "out", model="/no/such/model")
-    assert f"out/{name} is not of an earlier run, and is not overwritten" in message
+    assert f"out/{name} was not written by an earlier run and is not overwritten" in message
     assert (tmp_path / "out" / name).read_text() == "mine"
 
 
-def test_the_picture_is_not_overwritten(fails, folder, tmp_path):
-    picture = tmp_path / "overlay.png"
-    picture.write_bytes((folder / "photo.png").read_bytes())
+def test_the_image_is_not_overwritten(fails, folder, tmp_path):
+    image = tmp_path / "overlay.png"
+    image.write_bytes((folder / "photo.png").read_bytes())
     assert "is not overwritten" in fails("--point", "3,4", "--output", ".", image="overlay.png")
-    assert picture.read_bytes() == (folder / "photo.png").read_bytes()
+    assert image.read_bytes() == (folder / "photo.png").read_bytes()
 
 
 def test_in_bfloat16(run, tmp_path):
@@ -196,7 +196,7 @@ def test_in_bfloat16(run, tmp_path):
     assert scores[0] == pytest.approx(scores[1], abs=0.1)
 
 
-def test_gray_and_transparent_pictures(run, folder, tmp_path):
+def test_gray_and_transparent_images(run, folder, tmp_path):
     with Image.open(folder / "photo.png") as file:
         file.convert("LA").save(tmp_path / "gray.png")
     run("--box", "12,8,90,66", "--output", "out", image="gray.png")
@@ -270,7 +270,7 @@ def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed)
             raise KeyboardInterrupt
         replace(*paths)
 
-    # Three masks and the picture with them, and before and after these the summary.
+    # Three masks and the image with them, and before and after these the summary.
     with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
         patch.setattr(os, "replace", stopped)
         run("--point", "20,30", "--output", "out")
@@ -290,7 +290,7 @@ def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed)
         (["--point", ""], "--point is '', expected"),
         (["--point", "nan,3"], "--point is 'nan,3', expected"),
         (["--point", "3,inf"], "--point is '3,inf', expected"),
-        (["--point", "3,4,2"], "--point has label 2, expected 1 (on the object) or 0 (not)"),
+        (["--point", "3,4,2"], "--point has label 2, expected 1 (on the object) or 0 (background)"),
         (["--point", "3,4,-1"], "--point has label -1, expected"),
         (["--point", "3,4,0.5"], "--point has label 0.5, expected"),
         (["--box", "1,2,3"], "--box is '1,2,3', expected X0,Y0,X1,Y1"),
@@ -305,7 +305,7 @@ def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed)
         (["--box", "1,2,114,5"], "--box has (114, 5), outside the image"),
         (
             ["--point", "1,1", "--box", "1,2,3,4", "--box", "1,2,3,4"],
-            "--point goes together with one --box at the most, but there are 2",
+            "--point can be combined with at most one --box, but there are 2",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -315,9 +315,9 @@ def test_bad_prompts(fails, arguments, message):
     assert message in fails(*arguments, model="/no/such/model")
 
 
-def test_bad_pictures(fails, tmp_path):
+def test_bad_images(fails, tmp_path):
     assert "No such file or directory: " in fails("--point", "3,4", image="missing.png")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     message = fails("--point", "3,4", image="notes.txt")
     assert message.startswith("sam-jax: notes.txt is not an image of a known format, expected")
     assert ". is a folder, expected an image" in fails("--point", "3,4", image=".")

@@ -31,9 +31,9 @@ def main(output: Path = Path("demo.png")) -> None:
             browser.save_screenshot(folder / "page.png")
         # 256 colours, dithered, in half the bytes.
         with Image.open(folder / "page.png") as file:
-            picture = file.convert("RGB")
-        palette = picture.quantize(256, kmeans=4)
-        picture.quantize(palette=palette).save(output, optimize=True)
+            image = file.convert("RGB")
+        palette = image.quantize(256, kmeans=4)
+        image.quantize(palette=palette).save(output, optimize=True)
     print(output)
 
 

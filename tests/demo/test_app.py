@@ -15,10 +15,10 @@ from PIL import Image
 from reference import SMALL, meta_sam, ours
 from visitor import Visitor, launched
 
-from sam_jax.demo import app, visit
+from sam_jax.demo import app, session
 from sam_jax.demo.limits import Limits
 from sam_jax.demo.server import host_names
-from sam_jax.demo.visit import Found, Visit
+from sam_jax.demo.session import Found, Session
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ def guest(site, photo, caplog):
     ("method", "path", "status"),
     [
         ("GET", "/", 200),
-        ("GET", "/page.js", 200),
+        *(("GET", f"/{name}", 200) for name in ("page.js", "stage.js", "page.css", "stage.css")),
         ("POST", "/", 405),
         ("OPTIONS", "/open", 405),
         ("GET", "/open", 405),
@@ -174,7 +174,7 @@ def test_events_that_no_page_sends_are_refused(guest, name, event, error):
     answer = guest.post(name, event, **kind)
     assert answer.status_code in (400, 413)
     assert error in answer.json()["error"]
-    assert guest.send("undo")["points"] == []  # the visit is as it was
+    assert guest.send("undo")["points"] == []  # the session is as it was
 
 
 def test_bodies_are_of_their_kind(guest, photo):
@@ -188,7 +188,7 @@ def test_who_is_unknown_has_no_image(site, token):
     headers = [*JSON.items(), (b"X-Session", token.encode("latin-1"))]
     answer = httpx.post(f"{site}undo", content=b"{}", headers=headers)
     assert answer.status_code == 410
-    assert answer.json()["error"].startswith("The image was dropped")
+    assert answer.json()["error"].startswith("The image was removed")
 
 
 def test_far_outside_is_at_the_edge(guest):
@@ -198,19 +198,19 @@ def test_far_outside_is_at_the_edge(guest):
 
 
 def test_what_is_saved_is_what_is_shown(small, guest, photo):
-    picture, _ = visit.open_picture(small, photo)
-    expected = Visit(picture)
+    image, _ = session.open_image_file(small, photo)
+    expected = Session(image)
     for x in (50, 20, 70):
-        expected = visit.answer(small, visit.add_point(expected, x, 9, 1))
+        expected = session.predict(small, session.add_point(expected, x, 9, 1))
         shown = guest.send("point", x=x, y=9, label=1)
-    assert shown["scores"] == expected.answer.scores.tolist()
-    shown, expected = guest.send("undo"), visit.answer(small, visit.undo(expected))
+    assert shown["scores"] == expected.prediction.scores.tolist()
+    shown, expected = guest.send("undo"), session.predict(small, session.undo(expected))
     assert shown["points"] == [[50, 9, 1], [20, 9, 1]]
-    assert shown["scores"] == expected.answer.scores.tolist()
-    mask = visit.full_mask(small, expected)
+    assert shown["scores"] == expected.prediction.scores.tolist()
+    mask = session.full_mask(small, expected)
     file = guest.post("save.png").content
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(file))), mask)
-    assert guest.post("save.json").json() == visit.prompt_json(expected, mask)
+    assert guest.post("save.json").json() == session.prompt_json(expected, mask)
     guest.send("clear")
     assert guest.send("save.json")["error"] == "There is no mask to save"
 
@@ -218,8 +218,11 @@ def test_what_is_saved_is_what_is_shown(small, guest, photo):
 def test_everything(small, guest, photo, monkeypatch):
     mask = np.zeros((71, 113), bool)
     mask[9:30, 9:30] = True
-    record = {"segmentation": visit.rle_compress(visit.rle_encode(mask)), "area": int(mask.sum())}
-    monkeypatch.setattr(app, "find_everything", lambda model, picture, *_: Found(picture, [record]))
+    record = {
+        "segmentation": session.rle_compress(session.rle_encode(mask)),
+        "area": int(mask.sum()),
+    }
+    monkeypatch.setattr(app, "find_everything", lambda model, image, *_: Found(image, [record]))
     guest.send("point", **CLICK)
     shown = guest.send("everything", points_per_side=4)
     assert shown["found"]
@@ -238,7 +241,7 @@ def endless(monkeypatch):
     class Endless:
         running, stopped, steps = threading.Event(), threading.Event(), 0
 
-        def __call__(self, model, picture, points_per_side, on_batch):
+        def __call__(self, model, image, points_per_side, on_batch):
             self.running.set()
             try:
                 while True:
@@ -287,14 +290,14 @@ def test_everything_ends_with_its_visitor(site, guest, endless):
 
 def test_clicks_come_first(site, guest, photo, endless, monkeypatch):
     """Everything mode rests while others click."""
-    other, may, original = Visitor(site), threading.Event(), visit.answer
+    other, may, original = Visitor(site), threading.Event(), session.predict
     other.open(photo)
 
     def slow(*arguments):
         assert may.wait(20)
         return original(*arguments)
 
-    monkeypatch.setattr(app, "answer", slow)
+    monkeypatch.setattr(app, "predict", slow)
     with ThreadPoolExecutor() as threads:
         everything = threads.submit(guest.post, "everything", {"points_per_side": 4})
         assert endless.running.wait(20)
@@ -313,7 +316,7 @@ def test_clicks_come_first(site, guest, photo, endless, monkeypatch):
 
 def test_images_are_decoded_one_at_a_time(site, guest, photo, monkeypatch):
     """And others' clicks do not wait for them."""
-    may, original, most, now = threading.Event(), visit.open_picture, [0], [0]
+    may, original, most, now = threading.Event(), session.open_image_file, [0], [0]
 
     def slow(*arguments):
         now[0] += 1
@@ -322,7 +325,7 @@ def test_images_are_decoded_one_at_a_time(site, guest, photo, monkeypatch):
         now[0] -= 1
         return original(*arguments)
 
-    monkeypatch.setattr(app, "open_picture", slow)
+    monkeypatch.setattr(app, "open_image_file", slow)
     with ThreadPoolExecutor() as threads:
         opened = [threads.submit(Visitor(site).open, photo) for _ in range(3)]
         assert guest.send("point", **CLICK)["points"] == [[50, 30, 1]]
@@ -335,7 +338,7 @@ def test_failures_are_not_told(small, photo, monkeypatch, caplog):
     with launched(small) as site:
         guest = Visitor(site)
         guest.open(photo)
-        monkeypatch.setattr(app, "answer", lambda *_: {}["secret"])
+        monkeypatch.setattr(app, "predict", lambda *_: {}["secret"])
         answer = guest.post("point", CLICK)
         assert (answer.status_code, "secret" in answer.text) == (500, False)
         monkeypatch.undo()
@@ -375,7 +378,7 @@ def test_visitors_are_dropped(small, photo):
 
 
 def test_one_visitor_cannot_fill_the_queue(small, photo, monkeypatch):
-    may, original = threading.Event(), visit.answer
+    may, original = threading.Event(), session.predict
 
     def slow(*arguments):
         assert may.wait(20)
@@ -385,7 +388,7 @@ def test_one_visitor_cannot_fill_the_queue(small, photo, monkeypatch):
         one, other = Visitor(site), Visitor(site)
         one.open(photo)
         other.open(photo)
-        monkeypatch.setattr(app, "answer", slow)
+        monkeypatch.setattr(app, "predict", slow)
         waiting = [threads.submit(one.post, "point", CLICK) for _ in range(3)]
         time.sleep(0.3)
         answer = one.post("point", CLICK)
@@ -400,7 +403,7 @@ def test_one_visitor_cannot_fill_the_queue(small, photo, monkeypatch):
 
 def test_one_address_cannot_fill_the_queue(small, photo, monkeypatch):
     """However many visitors it is, and whatever it does not send."""
-    may, original = threading.Event(), visit.answer
+    may, original = threading.Event(), session.predict
 
     def slow(*arguments):
         assert may.wait(20)
@@ -424,7 +427,7 @@ def test_one_address_cannot_fill_the_queue(small, photo, monkeypatch):
         assert other.post("undo").status_code == 200
         stack.close()
         time.sleep(0.3)
-        monkeypatch.setattr(app, "answer", slow)
+        monkeypatch.setattr(app, "predict", slow)
         waiting = [threads.submit(one.post, "point", CLICK) for one in many[:3]]
         time.sleep(0.3)
         assert many[3].post("undo").status_code == 503
@@ -473,7 +476,7 @@ def test_stopping_is_quiet(small, photo, endless, monkeypatch, caplog, work):
             threads.submit(guest.post, "everything", {"points_per_side": 4})
             assert endless.running.wait(20)
         if work == "image":
-            monkeypatch.setattr(app, "open_picture", slow)
+            monkeypatch.setattr(app, "open_image_file", slow)
             threads.submit(guest.post, "open", photo)
             assert running.wait(20)
         if work == "body":
@@ -507,7 +510,7 @@ def test_uploads_in_memory_are_few(small, photo):
 
 def test_uploads_that_leave_are_not_kept(small, photo, monkeypatch):
     """Though the image before them is still being decoded."""
-    running, may, original = threading.Event(), threading.Event(), visit.open_picture
+    running, may, original = threading.Event(), threading.Event(), session.open_image_file
 
     body = app.Demo._body
 
@@ -529,7 +532,7 @@ def test_uploads_that_leave_are_not_kept(small, photo, monkeypatch):
         return original(*arguments)
 
     monkeypatch.setattr(app.Demo, "_body", counted)
-    monkeypatch.setattr(app, "open_picture", slow)
+    monkeypatch.setattr(app, "open_image_file", slow)
     with launched(small) as site, ThreadPoolExecutor() as threads:
         first = threads.submit(Visitor(site).post, "open", photo)
         assert running.wait(20)
@@ -548,7 +551,7 @@ def test_uploads_that_leave_are_not_kept(small, photo, monkeypatch):
 
 def test_saving_holds_nobody_up(small, photo, monkeypatch):
     """Not the images that others open; and each visitor saves one file at a time."""
-    running, may, original = threading.Event(), threading.Event(), visit.full_mask
+    running, may, original = threading.Event(), threading.Event(), session.full_mask
 
     def slow(*arguments):
         running.set()

@@ -54,7 +54,7 @@ def test_first_click_and_box_are_what_the_predictor_says(model, source):
 
 
 def plain_click(predicted, target):
-    """The paper's next click, over the whole picture: x, y and label."""
+    """The paper's next click, over the whole image: x, y and label."""
     depth = [
         scipy.ndimage.distance_transform_edt(np.pad(error, 1))[1:-1, 1:-1]
         for error in (target & ~predicted, predicted & ~target)
@@ -138,7 +138,7 @@ def test_an_empty_mask_is_no_object(model, source):
 
 
 def test_nothing_to_evaluate_on(model, source):
-    with pytest.raises(ValueError, match="there is no object to evaluate on"):
+    with pytest.raises(ValueError, match="there are no objects to evaluate on"):
         evaluate(model, source[1:])
 
 
@@ -155,7 +155,7 @@ def test_numbers_that_make_no_sense(model, source, options, message):
         evaluate(model, source, **options)
 
 
-def test_pictures_of_clicks(model, source):
+def test_images_of_clicks(model, source):
     sheet = np.asarray(draw_clicks(model, source))
     assert sheet.shape == (H, 2 * W, 3)
     assert not np.array_equal(sheet[:, :W], source[0]["image"])

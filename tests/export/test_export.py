@@ -192,7 +192,7 @@ def onnx_session(folder, name):
 
 
 def onnx_inputs(config, n, has_mask, size, seed=0):
-    """As Meta's decoder takes them, with coordinates in the resized picture."""
+    """As Meta's decoder takes them, with coordinates in the resized image."""
     grid, side = config.image_embedding_size, config.mask_size
     embedding, mask = random_arrays(
         (1, config.prompt_embed_dim, grid, grid), (1, 1, side, side), seed=seed
@@ -239,10 +239,10 @@ def test_onnx_decoder(torch_sam, model, onnx_folder, single_mask, tmp_path):
 def test_onnx_encoder(torch_sam, onnx_folder):
     session = onnx_session(onnx_folder, "encoder")
     for shape in ((96, 96, 3), (96, 51, 3), (4, 96, 3)):
-        picture = np.random.default_rng(0).integers(0, 256, shape).astype(np.float32)
-        (embedding,) = session.run(["image_embeddings"], {"input_image": picture})
+        image = np.random.default_rng(0).integers(0, 256, shape).astype(np.float32)
+        (embedding,) = session.run(["image_embeddings"], {"input_image": image})
         with torch.no_grad():
-            pixels = torch_sam.preprocess(torch.tensor(picture.transpose(2, 0, 1)))
+            pixels = torch_sam.preprocess(torch.tensor(image.transpose(2, 0, 1)))
             expected = torch_sam.image_encoder(pixels[None])
         assert_close(embedding, expected)
 
@@ -507,7 +507,7 @@ def test_the_loader_prepares_as_the_processor_does(change, monkeypatch):
 
     config = dataclasses.replace(SMALL, **change)
     image = Image.fromarray(np.random.default_rng(1).integers(9, 200, (50, 70, 3), dtype=np.uint8))
-    pixels, shape = load_export.prepare(image, json.loads(json.dumps(config.to_dict())))
+    pixels, shape = load_export.preprocess(image, json.loads(json.dumps(config.to_dict())))
     processor = SamProcessor(config)
     np.testing.assert_allclose(pixels, processor(image)["pixel_values"], atol=1e-6)
     assert shape == processor.input_size((50, 70))

@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def process_environment(**others: str) -> dict[str, str]:
-    """As in the tests, so that what one process has compiled another need not; but optimised."""
+    """As in the tests, so that what one process has compiled another need not; but optimized."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),

@@ -10,7 +10,7 @@ from PIL import Image
 from reference import SMALL, mask_iou, meta_sam, ours
 
 from sam_jax import SamAutomaticMaskGenerator, SamPredictor
-from sam_jax.automatic.device import points_at_once
+from sam_jax.automatic.device import chunk_sizes
 
 amg = torch_reference.import_reference("segment_anything")
 
@@ -18,7 +18,7 @@ ALL = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 
 GRID = np.random.default_rng(3).uniform(0, 1, (20, 2))
 
 
-def picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -70,14 +70,14 @@ def generator(**options):
 
 def as_on_a_gpu(**options):
     """A generator with the schedule of accelerators."""
-    on_a_gpu = lambda points_per_batch, _platform: points_at_once(points_per_batch, "gpu")  # noqa: E731
-    with mock.patch("sam_jax.automatic.generator.points_at_once", on_a_gpu):
+    on_a_gpu = lambda points_per_batch, _platform: chunk_sizes(points_per_batch, "gpu")  # noqa: E731
+    with mock.patch("sam_jax.automatic.generator.chunk_sizes", on_a_gpu):
         return generator(**options)
 
 
-def found_in_a_picture():
+def found_in_an_image():
     """Of a click, and of everything."""
-    image, predictor = picture(70, 110), SamPredictor(small()[1])
+    image, predictor = random_image(70, 110), SamPredictor(small()[1])
     predictor.set_image(image)
     outputs = predictor.predict([[30, 40]], [1], return_logits=True)
     # Some points one by one, some together.

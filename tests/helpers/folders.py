@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from everything import ALL, picture
+from everything import ALL, random_image
 from PIL import Image
 from reference import SMALL, meta_sam, ours
 
@@ -46,7 +46,7 @@ def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for i, (name, size) in enumerate(SIZES.items()):
-        Image.fromarray(picture(*size, seed=i)).save(folder / f"{name}.png")
+        Image.fromarray(random_image(*size, seed=i)).save(folder / f"{name}.png")
     return folder
 
 
@@ -72,6 +72,6 @@ def expected(model):
     options = {**ALL, "box_nms_thresh": 0.7, "points_per_side": 4}
     generator = SamAutomaticMaskGenerator(from_pretrained(model), **options)
     return {
-        name: generator.generate(picture(*size, seed=i))
+        name: generator.generate(random_image(*size, seed=i))
         for i, (name, size) in enumerate(SIZES.items())
     }

@@ -8,7 +8,7 @@ from reference import assert_close, from_torch_image, normal, tensor, to_torch
 
 from sam_jax.models.convolutions import depthwise_conv, halving_conv
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 
 def assert_like_torch(conv, x, kernel, **options):

@@ -16,7 +16,7 @@ from reference import (
 from sam_jax.ops.prompts import join_prompts
 
 
-@pytest.mark.optimised
+@pytest.mark.optimized
 @pytest.mark.parametrize("inputs", PROMPTS.values(), ids=PROMPTS)
 def test_surface_is_hugging_faces(hf, model, embeddings, inputs):
     with torch.no_grad():

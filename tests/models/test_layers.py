@@ -17,7 +17,7 @@ from sam_jax.models.layers import (
     partition_windows,
 )
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 image_encoder = torch_reference.import_reference("segment_anything").modeling.image_encoder
 

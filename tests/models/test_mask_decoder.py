@@ -8,7 +8,7 @@ from reference import SMALL, assert_close, meta_sam, normal, ours, run, tensor, 
 from sam_jax.models.layers import gelu, join_pixels
 from sam_jax.models.mask_decoder import output_slice
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from reference import (
 from sam_jax.models.prompt_encoder import PositionEmbeddingRandom
 from sam_jax.ops.prompts import join_prompts
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch_reference
 from flax import nnx
 from prompts import BOXES, LABELS, MASKS, POINTS, PROMPTS
 from reference import (
@@ -23,11 +24,12 @@ from reference import (
     torch_encode,
 )
 
+import sam_jax.config
 from sam_jax.checkpoints.names import torch_name
 from sam_jax.checkpoints.params import build_model, flat_params
 from sam_jax.models import compiled as sam_module
 from sam_jax.models import two_way_transformer
-from sam_jax.models.layers import Buffer
+from sam_jax.models.layers import Buffer, LayerNorm
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import join_prompts
 
@@ -49,14 +51,18 @@ def test_mask_per_prompt(model, embeddings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("masks", [None, MASKS[:, :1], MASKS], ids=["none", "shared", "own"])
-def test_prompts_at_once_change_nothing(model, embeddings, masks):
+@pytest.mark.parametrize(
+    ("masks", "chunk_sizes"),
+    [(None, (1, 2)), (MASKS[:, :1], (64,)), (MASKS, (2, 64))],
+    ids=["none", "shared", "own"],
+)
+def test_prompts_at_once_change_nothing(model, embeddings, masks, chunk_sizes):
     """Whether mapped, in groups or, as on a GPU or TPU, all together."""
     image_embeddings = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
     points, labels = join_prompts(POINTS, LABELS, None)
     *arguments, masks = jax.tree.map(jnp.asarray, (image_embeddings, points, labels, masks))
     expected = model.decode(*arguments, masks=masks)
-    for prompts_chunk_size in (1, 2, 64):
+    for prompts_chunk_size in chunk_sizes:
         found = model.decode(*arguments, masks=masks, prompts_chunk_size=prompts_chunk_size)
         jax.tree.map(assert_close, found, expected)
     with pytest.raises(ValueError, match="prompts_chunk_size is 0, expected at least 1, or None"):
@@ -215,6 +221,29 @@ def test_parameters_kept_in_bfloat16():
     assert_close(actual.iou_scores, expected.iou_scores)
 
 
+@pytest.mark.parametrize("name", ["vit_b", "mobile_sam"])
+def test_epsilons_of_norms_are_the_references(name):
+    """Random weights and few layers hardly show them."""
+    config = getattr(sam_jax.config, name)()
+    if name == "vit_b":
+        with torch.device("meta"):
+            models = torch_reference.import_reference("segment_anything").sam_model_registry
+            reference = models[name]()
+    else:
+        reference = torch_reference.meta_sam(config)
+    model = nnx.eval_shape(lambda: Sam(config, rngs=nnx.Rngs(0)))
+    norms = {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, LayerNorm)
+    }
+    assert len(norms) > 20
+    for path, norm in norms.items():
+        tensor_name, _ = torch_name(f"{path}.scale", config, "meta")
+        module = reference.get_submodule(tensor_name.removesuffix(".weight"))
+        assert norm.eps == module.eps, path
+
+
 @pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
 def test_a_model_can_be_pickled(config):
     model = ours(meta_sam(config), config)
@@ -235,29 +264,6 @@ def test_options_that_cannot_be():
 def test_an_unknown_attention_is_refused_at_once(name):
     with pytest.raises(ValueError, match=f"unknown attention implementation '{name}'; known: "):
         Sam(SMALL, attention=name, rngs=nnx.Rngs(0))
-
-
-@pytest.mark.slow
-def test_functional_use():
-    """README's way: `nnx.split`, then plain `jax.jit` and `jax.grad` over the parameters."""
-    model = ours(meta_sam(SMALL), SMALL)
-    graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
-    pixels = np.asarray(normal((2, SMALL.image_size, SMALL.image_size, 3)))
-    points, labels = join_prompts(POINTS, LABELS, None)
-
-    @jax.jit
-    def masks_of(params, pixels, points, labels):
-        sam = nnx.merge(graphdef, params, buffers)
-        return sam.decode(sam.encode_image(pixels), points, labels)
-
-    masks, scores = masks_of(params, pixels, points, labels)
-    expected = model(pixels, **PROMPTS["points"])
-    assert_close(masks, expected.pred_masks)
-    assert_close(scores, expected.iou_scores)
-    of_scores = jax.grad(lambda p: masks_of(p, pixels, points, labels)[1].sum())
-    gradients = jax.jit(of_scores)(params)
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
-    assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
 
 
 def objective_weights(shape):
@@ -307,8 +313,8 @@ def our_objective(sam, pixels, points, labels, box, mask):
     [
         pytest.param(SMALL, "xla", id="vit_xla"),
         pytest.param(SMALL, "folded", id="vit_folded"),
-        pytest.param(SMALL, "chunked", id="vit_chunked", marks=pytest.mark.optimised),
-        pytest.param(SMALL_TINY, None, id="tiny_vit", marks=pytest.mark.optimised),
+        pytest.param(SMALL, "chunked", id="vit_chunked", marks=pytest.mark.optimized),
+        pytest.param(SMALL_TINY, None, id="tiny_vit", marks=pytest.mark.optimized),
     ],
 )
 def test_gradients(config, attention):

@@ -13,7 +13,7 @@ from reference import (
     torch_encode,
 )
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 
 @pytest.fixture(scope="module")

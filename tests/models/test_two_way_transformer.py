@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from reference import SMALL, assert_close, hf_sam, meta_sam, normal, ours, run, tensor
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 TOKENS = 6
 POSITIONS = 144

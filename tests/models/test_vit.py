@@ -19,7 +19,7 @@ from reference import (
 
 from sam_jax.config import ViTConfig
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,9 @@ import torch_reference
 from reference import assert_close, flash_attentions, lowered_for_cuda, normal, tensor
 
 import sam_jax.ops.attention
-from sam_jax.ops.attention import (
-    _rows_per_block,
-    rel_pos_attention,
-    relative_positions,
-    softmax,
-)
+from sam_jax.ops.attention import rel_pos_attention, relative_positions, softmax
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 image_encoder = torch_reference.import_reference("segment_anything").modeling.image_encoder
 
@@ -231,10 +226,13 @@ def test_large_logits_stay_finite(implementation, dtype):
     assert np.isfinite(np.asarray(out, np.float32)).all()
 
 
-def test_chunks_divide_the_rows():
-    assert _rows_per_block(64, 64) == 8
-    assert _rows_per_block(14, 14) == 14
-    assert _rows_per_block(7, 600) == 1
+@pytest.mark.parametrize(("grid", "rows"), [((64, 64), 8), ((14, 14), 14), ((7, 600), 1)])
+def test_chunks_divide_the_rows(grid, rows):
+    """By the logits that a chunk has: as many rows as have at most 512 queries."""
+    n = grid[0] * grid[1]
+    arrays = [jax.ShapeDtypeStruct((1, 1, n, 8), jnp.float32)] * 3
+    attend = lambda q, k, v: rel_pos_attention(q, k, v, None, grid, "chunked")  # noqa: E731
+    assert f"f32[{rows * grid[1]},{n}]" in str(jax.make_jaxpr(attend)(*arrays))
 
 
 def test_unknown_implementation():

@@ -13,8 +13,6 @@ from sam_jax.ops.boxes import (
     non_maximum_suppression,
 )
 
-pytestmark = pytest.mark.optimised
-
 amg = torch_reference.import_reference("segment_anything").utils.amg
 batched_nms = torch_reference.import_reference(
     "segment_anything"
@@ -44,7 +42,7 @@ def test_crop_boxes(size, layers, overlap):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 2), (5, 5)])
-def test_crops_of_tiny_pictures_are_not_empty(size):
+def test_crops_of_tiny_images_are_not_empty(size):
     boxes, layers = generate_crop_boxes(size, 3, 512 / 1500)
     assert len(boxes) == len(layers) > 1
     for x0, y0, x1, y1 in boxes:

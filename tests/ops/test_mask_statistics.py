@@ -9,7 +9,7 @@ from reference import tensor
 
 from sam_jax.ops.mask_statistics import make_upsampler, mask_statistics
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 
 amg = torch_reference.import_reference("segment_anything").utils.amg
@@ -17,10 +17,10 @@ amg = torch_reference.import_reference("segment_anything").utils.amg
 
 @pytest.mark.parametrize("logits", LOGITS.values(), ids=LOGITS)
 @pytest.mark.parametrize("size", [(500, 333), (64, 256), (700, 1024), (7, 90), (1200, 900)])
-@pytest.mark.parametrize("limits", [(0.0, 1.0), (0.5, 0.25), (0.0, 0.0)], ids=str)
-@pytest.mark.parametrize("tile", [64, 256])
-def test_statistics(logits, size, limits, tile):
-    threshold, offset = limits
+@pytest.mark.parametrize(
+    ("threshold", "offset", "tile"), [(0.0, 1.0, 64), (0.5, 0.25, 256), (0.0, 0.0, 64)]
+)
+def test_statistics(logits, size, threshold, offset, tile):
     scale = 1024 / max(size)
     input_size = [int(n * scale + 0.5) for n in size]
     found = jax.jit(mask_statistics)(

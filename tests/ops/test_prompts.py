@@ -4,7 +4,7 @@ import pytest
 
 from sam_jax.ops.prompts import PADDING, count_bucket, join_prompts, pad_axis
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 POINTS = np.arange(12.0).reshape(2, 3, 2)
 LABELS = np.array([[1, 0, 1], [0, -10, -10]])

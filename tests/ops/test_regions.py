@@ -7,8 +7,6 @@ from logits import blobs
 
 from sam_jax.ops.regions import mask_to_polygons, remove_small_regions
 
-pytestmark = pytest.mark.optimised
-
 amg = torch_reference.import_reference("segment_anything").utils.amg
 
 

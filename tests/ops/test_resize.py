@@ -7,7 +7,7 @@ from reference import assert_close, normal, tensor
 
 from sam_jax.ops.resize import linear_resize_matrix, mask_resize_matrix, resize_masks, size_bucket
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 
 @pytest.mark.parametrize(

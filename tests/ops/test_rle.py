@@ -7,8 +7,6 @@ from logits import blobs
 
 from sam_jax.ops.rle import rle_area, rle_compress, rle_decode, rle_encode, rle_uncompress
 
-pytestmark = pytest.mark.optimised
-
 amg = torch_reference.import_reference("segment_anything").utils.amg
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 @pytest.fixture
 def coco(tmp_path):
-    """Three pictures: one of three objects, one of a crowd and a point, one of two objects."""
+    """Three images: one of three objects, one of a crowd and a point, one of two objects."""
     images, annotations = [], []
     kinds = [
         lambda m, r: [[r[0], r[1], r[2], r[1], r[2], r[3], r[0], r[3]]],

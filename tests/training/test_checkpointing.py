@@ -135,7 +135,7 @@ def test_a_forged_chunk_is_passed_over_before_it_is_allocated(tmp_path):
     layout["chunk_grid"]["configuration"]["chunk_shape"] = chunk
     layout["codecs"][0]["configuration"]["chunk_shape"] = chunk
     store[key] = json.dumps(layout).encode()
-    with pytest.warns(UserWarning, match=r"the chunks of .* do not fit its shape.* step 4 takes"):
+    with pytest.warns(UserWarning, match=r"the chunks of .* do not match its shape.* step 4 takes"):
         assert_same(last(tmp_path), state_of(4, 4 / 7))
 
 
@@ -150,7 +150,7 @@ def test_the_devices_that_a_state_was_on_do_not_matter(tmp_path):
 @pytest.mark.parametrize(
     ("put", "message"),
     [
-        (os.mkfifo, "is neither a file nor a folder"),
+        (os.mkfifo, "is neither a regular file nor a folder"),
         (lambda file: file.touch() or os.truncate(file, 1 << 40), "is a sparse file"),
     ],
 )

@@ -1,5 +1,6 @@
 import sys
 
+import grain
 import numpy as np
 import pytest
 from coco_examples import (
@@ -59,7 +60,7 @@ def test_batches_can_go_on_anywhere(many):
     assert not np.array_equal(other[0]["pixel_values"], whole[0]["pixel_values"])
 
 
-def test_an_epoch_has_every_picture_once(many):
+def test_an_epoch_has_every_image_once(many):
     plain = ExampleTransform(SMALL, 2, target_size=SIDE)
     pixels = np.concatenate(
         [b["pixel_values"] for b in take(make_loader(many, plain, batch_size=7, seed=0), 2)]
@@ -85,7 +86,7 @@ def test_hosts_share_the_batch(many, batch_size):
         ValueError, match=f"batch_size is {batch_size}, expected a multiple of the 3 hosts"
     ):
         make_loader(many, PREPARE, process_count=3, **options)
-    with pytest.raises(ValueError, match="there are no pictures to train on"):
+    with pytest.raises(ValueError, match="there are no images to train on"):
         make_loader([], PREPARE, **options)
     with pytest.raises(ValueError, match="seed is -1, expected 0 or above"):
         make_loader(many, PREPARE, batch_size=2, seed=-1)
@@ -101,6 +102,17 @@ def test_worker_processes_change_nothing(coco):
             assert_same_batch(next(iterator), batch)
     finally:
         iterator.close()
+
+
+def test_the_order_does_not_depend_on_workers(many, monkeypatch):
+    """In this process, since others start slowly."""
+    monkeypatch.setattr(grain.IterDataset, "mp_prefetch", lambda dataset, *_, **__: dataset)
+    whole, by_workers = (
+        take(make_loader(many, PREPARE, batch_size=4, seed=3, workers=workers), 3)
+        for workers in (0, 2)
+    )
+    for actual, expected in zip(by_workers, whole, strict=True):
+        assert_same_batch(actual, expected)
 
 
 class Read(list):

@@ -70,13 +70,13 @@ def test_a_new_run_begins_empty(tmp_path):
     assert lines(tmp_path) == []
 
 
-def test_pictures(tmp_path):
+def test_images(tmp_path):
     log = write(tmp_path, [1])
     log.log_image(12, Image.new("RGB", (5, 3), "red"))
     log.close()
-    with Image.open(tmp_path / "pictures" / "000012.png") as picture:
-        assert picture.size == (5, 3)
-        assert picture.getpixel((0, 0)) == (255, 0, 0)
+    with Image.open(tmp_path / "images" / "000012.png") as image:
+        assert image.size == (5, 3)
+        assert image.getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_only_the_first_host_writes(tmp_path, monkeypatch):

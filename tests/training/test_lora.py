@@ -131,7 +131,7 @@ def test_only_adapters_train(plain):
 
 
 def test_a_checkpoint_has_no_adapters(adapted, tmp_path):
-    with pytest.raises(ValueError, match=r"left over: .*lora_a"):
+    with pytest.raises(ValueError, match=r"unexpected: .*lora_a"):
         save_pretrained(adapted, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

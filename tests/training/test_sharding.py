@@ -77,7 +77,7 @@ print(json.dumps([train(*run) for run in runs]))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The model, and a batch of 8 pictures."""
+    """The model, and a batch of 8 images."""
     path = tmp_path_factory.mktemp("sharding")
     save_pretrained(ours(meta_sam(SHALLOW), SHALLOW), path / "model")
     np.savez(path / "batch.npz", **batch_of(8, objects=2))

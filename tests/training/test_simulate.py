@@ -51,7 +51,7 @@ def test_boxes_have_the_papers_noise():
     assert np.asarray(large).min() >= 0
 
 
-def test_boxes_stay_in_the_picture_and_the_right_way_round():
+def test_boxes_stay_in_the_image_and_the_right_way_round():
     for box in ([0.0, 0, 3, 1023], [1020.0, 5, 1023, 5]):
         boxes = np.asarray(jax.vmap(lambda k, b=box: noisy_box(k, jnp.array(b), 1024))(KEYS))
         assert boxes.min() >= 0

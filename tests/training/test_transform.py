@@ -51,7 +51,7 @@ def test_a_prepared_example(coco):
 
 
 def test_a_stretched_example(coco):
-    """MedSAM's preprocessing: the axes of picture, masks and boxes are scaled apart."""
+    """MedSAM's preprocessing: the axes of image, masks and boxes are scaled apart."""
     example = CocoInstances(coco / "coco.json", coco)[0]
     config = with_preprocessing(SMALL, "medsam")
     result = ExampleTransform(config, 3, target_size=SIDE)(example, np.random.default_rng(0))
@@ -97,7 +97,7 @@ def test_objects_too_small_for_the_grid_are_none(coco):
 @pytest.mark.parametrize("target_size", [SIDE, SIZE])
 @pytest.mark.parametrize("options", [{"flip": 1.0}, {"scale_range": (0.3, 2.0)}], ids=str)
 def test_augmented_masks_lie_on_their_objects(options, target_size):
-    """The object is white: the picture tells where the mask has to be."""
+    """The object is white: the image tells where the mask has to be."""
     mask = rectangle(30, 10, 62, 40, (60, 90))
     image = np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
     example = {"image": image, "masks": mask[None]}
@@ -144,7 +144,7 @@ def test_numbers_that_make_no_sense(options, message):
         (np.zeros((H, W), bool), ValueError, r"shape \(55, 70\), expected .* \[n, 55, 70\]"),
     ],
 )
-def test_masks_that_are_none_of_the_pictures(masks, error, message):
+def test_masks_that_are_none_of_the_images(masks, error, message):
     with pytest.raises(error, match=message):
         prepared({"image": np.zeros((H, W, 3), np.uint8), "masks": masks})
 

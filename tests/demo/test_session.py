@@ -12,8 +12,8 @@ from PIL import Image
 from reference import SMALL, meta_sam, ours
 
 from sam_jax import SamAutomaticMaskGenerator, SamPredictor
-from sam_jax.demo import visit as demo
-from sam_jax.demo.visit import Box, Found, Picture, Point, Step, Visit
+from sam_jax.demo import session as demo
+from sam_jax.demo.session import Box, EmbeddedImage, Found, Point, Session, Step
 from sam_jax.visualize import COLORS
 
 SIZE = (71, 113)
@@ -31,8 +31,8 @@ def image():
 
 
 @pytest.fixture(scope="module")
-def picture(model, image):
-    return demo.open_picture(model, file(image))[0]
+def embedded(model, image):
+    return demo.open_image_file(model, file(image))[0]
 
 
 def file(image, kind="png", **options):
@@ -50,7 +50,7 @@ def predictor(model, image):
 
 
 def test_prompts_come_and_go():
-    nothing = Visit(Picture(np.zeros(0), (100, 200)))
+    nothing = Session(EmbeddedImage(np.zeros(0), (100, 200)))
     one = demo.add_point(nothing, 12.7, 30, 1)
     boxed = demo.add_box(one, 150, 80, 20, 10)
     two = demo.add_point(boxed, 5, 6, 0)
@@ -71,8 +71,8 @@ def test_prompts_come_and_go():
     assert demo.prompt_of(demo.add_point(one, 1, 1, 1))["multimask_output"] is False
 
 
-def test_prompts_stay_in_the_picture():
-    nothing = Visit(Picture(np.zeros(0), (100, 200)))
+def test_prompts_stay_in_the_image():
+    nothing = Session(EmbeddedImage(np.zeros(0), (100, 200)))
     assert demo.add_point(nothing, -5, 1e9, 1).points == [Point(0, 99, 1)]
     assert demo.add_box(nothing, 300, -1, -3, 50.5).box == Box(0, 0, 199, 50)
     with pytest.raises(ValueError, match="a coordinate is nan, expected a finite number"):
@@ -92,59 +92,59 @@ BOX, LOW = Box(10, 5, 90, 60), (1, 48, 48)
     ],
     ids=["point", "points", "box", "box_and_point"],
 )
-def test_masks_are_the_predictors(model, picture, predictor, prompts):
-    """At the picture's own size, though what is computed first has the model's."""
-    visit = demo.answer(model, Visit(picture, tuple(map(Step, prompts))))
-    masks, scores, logits = predictor.predict(**demo.prompt_of(visit))
+def test_masks_are_the_predictors(model, embedded, predictor, prompts):
+    """At the image's own size, though masks are first computed at the model's."""
+    session = demo.predict(model, Session(embedded, tuple(map(Step, prompts))))
+    masks, scores, logits = predictor.predict(**demo.prompt_of(session))
     order = np.argsort(-scores)
     assert len(scores) == (3 if len(prompts) == 1 and isinstance(prompts[0], Point) else 1)
-    assert np.array_equal(visit.answer.scores, scores[order])
-    assert np.array_equal(visit.answer.logits, logits[order])
-    assert visit.answer.masks.shape == (len(scores), 60, 96)
+    assert np.array_equal(session.prediction.scores, scores[order])
+    assert np.array_equal(session.prediction.logits, logits[order])
+    assert session.prediction.masks.shape == (len(scores), 60, 96)
     for i in range(len(scores)):
-        assert np.array_equal(demo.full_mask(model, demo.choose(visit, i)), masks[order[i]])
-    assert demo.choose(visit, len(scores)).chosen == 0
+        assert np.array_equal(demo.full_mask(model, demo.choose(session, i)), masks[order[i]])
+    assert demo.choose(session, len(scores)).chosen == 0
 
 
-def test_points_refine_the_mask_that_is_shown(model, picture, predictor):
+def test_points_refine_the_mask_that_is_shown(model, embedded, predictor):
     """As Meta's page does; a box begins anew, and undoing brings back what was shown."""
-    visits = [demo.choose(demo.answer(model, demo.add_point(Visit(picture), 50, 30, 1)), 2)]
+    sessions = [demo.choose(demo.predict(model, demo.add_point(Session(embedded), 50, 30, 1)), 2)]
     for add in (
-        lambda visit: demo.add_point(visit, 9, 60, 0),
-        lambda visit: demo.add_point(visit, 30, 20, 1),
-        lambda visit: demo.add_box(visit, *BOX),
-        lambda visit: demo.add_point(visit, 70, 20, 1),
+        lambda session: demo.add_point(session, 9, 60, 0),
+        lambda session: demo.add_point(session, 30, 20, 1),
+        lambda session: demo.add_box(session, *BOX),
+        lambda session: demo.add_point(session, 70, 20, 1),
     ):
-        visits.append(demo.answer(model, add(visits[-1])))
+        sessions.append(demo.predict(model, add(sessions[-1])))
     before = None
-    for i, visit in enumerate(visits):
-        _, scores, logits = predictor.predict(**demo.prompt_of(visit), mask_input=before)
+    for i, session in enumerate(sessions):
+        _, scores, logits = predictor.predict(**demo.prompt_of(session), mask_input=before)
         order = np.argsort(-scores)
-        assert np.array_equal(visit.answer.logits, logits[order])
-        before = None if i == 2 else logits[order][visit.chosen][None]
+        assert np.array_equal(session.prediction.logits, logits[order])
+        before = None if i == 2 else logits[order][session.chosen][None]
         assert before is None or before.shape == LOW
-    without = predictor.predict(**demo.prompt_of(visits[2]))[2]
-    assert not np.allclose(visits[2].answer.logits, without)
-    for visit, after in itertools.pairwise(visits):
-        undone = demo.answer(model, demo.undo(after))
-        assert undone.chosen == visit.chosen
-        assert np.array_equal(undone.answer.logits, visit.answer.logits)
+    without = predictor.predict(**demo.prompt_of(sessions[2]))[2]
+    assert not np.allclose(sessions[2].prediction.logits, without)
+    for session, after in itertools.pairwise(sessions):
+        undone = demo.predict(model, demo.undo(after))
+        assert undone.chosen == session.chosen
+        assert np.array_equal(undone.prediction.logits, session.prediction.logits)
 
 
-def test_no_prompts_no_answer(model, picture):
-    visit = demo.answer(model, demo.add_point(Visit(picture), 50, 30, 1))
-    visit = demo.answer(model, demo.undo(demo.choose(visit, 2)))
-    assert visit.answer is None
-    assert visit.chosen == demo.choose(visit, 5).chosen == 0
+def test_no_prompts_no_answer(model, embedded):
+    session = demo.predict(model, demo.add_point(Session(embedded), 50, 30, 1))
+    session = demo.predict(model, demo.undo(demo.choose(session, 2)))
+    assert session.prediction is None
+    assert session.chosen == demo.choose(session, 5).chosen == 0
 
 
-def test_mask_as_json(model, picture):
-    visit = demo.answer(model, demo.add_point(Visit(picture), 50, 30, 1))
-    visit = demo.answer(model, demo.add_box(demo.choose(visit, 1), *BOX))
-    mask = demo.full_mask(model, visit)
-    result = json.loads(json.dumps(demo.prompt_json(visit, mask)))
+def test_mask_as_json(model, embedded):
+    session = demo.predict(model, demo.add_point(Session(embedded), 50, 30, 1))
+    session = demo.predict(model, demo.add_box(demo.choose(session, 1), *BOX))
+    mask = demo.full_mask(model, session)
+    result = json.loads(json.dumps(demo.prompt_json(session, mask)))
     assert (result["height"], result["width"]) == SIZE
-    assert result["prompt"] == demo.prompt_of(visit)
+    assert result["prompt"] == demo.prompt_of(session)
     assert result["steps"] == [
         {"point": [50, 30, 1], "candidate": 1},
         {"box": [10, 5, 90, 60], "candidate": 0},
@@ -152,10 +152,10 @@ def test_mask_as_json(model, picture):
     (record,) = result["masks"]
     assert np.array_equal(pycocotools.mask.decode(record["segmentation"]), mask)
     assert record["area"] == mask.sum()
-    assert record["predicted_iou"] == pytest.approx(visit.answer.scores[0])
+    assert record["predicted_iou"] == pytest.approx(session.prediction.scores[0])
 
 
-def test_everything(model, picture, image, monkeypatch):
+def test_everything(model, embedded, image, monkeypatch):
     # Of random weights no mask would pass.
     monkeypatch.setattr(
         demo,
@@ -165,7 +165,7 @@ def test_everything(model, picture, image, monkeypatch):
         ),
     )
     progress = []
-    found = demo.find_everything(model, picture, 9, lambda *step: progress.append(step))
+    found = demo.find_everything(model, embedded, 9, lambda *step: progress.append(step))
     # 81 points, 8 at a time; then the masks.
     assert progress[:11] == [(i + 1, 11) for i in range(11)]
     assert set(progress[11:]) == {(11, 11)}
@@ -186,7 +186,7 @@ def test_everything(model, picture, image, monkeypatch):
 
 
 def test_numbering_masks_takes_their_runs_only():
-    """No mask is decoded at the picture's size: hundreds of a large one would take a minute."""
+    """No mask is decoded at the image's size: hundreds of a large one would take a minute."""
     size, expected, records = (1000, 1200), np.zeros((1000, 1200), np.uint16), []
     for i in range(20):
         mask = np.zeros(size, bool)
@@ -194,7 +194,7 @@ def test_numbering_masks_takes_their_runs_only():
         expected[mask] = i + 1
         rle = demo.rle_compress(demo.rle_encode(mask))
         records.append({"segmentation": rle, "area": int(mask.sum())})
-    found = Found(Picture(np.zeros(0), size), records)
+    found = Found(EmbeddedImage(np.zeros(0), size), records)
     tracemalloc.start()
     numbers = demo.number_masks(found)
     _, peak = tracemalloc.get_traced_memory()
@@ -203,15 +203,15 @@ def test_numbering_masks_takes_their_runs_only():
     assert peak < 1.2 * numbers.nbytes
 
 
-def test_numbers_as_a_picture():
+def test_numbers_as_an_image():
     numbers = np.arange(12, dtype=np.uint16).reshape(3, 4)
-    picture = demo.label_picture(numbers)
-    assert np.array_equal(np.asarray(picture), numbers)
-    colors = np.asarray(picture.convert("RGB"))
+    image = demo.label_image(numbers)
+    assert np.array_equal(np.asarray(image), numbers)
+    colors = np.asarray(image.convert("RGB"))
     assert colors[0, 0].tolist() == [0, 0, 0]
     assert colors[0, 1].tolist() == colors[2, 0].tolist() == list(COLORS[0])
     assert len(np.unique(colors.reshape(-1, 3), axis=0)) == 8
-    many = demo.label_picture(numbers * 100)
+    many = demo.label_image(numbers * 100)
     assert many.mode == "I;16"
     assert np.array_equal(np.asarray(many), numbers * 100)
 
@@ -239,16 +239,16 @@ def test_a_large_layer_is_made_smaller():
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "CMYK", "P", "1"])
-def test_any_kind_of_picture(model, image, mode):
-    picture, shown = demo.open_picture(model, file(image.convert(mode), "tiff"))
-    assert picture.size == SIZE
-    assert picture.embedding.shape == (1, 32, 12, 12)
+def test_any_kind_of_image(model, image, mode):
+    embedded, shown = demo.open_image_file(model, file(image.convert(mode), "tiff"))
+    assert embedded.size == SIZE
+    assert embedded.embedding.shape == (1, 32, 12, 12)
     assert (shown.mode, shown.size) == ("RGB", SIZE[::-1])
 
 
 def test_animation_gives_its_first_frame(model, image):
     frames = [image.convert("P"), Image.new("P", image.size)]
-    _, shown = demo.open_picture(
+    _, shown = demo.open_image_file(
         model, file(frames[0], "gif", save_all=True, append_images=frames[1:])
     )
     assert np.array_equal(np.asarray(shown), np.asarray(frames[0].convert("RGB")))
@@ -259,8 +259,8 @@ def test_rotated_and_large(model, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
     photo = file(Image.new("RGB", (120, 80)), "jpeg", exif=exif)
-    picture, shown = demo.open_picture(model, photo)
-    assert picture.size == (120, 80)
+    embedded, shown = demo.open_image_file(model, photo)
+    assert embedded.size == (120, 80)
     assert shown.size == (40, 60)
 
 
@@ -273,7 +273,7 @@ def test_too_large(model, monkeypatch, pixels):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     monkeypatch.setattr(demo, "load_image", None)
     with pytest.raises(ValueError, match=r"has 101 x 1 pixels, expected at most|exceeds limit of"):
-        demo.open_picture(model, photo)
+        demo.open_image_file(model, photo)
 
 
 def test_scans_are_few(model, monkeypatch):
@@ -281,10 +281,10 @@ def test_scans_are_few(model, monkeypatch):
     noise, like_one = Image.effect_noise((64, 64), 50), b"\xff\xda" * 99
     photo = file(noise, "jpeg", progressive=True, comment=like_one)
     last = photo[photo.rindex(b"\xff\xda") : -2]
-    assert demo.open_picture(model, photo + like_one)[0].size == (64, 64)
+    assert demo.open_image_file(model, photo + like_one)[0].size == (64, 64)
     monkeypatch.setattr(demo, "load_image", None)
     with pytest.raises(ValueError, match=r"the JPEG has \d\d scans, expected at most 50; save"):
-        demo.open_picture(model, photo[:-2] + last * 50 + photo[-2:])
+        demo.open_image_file(model, photo[:-2] + last * 50 + photo[-2:])
 
 
 LONG, SLONG8 = 4, 17
@@ -310,51 +310,54 @@ def test_tiles_are_small(model, monkeypatch, sides, kind):
     head += b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries, key=lambda e: e[0]))
     photo = head.ljust(1000, b"\0") + data
     if (sides, kind) == ((64,), LONG):
-        assert demo.open_picture(model, photo)[0].size == (64, 64)
+        assert demo.open_image_file(model, photo)[0].size == (64, 64)
         return
     monkeypatch.setattr(demo, "load_image", None)
     with pytest.raises(ValueError, match="the TIFF has tiles of more than 50 million pixels, or"):
-        demo.open_picture(model, photo)
+        demo.open_image_file(model, photo)
 
 
-def test_no_picture(model):
+def test_no_image(model):
     # Whose content counts, not their names: some of Pillow's formats start other programs, or hold
     # more pixels than they say.
     for photo in (b"no image", file(Image.new("RGB", (9, 9)), "EPS")):
         with pytest.raises(ValueError, match="the file is not an image of a known format"):
-            demo.open_picture(model, photo)
-    with pytest.raises(ValueError, match="the file is a ICO, expected AVIF, BMP, GIF, JPEG"):
-        demo.open_picture(model, file(Image.new("RGB", (32, 32)), "ICO"))
+            demo.open_image_file(model, photo)
+    with pytest.raises(ValueError, match="the file's format is ICO, expected AVIF, BMP, GIF, JPEG"):
+        demo.open_image_file(model, file(Image.new("RGB", (32, 32)), "ICO"))
     with pytest.raises(ValueError, match="the file cannot be read"):
-        demo.open_picture(model, file(Image.effect_noise((64, 64), 50))[:2000])
+        demo.open_image_file(model, file(Image.effect_noise((64, 64), 50))[:2000])
     with pytest.raises(TypeError, match="more than 8 bits per channel"):
-        demo.open_picture(model, file(Image.new("I;16", (9, 9))))
+        demo.open_image_file(model, file(Image.new("I;16", (9, 9))))
 
 
-def test_nothing_found(picture):
-    assert demo.number_masks(Found(picture, [])).shape == SIZE
-    assert not demo.number_masks(Found(picture, [])).any()
+def test_nothing_found(embedded):
+    assert demo.number_masks(Found(embedded, [])).shape == SIZE
+    assert not demo.number_masks(Found(embedded, [])).any()
 
 
 def test_warm_up_compiles_what_clicks_need(model, image, compilations):
     demo.warm_up(model)
     photo = file(image.resize((80, 90)))
     compilations.clear()
-    visit = Visit(demo.open_picture(model, photo)[0])
+    session = Session(demo.open_image_file(model, photo)[0])
     for x in range(demo.MARKS):
-        visit = demo.answer(model, demo.add_point(visit, x, 9, x % 2))
+        session = demo.predict(model, demo.add_point(session, x, 9, x % 2))
     for points in (0, 1, 5, 20):
-        visit = Visit(visit.picture, visit.steps[:points])
-        visit = demo.answer(model, demo.add_box(visit, 1, 1, 50, 50))
-        visit = demo.answer(model, demo.add_point(visit, 1, 1, 1))
-    demo.find_everything(model, visit.picture, 5)
+        session = Session(session.image, session.steps[:points])
+        session = demo.predict(model, demo.add_box(session, 1, 1, 50, 50))
+        session = demo.predict(model, demo.add_point(session, 1, 1, 1))
+    demo.find_everything(model, session.image, 5)
     assert not compilations
 
 
-def test_marks_are_as_many_as_are_compiled_for(picture):
-    visit = demo.add_box(Visit(picture), 1, 1, 5, 5)
+def test_marks_are_as_many_as_are_compiled_for(embedded):
+    session = demo.add_box(Session(embedded), 1, 1, 5, 5)
     for _ in range(demo.MARKS - 1):
-        visit = demo.add_point(visit, 1, 1, 1)
-    for add in (lambda: demo.add_point(visit, 1, 1, 1), lambda: demo.add_box(visit, 1, 1, 2, 2)):
-        with pytest.raises(ValueError, match="there are 31 points and boxes, the most there can"):
+        session = demo.add_point(session, 1, 1, 1)
+    for add in (
+        lambda: demo.add_point(session, 1, 1, 1),
+        lambda: demo.add_box(session, 1, 1, 2, 2),
+    ):
+        with pytest.raises(ValueError, match="there are already 31 points and boxes, the maximum"):
             add()
