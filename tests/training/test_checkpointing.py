@@ -68,7 +68,7 @@ def test_a_state_of_another_run(tmp_path):
         save_state(checkpoints, state_of(1))
     with open_checkpoints(tmp_path) as checkpoints:
         for other in (state_of(0, ema=False), state_of(0, shape=(4, 2))):
-            with pytest.raises(ValueError, match="does not match this run; was it made with other"):
+            with pytest.raises(ValueError, match="does not match this run; was it made with different"):
                 load_state(checkpoints, other)
 
 
