@@ -276,7 +276,13 @@ class SamProcessor(WithAdvice):
         """
         side, image_size = masks.shape[-1], self.config.image_size
         rows, columns = (
-            mask_resize_matrix(side, image_size, inp, orig, size_bucket(orig))
+            mask_resize_matrix(
+                side,
+                image_size,
+                input_size=inp,
+                original_size=orig,
+                padded_size=size_bucket(orig),
+            )
             for inp, orig in zip(input_size, original_size, strict=True)
         )
         if count is None:

@@ -101,10 +101,11 @@ POSITIONAL = {
     *("Sam.decode", "Sam.decoder_attention", "SamPredictor.predict", "SamPredictor.predict_torch"),
     *("SamProcessor.__call__", "SamProcessor.post_process_masks", "SamAutomaticMaskGenerator"),
     *("MaskGenerationOptions", "show_points", "join_prompts", "batch_losses"),
-    *("interactive_losses", "train_step"),
+    *("interactive_losses", "train_step", "rel_pos_attention", "attention_weights"),
+    *("generate_crop_boxes", "resize_masks"),
 }
 PUBLIC = ("", ".training", ".training.sharding", ".training.checkpointing", ".checkpoints")
-PUBLIC += (".automatic", ".evaluation", ".export", ".visualize")
+PUBLIC += (".ops", ".automatic", ".evaluation", ".export", ".visualize")
 
 
 def public_callables():

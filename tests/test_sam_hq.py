@@ -15,7 +15,17 @@ import pytest
 import torch
 from flax import nnx
 from network import needs_package_index
-from reference import SMALL, SMALL_TINY, assert_close, hf_sam, meta_sam, normal, ours, to_torch
+from reference import (
+    SMALL,
+    SMALL_TINY,
+    assert_close,
+    assert_same_epsilons,
+    hf_sam,
+    meta_sam,
+    normal,
+    ours,
+    to_torch,
+)
 from torch_reference import import_reference
 
 from sam_jax import SamAutomaticMaskGenerator, SamPredictor, from_pretrained, save_pretrained
@@ -77,6 +87,10 @@ def original():
 @pytest.fixture(scope="module")
 def model(original):
     return ours(original, HQ)
+
+
+def test_epsilons_are_the_originals(original, model):
+    assert_same_epsilons(model, original)
 
 
 def encode(model, pixels):

@@ -357,14 +357,19 @@ class SamAutomaticMaskGenerator(WithAdvice):
         if self.options.stability_score_thresh > 0:
             keep &= stability >= np.float32(self.options.stability_score_thresh)
         (index,) = np.nonzero(keep)
-        index = index[non_maximum_suppression(box[index], iou[index], self.options.box_nms_thresh)]
+        kept = non_maximum_suppression(
+            box[index], iou[index], iou_threshold=self.options.box_nms_thresh
+        )
+        index = index[kept]
         if self.options.crop_n_layers:
             # Masks of earlier crops come first, then this crop's in their order.
             boxes = np.concatenate(
                 [np.array([m.box for m in crop.found]).reshape(-1, 4), box[index]]
             )
             kept = non_maximum_suppression(
-                boxes, -np.arange(len(boxes), dtype=np.float32), self.options.crop_nms_thresh
+                boxes,
+                -np.arange(len(boxes), dtype=np.float32),
+                iou_threshold=self.options.crop_nms_thresh,
             )
             index = index[kept[kept >= len(crop.found)] - len(crop.found)]
         point, mask_index = np.divmod(index, measured.iou.shape[1])
@@ -413,7 +418,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
             scores.append(float(not changed))
         threshold = max(options.box_nms_thresh, options.crop_nms_thresh)
         boxes = np.array([mask.box for mask in masks])
-        return [masks[i] for i in non_maximum_suppression(boxes, np.array(scores), threshold)]
+        kept = non_maximum_suppression(boxes, np.array(scores), iou_threshold=threshold)
+        return [masks[i] for i in kept]
 
     def _segmentation(self, rle: dict) -> Any:
         if self.options.output_mode == "binary_mask":

@@ -35,14 +35,14 @@ class Prompts(NamedTuple):
     target_embedding: Float[Array, "b p #t c"] | None = None
 
     @property
-    def count(self) -> int:
+    def count(self) -> Any:
         """How many prompts each image has."""
         tokens = self.sparse_embeddings if self.labels is None else self.labels
         assert tokens is not None  # as `check_prompts` made sure
         return tokens.shape[1]
 
 
-def check_prompts(config: SamConfig, images: int, prompts: Prompts) -> Prompts:
+def check_prompts(config: SamConfig, images: Any, prompts: Prompts) -> Prompts:
     """The prompts of `Sam.decode` for so many images, as arrays of JAX."""
     points, labels, masks, sparse, dense, similarity, target = prompts
     tokens, count = 0, None

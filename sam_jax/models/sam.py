@@ -334,7 +334,7 @@ def _decode(image_embeddings, model, prompts, *, prompts_chunk_size=None, **opti
     arrays = image_embeddings, prompts
     if prompts_chunk_size is not None:
         return in_chunks_of(prompts_chunk_size)(*arrays)
-    sizes = len(image_embeddings), prompts.count
+    sizes = image_embeddings.shape[0], prompts.count  # both may be open in `jax.export`
     cpu, other = (fastest_chunk_size(platform, *sizes) for platform in ("cpu", "gpu"))
     return jax.lax.platform_dependent(*arrays, cpu=in_chunks_of(cpu), default=in_chunks_of(other))
 

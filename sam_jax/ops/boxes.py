@@ -88,7 +88,7 @@ def box_iou(box: Num[np.ndarray, "4"], boxes: Num[np.ndarray, "n 4"]) -> Float[n
 
 
 def non_maximum_suppression(
-    boxes: Num[np.ndarray, "n 4"], scores: Float[np.ndarray, " n"], iou_threshold: float
+    boxes: Num[np.ndarray, "n 4"], scores: Float[np.ndarray, " n"], *, iou_threshold: float
 ) -> Int[np.ndarray, " kept"]:
     """The indices of boxes that are kept, best first; each drops worse boxes that overlap it.
 

@@ -48,7 +48,9 @@ def make_upsampler(
         tile: side of the tiles.
     """
     rows, columns = (
-        mask_resize_matrix(mask_size, image_size, i, o, padded_size)
+        mask_resize_matrix(
+            mask_size, image_size, input_size=i, original_size=o, padded_size=padded_size
+        )
         for i, o in zip(input_size, original_size, strict=True)
     )
     row_tiles, column_tiles = _ranges(rows, tile), _ranges(columns, tile)

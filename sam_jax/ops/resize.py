@@ -36,7 +36,7 @@ def _neighbors(in_size: int, out_size: int) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def mask_resize_matrix(
-    mask_size: int, image_size: int, input_size: int, original_size: int, padded_size: int
+    mask_size: int, image_size: int, *, input_size: int, original_size: int, padded_size: int
 ) -> Float[np.ndarray, "padded_size mask_size"]:
     """One axis of Meta's `postprocess_masks`: mask -> padded square -> crop -> original image.
 

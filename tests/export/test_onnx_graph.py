@@ -11,8 +11,8 @@ from reference import assert_close, normal
 
 from sam_jax.export import onnx_graph
 from sam_jax.export.onnx_graph import Graph
+from sam_jax.models.convolutions import depthwise_conv, halving_conv
 from sam_jax.models.layers import gelu
-from sam_jax.models.tiny_vit import depthwise_conv, halving_conv
 from sam_jax.ops.attention import softmax
 from sam_jax.ops.operation import operation
 

@@ -11,7 +11,7 @@ import torch_reference
 import transformers
 from flax import nnx
 
-from sam_jax.checkpoints.names import from_torch
+from sam_jax.checkpoints.names import from_torch, torch_name
 from sam_jax.checkpoints.params import build_model, param_shapes
 from sam_jax.config import (
     MaskDecoderConfig,
@@ -20,6 +20,7 @@ from sam_jax.config import (
     TinyViTConfig,
     ViTConfig,
 )
+from sam_jax.models.layers import LayerNorm
 
 # Every feature at a small size: windows that need padding, several heads, two kinds of block.
 SMALL = SamConfig(
@@ -173,6 +174,19 @@ def assert_close(actual: jax.Array | np.ndarray, expected, tolerance: float = 1e
     assert scale > 0
     difference = np.abs(actual - expected).max() / scale
     assert difference <= tolerance, f"largest difference {difference:.2e} of the largest value"
+
+
+def assert_same_epsilons(model, reference: torch.nn.Module) -> None:
+    """Of all norms of a model and of the reference of its configuration."""
+    norms = {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, LayerNorm)
+    }
+    assert len(norms) > 10
+    for path, norm in norms.items():
+        name, _ = torch_name(f"{path}.scale", model.config, "meta")
+        assert norm.eps == reference.get_submodule(name.removesuffix(".weight")).eps, path
 
 
 def mask_iou(actual, expected) -> np.ndarray:

@@ -15,6 +15,7 @@ from reference import (
     SMALL,
     SMALL_TINY,
     assert_close,
+    assert_same_epsilons,
     lowered_for_cuda,
     meta_sam,
     normal,
@@ -29,7 +30,7 @@ from sam_jax.checkpoints.names import torch_name
 from sam_jax.checkpoints.params import build_model, flat_params
 from sam_jax.models import compiled as sam_module
 from sam_jax.models import two_way_transformer
-from sam_jax.models.layers import Buffer, LayerNorm
+from sam_jax.models.layers import Buffer
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import join_prompts
 
@@ -232,16 +233,7 @@ def test_epsilons_of_norms_are_the_references(name):
     else:
         reference = torch_reference.meta_sam(config)
     model = nnx.eval_shape(lambda: Sam(config, rngs=nnx.Rngs(0)))
-    norms = {
-        ".".join(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, LayerNorm)
-    }
-    assert len(norms) > 20
-    for path, norm in norms.items():
-        tensor_name, _ = torch_name(f"{path}.scale", config, "meta")
-        module = reference.get_submodule(tensor_name.removesuffix(".weight"))
-        assert norm.eps == module.eps, path
+    assert_same_epsilons(model, reference)
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])

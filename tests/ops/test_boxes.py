@@ -73,7 +73,7 @@ def test_non_maximum_suppression(threshold, ties):
     scores = np.random.default_rng(1).uniform(size=400).astype(np.float32)
     if ties:
         scores = scores.round(1)
-    kept = non_maximum_suppression(boxes, scores, threshold)
+    kept = non_maximum_suppression(boxes, scores, iou_threshold=threshold)
     expected = batched_nms(
         torch.tensor(boxes).float(), torch.tensor(scores), torch.zeros(400), threshold
     )
@@ -91,17 +91,19 @@ def test_an_iou_of_the_threshold(threshold, kept):
     """Is larger than the double where float32 rounds it up: torchvision compares these two."""
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, round(10 * threshold)]])
     assert box_iou(boxes[0], boxes)[1] == np.float32(threshold)
-    assert non_maximum_suppression(boxes, np.array([1, 0.5]), threshold).tolist() == kept
+    found = non_maximum_suppression(boxes, np.array([1, 0.5]), iou_threshold=threshold)
+    assert found.tolist() == kept
 
 
 def test_equal_boxes_and_scores_keep_the_first():
     boxes = np.tile(np.array([[1, 2, 30, 40]]), (5, 1))
-    assert non_maximum_suppression(boxes, np.ones(5, np.float32), 0.7).tolist() == [0]
+    assert non_maximum_suppression(boxes, np.ones(5, np.float32), iou_threshold=0.7).tolist() == [0]
 
 
 def test_nothing_and_empty_boxes():
-    assert non_maximum_suppression(np.zeros((0, 4)), np.zeros(0, np.float32), 0.7).tolist() == []
-    kept = non_maximum_suppression(np.zeros((3, 4)), np.zeros(3, np.float32), 0.7)
+    kept = non_maximum_suppression(np.zeros((0, 4)), np.zeros(0, np.float32), iou_threshold=0.7)
+    assert kept.tolist() == []
+    kept = non_maximum_suppression(np.zeros((3, 4)), np.zeros(3, np.float32), iou_threshold=0.7)
     assert kept.tolist() == [0, 1, 2]
 
 

@@ -37,7 +37,9 @@ def test_masks_as_by_two_interpolations(input_size, original_size):
     full = full[..., : input_size[0], : input_size[1]]
     expected = F.interpolate(full, original_size, mode="bilinear", align_corners=False)[0]
     rows, columns = (
-        jnp.asarray(mask_resize_matrix(256, 1024, i, o, size_bucket(o)))
+        jnp.asarray(
+            mask_resize_matrix(256, 1024, input_size=i, original_size=o, padded_size=size_bucket(o))
+        )
         for i, o in zip(input_size, original_size, strict=True)
     )
     actual = np.asarray(resize_masks(masks, rows, columns))

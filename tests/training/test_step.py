@@ -105,13 +105,14 @@ def test_a_step_on_every_parameter_is_pytorchs():
     batch, key = batch_of(2), jax.random.key(1)
     keys = jax.random.split(jax.random.fold_in(key, 0), 2)
     rate, decay, eps = 1e-3, 0.1, 1e-2
+    recipe = RECIPE._replace(ema_decay=0.75)
     before = flat_params(model)
     expected_loss = torch_step(reference, batch, keys, rate, decay, eps)
 
     tx = adamw(rate, EVERYTHING, weight_decay=decay, eps=eps)
     trained, rest = partition(model, EVERYTHING)
     state, metrics = jax.jit(train_step, static_argnames=("tx", "recipe"))(
-        init_state(trained, tx), rest, batch, key, tx=tx, recipe=RECIPE
+        init_state(trained, tx, ema=True), rest, batch, key, tx=tx, recipe=recipe
     )
     assert float(metrics["loss"]) == pytest.approx(expected_loss, rel=1e-5)
     after = flat_params(combine(state.params, rest))
@@ -123,6 +124,8 @@ def test_a_step_on_every_parameter_is_pytorchs():
         assert difference <= 1e-6, f"{name}: {difference:.1e}"
         moved += np.abs(np.asarray(value) - np.asarray(before[name])).max() > 1e-5
     assert moved > 0.8 * len(after)
+    for name, value in flat_params(combine(state.ema, rest)).items():
+        np.testing.assert_allclose(value, 0.75 * before[name] + 0.25 * after[name], atol=1e-6)
 
 
 @functools.cache
