@@ -260,7 +260,7 @@ def test_parameters_of_each_part():
 
 
 def test_contributing():
-    """Everything that CONTRIBUTING names exists. Its commands need a fresh clone and the whole suite."""
+    """All that CONTRIBUTING names exists. Its commands need a fresh clone and the whole suite."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     paths = set(re.findall(r"(?<![\w/.-])(?:\.?\w[\w-]*/)+[\w.-]*\w", text))
     modules = set(re.findall(r"`(\w+\.py|\w+/)`", text))

@@ -390,7 +390,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
         ],
         (
             {"input_points": [POINTS], "input_labels": [[1]]},
-            r"\[0\]\[0\] are 2 points, but their labels have shape \(1,\).*one label for each point",
+            r"\[0\]\[0\] are 2 points, but their labels have shape \(1,\).*one label for each",
         ),
         (
             {"input_points": [[POINTS]], "input_labels": [[[[1, 0]]]]},

@@ -593,7 +593,7 @@ def test_slow_events_end(small, photo):
 
 
 def test_idle_connections_end(small):
-    """Connections that send nothing, half a head, or nothing more end; also the oldest of too many."""
+    """Clients that send nothing, half a head, or nothing more are dropped, and the oldest ones."""
     with launched(small, seconds=0.5, most=5) as site, contextlib.ExitStack() as stack:
         whole = f"GET / HTTP/1.1\r\nHost: {site.split('/')[2]}\r\n\r\n"
         for text in ("", whole[:20], whole + whole[:20]):

@@ -148,7 +148,7 @@ def test_flash_attention_lowers_for_cuda(implementation, grid, d):
 )
 @pytest.mark.usefixtures("nvidia")
 def test_cudnn_is_the_default_where_it_supports_the_inputs(dtype, grid, d, has_cudnn):
-    """Follows cuDNN's support matrix, forward and backward; elsewhere no array has a head's logits."""
+    """By cuDNN's support matrix, in both directions; elsewhere no array has a head's logits."""
     n = grid[0] * grid[1]
     q = jax.ShapeDtypeStruct((1, 2, n, d), dtype)
     tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, d), dtype) for size in grid)
@@ -181,7 +181,12 @@ def test_gradients_of_queries_where_keys_have_a_mean(implementation, grid):
     [
         (None, "bfloat16", (2, 2), "JAX has none here; leave it out, or name another"),
         ("9.0", "float32", (2, 2), "the model computes in float32; give it dtype=jnp.bfloat16"),
-        ("9.0", "bfloat16", (130, 130), "a grid of 130 x 130 makes the heads 272 wide, and the limit is 256"),
+        (
+            "9.0",
+            "bfloat16",
+            (130, 130),
+            "a grid of 130 x 130 makes the heads 272 wide, and the limit is 256",
+        ),
         (
             "8.9",
             "bfloat16",
