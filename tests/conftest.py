@@ -115,7 +115,7 @@ def unchecked(monkeypatch):
 
 @pytest.fixture(params=["cpu", "other"])
 def platform(request, monkeypatch):
-    """What is for another platform runs on the CPU."""
+    """Programs for another platform run on the CPU."""
     if request.param == "cpu":
         yield
         return
@@ -129,7 +129,7 @@ def platform(request, monkeypatch):
 
 @pytest.fixture
 def nvidia(request, monkeypatch):
-    """As if an NVIDIA GPU (an H100) were JAX's default device: programs are lowered for it."""
+    """Simulates an NVIDIA GPU (an H100) as JAX's default device: programs are lowered for it."""
     jax.clear_caches()  # of programs traced without one
     capability = getattr(request, "param", "9.0")
     of_gpu = float(capability)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def commands():
-    """Of README and of gpu.sh: modules and their arguments."""
+    """The modules and arguments in README and gpu.sh."""
     readme = (ROOT / "benchmarks" / "README.md").read_text()
     found = re.findall(r"`python -m (benchmarks\.\w+)([^`]*)`", readme)
     script = (ROOT / "benchmarks" / "gpu.sh").read_text().replace("\\\n", " ")

@@ -1,4 +1,4 @@
-"""What the pages of `docs/` tell to do, done."""
+"""Runs the code and the commands of the pages in `docs/`."""
 
 import ast
 import dataclasses
@@ -166,7 +166,7 @@ def public(module=sam_jax, path="sam_jax"):
 
 
 def test_the_reference_has_the_public_names_and_no_others():
-    """Each once, by the shortest path that it is imported from."""
+    """Each public name is listed once, by the shortest import path."""
     shortest = {}
     for path, value in public():
         known = shortest.setdefault(id(value), path)
@@ -260,7 +260,7 @@ def test_parameters_of_each_part():
 
 
 def test_contributing():
-    """What CONTRIBUTING names is there. Its commands are a fresh clone's, and the whole suite."""
+    """All that CONTRIBUTING names exists. Its commands need a fresh clone and the whole suite."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     paths = set(re.findall(r"(?<![\w/.-])(?:\.?\w[\w-]*/)+[\w.-]*\w", text))
     modules = set(re.findall(r"`(\w+\.py|\w+/)`", text))

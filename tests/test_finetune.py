@@ -124,7 +124,7 @@ def lines(output):
 
 
 def saved(output, step, part):
-    """Of a checkpoint the parameters that train, or their moving average, by their names."""
+    """A checkpoint's trained parameters, or their moving average, by name."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with open_checkpoints(output / "checkpoints") as checkpoints:
         shapes = {
@@ -259,7 +259,7 @@ def test_a_run_that_is_stopped_or_extended_is_as_one(cells, model, tmp_path, mon
 
 
 def test_a_stopped_script_prints_no_traceback(cells, model, tmp_path):
-    """As by a scheduler, which signals the processes that read, too."""
+    """Like a scheduler, which also signals the reading processes."""
     script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.killpg(0, signal.SIGTERM)")
     script = script.replace("step == 7", "step == 5")
     command = [sys.executable, "-c", script, EXAMPLES / "finetune.py", tmp_path / "run"]

@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def objects(model):
-    """What the rows name, but for what they change."""
+    """The names used in the rows, except for those that they define."""
     image = np.random.default_rng(0).integers(0, 256, (80, 96, 3), np.uint8)
     processor = sam_jax.SamProcessor(SMALL)
     inputs = processor(image, input_points=[[[45, 60]]])

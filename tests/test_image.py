@@ -75,7 +75,7 @@ def test_deep_pil_modes_are_refused(mode):
 
 @pytest.mark.parametrize("kind", [*NARROWED, *UNREAD])
 def test_files_of_more_than_8_bits_are_refused(kind, tmp_path):
-    """With one hint, whatever Pillow would do about them: read the high byte, clip or refuse."""
+    """With one hint, whether Pillow would read the high byte, clip or fail."""
     path = write_deep(tmp_path / "image.jpg", kind)
     with pytest.raises((TypeError, ValueError), match=rf"8 bits per channel.*{REMEDY}"):
         load_image(path)

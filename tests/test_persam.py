@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_object_is_found(mobile_sam_file, tmp_path):
-    """As if one had drawn a box around it in the second image, too."""
+    """Finds the same as a box around it in the second image."""
     found, points = persam.main(tmp_path / "persam.png")
     with Image.open(tmp_path / "persam.png") as image:
         assert image.size[0] > 1000

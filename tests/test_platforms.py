@@ -1,4 +1,4 @@
-"""What is compiled lowers for every platform: no GPU's or TPU's user is the first to try."""
+"""All programs lower for every platform, so GPU and TPU users are not the first to try."""
 
 import dataclasses
 import re
@@ -89,7 +89,7 @@ def test_decoder(model, with_masks):
 
 
 def training_step(model):
-    """Of (state, rest, batch, key data); and the shapes of these."""
+    """A function of (state, rest, batch, key data), and the shapes of these."""
     tx = adamw(1e-4, EVERYTHING, clip_norm=1.0)
     trained, rest = partition(model, EVERYTHING)
     state = jax.eval_shape(lambda trained: init_state(trained, tx, ema=True), trained)

@@ -553,7 +553,7 @@ def test_parameters_are_those_of_when_it_was_made():
         ),
         ({"point_coords": [[1e39, 1]], "point_labels": [1]}, "not finite or too large"),
         ({"point_coords": [[1j, 2]], "point_labels": [1]}, "point_coords are .*, expected numbers"),
-        ({"mask_input": np.full((1, 48, 48), np.nan)}, "mask_input holds logits .* not finite"),
+        ({"mask_input": np.full((1, 48, 48), np.nan)}, "mask_input has logits .* not finite"),
         ({"mask_input": np.zeros((48, 48))}, r"shape \(48, 48\), expected \(1, 48, 48\)"),
         ({"mask_input": np.zeros((3, 48, 48))}, r"shape \(3, 48, 48\), expected \(1, 48, 48\)"),
     ],
@@ -610,7 +610,7 @@ def test_bad_batches(predictor, prompt, message):
             for label, message in ((2, "a box's corners, give"), (3, "corners"), (7, "own"))
         ],
         ({"point_coords": [60, 30], "point_labels": [1]}, r"one point is \[\[x, y\]\]"),
-        ({"point_coords": [POINTS], "point_labels": [LABELS]}, "several prompts are for predict_b"),
+        ({"point_coords": [POINTS], "point_labels": [LABELS]}, "for several prompts use predict_b"),
         ({"point_coords": [["60", "30"]], "point_labels": [1]}, "convert strings"),
         ({"point_coords": [[60, None]], "point_labels": [1]}, "None is not a number"),
         ({"point_coords": [[10**400, 3]], "point_labels": [1]}, "expected numbers"),
@@ -663,7 +663,7 @@ def test_the_model_s_own_coordinates_are_warned_of_too(predictor):
     ids=["copy", "pickle"],
 )
 def test_predictors_and_generators_travel(predictor, copy_of):
-    """With the image that is set."""
+    """Copies keep the image that is set."""
     predictor.set_image(random_image())
     again = copy_of(predictor)
     results = again.predict(POINTS, LABELS), predictor.predict(POINTS, LABELS)

@@ -200,7 +200,7 @@ def test_segmentation_maps_of_booleans_and_large_numbers(small):
         (np.full((8, 9), 3_000_000_000, np.uint32), r"\[0\] has the value 3000000000, expected -2"),
         (np.full((8, 9), 2**32 + 5), "has the value 4294967301, expected -2"),
         (np.full((8, 9), 2**64 - 1, np.uint64), "has the value 18446744073709551615, expected -2"),
-        (np.full((8, 9), -(2**31) - 1), "holds -2147483649, expected -2"),
+        (np.full((8, 9), -(2**31) - 1), "has the value -2147483649, expected -2"),
     ],
 )
 def test_bad_segmentation_maps(small, maps, message):
@@ -266,7 +266,7 @@ POINT, POINTS, BOX = [450, 100], [[450, 100], [20.5, 3]], [10, 20, 300.25, 200]
 @pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 @pytest.mark.parametrize("count", [1, 2])
 def test_nesting_is_hfs(processor, hf, prompts, count):
-    """As the reference gives it for return_tensors="pt", for one image and for two."""
+    """Equals the reference with return_tensors="pt", for one image and for two."""
     images = [Image.fromarray(random_image(*size)) for size in [(300, 451), (200, 100)][:count]]
     prompts = {name: value * count for name, value in prompts.items()}
     expected = hf(images, return_tensors="pt", **prompts)
@@ -390,7 +390,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
         ],
         (
             {"input_points": [POINTS], "input_labels": [[1]]},
-            r"\[0\]\[0\] are 2 points, but their labels have shape \(1,\).*one label per point",
+            r"\[0\]\[0\] are 2 points, but their labels have shape \(1,\).*one label for each",
         ),
         (
             {"input_points": [[POINTS]], "input_labels": [[[[1, 0]]]]},
@@ -405,7 +405,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
             r"input_labels are for 2 images, but there are 1; expected them nested \[image\]",
         ),
         ({"input_points": [[[float("nan"), 3]]]}, r"not finite or too large: \[nan, 3.0\]$"),
-        ({"input_points": [[[float("inf"), 3]]]}, r"input_points\[0\]\[0\] hold .* not finite"),
+        ({"input_points": [[[float("inf"), 3]]]}, r"input_points\[0\]\[0\] have .* not finite"),
         ({"input_points": [[POINT]], "input_labels": [[None]]}, r"labels of .* \[None\]"),
         (
             {"input_points": POINT},
@@ -421,7 +421,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
         ({"input_boxes": [[BOX], [BOX]]}, "input_boxes are for 2 images, but there are 1"),
         (
             {"input_boxes": [[BOX, [30, 5, 10, 9]]]},
-            r"\[0\] hold \[30.0, 5.0, 10.0, 9.0\], expected x0, y0, x1, y1 with x0 <= x1",
+            r"\[0\] have \[30.0, 5.0, 10.0, 9.0\], expected x0, y0, x1, y1 with x0 <= x1",
         ),
         ({"input_boxes": [[[3, 9, 10, 5]]]}, "expected .*y0 <= y1"),
         ({"input_boxes": [BOX]}, r"input_boxes\[0\] have shape \(4,\), expected \(n, 4\)"),
@@ -429,7 +429,7 @@ def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
         ({"input_boxes": [[[BOX]]]}, r"have shape \(1, 1, 4\), expected \(n, 4\)"),
         ({"input_boxes": [[[1, 2, 3]]]}, r"have shape \(1, 3\), expected \(n, 4\)"),
         ({"input_boxes": [[BOX, [1, 2]]]}, r"input_boxes\[0\] are .*, expected numbers in lists"),
-        ({"input_boxes": [[[1, 2, 3, float("nan")]]]}, r"input_boxes\[0\] hold .* not finite"),
+        ({"input_boxes": [[[1, 2, 3, float("nan")]]]}, r"input_boxes\[0\] have .* not finite"),
         ({"input_boxes": [[]]}, "input_boxes are empty; leave them out"),
         (
             {"input_points": [[POINTS, POINTS]], "input_boxes": [[BOX]]},
@@ -589,7 +589,7 @@ def test_a_mask_becomes_logits_and_back(size, resize, image_size):
     ("mask", "message"),
     [
         (np.array([[0, 1, 2]]), "mask has the values .*for a map of labels give map == label"),
-        (np.array([[-3.5, 8.2]]), "of logits logits > 0"),
+        (np.array([[-3.5, 8.2]]), "for logits give logits > 0"),
         (np.zeros(4), r"shape \(4,\), expected \(h, w\)"),
         (np.zeros((60, 90, 1)), r"looks like \(h, w, channels\).*use mask\[..., 0\]"),
         (np.zeros((60, 90, 3), np.uint8), r"looks like \(h, w, channels\)"),

@@ -1,4 +1,4 @@
-"""What README.md tells to do in Python, done."""
+"""Runs README.md's Python code."""
 
 import re
 import runpy
@@ -43,7 +43,7 @@ def test_every_point_is_within_the_photo():
 
 
 def test_links():
-    """What README links to is there, places on its own page included."""
+    """README's links exist, including anchors on its own page."""
     text = README.read_text()
     titles = {
         re.sub(r"\W+", "-", t.lower()).strip("-") for t in re.findall(r"^#+ (.*)", text, re.M)
@@ -63,7 +63,7 @@ def test_everything(mobile_sam_file, tmp_path):
 
 
 def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):
-    """In one session, as one reads."""
+    """Runs the blocks in one session, in order."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) == 4
     Image.fromarray(skimage.data.astronaut()).save(tmp_path / "astronaut.png")

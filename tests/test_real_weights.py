@@ -86,7 +86,7 @@ def test_masks_of_real_photos(predictors, photo, kind, multimask):
 
 
 def test_point_finds_the_face(predictors):
-    """What a user sees: a click on the face gives the face, not the image or a speck."""
+    """A click on the face gives the face, not the whole image or a speck."""
     _, predictor = predictors
     predictor.set_image(skimage.data.astronaut())
     masks, scores, _ = predictor.predict([[225, 130]], [1])

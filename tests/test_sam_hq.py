@@ -303,7 +303,7 @@ def test_predictor_and_everything_mode(model):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_everything_mode_has_the_originals_masks(original, model):
-    """For each point the original has one mask, ours has that and two more."""
+    """The original has one mask per point; sam_jax has that and two more."""
     amg = import_reference("segment_anything_hq").automatic_mask_generator
     options = {"points_per_side": 4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
     options["box_nms_thresh"] = 1.0  # all stay

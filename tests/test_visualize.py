@@ -164,7 +164,7 @@ def drawn(axes):
 
 
 def test_the_module_chooses_no_backend():
-    """In notebooks as in scripts, that is for the caller."""
+    """That is up to the caller, in notebooks and in scripts."""
     program = (
         "import sys, sam_jax.visualize as v; v.show_box([0, 0, 1, 1], type('Axes', (), {"
         "'add_patch': print})()); assert 'matplotlib.pyplot' not in sys.modules"
@@ -210,7 +210,7 @@ def test_show_box(axes):
         (lambda axes: show_points([[1, 2]], [1, 0], axes), r"labels have shape \(2,\)"),
         (lambda axes: show_points([1, 2], [1], axes), r"coords have shape \(2,\)"),
         (lambda axes: show_box([[1, 2, 3, 4]], axes), r"box have shape \(1, 1, 4\)"),
-        (lambda axes: show_box([3, 2, 1, 4], axes), r"box hold \[3.0, 2.0, 1.0, 4.0\]"),
+        (lambda axes: show_box([3, 2, 1, 4], axes), r"box have \[3.0, 2.0, 1.0, 4.0\]"),
     ],
 )
 def test_axes_refuse_what_does_not_fit(axes, draw, message):

@@ -186,7 +186,7 @@ def test_a_batch_that_is_not_wanted_to_its_end_stops():
 
 
 def printed(program, **environment):
-    """What a process of its own prints, in which JAX is set otherwise."""
+    """The output of a separate process with other JAX settings."""
     environment |= {
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -351,7 +351,7 @@ def test_nothing_survives(options):
 
 
 def test_masks_at_a_limit():
-    """As Meta's: a predicted IoU must be larger, a stability as large."""
+    """As in Meta's code: a predicted IoU must be larger, a stability may be equal."""
     model = nnx.clone(small()[1])
     model.mask_decoder.iou_prediction_head.layers[-1].bias[...] += 5  # all above 0
 

@@ -42,7 +42,7 @@ def test_png_folders(run, expected, tmp_path):
 
 
 def test_coco(run, expected, tmp_path):
-    """What pycocotools, FiftyOne and CVAT expect."""
+    """The file has what pycocotools, FiftyOne and CVAT expect."""
     message, printed = run("--format", "coco", "--overlays")
     assert message is None
     masks = sum(map(len, expected.values()))
@@ -118,7 +118,7 @@ def test_small_and_empty_masks(photos, tmp_path):
 
 
 def test_all_parts_are_joined(run, photos, tmp_path):
-    """Those of earlier runs, too, with the ids that they had."""
+    """Also those of earlier runs, with the same ids."""
     run("--format", "coco", inputs=[photos / "wide.png", photos / "small.png"])
     file = tmp_path / "out/annotations.json"
     first = json.loads(file.read_text())

@@ -359,7 +359,7 @@ print(download.resolve("owner/toy") == folder)
 
 
 def test_the_real_hub_client_against_a_small_hub(tmp_path):
-    """In a process of its own: huggingface_hub reads its environment when it is imported."""
+    """In a separate process: huggingface_hub reads its environment when it is imported."""
     environment = {
         **os.environ,
         "HF_HOME": str(tmp_path / "hub"),

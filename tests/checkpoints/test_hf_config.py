@@ -52,7 +52,7 @@ def test_hf_round_trip(make):
 
 
 def hf_values(config: SamConfig) -> dict:
-    """As `transformers` understands our `config.json`, and writes it again."""
+    """`transformers` understands sam_jax's `config.json` and writes the same."""
     values = {name: part for name, part in to_hf(config).items() if name in PARTS}
     return transformers.SamConfig(**values).to_dict()
 

@@ -13,7 +13,7 @@ from sam_jax.checkpoints.params import param_shapes
 
 @pytest.mark.parametrize("small", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
 def test_round_trip_through_meta_names(small):
-    """By way of JAX arrays, as a model holds them: PyTorch's int64 comes back, too."""
+    """Through JAX arrays, as in a model: PyTorch's int64 is restored too."""
     tensors = state_dict(meta_sam(small))
     params = jax.tree.map(jnp.asarray, from_torch(tensors, small, param_shapes(small)))
     back = to_torch(params, small, "meta")

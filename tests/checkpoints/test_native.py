@@ -324,7 +324,7 @@ def test_a_link_to_a_folder_is_not_followed_out_of_the_check(tmp_path, saved):
 
 
 def test_linked_files_and_model_folders_load(tmp_path, saved, params):
-    """As the cache of a hub links them."""
+    """With links, as in the hub's cache."""
     shutil.copytree(saved, tmp_path / "blobs", copy_function=os.symlink)
     (tmp_path / "model").mkdir()
     for part in ("config.json", "params"):

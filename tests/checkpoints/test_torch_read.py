@@ -83,7 +83,7 @@ class Custom(dict):
 
 
 def other_objects():
-    """What training scripts save with the weights, by name."""
+    """Objects that training scripts save with the weights, by name."""
     model = torch.nn.Linear(2, 3)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3, 5])

@@ -31,7 +31,7 @@ def test_python_2(tmp_path):
 
 
 def test_a_number_of_megabytes_takes_no_longer(tmp_path):
-    """As the number of a storage's elements, which is multiplied, any number of times."""
+    """As a storage's number of elements, which is multiplied any number of times."""
     write_forged(tmp_path / "x", tensor_opcodes(0, (2,), (1,), claimed=1 << 2**23))
     with pytest.raises(CheckpointError, match="refers to data in an unknown way"):
         read_tensors(tmp_path / "x")

@@ -1,4 +1,4 @@
-"""What `sam-jax demo` says when it cannot serve; tests/demo tests what it serves."""
+"""The messages of `sam-jax demo` when it cannot serve; tests/demo tests what it serves."""
 
 import socket
 import sys

@@ -151,7 +151,7 @@ def test_one_that_cannot_be_written_does_not_stop_the_rest(run, photos, tmp_path
 
 @pytest.mark.parametrize("kind", ["png", "coco"])
 def test_a_full_disk_ends_the_run(run, tmp_path, monkeypatch, kind):
-    """With one line: every further image would fail, too."""
+    """With one line, since every later image would fail too."""
     write, written = Results.write, []
 
     def full(results, file, *others):

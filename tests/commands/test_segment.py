@@ -204,7 +204,7 @@ def test_gray_and_transparent_images(run, folder, tmp_path):
 
 
 def test_a_write_that_fails_leaves_no_half(run, tmp_path, monkeypatch):
-    """As on a full disk: the earlier run's files stay as they are."""
+    """Simulates a full disk: the earlier run's files stay as they are."""
     run("--point", "60,30", "--output", "out")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     save, saved = Image.Image.save, []

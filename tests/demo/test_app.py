@@ -1,4 +1,4 @@
-"""What the demo's server answers and refuses, asked over the network by a small model's page."""
+"""The answers and errors of the demo's server with a small model, over the network."""
 
 import contextlib
 import io
@@ -438,7 +438,7 @@ def test_one_address_cannot_fill_the_queue(small, photo, monkeypatch):
 
 
 def test_slow_uploads_end(small, photo):
-    """Those that are slower than a limit, though some of it always comes; others do not."""
+    """Uploads slower than the limit end, even if data keeps arriving; others do not."""
     limits = Limits(body_seconds=2, body_rate=20_000)
     with launched(small, limits, seconds=0.5) as site:
 
@@ -550,7 +550,7 @@ def test_uploads_that_leave_are_not_kept(small, photo, monkeypatch):
 
 
 def test_saving_holds_nobody_up(small, photo, monkeypatch):
-    """Not the images that others open; and each visitor saves one file at a time."""
+    """Saving does not delay images that others open; each visitor saves one file at a time."""
     running, may, original = threading.Event(), threading.Event(), session.full_mask
 
     def slow(*arguments):
@@ -593,7 +593,7 @@ def test_slow_events_end(small, photo):
 
 
 def test_idle_connections_end(small):
-    """Those that send nothing, half a head, or nothing more; and the oldest of too many."""
+    """Clients that send nothing, half a head, or nothing more are dropped, and the oldest ones."""
     with launched(small, seconds=0.5, most=5) as site, contextlib.ExitStack() as stack:
         whole = f"GET / HTTP/1.1\r\nHost: {site.split('/')[2]}\r\n\r\n"
         for text in ("", whole[:20], whole + whole[:20]):

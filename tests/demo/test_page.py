@@ -99,7 +99,7 @@ def replay(predictor, steps):
 
 
 def check(page, predictor, *places, labels=()):
-    """What is saved is what is shown, and what the predictor gives for the marks at these places.
+    """The saved files are what is shown, and what the predictor returns for these marks.
 
     Returns:
         The steps.
@@ -127,7 +127,7 @@ def check(page, predictor, *places, labels=()):
 
 
 def positions(page):
-    """Where the buttons are."""
+    """The positions of the buttons."""
     buttons = page.browser.find_elements(By.CSS_SELECTOR, "aside button, aside input:not([hidden])")
     return [button.rect for button in buttons]
 

@@ -1,4 +1,4 @@
-"""What the server's process does; test_app.py tests what it serves."""
+"""The server's process; test_app.py tests its answers."""
 
 import subprocess
 import sys

@@ -33,7 +33,7 @@ def source():
 
 
 def test_first_click_and_box_are_what_the_predictor_says(model, source):
-    """By hand, one object after the other."""
+    """Computed by hand, one object after the other."""
     predictor = SamPredictor(model)
     predictor.set_image(source[0]["image"])
     one, box = [], []

@@ -137,7 +137,7 @@ def test_jax_programs_in_bfloat16(tmp_path):
 
 @pytest.mark.slow
 def test_jax_programs_with_a_gradient(tmp_path):
-    """By every input, parameters included: the model's."""
+    """With respect to every input, parameters included, the gradients are the model's."""
     model = ours(meta_sam(SHALLOW), SHALLOW)
     export_jax(model, tmp_path / "out", platforms=["cpu"], vjp_order=1)
     encoder, decoder = (
@@ -173,7 +173,7 @@ def test_jax_programs_with_a_gradient(tmp_path):
 
 
 def test_jax_programs_without_a_gradient(jax_folder):
-    """What the documentation says that they do not do, unless asked for and ever."""
+    """The documented limits: gradients only on request, and no vmap."""
     encoder, (pixels,) = (
         program(jax_folder, "encoder"),
         random_arrays((1, *[SMALL.image_size] * 2, 3)),
@@ -192,7 +192,7 @@ def onnx_session(folder, name):
 
 
 def onnx_inputs(config, n, has_mask, size, seed=0):
-    """As Meta's decoder takes them, with coordinates in the resized image."""
+    """Inputs of Meta's decoder, with coordinates in the resized image."""
     grid, side = config.image_embedding_size, config.mask_size
     embedding, mask = random_arrays(
         (1, config.prompt_embed_dim, grid, grid), (1, 1, side, side), seed=seed
@@ -413,7 +413,7 @@ def test_nothing_is_overwritten(write, model, tmp_path):
 
 @pytest.mark.parametrize("write", [export_jax, export_onnx])
 def test_nothing_is_left_half_written(write, model, tmp_path, monkeypatch):
-    """As on a full disk: the settings come last."""
+    """Simulates a full disk: the settings come last."""
 
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
@@ -452,7 +452,7 @@ def test_refusals(tmp_path, unchecked, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL_TINY, SMALL], ids=["tiny_vit", "vit"])
 def test_sam_hq_and_tiny_vit(config, tmp_path):
-    """In both formats, an early layer's channels and all."""
+    """In both formats, including an early layer's channels."""
     model = Sam(dataclasses.replace(config, hq=True), rngs=nnx.Rngs(0))
     size = config.image_size
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)

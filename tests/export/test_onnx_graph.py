@@ -145,7 +145,7 @@ def test_constants_are_computed_and_kept_once(tmp_path):
 
 
 def test_constants_that_repeat_are_stored_once(tmp_path):
-    """By content, and one slice along each axis that an array repeats along, which -0 breaks."""
+    """Constants are stored by content, with one slice along repeating axes, which -0 breaks."""
     table, row, zeros = normal((3, 40, 40), 9), normal((1, 300), 8), np.zeros((300, 2), np.float32)
     zeros[7] = -0.0
 

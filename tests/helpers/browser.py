@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def process_environment(**others: str) -> dict[str, str]:
-    """As in the tests, so that what one process has compiled another need not; but optimized."""
+    """Shares the tests' compilation cache between processes, but with optimizations."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -126,7 +126,7 @@ class Page:
         return WebDriverWait(self.browser, 60, 0.02).until(lambda _: condition())
 
     def layer(self):
-        """Where the mask is, as it is shown."""
+        """The area of the mask as displayed."""
         url = self.find(".stage .mask").get_attribute("src")
         if not url:
             return None
@@ -181,7 +181,7 @@ class Page:
         self.run(_SIDE, str(points))
 
     def saved(self):
-        """What the two buttons save: the PNG's image and the JSON, and the names of the files."""
+        """The files that the two buttons save: the PNG's image, the JSON, and the file names."""
         self.front()
         files = []
         for kind in ("png", "json"):

@@ -41,7 +41,7 @@ def segmentation(record):
 
 
 def assert_same_records(actual, expected, exact=False):
-    """As many records, in the same order, of the same masks."""
+    """Checks that records have the same masks in the same order."""
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
         assert a.keys() == e.keys()
@@ -76,7 +76,7 @@ def as_on_a_gpu(**options):
 
 
 def found_in_an_image():
-    """Of a click, and of everything."""
+    """Results of a click and of everything mode."""
     image, predictor = random_image(70, 110), SamPredictor(small()[1])
     predictor.set_image(image)
     outputs = predictor.predict([[30, 40]], [1], return_logits=True)

@@ -1,4 +1,4 @@
-"""What tests do about a network that is not there."""
+"""How tests handle a missing network."""
 
 import contextlib
 import os

@@ -49,11 +49,11 @@ class Visitor:
             return client.post(path, headers=headers, **kind)
 
     def open(self, content: Any) -> dict:
-        """What the page is told of a file."""
+        """The server's answer to a file."""
         answer = self.post("open", content).json()
         self.session = answer.get("session", self.session)
         return answer
 
     def send(self, name: str, **numbers: Any) -> dict:
-        """What the page is told of an event."""
+        """The server's answer to an event."""
         return self.post(name, numbers).json()

@@ -131,7 +131,9 @@ def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
     with pytest.raises(ValueError, match=r"image_embeddings have shape .*channels last"):
         model(image_embeddings=last, input_points=POINTS)
     for points, labels in ((POINTS, LABELS), (jnp.asarray(POINTS), jnp.asarray(LABELS))):
-        with pytest.raises(ValueError, match=r"no end, .*join_prompts\(points, labels, boxes\)"):
+        with pytest.raises(
+            ValueError, match=r"lack the end .*join_prompts\(points, labels, boxes\)"
+        ):
             model.decode(last, points, labels)
     binary = (MASKS > 0).astype(np.float32)
     for masks in (MASKS > 0, binary, jnp.asarray(binary), binary.astype(int)):

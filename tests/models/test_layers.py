@@ -95,7 +95,7 @@ def test_gelu_is_exact():
 
 
 def test_gelu_of_bfloat16_is_computed_in_float32():
-    """Where 1 + erf would lose all digits."""
+    """For inputs where 1 + erf would lose all digits."""
     x = jnp.linspace(-4, -2, 50, dtype=jnp.bfloat16)
     actual, exact = gelu(x), gelu(x.astype(jnp.float32))
     assert actual.dtype == jnp.bfloat16

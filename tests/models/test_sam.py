@@ -121,7 +121,7 @@ def test_padded_points_change_nothing(model, embeddings, length, boxes):
 
 
 def test_ragged_points_equal_each_alone(model, embeddings):
-    """What Hugging Face's model gets wrong: there a padded point changes the result."""
+    """In Hugging Face's model, a padding point wrongly changes the result."""
     labels = LABELS.copy()
     labels[0, 1, 2:] = labels[1, 2, 1:] = -10
     together = model(image_embeddings=embeddings.numpy(), input_points=POINTS, input_labels=labels)

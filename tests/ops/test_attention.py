@@ -148,7 +148,7 @@ def test_flash_attention_lowers_for_cuda(implementation, grid, d):
 )
 @pytest.mark.usefixtures("nvidia")
 def test_cudnn_is_the_default_where_it_supports_the_inputs(dtype, grid, d, has_cudnn):
-    """By its support matrix, forward and backward; elsewhere no array holds a head's logits."""
+    """By cuDNN's support matrix, in both directions; elsewhere no array has a head's logits."""
     n = grid[0] * grid[1]
     q = jax.ShapeDtypeStruct((1, 2, n, d), dtype)
     tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, d), dtype) for size in grid)
@@ -161,7 +161,7 @@ def test_cudnn_is_the_default_where_it_supports_the_inputs(dtype, grid, d, has_c
 @pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
 @pytest.mark.parametrize("grid", [(14, 14), (24, 24)], ids=str)
 def test_gradients_of_queries_where_keys_have_a_mean(implementation, grid):
-    """As after a layer norm with a bias, and values that are much alike: `softmax` says why."""
+    """With inputs as after a layer norm with a bias, and similar values: see `softmax`."""
     q, k, v, tables = inputs(grid, d=16)
     arrays = q, k + 5, 1 + 0.05 * v, tables
 
@@ -181,7 +181,12 @@ def test_gradients_of_queries_where_keys_have_a_mean(implementation, grid):
     [
         (None, "bfloat16", (2, 2), "JAX has none here; leave it out, or name another"),
         ("9.0", "float32", (2, 2), "the model computes in float32; give it dtype=jnp.bfloat16"),
-        ("9.0", "bfloat16", (130, 130), "a grid of 130 x 130 makes the heads 272 wide, with 256"),
+        (
+            "9.0",
+            "bfloat16",
+            (130, 130),
+            "a grid of 130 x 130 makes the heads 272 wide, and the limit is 256",
+        ),
         (
             "8.9",
             "bfloat16",
@@ -228,7 +233,7 @@ def test_large_logits_stay_finite(implementation, dtype):
 
 @pytest.mark.parametrize(("grid", "rows"), [((64, 64), 8), ((14, 14), 14), ((7, 600), 1)])
 def test_chunks_divide_the_rows(grid, rows):
-    """By the logits that a chunk has: as many rows as have at most 512 queries."""
+    """Checks the size of a chunk's logits: as many rows as have at most 512 queries."""
     n = grid[0] * grid[1]
     arrays = [jax.ShapeDtypeStruct((1, 1, n, 8), jnp.float32)] * 3
     attend = lambda q, k, v: rel_pos_attention(q, k, v, None, grid, "chunked")  # noqa: E731
@@ -244,7 +249,7 @@ def test_unknown_implementation():
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_softmax_gradient_sums_to_zero(axis):
-    """Also where all that is weighted is nearly the same, as values after a layer norm are."""
+    """Also for values that are nearly the same, as after a layer norm."""
     logits = normal((300, 300), seed=1)
     similar = 1 + 1e-3 * normal((300, 300), seed=2)
     value, pullback = jax.vjp(lambda x: softmax(x, axis), logits)

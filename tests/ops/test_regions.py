@@ -51,7 +51,7 @@ def test_polygons(mask, parts):
 
 
 def test_a_cut_to_a_hole_lies_in_the_mask():
-    """So that a program that draws outlines draws it nowhere else, and only up and down."""
+    """Programs that draw outlines then draw it nowhere else, and only up and down."""
     mask = noise(3, (90, 120), 3)
     for polygon in mask_to_polygons(mask):
         points = np.reshape(polygon, (-1, 2))

@@ -15,7 +15,7 @@ IMAGE = '{"id": 1, "file_name": "i.png", "height": 3, "width": 4}'
     ("content", "message"),
     [
         ("[", "is not JSON"),
-        ("[" * 200, "is nested 200 deep"),
+        ("[" * 200, "is nested 200 levels deep"),
         ("[]", "is not a COCO instance file: it is [], expected an object"),
         ("null", "is not a COCO instance file: it is None, expected an object"),
         ('{"images": []}', "it has no annotations"),
@@ -63,8 +63,8 @@ FIRST = "image 10: annotation 1: "
             lambda i, a: a[0].update(image_id=5),
             "annotation 1: there is no image with the id 5",
         ),
-        (lambda i, a: a[0].update(id=2), "image 10: annotation 2: there are two annotations of"),
-        (lambda i, a: i.append({**i[1], "file_name": "x"}), "image 11: there are two images of"),
+        (lambda i, a: a[0].update(id=2), "image 10: annotation 2: there are two annotations with"),
+        (lambda i, a: i.append({**i[1], "file_name": "x"}), "image 11: there are two images with"),
         (lambda i, a: i[2].update(file_name="gone.png"), "gone.png is missing"),
     ],
 )

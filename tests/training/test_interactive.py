@@ -92,7 +92,7 @@ def test_schedule_is_the_papers():
 
 
 def test_box_and_point_are_as_likely(model, embedding):
-    """Where a loss is not the point's, it is of the box."""
+    """Losses that are not the point's are the box's."""
     keys = jax.random.split(jax.random.key(1), 8)
 
     @functools.partial(jax.jit, static_argnums=0)

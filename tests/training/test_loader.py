@@ -105,7 +105,7 @@ def test_worker_processes_change_nothing(coco):
 
 
 def test_the_order_does_not_depend_on_workers(many, monkeypatch):
-    """In this process, since others start slowly."""
+    """Runs in this process, since others start slowly."""
     monkeypatch.setattr(grain.IterDataset, "mp_prefetch", lambda dataset, *_, **__: dataset)
     whole, by_workers = (
         take(make_loader(many, PREPARE, batch_size=4, seed=3, workers=workers), 3)

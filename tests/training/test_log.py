@@ -50,7 +50,7 @@ def test_steps_done_again_have_one_line(tmp_path):
 
 
 def test_every_line_is_json(tmp_path):
-    """Also for what JSON cannot hold, and what a machine that lost power left."""
+    """Also for values that JSON lacks, and for what a power failure left."""
     log = write(tmp_path, [1])
     log.write(2, {"loss": float("nan"), "grad_norm": float("-inf"), "iou": None, "objects": 3})
     log.close()

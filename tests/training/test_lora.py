@@ -82,7 +82,7 @@ def test_unmerge_is_the_opposite(plain, adapted):
     expected = flat_params(adapted)
     for name, value in flat_params(back).items():
         np.testing.assert_allclose(value, expected[name], atol=1e-6)
-    with pytest.raises(ValueError, match="no adapters to take out"):
+    with pytest.raises(ValueError, match="no adapters to remove"):
         unmerge_lora(plain, plain)
     with pytest.raises(ValueError, match="which is not a plain linear layer of this model"):
         unmerge_lora(adapted, adapted)

@@ -105,7 +105,7 @@ def results(process):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """What one device came to, and eight of both kinds: in one process, which starts slowly."""
+    """Results of one device, and of eight with both kinds: in one process, which starts slowly."""
     runs = {"alone": ("data", 1), "data": ("data", 8), "fsdp": ("fsdp", 8)}
     found = results(start(folder, list(runs.values()), devices=8))
     return dict(zip(runs, found, strict=True))

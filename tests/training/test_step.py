@@ -359,7 +359,7 @@ def test_bfloat16_trains_float32_parameters(compilations):
 
 @pytest.mark.slow
 def test_a_loop_of_ones_own(model):
-    """Only the loss is taken from here."""
+    """Only the loss is used from here."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     tx = optax.adam(1e-3)
     opt_state = tx.init(params)
@@ -426,7 +426,7 @@ def test_what_needs_an_encoder_that_trains(model, options, given):
 
 
 def test_losses_are_of_the_recipe(model, monkeypatch):
-    """Also of what a step of one round hardly shows."""
+    """Also for options that hardly affect a step of one round."""
     given = {}
 
     def spy(*args, **options):
