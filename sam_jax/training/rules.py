@@ -10,7 +10,7 @@ path, and freezes it if the scale is `None` or nothing matches. Paths are those 
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from sam_jax.config import SamConfig, ViTConfig
-from sam_jax.models.sam import Sam
 
 Table = Sequence[tuple[str, float | None]]
 
@@ -54,7 +53,7 @@ class Rest(NamedTuple):
     """Frozen parameters, and buffers."""
 
 
-def partition(model: Sam, table: Table = EVERYTHING) -> tuple[PyTree, Rest]:
+def partition(model: nnx.Module, table: Table = EVERYTHING) -> tuple[PyTree, Rest]:
     """Splits a model into the parameters that train and the rest; `combine` joins them again.
 
     Differentiate with respect to the first only, so that gradients of frozen parameters and buffers
@@ -64,7 +63,8 @@ def partition(model: Sam, table: Table = EVERYTHING) -> tuple[PyTree, Rest]:
         gradients = jax.grad(lambda params: loss(combine(params, rest)))(params)
 
     Args:
-        model: it is not modified, and shares its arrays with the result.
+        model: a `Sam`, or another `nnx.Module`. It is not modified, and shares its arrays with the
+            result.
         table: which parameters train; see the top of this file.
 
     Raises:
@@ -94,7 +94,7 @@ def partition(model: Sam, table: Table = EVERYTHING) -> tuple[PyTree, Rest]:
     return params, Rest(graphdef, state)
 
 
-def combine(params: PyTree, rest: Rest) -> Sam:
+def combine(params: PyTree, rest: Rest) -> Any:
     """The model from the results of `partition`, or from updated parameters and the rest."""
     return nnx.merge(rest.graphdef, params, rest.state)
 
