@@ -211,7 +211,7 @@ def test_another_image_of_the_same_name(run, photos, tmp_path, kind):
     assert "is the result of a different image than" in message
     os.utime(photos / "tall.png", (1, 1))
     message, _ = run("--format", kind)
-    assert "or of what that was before it was changed; remove it" in message
+    assert "or of an earlier version of it; remove it" in message
     assert {p: p.read_bytes() for p in before} == before
 
 

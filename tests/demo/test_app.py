@@ -155,7 +155,7 @@ def raw(site, text, source="127.0.0.1"):
         ("point", b'{"x": NaN, "y": 1, "label": 1}', "X is nan, expected"),
         ("point", b'{"x": "\\ud800", "y": 1, "label": 1}', "X is '\\ud800', expected"),
         ("point", b'{"\xed\xa0\x80": 1}', "The request is {'\\ud800': 1}, expected"),
-        ("point", b"[" * 50_000, "The JSON text is nested 50000 deep, expected at most 100"),
+        ("point", b"[" * 50_000, "The JSON text is nested 50000 levels deep, expected at most 100"),
         ("point", b"no JSON", "The JSON text is not JSON"),
         ("point", b"", "The JSON text is not JSON"),
         ("point", b" " * 65537, "Expected at most 65536 bytes"),

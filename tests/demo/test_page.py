@@ -194,7 +194,7 @@ def test_page(browser, address, downloads, model, turned, plain):
     for name, message in (
         ("text.jpg", "The file is not an image of a known format"),
         ("many.png", "The image has 10000 x 6000 pixels, expected at most 50 million"),
-        ("large.jpg", "The file has 2.1 MB, expected at most 2"),
+        ("large.jpg", "The file has 2.1 MB; the limit is 2 MB"),
     ):
         page.find("#file").send_keys(str(downloads / name))
         page.wait(lambda message=message: message in page.told())

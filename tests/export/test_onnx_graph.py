@@ -182,7 +182,7 @@ def test_large_weights_have_a_file_of_their_own(tmp_path, monkeypatch):
             ),
             "indexing by arrays cannot be exported",
         ),
-        (lambda x: jax.lax.pad(x, 0.0, [(-1, 0, 0)] * 3), "pads cannot be exported"),
+        (lambda x: jax.lax.pad(x, 0.0, [(-1, 0, 0)] * 3), "padding cannot be exported"),
     ],
 )
 def test_what_is_unknown(function, message):
