@@ -40,6 +40,8 @@ from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.errors import CheckpointError, clip
 from sam_jax.files import atomic_write, read_json
 from sam_jax.models.sam import Sam
+from sam_jax.models.tiny_vit import TinyViT
+from sam_jax.models.vit import ImageEncoderViT
 from sam_jax.ops.attention import Implementation
 
 __all__ = [
@@ -102,8 +104,14 @@ def save_pretrained(model: Sam, path: str | os.PathLike) -> None:
         FileExistsError: if the path exists already.
         OSError: if the folder cannot be written, for example because the disk is full.
         CheckpointError: if the model has other parameters than its configuration says, such as
-            LoRA's adapters.
+            LoRA's adapters, or an image encoder of your own.
     """
+    encoder = model.image_encoder
+    if not isinstance(encoder, (ImageEncoderViT, TinyViT)):
+        raise CheckpointError(
+            f"the image encoder is a {type(encoder).__name__}, for which there is no format; save "
+            "nnx.state(model) with Orbax"
+        )
     params = flat_params(model)
     check_tensors(params, param_shapes(model.config))
     native.save(path, params, model.config)

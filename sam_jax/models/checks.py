@@ -78,13 +78,13 @@ def check_prompts(config: SamConfig, images: Any, prompts: Prompts) -> Prompts:
     if similarity is not None:
         heads, tokens_in_all, pixels = guidance_shape(config, tokens)
         shape = images, count, None, None, pixels
-        similarity = check_shape("attention_similarity", similarity, shape)
+        similarity = _check_floats("attention_similarity", similarity, shape)
         shape = images, count, heads, tokens_in_all, pixels
         similarity = check_broadcast("attention_similarity", similarity, shape)
     if target is not None:
         _, tokens_in_all, _ = guidance_shape(config, tokens)
         shape = images, count, None, config.prompt_embed_dim
-        target = check_shape("target_embedding", target, shape)
+        target = _check_floats("target_embedding", target, shape)
         target = check_broadcast("target_embedding", target, (*shape[:2], tokens_in_all, shape[3]))
     return Prompts(points, labels, masks, sparse, dense, similarity, target)
 

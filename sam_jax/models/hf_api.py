@@ -131,8 +131,8 @@ class HuggingFaceAPI(WithAdvice):
         Prompts in numpy arrays are padded to a power of two in number and in length, and so compile
         once per such size; JAX arrays are taken as they are, and so are prompts with PerSAM's two.
 
-        A call walks the module, which takes some 10 ms; in a loop call the functions
-        of `sam_jax.models.compiled` with the parts of one `nnx.split`, or use `SamPredictor`.
+        A call walks the module, which takes some 10 ms; in a loop use `SamPredictor`, or `jax.jit`
+        a function of your own that calls `encode_image` and `decode`.
 
         Raises:
             TypeError: if an argument is not an array.

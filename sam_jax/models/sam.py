@@ -126,18 +126,28 @@ class Sam(HuggingFaceAPI, nnx.Module):
             ValueError: for another shape, and for a `drop_path_rate` without a ViT or keys.
         """
         pixel_values = check_pixels(self.config, pixel_values)
+        if not (isinstance(remat, bool) or callable(remat)):
+            raise TypeError(f"remat is {remat!r}, expected a bool or a policy of jax.checkpoint")
         options: dict[str, Any] = {"remat": remat} if remat else {}
         if drop_path_rate:
             if isinstance(self.image_encoder, TinyViT) or keys is None:
                 raise ValueError(
                     f"drop_path_rate is {drop_path_rate}, which needs a ViT encoder and keys"
                 )
-            options |= {"drop_path_rate": drop_path_rate, "keys": keys}
+            if not 0 < drop_path_rate < 1:
+                raise ValueError(f"drop_path_rate is {drop_path_rate}, expected 0 to 1, without 1")
+            if keys.shape[:1] != pixel_values.shape[:1]:
+                raise ValueError(
+                    f"keys have shape {keys.shape}, expected one for each of the "
+                    f"{pixel_values.shape[0]} images; make them with jax.random.split(key, images)"
+                )
+            options["drop_path_rate"] = drop_path_rate
 
-        def encode(pixel_values, model, options):
-            return call_encoder(model.image_encoder, self.config, pixel_values, **options)
+        def encode(pixel_values, model, keys):
+            more = options if keys is None else {**options, "keys": keys}
+            return call_encoder(model.image_encoder, self.config, pixel_values, **more)
 
-        return _with_auto_axes(encode, pixel_values, self, options)
+        return _with_auto_axes(encode, pixel_values, self, keys if drop_path_rate else None)
 
     def decode(
         self,
@@ -167,7 +177,8 @@ class Sam(HuggingFaceAPI, nnx.Module):
                 lists. Points labeled -10 are padding and change nothing.
             masks: low-resolution logits, one per image or one per prompt.
             sparse_embeddings: prompt tokens of your own, such as learned ones. They follow those
-                of the points; without points they are the prompt.
+                of the points; without points they are the prompt. All are attended to, so leave
+                padding out.
             dense_embeddings: added to the image embeddings, instead of what the prompt encoder
                 makes of `masks`; one per image or one per prompt.
             multimask_output: three masks per prompt, or one; None for all four, the one first.
@@ -187,9 +198,14 @@ class Sam(HuggingFaceAPI, nnx.Module):
         """
         if hq_token_only and not self.config.hq:
             raise ValueError("hq_token_only is True, but the model is not a SAM-HQ")
-        if prompts_chunk_size is not None and prompts_chunk_size < 1:
+        if multimask_output not in (True, False, None):
+            raise ValueError(f"multimask_output is {multimask_output!r}, expected a bool or None")
+        if prompts_chunk_size is not None and (
+            not isinstance(prompts_chunk_size, int) or prompts_chunk_size < 1
+        ):
             raise ValueError(
-                f"prompts_chunk_size is {prompts_chunk_size}, expected at least 1, or None"
+                f"prompts_chunk_size is {prompts_chunk_size!r}, expected an integer of at least 1, "
+                "or None"
             )
         prompts = Prompts(
             points,
@@ -218,17 +234,24 @@ class Sam(HuggingFaceAPI, nnx.Module):
         """How much each token attends to each place of the image, in each block of the decoder.
 
         The tokens are the IoU token, the four mask tokens (the single mask's first), SAM-HQ's, and
-        the prompt's. Weights are float32 and sum to 1 over the grid.
+        the prompt's. Weights are float32 and sum to 1 over the grid. The last attention, after the
+        blocks, is not among them.
 
         Args:
             image_embeddings: as of `decode`.
             points: as of `decode`.
             labels: as of `decode`.
-            **prompts: those that `decode` takes by name.
+            **prompts: the other prompts of `decode`: masks, sparse_embeddings, dense_embeddings,
+                attention_similarity, target_embedding.
 
         Raises:
-            TypeError, ValueError: as `decode`.
+            TypeError, ValueError: as `decode`, and TypeError for other names.
         """
+        if unknown := sorted(set(prompts) - set(Prompts._fields)):
+            raise TypeError(
+                f"decoder_attention does not take {', '.join(unknown)}; it takes "
+                f"{', '.join(Prompts._fields)}"
+            )
         weights = self._run_decoder(
             image_embeddings, Prompts(points, labels, **prompts), return_attention=True
         )

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.idioms import WithAdvice
+from sam_jax.models.checks import check_shape
 from sam_jax.models.layers import (
     MLP,
     LayerNorm,
@@ -44,6 +45,7 @@ class ImageEncoderViT(WithAdvice, nnx.Module):
     ):
         vit, grid = config.image_encoder, config.image_embedding_size
         assert isinstance(vit, ViTConfig)
+        self.image_size = config.image_size
         self.patch_embed = PatchConv(3, vit.embed_dim, vit.patch_size, dtype=dtype, rngs=rngs)
         self.pos_embed = (
             nnx.Param(jnp.zeros((1, grid, grid, vit.embed_dim))) if vit.use_abs_pos else None
@@ -88,7 +90,8 @@ class ImageEncoderViT(WithAdvice, nnx.Module):
         So the input of `blocks[i]` is entry i, and `blocks[i].attention_weights` of it says what
         the block attends to.
         """
-        x = self.patch_embed(pixel_values)
+        size = self.image_size
+        x = self.patch_embed(check_shape("pixel_values", pixel_values, (None, size, size, 3)))
         if self.pos_embed is not None:
             x = x + self.pos_embed[...].astype(x.dtype)
         depth = len(self.blocks)

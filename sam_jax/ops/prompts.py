@@ -211,7 +211,7 @@ def check_joined(
     if (first.sum(-1) != second.sum(-1)).any():
         raise ValueError(
             "labels have one corner of a box (2 or 3) without the other; join_prompts(points, "
-            "labels, boxes) of sam_jax.ops.prompts makes both"
+            "labels, boxes) of sam_jax makes both"
         )
     if points is not None:
         check_values(None, None, np.concatenate([points[first], points[second]], -1), "points")
@@ -220,7 +220,7 @@ def check_joined(
     if (inside & ~ends).any():
         raise ValueError(
             "the points of a prompt lack the end that SAM expects: a point labeled -1, or a box's "
-            "corners; make them with sam_jax.ops.prompts.join_prompts(points, labels, boxes)"
+            "corners; make them with sam_jax.join_prompts(points, labels, boxes)"
         )
 
 

@@ -98,5 +98,16 @@ def _write(file: Path, embedding: np.ndarray) -> None:
 
 def _encoder_key(model: Sam) -> str:
     weights = {k: v for k, v in flat_params(model).items() if k.startswith("image_encoder.")}
-    settings = repr((model.config, model.dtype, type(model.image_encoder).__name__))
+    # An encoder of one's own has settings that the configuration does not know.
+    layers = [
+        (path, type(layer).__qualname__, _settings(layer))
+        for path, layer in nnx.iter_modules(model.image_encoder)
+    ]
+    settings = repr((model.config, model.dtype, layers))
     return hashlib.sha256(f"{settings} {params_sha256(weights)}".encode()).hexdigest()[:32]
+
+
+def _settings(layer: nnx.Module) -> list[tuple[str, object]]:
+    """A layer's settings, not its arrays and layers, as far as it can be compared between runs."""
+    plain = (bool, int, float, str, tuple)
+    return sorted((name, value) for name, value in vars(layer).items() if isinstance(value, plain))

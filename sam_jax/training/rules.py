@@ -95,8 +95,11 @@ def partition(model: nnx.Module, table: Table = EVERYTHING) -> tuple[PyTree, Res
 
 
 def combine(params: PyTree, rest: Rest) -> Any:
-    """The model from the results of `partition`, or from updated parameters and the rest."""
-    return nnx.merge(rest.graphdef, params, rest.state)
+    """The model from the results of `partition`, or from updated parameters and the rest.
+
+    It shares arrays with them, but no variables: what you assign to it changes nothing else.
+    """
+    return nnx.merge(rest.graphdef, params, rest.state, copy=True)
 
 
 def layer_decay(config: SamConfig, decay: float) -> Table:

@@ -90,6 +90,33 @@ BAD_POINTS = {
         {"attention_similarity": np.ones((2, 3, 4, 9, 144))},
         "attention_similarity has shape",
     ),
+    "boolean similarity": (
+        {"attention_similarity": np.ones((2, 3, 1, 1, 144), bool)},
+        "attention_similarity are bool, expected floats",
+    ),
+    "chunks": ({"prompts_chunk_size": "1"}, "prompts_chunk_size is '1', expected an integer"),
+    "kind of masks": ({"multimask_output": "one"}, "multimask_output is 'one', expected a bool"),
+    "no labels": ({"labels": None}, "points and labels belong together"),
+    "no prompts": ({"points": None, "labels": None}, "neither points nor sparse_embeddings"),
+    "tokens": (
+        {"sparse_embeddings": np.ones((2, 3, 4, 31), np.float32)},
+        r"sparse_embeddings have shape .*, expected \(2, 3, any, 32\)",
+    ),
+    "integer tokens": (
+        {"sparse_embeddings": np.ones((2, 3, 4, 32), int)},
+        "sparse_embeddings are int.*, expected floats",
+    ),
+    "dense": (
+        {"dense_embeddings": np.ones((2, 2, 12, 12, 32), np.float32)},
+        "dense_embeddings have shape .* one for each of its 3 prompts",
+    ),
+    "masks twice": (
+        {
+            "dense_embeddings": np.ones((2, 1, 12, 12, 32), np.float32),
+            "masks": np.ones((2, 1, 48, 48), np.float32) / 2,
+        },
+        "masks and dense_embeddings are both given",
+    ),
     "target": ({"target_embedding": np.ones((2, 1, 1, 32))}, "target_embedding have shape"),
 }
 
@@ -104,12 +131,14 @@ def test_what_join_prompts_would_not_give(model, kind):
     points, labels = join_prompts(POINTS, LABELS, None)
     right = {"image_embeddings": np.zeros((2, 12, 12, 32), np.float32)}
     right |= {"points": points, "labels": labels}
-    for arguments in (right | wrong, jax.tree.map(jnp.asarray, right | wrong)):
+    options = {name: value for name, value in wrong.items() if isinstance(value, str)}
+    arrays = {name: value for name, value in (right | wrong).items() if name not in options}
+    for arguments in (arrays, jax.tree.map(jnp.asarray, arrays)):
         with pytest.raises((TypeError, ValueError), match=message):
-            model.decode(**arguments)
+            model.decode(**arguments, **options)
     if kind not in VALUES:  # of which a trace knows nothing
         with pytest.raises((TypeError, ValueError), match=message):
-            jax.eval_shape(lambda arguments: model.decode(**arguments), right | wrong)
+            jax.eval_shape(lambda arguments: model.decode(**arguments, **options), arrays)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -143,3 +172,22 @@ def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
         model([{"image": torch.zeros(3, 96, 96)}])
     with pytest.warns(UserWarning, match=r"input_points have \(450, 20\), outside.*SamProcessor"):
         model(image_embeddings=embeddings.numpy()[:1], input_points=np.array([[[[450.0, 20]]]]))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_arguments_of_the_encoder_and_of_attention(model, pixels):
+    for encode in (model.encode_image, model.image_encoder.hidden_states):
+        with pytest.raises(ValueError, match=r"pixel_values .*one alone is array\[None\]"):
+            ValueError, match=r"pixel_values have shape .*one alone is array\[None\]"
+        ):
+            encode(pixels[0])
+    with pytest.raises(TypeError, match="pixel_values are uint8, expected floats, normalized"):
+        model.encode_image(pixels.astype(np.uint8))
+    with pytest.raises(TypeError, match="remat is 'yes', expected a bool or a policy"):
+        model.encode_image(pixels, remat="yes")
+    with pytest.raises(ValueError, match="drop_path_rate is 2, expected 0 to 1"):
+        model.encode_image(pixels, drop_path_rate=2, keys=jax.random.split(jax.random.key(0), 2))
+    with pytest.raises(ValueError, match="one for each of the 2 images"):
+        model.encode_image(pixels, drop_path_rate=0.1, keys=jax.random.key(0))
+    with pytest.raises(TypeError, match="decoder_attention does not take heads; it takes points"):
+        model.decoder_attention(np.zeros((2, 12, 12, 32), np.float32), heads=1)

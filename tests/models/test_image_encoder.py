@@ -5,7 +5,13 @@ import pytest
 from flax import nnx
 from reference import SMALL, assert_close, meta_sam, normal, ours
 
-from sam_jax import ImageEncoder, SamAutomaticMaskGenerator, SamPredictor
+from sam_jax import (
+    CheckpointError,
+    ImageEncoder,
+    SamAutomaticMaskGenerator,
+    SamPredictor,
+    save_pretrained,
+)
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 96, 3), np.uint8)
 
@@ -86,3 +92,10 @@ def test_remat_of_an_encoder_without_it(model):
     model.image_encoder = OneConv()
     with pytest.raises(TypeError, match=r"called with pixel_values, remat: .*'remat'"):
         jax.eval_shape(lambda x: model.encode_image(x, remat=True), normal((1, 96, 96, 3)))
+
+
+def test_there_is_no_format_for_it(model, tmp_path):
+    model.image_encoder = OneConv()
+    with pytest.raises(CheckpointError, match=r"is a OneConv, .* save nnx.state\(model\)"):
+        save_pretrained(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())

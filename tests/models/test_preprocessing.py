@@ -57,3 +57,7 @@ def test_not_an_image():
         preprocess(np.zeros((3, 20, 30)), SMALL)
     with pytest.raises(TypeError, match="images"):
         preprocess("photo.jpg", SMALL)
+    with pytest.raises(TypeError, match="images are complex64, expected numbers from 0 to 255"):
+        preprocess(np.zeros((20, 30, 3), np.complex64), SMALL)
+    with pytest.raises(TypeError, match="config is a str, expected a SamConfig"):
+        preprocess(np.zeros((20, 30, 3)), "mobile_sam")

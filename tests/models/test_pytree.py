@@ -62,6 +62,15 @@ def test_grad_of_what_trains(model, arrays, expected):
     assert jax.jit(scores_of)(combine(lower, rest), *arrays).sum() < expected.sum()
 
 
+def test_a_combined_model_shares_no_variables(model):
+    params, rest = partition(model)
+    combined = combine(params, rest)
+    before = jnp.array(model.mask_decoder.iou_token)
+    combined.mask_decoder.iou_token[...] += 1
+    for other in (model, combine(params, rest)):
+        np.testing.assert_array_equal(other.mask_decoder.iou_token, before)
+
+
 def test_vmap_over_two_models(model, arrays, expected):
     other = jax.tree.map(lambda x: 1.01 * x, model)
     both = jax.tree.map(lambda *x: jnp.stack(x), model, other)
@@ -113,6 +122,13 @@ def test_a_mesh_with_explicit_axes(model, arrays):
     found = jax.jit(scores_of).trace(model, *spread).out_info
     assert found.shape == (16, 1, 3)
     assert found.sharding.spec[0] == "data"
+
+    def total(pixels, model):
+        policy = jax.checkpoint_policies.dots_saveable
+        return model.encode_image(pixels, remat=policy).sum()
+
+    gradient = jax.jit(jax.grad(total)).trace(spread[0], model).out_info
+    assert gradient.sharding.spec[0] == "data"
 
 
 def test_pickle(model, arrays, expected):

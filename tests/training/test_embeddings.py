@@ -1,6 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from reference import SMALL, meta_sam, ours
 
 from sam_jax.config import with_preprocessing
@@ -77,3 +78,21 @@ def test_a_damaged_file(model, source, tmp_path):
         cached[0]
     again = CachedEmbeddings(source, model, folder=tmp_path)
     assert again[0]["image_embedding"].shape == cached[1]["image_embedding"].shape
+
+
+class Scaled(nnx.Module):
+    """An encoder of one's own, whose setting is not a parameter."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, pixel_values):
+        return self.scale * jnp.ones((len(pixel_values), 12, 12, 32))
+
+
+def test_settings_of_an_encoder_of_ones_own(model, source, tmp_path):
+    model = nnx.clone(model)
+    for scale in (1.0, 3.0):
+        model.image_encoder = Scaled(scale)
+        cached = CachedEmbeddings(source, model, folder=tmp_path)
+        assert (cached[0]["image_embedding"] == scale).all()
