@@ -146,7 +146,7 @@ def test_lite_medsam_is_not_verified(tmp_path):
 def test_our_own_folder_cannot_be_verified(tmp_path):
     torch.save(meta_sam(VIT).state_dict(), tmp_path / "sam.pth")
     to_ours(tmp_path / "sam.pth", tmp_path / "ours")
-    with pytest.raises(ValueError, match="a folder of sam_jax already"):
+    with pytest.raises(ValueError, match="is already a sam_jax folder"):
         to_ours(tmp_path / "ours", tmp_path / "copy", verify=True)
     assert not (tmp_path / "copy").exists()
 

@@ -428,7 +428,7 @@ NOWHERE = Path("cells"), Path("model"), Path("run")
             ("--remat",),
             "--remat requires a trained image encoder: --train lora or --train everything",
         ),
-        (("--train", "hq", "--drop-path-rate", "0.1"), "--drop-path-rate is for an image encoder"),
+        (("--train", "hq", "--drop-path-rate", "0.1"), "--drop-path-rate requires a trained"),
     ],
 )
 def test_options_that_cannot_be(options, message, monkeypatch):
@@ -484,7 +484,7 @@ def test_what_trains(model):
 )
 def test_images_that_come_again_are_encoded_once(cells, model, monkeypatch, options, cached):
     made = []
-    monkeypatch.setattr(finetune, "CachedEmbeddings", lambda s, *_: made.append(len(s)) or s)
+    monkeypatch.setattr(finetune, "CachedEmbeddings", lambda s, *_, **__: made.append(len(s)) or s)
     held_out = "--eval-annotations", cells / "test.json", "--eval-images", cells / "images"
     config = config_of(cells, model, Path("run"), *held_out, *options.split())
     opened = finetune.sources(config)

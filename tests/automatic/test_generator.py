@@ -204,7 +204,7 @@ from flax import nnx
 from jax.sharding import Mesh
 import everything as tests
 
-images = [tests.image(60 + 10 * i, 120 - 7 * i, i) for i in range(6)]
+images = [tests.random_image(60 + 10 * i, 120 - 7 * i, i) for i in range(6)]
 one = tests.generator(crop_n_layers=1)
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
 eight = tests.generator(crop_n_layers=1, mesh=mesh)
@@ -253,9 +253,9 @@ from sam_jax.training.lora import add_lora
 
 model = Sam(SMALL, rngs=nnx.Rngs(0))
 tiny = nnx.eval_shape(lambda: Sam(SMALL_TINY, rngs=nnx.Rngs(0)))
-adapted = add_lora(model, ".*qkv", 2, rngs=nnx.Rngs(0))
+adapted = add_lora(model, ".*qkv", rank=2, rngs=nnx.Rngs(0))
 new = {str(a.dtype) for m in (model, tiny, adapted) for a in jax.tree.leaves(nnx.split(m)[1])}
-print(json.dumps([jax.config.jax_enable_x64, sorted(new), tests.found_in_a_picture()]))
+print(json.dumps([jax.config.jax_enable_x64, sorted(new), tests.found_in_an_image()]))
 """
 
 
