@@ -32,10 +32,10 @@ def preprocess(
     """
     if not isinstance(config, SamConfig):
         raise TypeError(f"config is a {type(config).__name__}, expected a SamConfig: model.config")
-    images = as_array(images, "images")
-    if not jnp.isdtype(images.dtype, ("real floating", "integral")):
-        raise TypeError(f"images are {images.dtype}, expected numbers from 0 to 255")
-    images = to_device(images, jnp.float32)
+    given = as_array(images, "images")
+    if not jnp.isdtype(given.dtype, ("real floating", "integral")):
+        raise TypeError(f"images are {given.dtype}, expected numbers from 0 to 255")
+    images = to_device(given, jnp.float32)
     if images.ndim < 3 or images.shape[-1] != 3 or 0 in images.shape:
         raise ValueError(f"images have shape {images.shape}, expected (..., height, width, 3)")
     *batch, height, width, _ = images.shape

@@ -101,7 +101,8 @@ def _encoder_key(model: Sam) -> str:
     # An encoder of one's own has settings that the configuration does not know.
     layers = [
         (path, type(layer).__qualname__, _settings(layer))
-        for path, layer in nnx.iter_modules(model.image_encoder)
+        for path, layer in nnx.iter_modules(model)
+        if path[:1] == ("image_encoder",)
     ]
     settings = repr((model.config, model.dtype, layers))
     return hashlib.sha256(f"{settings} {params_sha256(weights)}".encode()).hexdigest()[:32]
