@@ -66,7 +66,7 @@ def test_prompts_at_once_change_nothing(model, embeddings, masks, chunk_sizes):
     for prompts_chunk_size in chunk_sizes:
         found = model.decode(*arguments, masks=masks, prompts_chunk_size=prompts_chunk_size)
         jax.tree.map(assert_close, found, expected)
-    with pytest.raises(ValueError, match="prompts_chunk_size is 0, expected an integer of at leas"):
+    with pytest.raises(ValueError, match="prompts_chunk_size is 0, expected an integer"):
         model.decode(*arguments, prompts_chunk_size=0)
 
 
