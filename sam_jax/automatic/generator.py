@@ -281,10 +281,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
             mine = jax.tree.map(lambda *parts: np.concatenate(parts), *mine)
             chosen.append(self._choose(crop, mine))
 
-        size, wanted = (
-            self._decode_batch_size,
-            [(masks.point, masks.mask_index) for masks in chosen],
-        )
+        size = self._decode_batch_size
+        wanted = [(masks.point, masks.mask_index) for masks in chosen]
         decoded = (
             decode(*state, points, **static) for points in self._batches(crops, wanted, size)
         )
