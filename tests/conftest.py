@@ -38,9 +38,9 @@ os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cach
 # all as users compile them. (XLA stops at a flag that it does not know: for versions that do.)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jax").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
-    )
+    # One module of LLVM's for each program: splitting it is for compilers with more than one core.
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("XLA_FLAGS", "")
 
 import jax

@@ -11,7 +11,7 @@ import pytest
 import torch
 from flax import nnx
 from PIL import Image
-from reference import SMALL
+from reference import SHALLOW, random_sam
 
 import sam_jax
 from sam_jax.training.rules import DECODER_ONLY, partition
@@ -24,14 +24,14 @@ THEIRS = r"\.cpu\(\)$|^from segment_anything|^sam_model_registry|^torch\."
 
 @pytest.fixture(scope="module")
 def model():
-    return sam_jax.Sam(SMALL, rngs=nnx.Rngs(0))
+    return random_sam(SHALLOW)
 
 
 @pytest.fixture(scope="module")
 def objects(model):
     """The names used in the rows, except for those that they define."""
     image = np.random.default_rng(0).integers(0, 256, (80, 96, 3), np.uint8)
-    processor = sam_jax.SamProcessor(SMALL)
+    processor = sam_jax.SamProcessor(SHALLOW)
     inputs = processor(image, input_points=[[[45, 60]]])
     everything = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
     return {
@@ -82,7 +82,7 @@ def test_the_page_has_rows():
 def test_row(idiom, here, objects, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "segment_anything", None)  # as if it were not installed
-    monkeypatch.setattr(sam_jax.processing, "load_config", lambda name: SMALL)
+    monkeypatch.setattr(sam_jax.processing, "load_config", lambda name: SHALLOW)
     objects["raw_image"].save("photo.jpg")
 
     def run(code):

@@ -9,12 +9,11 @@ import jax
 import numpy as np
 import pytest
 import tifffile
-from flax import nnx
 from image_files import DEEP, NARROWED, UNREAD, eps, write_deep
 from PIL import EpsImagePlugin, Image, ImageOps
-from reference import SMALL
+from reference import SHALLOW, random_sam
 
-from sam_jax import Sam, SamPredictor, SamProcessor, cli, pipeline
+from sam_jax import SamPredictor, SamProcessor, cli, pipeline
 from sam_jax.demo.session import open_image_file
 from sam_jax.image import FORMATS, load_image, read_stored
 from sam_jax.training.datasets import open_annotations
@@ -139,32 +138,32 @@ def train_on(path):
 
 
 def predict(**prompt):
-    predictor = SamPredictor(Sam(SMALL, rngs=nnx.Rngs(0)))
+    predictor = SamPredictor(random_sam(SHALLOW))
     predictor.set_image(np.zeros((9, 9, 3), np.uint8))
     predictor.predict(**prompt)
 
 
 ROUTES = {
     "load_image": load_image,
-    "processor": SamProcessor(SMALL),
-    "predictor": lambda image: SamPredictor(Sam(SMALL, rngs=nnx.Rngs(0))).set_image(image),
-    "pipeline": lambda image: pipeline(model=Sam(SMALL, rngs=nnx.Rngs(0)))(image),
+    "processor": SamProcessor(SHALLOW),
+    "predictor": lambda image: SamPredictor(random_sam(SHALLOW)).set_image(image),
+    "pipeline": lambda image: pipeline(model=random_sam(SHALLOW))(image),
     "overlay": lambda image: overlay(image, np.zeros((1, 9, 9), bool)),
-    "labels": lambda image: SamProcessor(SMALL)(
+    "labels": lambda image: SamProcessor(SHALLOW)(
         np.zeros((9, 9, 3), np.uint8), segmentation_maps=image
     ),
-    "mask": SamProcessor(SMALL).mask_to_logits,
+    "mask": SamProcessor(SHALLOW).mask_to_logits,
     "mask_input": lambda image: predict(mask_input=image),
     "mask_inputs": lambda image: predict(mask_input=[image]),
-    "nested": lambda image: SamProcessor(SMALL).mask_to_logits(collections.deque([(image,)])),
+    "nested": lambda image: SamProcessor(SHALLOW).mask_to_logits(collections.deque([(image,)])),
     "overlaid": lambda image: overlay(np.zeros((9, 9, 3), np.uint8), [image]),
-    "masks": lambda image: SamProcessor(SMALL).post_process_masks([image], [[9, 9]], [[9, 9]]),
-    "points": lambda image: SamProcessor(SMALL)(
+    "masks": lambda image: SamProcessor(SHALLOW).post_process_masks([image], [[9, 9]], [[9, 9]]),
+    "points": lambda image: SamProcessor(SHALLOW)(
         np.zeros((9, 9, 3), np.uint8), input_points=[[[image]]]
     ),
     "training": train_on,
     "command": lambda image: cli.segment(cli.Segment(image, point=["1,1"])),
-    "page": lambda image: open_image_file(Sam(SMALL, rngs=nnx.Rngs(0)), image.read_bytes()),
+    "page": lambda image: open_image_file(random_sam(SHALLOW), image.read_bytes()),
 }
 
 
@@ -295,4 +294,4 @@ def test_other_types_are_refused(value):
     with pytest.raises(TypeError, match=message):
         load_image(value)
     with pytest.raises(TypeError, match=r"the image is a .*, expected a PIL image"):
-        SamProcessor(SMALL)(value)
+        SamProcessor(SHALLOW)(value)

@@ -50,9 +50,12 @@ POINTS = {
 @pytest.mark.parametrize(
     ("kind", "multimask"),
     [
-        *((kind, True) for kind in ("point", "points", "box", "points_and_box")),
-        *((kind, True) for kind in ("mask", "mask_and_point", "everything")),
+        *((kind, True) for kind in ("point", "box", "everything")),
         ("box", False),
+        *(
+            pytest.param(kind, True, marks=pytest.mark.slow)
+            for kind in ("points", "points_and_box", "mask", "mask_and_point")
+        ),
     ],
 )
 def test_masks_of_real_photos(predictors, photo, kind, multimask):
@@ -151,6 +154,7 @@ def vit_h_onnx(tmp_path_factory):
     return session, embeddings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1], ids=["slick", "burn_scar"])
 @pytest.mark.parametrize("kind", ["point", "points_and_box", "mask"])
 def test_official_vit_h_decoder(predictors, vit_h_onnx, index, kind):

@@ -2,7 +2,7 @@ import pytest
 from everything import as_on_a_gpu, assert_same_records, generator, random_image
 
 
-@pytest.mark.parametrize("points_per_batch", [1, 7])
+@pytest.mark.parametrize("points_per_batch", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_points_per_batch_changes_nothing(points_per_batch):
     image = random_image(100, 75)
     expected = generator(points_per_side=5).generate(image)

@@ -6,7 +6,7 @@ import pytest
 from everything import random_image
 from image_files import write_deep
 from PIL import ExifTags, Image
-from reference import SMALL, hf_sam, mask_iou, ours
+from reference import SHALLOW, hf_sam, mask_iou, ours
 from torch_reference import hf_mask_generation
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
@@ -14,7 +14,7 @@ import sam_jax
 from sam_jax.automatic.hf_pipeline import pipeline
 
 HF = dataclasses.replace(
-    SMALL, mask_decoder=dataclasses.replace(SMALL.mask_decoder, layer_norm_eps=1e-6)
+    SHALLOW, mask_decoder=dataclasses.replace(SHALLOW.mask_decoder, layer_norm_eps=1e-6)
 )
 # Random weights: all masks pass.
 ALL = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_crop": 5}

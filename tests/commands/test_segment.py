@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from image_files import write_deep
 from PIL import Image
-from reference import SMALL, mask_iou, meta_sam, ours
+from reference import SHALLOW, mask_iou, meta_sam, ours
 from safetensors import SafetensorError
 
 import sam_jax
@@ -18,7 +18,7 @@ from sam_jax import cli, files
 
 @pytest.fixture(scope="module")
 def model():
-    return ours(meta_sam(SMALL), SMALL)
+    return ours(meta_sam(SHALLOW), SHALLOW)
 
 
 @pytest.fixture(scope="module")

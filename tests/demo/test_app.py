@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from reference import SMALL, meta_sam, ours
+from reference import SHALLOW, meta_sam, ours
 from visitor import Visitor, launched
 
 from sam_jax.demo import app, session
@@ -28,7 +28,7 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def small():
-    return ours(meta_sam(SMALL), SMALL)
+    return ours(meta_sam(SHALLOW), SHALLOW)
 
 
 @pytest.fixture(scope="module")

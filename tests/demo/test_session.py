@@ -9,7 +9,7 @@ import numpy as np
 import pycocotools.mask
 import pytest
 from PIL import Image
-from reference import SMALL, meta_sam, ours
+from reference import SHALLOW, meta_sam, ours
 
 from sam_jax import SamAutomaticMaskGenerator, SamPredictor
 from sam_jax.demo import session as demo
@@ -21,7 +21,7 @@ SIZE = (71, 113)
 
 @pytest.fixture(scope="module")
 def model():
-    return ours(meta_sam(SMALL), SMALL)
+    return ours(meta_sam(SHALLOW), SHALLOW)
 
 
 @pytest.fixture(scope="module")

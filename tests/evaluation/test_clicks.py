@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import scipy.ndimage
-from reference import SMALL, meta_sam, ours
+from reference import SHALLOW, meta_sam, ours
 
 from sam_jax import SamPredictor
 from sam_jax.evaluation.clicks import draw_clicks, evaluate, middle
@@ -21,7 +21,7 @@ def rectangle(x0, y0, x1, y1):
 
 @pytest.fixture(scope="module")
 def model():
-    return ours(meta_sam(SMALL), SMALL)
+    return ours(meta_sam(SHALLOW), SHALLOW)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pycocotools.mask
 import torch_reference
 from PIL import Image
-from reference import SMALL, mask_iou, meta_sam, ours
+from reference import SHALLOW, mask_iou, meta_sam, ours
 
 from sam_jax import SamAutomaticMaskGenerator, SamPredictor
 from sam_jax.automatic.device import chunk_sizes
@@ -26,8 +26,8 @@ def random_image(height, width, seed=0):
 # Random weights: every mask passes, and they are many, large, small and empty.
 @functools.cache
 def small():
-    sam = meta_sam(SMALL)
-    return sam, ours(sam, SMALL)
+    sam = meta_sam(SHALLOW)
+    return sam, ours(sam, SHALLOW)
 
 
 def segmentation(record):

@@ -5,7 +5,7 @@ import sys
 import pytest
 from everything import ALL, random_image
 from PIL import Image
-from reference import SMALL, meta_sam, ours
+from reference import SHALLOW, meta_sam, ours
 
 from sam_jax import cli, from_pretrained, save_pretrained
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
@@ -37,7 +37,7 @@ def record_of(mask):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "small"
-    save_pretrained(ours(meta_sam(SMALL), SMALL), path)
+    save_pretrained(ours(meta_sam(SHALLOW), SHALLOW), path)
     return path
 
 

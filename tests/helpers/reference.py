@@ -94,6 +94,24 @@ def ours(module: torch.nn.Module, config: SamConfig, **options):
     return build_model(params, config, **options)
 
 
+def random_sam(config: SamConfig):
+    """Our model with random weights, which need no reference.
+
+    By numpy: `Sam(config, rngs=...)` compiles a program for each shape.
+    """
+    rng = np.random.default_rng(0)
+    params = {}
+    for path, shape in param_shapes(config).items():
+        noise, kind = rng.normal(size=shape).astype(np.float32), path.rsplit(".", 1)[-1]
+        if kind == "kernel":
+            params[path] = noise / max(np.prod(shape[:-1]), 1) ** 0.5
+        elif kind in ("scale", "var"):
+            params[path] = np.abs(1 + 0.1 * noise)
+        else:
+            params[path] = 0.2 * noise
+    return build_model(params, config)
+
+
 def run(module, *args, method: str = "__call__"):
     """Calls a method of one of our modules, compiled."""
     graphdef, state = nnx.split(module)

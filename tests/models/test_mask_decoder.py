@@ -63,6 +63,11 @@ def test_scores_need_no_mask(pair):
     """The IoU head reads only one token: everything mode filters before it upscales."""
     _, decoder = pair
     outputs = output_slice(multimask_output=True)
-    iou_token, _, _ = decoder.run_transformer(EMBEDDING, PE, SPARSE, REAL, DENSE, outputs)
-    _, scores = decoder(EMBEDDING, PE, SPARSE, REAL, DENSE, multimask_output=True)
-    assert_close(decoder.predict_iou(iou_token)[outputs], scores)
+
+    @jax.jit
+    def both_scores(decoder, *inputs):
+        iou_token, _, _ = decoder.run_transformer(*inputs, outputs)
+        _, scores = decoder(*inputs, multimask_output=True)
+        return decoder.predict_iou(iou_token)[outputs], scores
+
+    assert_close(*both_scores(decoder, EMBEDDING, PE, SPARSE, REAL, DENSE))

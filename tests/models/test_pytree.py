@@ -9,16 +9,15 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
-from reference import SHALLOW, TINIEST, assert_close, normal
+from reference import SHALLOW, TINIEST, assert_close, normal, random_sam
 
 from sam_jax import combine, join_prompts, partition
-from sam_jax.models.sam import Sam
 from sam_jax.training import DECODER_ONLY
 
 
 @pytest.fixture(scope="module", params=[SHALLOW, TINIEST], ids=["vit", "tiny_vit"])
 def model(request):
-    return Sam(request.param, rngs=nnx.Rngs(0))
+    return random_sam(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def expected(model, arrays):
     return jax.jit(scores_of)(model, *arrays)
 
 
-# What is the same of both kinds, and compiles long.
+# What is the same for both kinds, and takes long to compile.
 VIT_ALONE = pytest.mark.parametrize("model", [SHALLOW], ids=["vit"], indirect=True)
 
 
@@ -48,6 +47,7 @@ def test_without_jit(model, arrays, expected):
     assert_close(scores_of(model, *arrays), expected)
 
 
+@pytest.mark.parametrize("model", [TINIEST], ids=["tiny_vit"], indirect=True)
 def test_grad_of_what_trains(model, arrays, expected):
     params, rest = partition(model, DECODER_ONLY)
 
@@ -71,6 +71,7 @@ def test_a_combined_model_shares_no_variables(model):
         np.testing.assert_array_equal(other.mask_decoder.iou_token, before)
 
 
+@VIT_ALONE
 def test_vmap_over_two_models(model, arrays, expected):
     other = jax.tree.map(lambda x: 1.01 * x, model)
     both = jax.tree.map(lambda *x: jnp.stack(x), model, other)

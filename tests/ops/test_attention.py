@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -12,6 +13,8 @@ import sam_jax.ops.attention
 from sam_jax.ops.attention import rel_pos_attention, relative_positions, softmax
 
 pytestmark = pytest.mark.optimized
+
+attend = jax.jit(rel_pos_attention, static_argnums=(4, 5))
 
 image_encoder = torch_reference.import_reference("segment_anything").modeling.image_encoder
 
@@ -44,19 +47,34 @@ def inputs(grid, d=8):
     return q, k, v, tables
 
 
+def refused(implementation, grid, dtype, d=8, positions=True):
+    """Traces attention to inputs of this dtype, for its errors."""
+    as_dtype = lambda x: jax.ShapeDtypeStruct(x.shape, dtype)  # noqa: E731
+    q, k, v, tables = jax.tree.map(as_dtype, inputs(grid, d))
+    call = functools.partial(rel_pos_attention, grid=grid, implementation=implementation)
+    jax.eval_shape(call, q, k, v, tables if positions else None)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
 @pytest.mark.parametrize("grid", [(7, 5), (5, 7), (1, 4), (48, 33)])
 def test_attention(implementation, grid):
     q, k, v, tables = inputs(grid)
-    actual = rel_pos_attention(q, k, v, tables, grid, implementation)
+    actual = attend(q, k, v, tables, grid, implementation)
     assert_close(actual, reference_attention(q, k, v, tables, grid))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
 def test_attention_without_positions(implementation):
     q, k, v, _ = inputs((6, 6))
-    actual = rel_pos_attention(q, k, v, None, (6, 6), implementation)
+    actual = attend(q, k, v, None, (6, 6), implementation)
     assert_close(actual, reference_attention(q, k, v, None, (6, 6)))
+
+
+def gradients(implementation, arrays, grid):
+    def total(*arrays):
+        return jnp.sum(jnp.sin(rel_pos_attention(*arrays, grid, implementation)))
+
+    return jax.jit(jax.grad(total, (0, 1, 2, 3)))(*arrays)
 
 
 @pytest.mark.parametrize("implementation", ["folded", "chunked"])
@@ -64,13 +82,7 @@ def test_gradients_agree(implementation):
     grid = (8, 6)
     arrays = inputs(grid)
 
-    def scalar(implementation):
-        return lambda q, k, v, tables: jnp.sum(
-            jnp.sin(rel_pos_attention(q, k, v, tables, grid, implementation))
-        )
-
-    expected = jax.grad(scalar("xla"), argnums=(0, 1, 2, 3))(*arrays)
-    actual = jax.grad(scalar(implementation), argnums=(0, 1, 2, 3))(*arrays)
+    expected, actual = gradients("xla", arrays, grid), gradients(implementation, arrays, grid)
     jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), actual, expected)
 
 
@@ -90,20 +102,12 @@ def cudnn_by_xla(monkeypatch):
 @pytest.mark.usefixtures("cudnn_by_xla")
 @pytest.mark.parametrize("grid", [(7, 5), (2, 4), (14, 14)])
 def test_what_cudnn_is_given(grid):
-    arrays = inputs(grid)
-    assert_close(rel_pos_attention(*arrays, grid, "cudnn"), reference_attention(*arrays, grid))
-    q, k, v, _ = arrays
-    assert_close(
-        rel_pos_attention(q, k, v, None, grid, "cudnn"), reference_attention(q, k, v, None, grid)
-    )
-
-    def gradients(implementation):
-        def total(*arrays):
-            return jnp.sum(jnp.sin(rel_pos_attention(*arrays, grid, implementation)))
-
-        return jax.jit(jax.grad(total, (0, 1, 2, 3)))(*arrays)
-
-    jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), gradients("cudnn"), gradients("xla"))
+    q, k, v, tables = inputs(grid)
+    for arrays in ((q, k, v, tables), (q, k, v, None)):
+        found, expected = attend(*arrays, grid, "cudnn"), reference_attention(*arrays, grid)
+        assert_close(found, expected)
+        found, expected = (gradients(name, arrays, grid) for name in ("cudnn", "xla"))
+        jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), found, expected)
 
 
 @pytest.mark.usefixtures("nvidia")
@@ -152,8 +156,8 @@ def test_cudnn_is_the_default_where_it_supports_the_inputs(dtype, grid, d, has_c
     n = grid[0] * grid[1]
     q = jax.ShapeDtypeStruct((1, 2, n, d), dtype)
     tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, d), dtype) for size in grid)
-    attend = jax.jit(lambda *arrays: rel_pos_attention(*arrays, grid))
-    text = lowered_for_cuda(attend, q, q, q, tables)
+    by_default = jax.jit(lambda *arrays: rel_pos_attention(*arrays, grid))
+    text = lowered_for_cuda(by_default, q, q, q, tables)
     assert flash_attentions(text) == ({"cudnn": (1, 0)} if has_cudnn else {})
     assert n == 14 * 14 or not re.search(rf"x{n}x{n}x", text)
 
@@ -198,9 +202,8 @@ def test_gradients_of_queries_where_keys_have_a_mean(implementation, grid):
 )
 def test_cudnn_says_what_it_needs(monkeypatch, gpu, dtype, grid, message):
     monkeypatch.setattr(sam_jax.ops.attention, "_nvidia_gpu", lambda: gpu)
-    arrays = jax.tree.map(lambda x: x.astype(dtype), inputs(grid))
     with pytest.raises(ValueError, match=rf"'cudnn', which needs an NVIDIA GPU .*{message}"):
-        rel_pos_attention(*arrays, grid, "cudnn")
+        refused("cudnn", grid, dtype)
 
 
 @pytest.mark.parametrize(
@@ -216,9 +219,8 @@ def test_cudnn_says_what_it_needs(monkeypatch, gpu, dtype, grid, message):
 )
 def test_pallas_says_what_it_needs(monkeypatch, gpu, dtype, grid, d, message):
     monkeypatch.setattr(sam_jax.ops.attention, "_nvidia_gpu", lambda: gpu)
-    q, k, v, tables = jax.tree.map(lambda x: x.astype(dtype), inputs(grid, d or 16))
     with pytest.raises(ValueError, match=rf"'pallas', which needs an NVIDIA GPU .*{message}"):
-        rel_pos_attention(q, k, v, tables if d else None, grid, "pallas")
+        refused("pallas", grid, dtype, d or 16, positions=d is not None)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -226,7 +228,7 @@ def test_pallas_says_what_it_needs(monkeypatch, gpu, dtype, grid, d, message):
 def test_large_logits_stay_finite(implementation, dtype):
     q, k, v, tables = inputs((6, 6))
     arrays = jax.tree.map(lambda x: x.astype(dtype), (100 * q, k, v, tables))
-    out = rel_pos_attention(*arrays, (6, 6), implementation)
+    out = attend(*arrays, (6, 6), implementation)
     assert out.dtype == dtype
     assert np.isfinite(np.asarray(out, np.float32)).all()
 
@@ -236,8 +238,8 @@ def test_chunks_divide_the_rows(grid, rows):
     """Checks the size of a chunk's logits: as many rows as have at most 512 queries."""
     n = grid[0] * grid[1]
     arrays = [jax.ShapeDtypeStruct((1, 1, n, 8), jnp.float32)] * 3
-    attend = lambda q, k, v: rel_pos_attention(q, k, v, None, grid, "chunked")  # noqa: E731
-    assert f"f32[{rows * grid[1]},{n}]" in str(jax.make_jaxpr(attend)(*arrays))
+    jaxpr = jax.make_jaxpr(rel_pos_attention, static_argnums=(4, 5))(*arrays, None, grid, "chunked")
+    assert f"f32[{rows * grid[1]},{n}]" in str(jaxpr)
 
 
 def test_unknown_implementation():

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference import SMALL, meta_sam, ours
+from reference import SHALLOW, meta_sam, ours
 
 from sam_jax.config import with_preprocessing
 from sam_jax.predictor import SamPredictor
@@ -12,7 +12,7 @@ from sam_jax.training.transform import ExampleTransform
 
 @pytest.fixture(scope="module")
 def model():
-    return ours(meta_sam(SMALL), SMALL)
+    return ours(meta_sam(SHALLOW), SHALLOW)
 
 
 @pytest.fixture
@@ -34,12 +34,12 @@ def test_embeddings_are_the_models(model, source, tmp_path):
         predictor.set_image(source[i]["image"])
         expected = np.moveaxis(predictor.get_image_embedding()[0], 0, -1)
         np.testing.assert_array_equal(cached[i]["image_embedding"], expected)
-    prepared = ExampleTransform(SMALL, 1, target_size=SMALL.mask_size)(
+    prepared = ExampleTransform(SHALLOW, 1, target_size=SHALLOW.mask_size)(
         cached[0], np.random.default_rng(0)
     )
     assert "pixel_values" not in prepared
     with pytest.raises(ValueError, match="embedding is cached cannot be augmented"):
-        ExampleTransform(SMALL, 1, target_size=SMALL.mask_size, flip=0.5)(
+        ExampleTransform(SHALLOW, 1, target_size=SHALLOW.mask_size, flip=0.5)(
             cached[0], np.random.default_rng(0)
         )
 
@@ -61,12 +61,12 @@ def test_nothing_stale_is_found(model, source, tmp_path):
     cached = CachedEmbeddings(source, model, folder=tmp_path)
     assert len(files(tmp_path)) == 4
     assert not np.array_equal(cached[0]["image_embedding"], old)
-    other = CachedEmbeddings(source, ours(meta_sam(SMALL, seed=1), SMALL), folder=tmp_path)
+    other = CachedEmbeddings(source, ours(meta_sam(SHALLOW, seed=1), SHALLOW), folder=tmp_path)
     assert len(files(tmp_path)) == 7
     assert not np.array_equal(other[1]["image_embedding"], cached[1]["image_embedding"])
-    CachedEmbeddings(source, ours(meta_sam(SMALL), SMALL, dtype=jnp.bfloat16), folder=tmp_path)
+    CachedEmbeddings(source, ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16), folder=tmp_path)
     assert len(files(tmp_path)) == 10
-    medsam = ours(meta_sam(SMALL), with_preprocessing(SMALL, "medsam"))
+    medsam = ours(meta_sam(SHALLOW), with_preprocessing(SHALLOW, "medsam"))
     assert CachedEmbeddings([], medsam, folder=tmp_path).folder != cached.folder
 
 

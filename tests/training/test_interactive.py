@@ -41,7 +41,6 @@ def step_by_step(model, embedding, target, key, rounds, is_box):
     else:
         prompt = [(point, 1), (np.zeros(2, np.float32), -1)]
 
-    # Compiled once for every number of points, not operation by operation.
     @functools.partial(jax.jit, static_argnames="multimask_output")
     def one_round(points, labels, previous, step, multimask_output):
         masks, scores = model.decode(
@@ -55,7 +54,8 @@ def step_by_step(model, embedding, target, key, rounds, is_box):
 
     brings_click, previous, losses = np.asarray(click_schedule(idle, rounds)), None, []
     for step in range(rounds):
-        points, labels = (np.array(x)[None, None] for x in zip(*prompt, strict=True))
+        padding = [(np.zeros(2, np.float32), -10)] * (2 + rounds - len(prompt))  # one program
+        points, labels = (np.array(x)[None, None] for x in zip(*prompt, *padding, strict=True))
         loss, previous, (point, label) = one_round(
             points, labels, previous, step, multimask_output=step == 0 and not is_box
         )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference import SMALL, meta_sam, normal, ours
+from reference import SHALLOW, meta_sam, normal, ours
 
 from sam_jax.checkpoints import save_pretrained
 from sam_jax.checkpoints.params import flat_params
@@ -21,7 +21,7 @@ PATTERN = r"(image_encoder|mask_decoder)\..*\.(qkv|proj|q_proj|k_proj|v_proj|out
 
 @pytest.fixture(scope="module")
 def plain():
-    return ours(meta_sam(SMALL), SMALL)
+    return ours(meta_sam(SHALLOW), SHALLOW)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def adapted(plain):
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(graphdef, state):
-    pixels = normal((1, SMALL.image_size, SMALL.image_size, 3))
+    pixels = normal((1, SHALLOW.image_size, SHALLOW.image_size, 3))
     points = jnp.array([[[[30.0, 40], [0, 0]], [[10, 20], [50, 60]]]])
     labels = jnp.array([[[1, -1], [2, 3]]])
     sam = nnx.merge(graphdef, state)
@@ -112,7 +112,7 @@ def test_only_adapters_train(plain):
     tx = adamw(1e-2, LORA_ONLY)
     state = init_state(trained, tx)
     step = compile_step(state, tx, recipe=TrainConfig())
-    size, side = SMALL.image_size, SMALL.mask_size
+    size, side = SHALLOW.image_size, SHALLOW.mask_size
     batch = {
         "pixel_values": np.asarray(normal((1, size, size, 3))),
         "masks": np.arange(side * side).reshape(1, 1, side, side) % 7 == 0,
