@@ -113,17 +113,16 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-@pytest.fixture(params=["cpu", "other"])
-def platform(request, monkeypatch):
+@pytest.fixture(scope="module", params=["cpu", "other"])
+def platform(request):
     """Programs for another platform run on the CPU."""
     if request.param == "cpu":
         yield
         return
     jax.clear_caches()
-    monkeypatch.setattr(
-        jax.lax, "platform_dependent", lambda *arrays, default, **_: default(*arrays)
-    )
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, **_: default(*arrays))
+        yield
     jax.clear_caches()
 
 

@@ -301,6 +301,7 @@ def test_predictor_and_everything_mode(model):
         assert (masks[which] != record["segmentation"]).mean() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_everything_mode_has_the_originals_masks(original, model):
     """The original has one mask per point; sam_jax has that and two more."""

@@ -36,15 +36,18 @@ from sam_jax.models.compiled import encode_image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
+# Both kinds of the encoder's blocks, one of the decoder's.
+CONFIG = dataclasses.replace(SMALL, mask_decoder=SHALLOW.mask_decoder)
+
 
 @pytest.fixture(scope="module")
 def torch_sam():
-    return meta_sam(SMALL)
+    return meta_sam(CONFIG)
 
 
 @pytest.fixture(scope="module")
 def model(torch_sam):
-    return ours(torch_sam, SMALL)
+    return ours(torch_sam, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def photo(tmp_path_factory):
 
 def random_prompts(b, p, n, seed=0):
     rng = np.random.default_rng(seed)
-    points = rng.uniform(0, SMALL.image_size, (b, p, n, 2)).astype(np.float32)
+    points = rng.uniform(0, CONFIG.image_size, (b, p, n, 2)).astype(np.float32)
     return points, rng.choice([-10, -1, 0, 1, 2, 3], (b, p, n)).astype(np.int32)
 
 
@@ -91,7 +94,7 @@ def program(folder, name):
 
 
 def test_jax_encoder(jax_folder, model):
-    size = SMALL.image_size
+    size = CONFIG.image_size
     for b in (1, 3):
         (pixels,) = random_arrays((b, size, size, 3))
         graphdef, state = nnx.split(model)
@@ -100,9 +103,9 @@ def test_jax_encoder(jax_folder, model):
 
 @pytest.mark.parametrize(("b", "p", "n", "with_masks"), [(2, 3, 2, False), (1, 2, 13, True)])
 def test_jax_decoder(jax_folder, model, b, p, n, with_masks):
-    grid, side = SMALL.image_embedding_size, SMALL.mask_size
+    grid, side = CONFIG.image_embedding_size, CONFIG.mask_size
     embeddings, masks = random_arrays(
-        (b, grid, grid, SMALL.prompt_embed_dim), (b, p, side, side), seed=n
+        (b, grid, grid, CONFIG.prompt_embed_dim), (b, p, side, side), seed=n
     )
     points, labels = random_prompts(b, p, n)
     arrays = (embeddings, points, labels, *([masks] if with_masks else []))
@@ -176,7 +179,7 @@ def test_jax_programs_without_a_gradient(jax_folder):
     """The documented limits: gradients only on request, and no vmap."""
     encoder, (pixels,) = (
         program(jax_folder, "encoder"),
-        random_arrays((1, *[SMALL.image_size] * 2, 3)),
+        random_arrays((1, *[CONFIG.image_size] * 2, 3)),
     )
     with pytest.raises(ValueError, match="No VJP is available"):
         jax.grad(lambda pixels: encoder(pixels).sum())(pixels)
@@ -226,7 +229,7 @@ def test_onnx_decoder(torch_sam, model, onnx_folder, single_mask, tmp_path):
     session = onnx_session(folder, "decoder")
     reference = meta_onnx_model(torch_sam, single_mask)
     for n, size in zip((1, 2, 3, 17), SIZES, strict=True):
-        inputs = onnx_inputs(SMALL, n, has_mask=n % 2, size=size, seed=n)
+        inputs = onnx_inputs(CONFIG, n, has_mask=n % 2, size=size, seed=n)
         assert [x.name for x in session.get_inputs()] == list(inputs)
         assert [x.name for x in session.get_outputs()] == NAMES
         outputs = session.run(None, inputs)
@@ -369,8 +372,8 @@ def test_command(saved, tmp_path, capsys):
     config = json.loads((out / "config.json").read_text())
     assert config["platforms"] == ["cpu"]
     assert config["dtype"] == "bfloat16"
-    assert config["image_size"] == SMALL.image_size
-    assert config["mask_size"] == SMALL.mask_size
+    assert config["image_size"] == CONFIG.image_size
+    assert config["mask_size"] == CONFIG.mask_size
     assert config["vjp_order"] == 0
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference import SMALL, assert_close, meta_sam, normal, ours
+from reference import SHALLOW, assert_close, meta_sam, normal, ours
 
 from sam_jax import (
     CheckpointError,
@@ -28,7 +28,7 @@ class OneConv(nnx.Module):
 
 @pytest.fixture
 def model():
-    return ours(meta_sam(SMALL), SMALL)
+    return ours(meta_sam(SHALLOW), SHALLOW)
 
 
 def test_an_encoder_of_ones_own(model):

@@ -82,7 +82,7 @@ def test_vmap_over_two_models(model, arrays, expected):
 
 @VIT_ALONE
 def test_a_donated_step(model, arrays):
-    params, rest = partition(jax.tree.map(jnp.array, model))
+    params, rest = partition(jax.tree.map(jnp.array, model), DECODER_ONLY)
     optimizer = optax.sgd(1e-3)
 
     def step(params, state, rest):

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch_reference
 from flax import nnx
-from prompts import BOXES, LABELS, MASKS, POINTS, PROMPTS
+from prompts import BOXES, LABELS, MASKS, POINTS, PROMPTS, SMALL_HF
 from reference import (
+    SHALLOW,
     SMALL,
     SMALL_TINY,
     assert_close,
@@ -20,6 +21,7 @@ from reference import (
     meta_sam,
     normal,
     ours,
+    random_sam,
     tensor,
     to_torch,
     torch_encode,
@@ -27,12 +29,18 @@ from reference import (
 
 import sam_jax.config
 from sam_jax.checkpoints.names import torch_name
-from sam_jax.checkpoints.params import build_model, flat_params
+from sam_jax.checkpoints.params import abstract_model, build_model, flat_params
 from sam_jax.models import compiled as sam_module
 from sam_jax.models import two_way_transformer
 from sam_jax.models.layers import Buffer
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import join_prompts
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One block: whole models are compared with the reference in test_hf_api.py."""
+    return random_sam(SHALLOW)
 
 
 def test_mask_per_prompt(model, embeddings):
@@ -176,7 +184,7 @@ def test_embeddings_in_the_place_of_prompts(model, embeddings, masks):
     assert not np.allclose(found.masks, expected.masks)
 
 
-def test_decoder_attention(hf, model, embeddings):
+def test_decoder_attention(hf, embeddings):
     """How tokens attend to the image in both blocks, as in the reference computed eagerly."""
     hf.set_attn_implementation("eager")
     weights = []
@@ -188,6 +196,7 @@ def test_decoder_attention(hf, model, embeddings):
         input_labels=torch.tensor(LABELS[:, :2]),
     )
     prompts = map(jnp.asarray, join_prompts(POINTS[:, :2], LABELS[:, :2], None))
+    model = ours(hf, SMALL_HF)
     found = model.decoder_attention(jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1), *prompts)
     expected = torch.stack(weights).reshape(2, 2, 2, *weights[0].shape[1:-1], 12, 12)
     assert_close(found, expected.permute(1, 2, 0, 3, 4, 5, 6))
@@ -232,8 +241,7 @@ def test_epsilons_of_norms_are_the_references(name):
             reference = models[name]()
     else:
         reference = torch_reference.meta_sam(config)
-    model = nnx.eval_shape(lambda: Sam(config, rngs=nnx.Rngs(0)))
-    assert_same_epsilons(model, reference)
+    assert_same_epsilons(abstract_model(config), reference)
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
