@@ -294,7 +294,7 @@ class SamConfig(WithAdvice):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values; `from_dict` is the inverse."""
-        kind = "vit" if isinstance(self.image_encoder, ViTConfig) else "tiny_vit"
+        (kind,) = (name for name, part in _ENCODERS.items() if type(self.image_encoder) is part)
         return {"model_type": "sam_jax", "image_encoder_type": kind, **dataclasses.asdict(self)}
 
     @classmethod

@@ -39,9 +39,7 @@ from sam_jax.checkpoints.torch_write import write_torch
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.errors import CheckpointError, clip
 from sam_jax.files import atomic_write, read_json
-from sam_jax.models.sam import Sam
-from sam_jax.models.tiny_vit import TinyViT
-from sam_jax.models.vit import ImageEncoderViT
+from sam_jax.models.sam import ENCODERS, Sam
 from sam_jax.ops.attention import Implementation
 
 __all__ = [
@@ -107,7 +105,7 @@ def save_pretrained(model: Sam, path: str | os.PathLike) -> None:
             LoRA's adapters, or an image encoder of your own.
     """
     encoder = model.image_encoder
-    if not isinstance(encoder, (ImageEncoderViT, TinyViT)):
+    if not isinstance(encoder, tuple(ENCODERS.values())):
         raise CheckpointError(
             f"the image encoder is a {type(encoder).__name__}, for which there is no format; save "
             "nnx.state(model) with Orbax"

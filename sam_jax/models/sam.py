@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from sam_jax.arrays import Device
-from sam_jax.config import SamConfig, ViTConfig
+from sam_jax.config import SamConfig, TinyViTConfig, ViTConfig
 from sam_jax.models.checks import Prompts, check_embeddings, check_pixels, check_prompts
 from sam_jax.models.compiled import fastest_chunk_size
 from sam_jax.models.hf_api import HuggingFaceAPI
@@ -33,6 +33,8 @@ from sam_jax.models.prompt_encoder import PromptEncoder
 from sam_jax.models.tiny_vit import TinyViT
 from sam_jax.models.vit import ImageEncoderViT
 from sam_jax.ops.attention import Implementation, check_implementation
+
+ENCODERS = {ViTConfig: ImageEncoderViT, TinyViTConfig: TinyViT}
 
 
 class Decoded(NamedTuple):
@@ -70,17 +72,8 @@ class Sam(HuggingFaceAPI, nnx.Module):
         self.image_encoder: ImageEncoder
         # Initializers give the widest floats that JAX is set to.
         with jax.enable_x64(False):
-            if isinstance(config.image_encoder, ViTConfig):
-                self.image_encoder = ImageEncoderViT(
-                    config, dtype=dtype, attention=attention, rngs=rngs
-                )
-            elif attention is not None:
-                raise ValueError(
-                    f"attention is {attention!r}, but TinyViT (MobileSAM) computes its attention "
-                    "in one way only; leave it out"
-                )
-            else:
-                self.image_encoder = TinyViT(config, dtype=dtype, rngs=rngs)
+            encoder = ENCODERS[type(config.image_encoder)]
+            self.image_encoder = encoder(config, dtype=dtype, attention=attention, rngs=rngs)
             self.prompt_encoder = PromptEncoder(config, dtype=dtype, rngs=rngs)
             self.mask_decoder = MaskDecoder(config, dtype=dtype, rngs=rngs)
         self.config = config

@@ -27,7 +27,7 @@ from sam_jax.models.layers import (
     join_windows,
     partition_windows,
 )
-from sam_jax.ops.attention import softmax
+from sam_jax.ops.attention import Implementation, softmax
 
 _EPS = 1e-5  # of layer norms outside the neck: PyTorch's default
 
@@ -39,7 +39,19 @@ class TinyViT(WithAdvice, nnx.Module):
     use for them; they are kept where the checkpoint holds them, as MobileSAM's does.
     """
 
-    def __init__(self, config: SamConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: SamConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        attention: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if attention is not None:
+            raise ValueError(
+                f"attention is {attention!r}, but TinyViT (MobileSAM) computes its attention in "
+                "one way only; leave it out"
+            )
         tiny = config.image_encoder
         assert isinstance(tiny, TinyViTConfig)
         dims = tiny.embed_dims

@@ -29,7 +29,11 @@ _SHOWN = 10  # bad entries listed in a message
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Examples by index."""
+    """Examples by index.
+
+    An example has an `image`, uint8 [h, w, 3], and `masks`, bool [n, h, w] or `LazyMasks`, one for
+    each object. A method `image_id(index)`, if there is one, names the image in messages.
+    """
 
     def __len__(self) -> int: ...
 
