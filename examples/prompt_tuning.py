@@ -23,7 +23,7 @@ from sam_jax import Sam, SamProcessor, from_pretrained, join_prompts
 
 TOKENS = 4
 CELLS = 8  # of each image, since all images have as many
-OPTIMIZER = optax.adam(1e-2)
+OPTIMIZER = optax.adam(0.1)
 
 
 class Cells(NamedTuple):
@@ -109,7 +109,7 @@ def tune(model: Sam, cells: Cells, key: jax.Array, steps: int) -> tuple[jax.Arra
     return tokens, losses
 
 
-def main(output: Path = Path("prompt_tuning.png"), train: int = 8, steps: int = 60) -> list[float]:
+def main(output: Path = Path("prompt_tuning.png"), train: int = 8, steps: int = 100) -> list[float]:
     """Trains, compares and draws; returns the mean IoU without and with the tokens."""
     model = from_pretrained("mobile_sam")
     cells, others = draw_cells(model, train, seed=0), draw_cells(model, 4, seed=1)

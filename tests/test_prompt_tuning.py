@@ -5,11 +5,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 from reference import SHALLOW, random_sam
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import prompt_tuning
+
+pytestmark = pytest.mark.slow
 
 
 def test_tokens_learn_what_is_annotated(tmp_path, monkeypatch):
