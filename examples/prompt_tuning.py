@@ -129,7 +129,8 @@ def main(output: Path = Path("prompt_tuning.png"), train: int = 8, steps: int = 
         axes.set_title(title)
         axes.axis("off")
     figure.savefig(output, dpi=100)
-    print(f"mean IoU {ious[0]:.3f} without and {ious[1]:.3f} with {TOKENS} tokens\n{output}")
+    print(f"mean IoU {ious[0]:.3f} (the best of three masks), {ious[1]:.3f} with {TOKENS} tokens")
+    print(output)
     return ious
 
 

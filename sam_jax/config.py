@@ -294,7 +294,7 @@ class SamConfig(WithAdvice):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values; `from_dict` is the inverse."""
-        (kind,) = (name for name, part in _ENCODERS.items() if type(self.image_encoder) is part)
+        (kind,) = (name for name, part in _ENCODERS.items() if isinstance(self.image_encoder, part))
         return {"model_type": "sam_jax", "image_encoder_type": kind, **dataclasses.asdict(self)}
 
     @classmethod

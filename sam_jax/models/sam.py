@@ -72,7 +72,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
         self.image_encoder: ImageEncoder
         # Initializers give the widest floats that JAX is set to.
         with jax.enable_x64(False):
-            encoder = ENCODERS[type(config.image_encoder)]
+            (encoder,) = (m for c, m in ENCODERS.items() if isinstance(config.image_encoder, c))
             self.image_encoder = encoder(config, dtype=dtype, attention=attention, rngs=rngs)
             self.prompt_encoder = PromptEncoder(config, dtype=dtype, rngs=rngs)
             self.mask_decoder = MaskDecoder(config, dtype=dtype, rngs=rngs)

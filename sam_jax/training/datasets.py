@@ -275,6 +275,8 @@ def open_annotations(
     """
     if Path(annotations).is_dir():
         return SegmentAnything1B(annotations, on_bad_annotation=on_bad_annotation)
+    if not Path(annotations).exists():
+        raise FileNotFoundError(f"{annotations} does not exist")
     if images is None:
         raise ValueError(f"{annotations} is a COCO file; also give its folder of images")
     return CocoInstances(annotations, images, on_bad_annotation=on_bad_annotation)

@@ -10,6 +10,8 @@ path, and freezes it if the scale is `None` or nothing matches. Paths are those 
 import math
 import re
 from collections.abc import Callable, Sequence
+from numbers import Real
+from reprlib import repr as short
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -68,8 +70,10 @@ def partition(model: nnx.Module, table: Table = EVERYTHING) -> tuple[PyTree, Res
         table: which parameters train; see the top of this file.
 
     Raises:
+        TypeError: if the table is not pairs of an expression and a scale.
         ValueError: if an expression of the table matches no parameter, or if nothing trains.
     """
+    _check_pairs(table)
     paths = [_path(key) for key, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     for regex, scale in table:
         if scale is not None and not scale > 0:
@@ -92,6 +96,19 @@ def partition(model: nnx.Module, table: Table = EVERYTHING) -> tuple[PyTree, Res
     if not jax.tree.leaves(params):
         raise ValueError(f"nothing trains: the table {list(table)} freezes every parameter")
     return params, Rest(graphdef, state)
+
+
+def _check_pairs(table: Any) -> None:
+    rows = table if isinstance(table, Sequence) and not isinstance(table, str) else [table]
+    for row in rows:
+        pair = row if isinstance(row, Sequence) and len(row) == 2 else (None, None)
+        is_scale = pair[1] is None or (isinstance(pair[1], Real) and not isinstance(pair[1], bool))
+        if not isinstance(pair[0], str) or not is_scale:
+            raise TypeError(
+                f"the table has {short(row)}, expected pairs of a regular expression and a scale, "
+                'or None to freeze: [(r"mask_decoder\\..*", 1.0)]; or pass one of '
+                "sam_jax.training.TABLES"
+            )
 
 
 def combine(params: PyTree, rest: Rest) -> Any:

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 import pickle
@@ -30,10 +31,12 @@ from reference import (
 import sam_jax.config
 from sam_jax.checkpoints.names import torch_name
 from sam_jax.checkpoints.params import abstract_model, build_model, flat_params
+from sam_jax.config import ViTConfig
 from sam_jax.models import compiled as sam_module
 from sam_jax.models import two_way_transformer
 from sam_jax.models.layers import Buffer
 from sam_jax.models.sam import Sam
+from sam_jax.models.vit import ImageEncoderViT
 from sam_jax.ops.prompts import join_prompts
 
 
@@ -250,6 +253,17 @@ def test_a_model_can_be_pickled(config):
     again = pickle.loads(pickle.dumps(model))
     jax.tree.map(np.testing.assert_array_equal, flat_params(again), flat_params(model))
     assert again.config == config
+
+
+def test_a_configuration_may_be_a_subclass():
+    class Mine(ViTConfig):
+        pass
+
+    config = dataclasses.replace(
+        SHALLOW, image_encoder=Mine(**dataclasses.asdict(SHALLOW.image_encoder))
+    )
+    assert isinstance(abstract_model(config).image_encoder, ImageEncoderViT)
+    assert config.to_dict()["image_encoder_type"] == "vit"
 
 
 def test_options_that_cannot_be():

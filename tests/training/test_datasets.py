@@ -192,6 +192,11 @@ def test_other_ways_with_bad_annotations(coco):
             open_annotations(annotations, coco, on_bad_annotation="ignore")
 
 
+def test_annotations_that_do_not_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json does not exist"):
+        open_annotations(tmp_path / "nothing.json")
+
+
 def test_fingerprints(coco):
     before = fingerprint(coco / "coco.json"), fingerprint(coco)
     assert before == (fingerprint(coco / "coco.json"), fingerprint(coco))

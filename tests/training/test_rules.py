@@ -67,6 +67,15 @@ def test_tables_that_cannot_be(model, table, message):
         partition(model, table)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "table", ["decoder", None, {".*": 1.0}, [".*"], [(".*", "1")], [(".*", True)]], ids=str
+)
+def test_a_table_has_pairs(model, table):
+    with pytest.raises(TypeError, match=r"expected pairs of .*; or pass one of sam_jax"):
+        partition(model, table)
+
+
 def test_layer_decay_is_detectron2s():
     table = layer_decay(SMALL, 0.5)
     expected = {
