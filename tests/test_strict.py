@@ -34,6 +34,12 @@ def strict():
         yield
 
 
+@pytest.fixture
+def leaks(strict):
+    with jax.checking_leaks():
+        yield
+
+
 HQ = dataclasses.replace(SMALL, mask_decoder=SHALLOW.mask_decoder, hq=True)
 
 
@@ -43,6 +49,16 @@ def model(request):
 
 
 def test_inference(model, strict):
+    infer(model)
+
+
+@pytest.mark.parametrize("model", [SHALLOW], ids=["vit"], indirect=True)
+def test_inference_leaks_no_tracer(model, leaks):
+    """Of one kind: JAX keeps no cache while it looks for leaks, which takes long."""
+    infer(model)
+
+
+def infer(model):
     predictor = SamPredictor(model)
     predictor.set_image(IMAGE)
     # A ragged batch, whose padding is masked by -inf in every softmax.
@@ -90,8 +106,8 @@ def test_inference(model, strict):
     assert np.allclose(masks, jax.device_get(outputs.pred_masks), atol=1e-4)
 
 
-def test_no_tracer_leaks(model):
-    """Traced alone: JAX keeps no cache while it looks for leaks, which takes long."""
+def test_models_leak_no_tracer(model):
+    """What differs from kind to kind, traced alone."""
     size = model.config.image_size
     prompts = join_prompts(np.ones((1, 3, 1, 2), np.float32), np.ones((1, 3, 1), np.int32), None)
     pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -100,7 +116,7 @@ def test_no_tracer_leaks(model):
         jax.eval_shape(model.decode, embeddings, *prompts)
 
 
-def test_guidance_of_another_dtype(strict):
+def test_guidance_of_another_dtype(leaks):
     with jax.transfer_guard("allow"), jax.numpy_dtype_promotion("standard"):
         model = Sam(SMALL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     grid, dim = SMALL.image_embedding_size, SMALL.prompt_embed_dim
@@ -113,7 +129,7 @@ def test_guidance_of_another_dtype(strict):
 
 
 @pytest.mark.parametrize("model", [HQ], ids=["hq"], indirect=True)
-def test_everything_mode(model, strict):
+def test_everything_mode(model, leaks):
     everything = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
     generator = SamAutomaticMaskGenerator(
         model, points_per_side=2, crop_n_layers=1, min_mask_region_area=5, **everything

@@ -47,7 +47,11 @@ def test_without_jit(model, arrays, expected):
     assert_close(scores_of(model, *arrays), expected)
 
 
-@pytest.mark.parametrize("model", [TINIEST], ids=["tiny_vit"], indirect=True)
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(SHALLOW, id="vit", marks=pytest.mark.slow), pytest.param(TINIEST, id="tiny_vit")],
+    indirect=True,
+)
 def test_grad_of_what_trains(model, arrays, expected):
     params, rest = partition(model, DECODER_ONLY)
 
@@ -71,7 +75,11 @@ def test_a_combined_model_shares_no_variables(model):
         np.testing.assert_array_equal(other.mask_decoder.iou_token, before)
 
 
-@VIT_ALONE
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(SHALLOW, id="vit"), pytest.param(TINIEST, id="tiny_vit", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_vmap_over_two_models(model, arrays, expected):
     other = jax.tree.map(lambda x: 1.01 * x, model)
     both = jax.tree.map(lambda *x: jnp.stack(x), model, other)
@@ -82,7 +90,7 @@ def test_vmap_over_two_models(model, arrays, expected):
 
 @VIT_ALONE
 def test_a_donated_step(model, arrays):
-    params, rest = partition(jax.tree.map(jnp.array, model), DECODER_ONLY)
+    params, rest = partition(jax.tree.map(jnp.array, model))
     optimizer = optax.sgd(1e-3)
 
     def step(params, state, rest):
