@@ -11,6 +11,7 @@ held-out images, one for step 0, before training. The parts of the loop are func
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import os
 import shutil
@@ -29,16 +30,15 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from sam_jax import MissingExtra, from_pretrained, partition, save_pretrained
+from sam_jax import SamConfig, from_pretrained, partition, save_pretrained
 from sam_jax.checkpoints import flat_params, params_sha256
-from sam_jax.config import SamConfig
-from sam_jax.errors import needs_extra
 from sam_jax.evaluation import draw_clicks, evaluate
-from sam_jax.files import check_or_write_settings, lock_folder, read_json, write_json
+from sam_jax.runs import check_or_write_settings, lock_folder
 from sam_jax.training import (
     TABLES,
     CachedEmbeddings,
     ExampleTransform,
+    MetricsLog,
     OptimizerConfig,
     TrainConfig,
     add_lora,
@@ -52,20 +52,18 @@ from sam_jax.training import (
     make_loader,
     merge_lora,
     open_annotations,
+    read_metrics,
     save_lora,
     sharding,
     too_small,
     updates_made,
 )
-from sam_jax.types import OnBadAnnotation
 
-try:
-    with needs_extra("train"):
-        import grain  # noqa: F401
-
-    from sam_jax.training.log import MetricsLog, read_metrics
-except MissingExtra as error:
-    sys.exit(f"finetune: {error}")
+try:  # sam_jax imports these late, after the images are encoded
+    import grain  # noqa: F401
+    import tensorboardX  # noqa: F401
+except ModuleNotFoundError as error:
+    sys.exit(f'finetune: {error.name} is not installed; run: pip install "sam_jax[train]"')
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Config:
     eval_images: Path | None = None  # folder of the held-out COCO file's images
     eval_every: int = 100  # steps between evaluations, each with a checkpoint
     # raise: list what is wrong with the annotations and stop; skip: leave bad annotations out
-    on_bad_annotation: OnBadAnnotation = "raise"
+    on_bad_annotation: Literal["raise", "skip"] = "raise"
     model: str = "mobile_sam"  # short name, hub repository, file or folder
     seed: int = 0  # seed of the order of images and of all random numbers
     # what trains; hq: SAM-HQ's additions to SAM; lora: the decoder and adapters of the encoder
@@ -245,7 +243,8 @@ def run(config: Config) -> int:
             save_pretrained(merge_lora(tuned), output / name)
     if is_first:
         summary = summarize(read_metrics(output / "metrics.jsonl"))
-        write_json(output / SUMMARY, {"steps": config.steps, **summary}, indent=2)
+        text = json.dumps({"steps": config.steps, **summary}, indent=2, allow_nan=False)
+        (output / SUMMARY).write_text(text + "\n")
         print(*describe(summary, prepare), output / "model", sep="\n")
     return 0
 
@@ -280,7 +279,8 @@ def say(text: str) -> None:
 def is_written(output: Path, name: str, steps: int) -> bool:
     """Whether a result with this number of steps exists; a run may have been extended."""
     try:
-        return (output / name).exists() and read_json(output / SUMMARY)["steps"] == steps
+        summary = json.loads((output / SUMMARY).read_text())
+        return (output / name).exists() and summary["steps"] == steps
     except (OSError, ValueError, TypeError, KeyError):  # killed before it was written, or damaged
         return False
 
@@ -369,7 +369,9 @@ def keep_run_settings(model, config: Config):
     if not has_checkpoint and result.exists():
         raise ValueError(f"{result} exists already without its run; choose another --output")
     try:
-        check_or_write_settings(config.output / "settings.json", settings, has_checkpoint)
+        check_or_write_settings(
+            config.output / "settings.json", settings, has_results=has_checkpoint
+        )
     except ValueError as error:
         raise ValueError(
             f"{error}. Choose another --output. To train this run's result further, wait until it "

@@ -11,6 +11,19 @@ from typing import Any, Literal, get_args, get_origin
 
 from sam_jax.idioms import WithAdvice
 
+__all__ = [
+    "MaskDecoderConfig",
+    "PromptEncoderConfig",
+    "SamConfig",
+    "TinyViTConfig",
+    "ViTConfig",
+    "lite_medsam",
+    "mobile_sam",
+    "vit_b",
+    "vit_h",
+    "vit_l",
+]
+
 Preprocessing = Literal["medsam"]
 # The largest number, and the largest number of layers or outputs, in a configuration: more than any
 # model has, and few enough to compare a forged file's configuration with its tensors in seconds.
@@ -49,7 +62,7 @@ def fits(value: Any, hint: Any, least: int = 1, most: int = MAX_SIZE) -> bool:
     return isinstance(value, hint)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig:
     """The ViT image encoder (`ImageEncoderViT`; paper, appendix A)."""
 
@@ -99,7 +112,7 @@ class ViTConfig:
         return self.embed_dim // self.num_heads
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TinyViTConfig:
     """MobileSAM's image encoder (`TinyViT`): one stage of MBConv blocks, three of attention.
 
@@ -167,7 +180,7 @@ class TinyViTConfig:
         return 4 * self.stem_stride**2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptEncoderConfig:
     """The prompt encoder (`PromptEncoder`)."""
 
@@ -182,7 +195,7 @@ class PromptEncoderConfig:
             raise ValueError(f"mask_in_chans is {self.mask_in_chans}, expected at least 4")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskDecoderConfig:
     """The two-way transformer and its heads (`MaskDecoder`)."""
 

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, folders locked by one run, and JSON."""
+"""Atomic writes of files and folders, and JSON."""
 
 import contextlib
 import fcntl
@@ -8,10 +8,8 @@ import mmap
 import os
 import re
 import shutil
-import socket
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-_TEMPORARY, _LOCK = ".sam_jax-", ".sam_jax.lock"
+_TEMPORARY = ".sam_jax-"
 _MAX_JSON_BYTES, _MAX_JSON_DEPTH = 4 * 2**30, 100
 
 
@@ -108,50 +106,6 @@ def _remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
             finally:
                 os.close(descriptor)
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Locks `folder` for this run, and creates it if needed.
-
-    The operating system's lock on a hidden file, which names the process that holds it, ends with
-    the process: a killed run does not leave the folder locked.
-
-    Raises:
-        FolderInUseError: if another run works in the folder; the message names it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _LOCK
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(descriptor, 1000, 0).decode(errors="replace") or "unknown"
-            os.close(descriptor)
-            raise FolderInUseError(
-                f"another run is working in {folder} ({owner}); wait until it ends, or choose "
-                "another folder"
-            ) from error
-        except OSError:  # a file system without locks: use the folder unlocked
-            pass
-        with contextlib.suppress(FileNotFoundError):  # the run before has just removed it
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                break
-        os.close(descriptor)
-    try:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        owner = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, owner.encode(), 0)
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # before the lock ends: it cannot be another run's file
-        os.close(descriptor)
-
-
-class FolderInUseError(ValueError):
-    """Another run is working in this folder."""
 
 
 def read_json(source: Path | bytes, *, max_bytes: int = _MAX_JSON_BYTES) -> Any:
@@ -250,30 +204,6 @@ def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
     text = json.dumps(value, indent=indent, allow_nan=False)
     with atomic_write(path) as temporary:
         temporary.write_text(text + "\n")
-
-
-def check_or_write_settings(file: Path, settings: dict[str, Any], has_results: bool) -> None:
-    """Writes the settings of a run, or compares them with those of earlier results.
-
-    Raises:
-        ValueError: if earlier results have different settings; the message names them.
-    """
-    settings = json.loads(json.dumps(settings))
-    if not has_results:
-        write_json(file, settings, indent=2)
-        return
-    try:
-        earlier = read_json(file)
-        other = [k for k in {**earlier, **settings} if earlier.get(k) != settings.get(k)]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file.parent} has results, but their {file.name} cannot be read: {error}"
-        ) from error
-    if other:
-        names = ", ".join(f"{k} was {earlier.get(k)!r}, now {settings.get(k)!r}" for k in other)
-        raise ValueError(
-            f"{file.parent} already contains results made with different settings: {names}"
-        )
 
 
 def map_file(file: BinaryIO) -> memoryview:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import json
 import math
 import re
 import shlex
@@ -178,22 +179,27 @@ def test_the_reference_has_the_public_names_and_no_others():
     assert sorted(documented) == sorted(shortest.values())
 
 
-def test_pages_import_public_names():
-    """No page imports from where only sam_jax itself does."""
+def test_pages_and_examples_import_public_names():
+    """None imports from where only sam_jax itself does."""
     names = {path for path, _ in public()}
     known = names | {name.rpartition(".")[0] for name in names}
     pages = (*PAGES, *(ROOT / "docs").glob("design/*.md"), ROOT / "README.md")
+    programs = [(page, block) for page in pages for block in blocks(page.read_text(), "python")]
+    programs += [(file, file.read_text()) for file in (ROOT / "examples").glob("*.py")]
+    for file in (ROOT / "examples").glob("*.ipynb"):
+        cells = (c for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code")
+        programs += [(file, re.sub("(?m)^[!%]", "#", "".join(c["source"]))) for c in cells]
+    for where, program in programs:
+        for node in ast.walk(ast.parse(program)):
+            if isinstance(node, ast.ImportFrom):
+                imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            else:
+                continue
+            ours = {name for name in imported if name.split(".")[0] == "sam_jax"}
+            assert ours <= known, where
     for page in pages:
-        for block in blocks(page.read_text(), "python"):
-            for node in ast.walk(ast.parse(block)):
-                if isinstance(node, ast.ImportFrom):
-                    imported = [f"{node.module}.{alias.name}" for alias in node.names]
-                elif isinstance(node, ast.Import):
-                    imported = [alias.name for alias in node.names]
-                else:
-                    continue
-                ours = {name for name in imported if name.split(".")[0] == "sam_jax"}
-                assert ours <= known, page
         # Names in the text, such as `sam_jax.training.add_lora`.
         for name in re.findall(r"`(sam_jax(?:\.\w+)+)\b", page.read_text()):
             assert name in known, f"{page}: {name}"

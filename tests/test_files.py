@@ -1,20 +1,11 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from sam_jax import files
-from sam_jax.files import (
-    FolderInUseError,
-    atomic_write,
-    lock_folder,
-    read_json,
-    temporary_folder,
-    write_json,
-)
+from sam_jax.files import atomic_write, read_json, temporary_folder, write_json
 
 
 def test_a_file_takes_the_place_of_another(tmp_path):
@@ -57,40 +48,11 @@ def test_nothing_is_left_of_what_was_not_finished(tmp_path, is_folder):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.fixture
-def other_process():
-    """Runs Python code in another process that has `files`, up to its first line of output."""
-    load = f"""
-import importlib.util, pathlib, sys
-spec = importlib.util.spec_from_file_location("files", {files.__file__!r})
-files = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(files)
-path = pathlib.Path(sys.argv[1])
-"""
-    processes = []
-
-    def start(code, path):
-        command = [sys.executable, "-c", load + code, str(path)]
-        processes.append(
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        )
-        processes[-1].stdout.readline()
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
 WRITES = """
-with files.atomic_write(path) as temporary:
+from pathlib import Path
+from sam_jax.files import atomic_write
+with atomic_write(Path(path)) as temporary:
     temporary.write_text("half")
-    print(flush=True)
-    input()
-"""
-WORKS = """
-with files.lock_folder(path):
     print(flush=True)
     input()
 """
@@ -124,36 +86,6 @@ def test_leftovers_of_a_relative_folder_are_those_of_this_one(tmp_path, monkeypa
         monkeypatch.chdir(tmp_path / place)
         files.remove_leftovers(Path("out"))
         assert os.listdir("out") == []
-
-
-def test_one_run_works_in_a_folder(tmp_path, other_process):
-    folder = tmp_path / "new"
-    run = other_process(WORKS, folder)
-    message = rf"another run is working in .*new \(process {run.pid} on .+, since \d{{4}}-.*:\d\d\)"
-    with pytest.raises(FolderInUseError, match=message), lock_folder(folder):
-        pass
-    # Its lock ends with it, even if it cannot clean up.
-    run.kill()
-    run.wait()
-    assert len(os.listdir(folder)) == 1
-    with lock_folder(folder):
-        with (
-            pytest.raises(FolderInUseError, match=f"process {os.getpid()} on"),
-            lock_folder(folder),
-        ):
-            pass
-        assert len(os.listdir(folder)) == 1
-    assert os.listdir(folder) == []
-
-
-def test_where_the_system_has_no_locks(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(files.fcntl, "flock", flock)
-    with lock_folder(tmp_path):
-        write_json(tmp_path / "file", {})
-    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize(

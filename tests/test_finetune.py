@@ -21,7 +21,7 @@ from reference import SHALLOW, meta_sam, ours
 from sam_jax import cli, from_pretrained, save_pretrained
 from sam_jax.checkpoints.params import flat_params
 from sam_jax.evaluation.clicks import evaluate
-from sam_jax.files import lock_folder
+from sam_jax.runs import lock_folder
 from sam_jax.training.checkpointing import open_checkpoints
 from sam_jax.training.datasets import open_annotations
 from sam_jax.training.log import MetricsLog
@@ -493,8 +493,7 @@ def test_images_that_come_again_are_encoded_once(cells, model, monkeypatch, opti
 
 
 def test_the_extra_is_named_that_is_missing(monkeypatch):
-    for name in ("finetune", "sam_jax.training.log"):
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "finetune")
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(SystemExit, match=r"^finetune: tensorboardX is not installed; run: "):
         importlib.import_module("finetune")

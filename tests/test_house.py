@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "sam_jax"
 # A room imports from rooms of earlier lines.
 LINES = (
     ("errors", "files", "idioms", "decoders", "types"),
-    ("config", "arrays"),
+    ("config", "arrays", "runs"),
     ("ops",),
     ("models",),
     ("image", "checkpoints"),
@@ -105,7 +105,7 @@ POSITIONAL = {
     *("generate_crop_boxes", "resize_masks"),
 }
 PUBLIC = ("", ".training", ".training.sharding", ".training.checkpointing", ".checkpoints")
-PUBLIC += (".ops", ".automatic", ".evaluation", ".export", ".visualize")
+PUBLIC += (".config", ".runs", ".ops", ".automatic", ".evaluation", ".export", ".visualize")
 
 
 def public_callables():

@@ -14,15 +14,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import sam_jax
-from sam_jax.files import (
-    atomic_write,
-    check_or_write_settings,
-    read_json,
-    remove_leftovers,
-    write_json,
-)
+from sam_jax.files import atomic_write, read_json, remove_leftovers, write_json
 from sam_jax.ops.regions import mask_to_polygons
 from sam_jax.ops.rle import check_rle, rle_compress, rle_decode, rle_uncompress
+from sam_jax.runs import check_or_write_settings
 from sam_jax.types import ResultsFormat, Segmentation
 from sam_jax.visualize import overlay
 
@@ -74,7 +69,8 @@ class Results:
         # Settings of a run without results do not bind later runs.
         results = (self.folder.glob(f"[!.]*/{_SOURCE}"), self.folder.glob(f"{_PARTS}/[!.]*"))
         settings = {"format": self.format, "overlays": self.overlays, **settings}
-        check_or_write_settings(self.folder / _SETTINGS, settings, any(itertools.chain(*results)))
+        has_results = any(itertools.chain(*results))
+        check_or_write_settings(self.folder / _SETTINGS, settings, has_results=has_results)
         return [image_file for image_file in image_files if not self.is_finished(image_file)]
 
     def is_finished(self, image_file: Path) -> bool:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from sam_jax.automatic.options import MaskGenerationOptions
 from sam_jax.commands.common import say, say_compiling
-from sam_jax.files import lock_folder, read_json
+from sam_jax.files import read_json
+from sam_jax.runs import lock_folder
 from sam_jax.types import DType, OutputMode, ResultsFormat, Segmentation
 
 

@@ -11,7 +11,8 @@ import tyro
 from PIL import Image
 
 from sam_jax.commands.common import say_compiling
-from sam_jax.files import lock_folder, read_json, temporary_folder, write_json
+from sam_jax.files import read_json, temporary_folder, write_json
+from sam_jax.runs import lock_folder
 from sam_jax.types import DType
 
 

@@ -36,8 +36,8 @@ def export_jax(
     * `decoder.jax`: image embeddings, points float32 [b, p, n, 2] (x, y in pixels of the resized
       image) and labels int32 [b, p, n] to mask logits float32 [b, p, 4, 4 g, 4 g] and predicted
       IoUs [b, p, 4]. The first of the four masks is for unambiguous prompts, the others are the
-      candidates for ambiguous ones. `sam_jax.models.prompt_encoder` explains labels: a list without
-      a box ends with a point (0, 0) labeled -1, and -10 is padding;
+      candidates for ambiguous ones. `sam_jax.join_prompts` explains labels: a list without a box
+      ends with a point (0, 0) labeled -1, and -10 is padding;
     * `decoder_with_masks.jax`: the same, with logits [b, p, 4 g, 4 g] of an earlier prediction as
       an additional input;
     * `params.safetensors`: the programs' first argument, a dictionary;

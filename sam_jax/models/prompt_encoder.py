@@ -2,14 +2,11 @@
 
 Written for one prompt of one image, without batch axes: `jax.vmap` adds them.
 
-A prompt's points and boxes are one list of labeled points, in the order of the reference's tokens:
+`join_prompts` makes a prompt's points and boxes one list of labeled points. Their tokens:
 
-    label   meaning                                  token
-      1     a point on the object                    encoding + point_embeddings[1]
-      0     a point off the object                   encoding + point_embeddings[0]
-     -1     not a point (ends a list without box)    not_a_point_embed
-      2, 3   a box's top-left, bottom-right corner   encoding + point_embeddings[2], [3]
-     -10    padding                                  zeros, and no attention sees it
+    label 0 to 3   encoding + point_embeddings[label]
+    label -1       not_a_point_embed
+    label -10      zeros, and no attention sees it
 """
 
 import jax
@@ -48,7 +45,7 @@ class PromptEncoder(WithAdvice, nnx.Module):
         Args:
             points: (x, y) in pixels of the model's padded input; the center of the first pixel is
                 (0, 0).
-            labels: see the table at the head of this file.
+            labels: of the points, 0 to 3, -1 or -10.
         """
         encoding = self.pe_layer((points.astype(jnp.float32) + 0.5) / self.image_size)
         kinds = jnp.concatenate([p[...] for p in self.point_embeddings]).astype(jnp.float32)

@@ -165,9 +165,8 @@ class Sam(HuggingFaceAPI, nnx.Module):
         Args:
             image_embeddings: of `encode_image`.
             points: (x, y) in pixels of the model's padded input.
-            labels: of the points; see `sam_jax.models.prompt_encoder`. Boxes are two points each,
-                and a list without a box ends with a point labeled -1: `join_prompts` makes such
-                lists. Points labeled -10 are padding and change nothing.
+            labels: of the points, as `join_prompts` makes and explains them. Points labeled -10 are
+                padding and change nothing.
             masks: low-resolution logits, one per image or one per prompt.
             sparse_embeddings: prompt tokens of your own, such as learned ones. They follow those
                 of the points; without points they are the prompt. All are attended to, so leave

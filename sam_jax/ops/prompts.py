@@ -32,10 +32,16 @@ def join_prompts(
     labels: Int[AnyArray, "*batch n"] | None,
     boxes: Num[AnyArray, "*batch 4"] | None,
 ) -> tuple[Float[np.ndarray | Array, "*batch m 2"], Int[np.ndarray | Array, "*batch m"]]:
-    """Joins points and boxes to one list, in the order of the reference's tokens.
+    """Joins points and boxes to one list of labeled points, in the order of the reference's tokens.
 
     With a box: the points, then the box's two corners. Without a box: the points, then (0, 0) with
-    label -1. `points` without `labels` are foreground.
+    label -1. `points` without `labels` are foreground. The labels:
+
+    * 1: a point on the object;
+    * 0: a point off the object;
+    * 2 and 3: a box's top-left and bottom-right corner;
+    * -1: not a point; ends a list without a box;
+    * -10: padding, without effect.
 
     Raises:
         TypeError: if something is not an array.

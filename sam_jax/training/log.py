@@ -15,9 +15,6 @@ from tqdm import tqdm
 from sam_jax.errors import needs_extra
 from sam_jax.files import atomic_write, read_json
 
-with needs_extra("train"):
-    from tensorboardX import SummaryWriter
-
 
 class MetricsLog:
     """Writes `metrics.jsonl`, with a line per step, and `images/` and `tensorboard/` next to it.
@@ -28,9 +25,15 @@ class MetricsLog:
     Args:
         folder: the run's folder.
         first: the next step to be logged; 0, before training, for a new run.
+
+    Raises:
+        MissingExtra: without the extra `train`.
     """
 
     def __init__(self, folder: str | os.PathLike, first: int):
+        with needs_extra("train"):
+            from tensorboardX import SummaryWriter
+
         self._writes = jax.process_index() == 0
         if not self._writes:
             return

@@ -18,7 +18,7 @@ from PIL import Image
 from sam_jax import from_pretrained, save_pretrained
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
 from sam_jax.automatic.results import Results
-from sam_jax.files import lock_folder
+from sam_jax.runs import lock_folder
 
 pytestmark = pytest.mark.slow
 

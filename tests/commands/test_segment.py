@@ -13,7 +13,7 @@ from reference import SHALLOW, mask_iou, meta_sam, ours
 from safetensors import SafetensorError
 
 import sam_jax
-from sam_jax import cli, files
+from sam_jax import cli, runs
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_scores_that_are_not_finite(run, model, tmp_path):
 
 def test_two_runs_into_one_folder(run, tmp_path):
     """One waits for no other, and what a killed one left goes."""
-    with files.lock_folder(tmp_path / "out"):
+    with runs.lock_folder(tmp_path / "out"):
         owner = f"another run is working in out .process {os.getpid()} on "
         with pytest.raises(SystemExit, match=owner):
             run("--point", "60,30", "--output", "out")

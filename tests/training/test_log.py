@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from sam_jax.training.log import MetricsLog, read_metrics
+from sam_jax.training import MetricsLog, read_metrics
 
 
 def lines(folder):
