@@ -24,3 +24,11 @@ def test_help(monkeypatch, capsys):
     text = capsys.readouterr().out
     for part in ("--point X,Y[,LABEL]", "--box X0,Y0,X1,Y1", "--model", "--output", "mobile_sam"):
         assert part in text
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_options_that_may_be_left_out_show_no_none(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sam-jax", command, "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "None" not in capsys.readouterr().out

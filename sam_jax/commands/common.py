@@ -1,8 +1,14 @@
 """Helpers of several commands."""
 
 import sys
+from typing import Annotated, TypeVar
 
+import tyro
 from tqdm import tqdm
+
+T = TypeVar("T")
+IfGiven = tyro.conf.DisallowNone[Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]]
+"""Type of an option that may be left out, of which `--help` does not say "None"."""
 
 
 def say(text: str) -> None:

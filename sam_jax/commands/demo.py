@@ -26,7 +26,7 @@ class Demo:
     allow_host: Annotated[
         tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="NAME[:PORT]")
     ] = dataclasses.field(default_factory=list)
-    """Another host name of the page, such as a proxy's. May be repeated."""
+    """Another host name of the page, such as a proxy's."""
 
 
 def demo(args: Demo) -> None:

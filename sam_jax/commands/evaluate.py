@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from sam_jax.commands.common import say_compiling
+from sam_jax.commands.common import IfGiven, say_compiling
 from sam_jax.types import DType, OnBadAnnotation
 
 
@@ -20,7 +20,7 @@ class Evaluate:
 
     annotations: tyro.conf.Positional[Path]
     """A COCO instance file, or a folder of SA-1B."""
-    images: Path | None = None
+    images: IfGiven[Path] = None
     """Folder of the COCO file's images."""
     on_bad_annotation: OnBadAnnotation = "raise"
     """raise: list what is wrong with the annotations and stop; skip: leave bad annotations out."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from sam_jax.commands.common import IfGiven
 from sam_jax.files import require_absent
 from sam_jax.types import DType, Platform
 
@@ -23,7 +24,7 @@ class Export:
     """The folder to create."""
     format: Literal["jax", "onnx"] = "jax"
     """Programs of jax.export, or ONNX."""
-    platforms: tuple[Platform, ...] | None = None
+    platforms: IfGiven[tuple[Platform, ...]] = None
     """jax only: platforms to run on; cpu, cuda and tpu if left out."""
     dtype: DType = "float32"
     """jax only: compute dtype."""

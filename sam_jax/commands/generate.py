@@ -12,7 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from sam_jax.automatic.options import MaskGenerationOptions
-from sam_jax.commands.common import say, say_compiling
+from sam_jax.commands.common import IfGiven, say, say_compiling
 from sam_jax.files import read_json
 from sam_jax.runs import lock_folder
 from sam_jax.types import DType, OutputMode, ResultsFormat, Segmentation
@@ -41,15 +41,15 @@ class Generate(MaskGenerationOptions):
     for programs that read nothing else. It applies to all results in the folder."""
     overlays: bool = False
     """Also save each image with its masks drawn on it."""
-    devices: int | None = None
+    devices: IfGiven[int] = None
     """Number of this machine's devices to use, one image on each; all if left out."""
-    ray: tuple[str, ...] | None = None
+    ray: IfGiven[tuple[str, ...]] = None
     """Run on a Ray cluster: the one at this address; without an address, one that runs on this
     machine or else a new one. All machines must see the same folders."""
-    points_per_side: int | None = None
+    points_per_side: IfGiven[int] = None
     """Points along one side of the image, 32 if left out; the grid has as many squared."""
     # A file here; `options` reads it.
-    point_grids: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    point_grids: IfGiven[Path] = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """JSON file with a list of points [x, y], from 0 to 1, for the image and for each crop layer;
     instead of points_per_side."""
     output_mode: tyro.conf.Suppress[OutputMode] = "uncompressed_rle"

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from sam_jax.commands.common import say_compiling
+from sam_jax.commands.common import IfGiven, say_compiling
 from sam_jax.files import read_json, temporary_folder, write_json
 from sam_jax.runs import lock_folder
 from sam_jax.types import DType
@@ -29,19 +29,19 @@ class Segment:
     point: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="X,Y[,LABEL]")] = (
         dataclasses.field(default_factory=list)
     )
-    """A point in pixels; label 1 (the default): on the object, 0: background. May be repeated."""
+    """A point in pixels; label 1 (the default): on the object, 0: background."""
     box: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="X0,Y0,X1,Y1")] = (
         dataclasses.field(default_factory=list)
     )
-    """A box in pixels. May be repeated."""
+    """A box in pixels."""
     model: str = "mobile_sam"
     """Short name, hub repository, file or folder."""
     dtype: DType = "float32"
     """Compute dtype. bfloat16 is faster on GPU and TPU."""
-    output: Path | None = None
+    output: IfGiven[Path] = None
     """Folder for the results, `<image>_masks` if left out. Results of an earlier run are
     replaced."""
-    multimask: bool | None = None
+    multimask: IfGiven[bool] = None
     """Three candidate masks per object instead of one; by default only for a single point."""
 
 

@@ -142,9 +142,9 @@ def test_points_and_a_box(run, predictor, tmp_path):
 
 
 def test_multimask_can_be_chosen(run, tmp_path):
-    run("--point", "60,30", "--multimask", "False", "--output", "one")
+    run("--point", "60,30", "--no-multimask", "--output", "one")
     assert len(results(tmp_path / "one")[1]) == 1
-    run("--point", "60,30", "--point", "6,3,0", "--multimask", "True", "--output", "three")
+    run("--point", "60,30", "--point", "6,3,0", "--multimask", "--output", "three")
     assert len(results(tmp_path / "three")[1]) == 3
 
 
