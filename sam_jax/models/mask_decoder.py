@@ -88,7 +88,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
             weights=weights,
         )
         masks = self.predict_masks(
-            mask_tokens, image_embedding, outputs, hq_features, hq_token_only
+            mask_tokens, image_embedding, outputs, hq_features, hq_token_only=hq_token_only
         )
         return masks, self.predict_iou(iou_token)[outputs]
 
@@ -144,11 +144,11 @@ class MaskDecoder(WithAdvice, nnx.Module):
             image_pe.astype(self.dtype).reshape(-1, grid[-1]),
             tokens,
             token_mask,
-            attention_similarity,
-            target_embedding,
-            [0, *masks, *hq],
-            image_is_shared,
-            weights,
+            outputs=[0, *masks, *hq],
+            attention_similarity=attention_similarity,
+            target_embedding=target_embedding,
+            image_is_shared=image_is_shared,
+            weights=weights,
         )
         return tokens[0], tokens[1:], keys.reshape(grid)
 
@@ -162,6 +162,7 @@ class MaskDecoder(WithAdvice, nnx.Module):
         image_embedding: Float[Array, "g g c"],
         outputs: slice,
         hq_features: Float[Array, "h w hq"] | None = None,
+        *,
         hq_token_only: bool = False,
     ) -> Float[Array, "m 4*g 4*g"]:
         """Mask logits of the mask tokens of `run_transformer`, to which SAM-HQ adds its own.

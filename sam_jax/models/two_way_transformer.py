@@ -42,9 +42,10 @@ class TwoWayTransformer(nnx.Module):
         image_pe: Float[Array, "n c"],
         tokens: Float[Array, "t c"],
         token_mask: Bool[Array, " t"],
+        *,
+        outputs: Sequence[int] | None = None,
         attention_similarity: Float[Array, "*heads_and_t n"] | None = None,
         target_embedding: Float[Array, "#t c"] | None = None,
-        outputs: Sequence[int] | None = None,
         image_is_shared: bool = False,
         weights: list[Array] | None = None,
     ) -> tuple[Float[Array, "outputs c"], Float[Array, "n c"]]:
@@ -55,12 +56,12 @@ class TwoWayTransformer(nnx.Module):
             image_pe: their positional encoding.
             tokens: output tokens and prompt tokens.
             token_mask: False where a token is padding, which nothing attends to.
+            outputs: which tokens are returned, None for all. The last attention is of them alone.
             attention_similarity: added to the blocks' token-to-image logits, whose shape is
                 [heads, t, n] (PerSAM's target-guided attention).
             target_embedding: added to the tokens before each block (PerSAM's target-semantic
                 prompting). What is added before the first block also becomes part of their
                 positional encoding, as in the reference, which adds in place.
-            outputs: which tokens are returned, None for all. The last attention is of them alone.
             image_is_shared: that several prompts are computed for this image embedding (by a vmap
                 or a loop), so that what the first block makes of it alone is computed once.
             weights: a list to which each block appends how much its tokens attend to the image's
@@ -79,7 +80,7 @@ class TwoWayTransformer(nnx.Module):
                 tokens,
                 image_pe,
                 token_mask,
-                attention_similarity,
+                attention_similarity=attention_similarity,
                 keys_are_shared=image_is_shared and i == 0,
                 weights=weights,
             )
@@ -117,6 +118,7 @@ class TwoWayAttentionBlock(nnx.Module):
         query_pe: Float[Array, "t c"],
         key_pe: Float[Array, "n c"],
         token_mask: Bool[Array, " t"],
+        *,
         attention_similarity: Float[Array, "*heads_and_t n"] | None = None,
         keys_are_shared: bool = False,
         weights: list[Array] | None = None,

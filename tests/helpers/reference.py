@@ -112,15 +112,15 @@ def random_sam(config: SamConfig):
     return build_model(params, config)
 
 
-def run(module, *args, method: str = "__call__"):
+def run(module, *args, method: str = "__call__", **kwargs):
     """Calls a method of one of our modules, compiled."""
     graphdef, state = nnx.split(module)
 
     @jax.jit
-    def call(state, *args):
-        return getattr(nnx.merge(graphdef, state), method)(*args)
+    def call(state, args, kwargs):
+        return getattr(nnx.merge(graphdef, state), method)(*args, **kwargs)
 
-    return call(state, *args)
+    return call(state, args, kwargs)
 
 
 MOBILE = SamConfig(TinyViTConfig())

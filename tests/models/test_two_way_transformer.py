@@ -123,6 +123,7 @@ def test_personalisation_inputs_are_as_in_hf(given):
         attention_similarity=None if similarity is None else tensor(similarity)[None],
         target_embedding=None if target is None else tensor(target)[None, None],
     )
-    actual = run(transformer, image, image_pe, tokens, ALL, similarity, target)
+    given = {"attention_similarity": similarity, "target_embedding": target}
+    actual = run(transformer, image, image_pe, tokens, ALL, **given)
     for a, e in zip(actual, expected, strict=True):
         assert_close(a, e[0, 0])
