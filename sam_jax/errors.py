@@ -1,8 +1,12 @@
-"""Exceptions, and helpers for names from files in their messages."""
+"""Exceptions, checks of numbers, and helpers for names from files in messages."""
 
 import contextlib
 import itertools
+import math
+import numbers
 from collections.abc import Collection, Iterator
+from reprlib import repr as short
+from typing import Any
 
 # For each extra, the packages that sam_jax imports, or that these import when they are used.
 EXTRAS = {
@@ -37,6 +41,22 @@ def needs_extra(extra: str) -> Iterator[None]:
         raise MissingExtra(
             f'{package} is not installed; run: pip install "sam_jax[{extra}]"', name=package
         ) from error
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises ValueError for anything but a number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+        raise ValueError(f"{name} is {short(value)}, expected a number")
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises ValueError for anything but an integer, of Python or numpy, within the limits."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (most is not None and int(value) > most):
+        limit = "" if most is None else f" and at most {most}"
+        raise ValueError(
+            f"{name} is {short(value)}, expected a whole number of at least {least}{limit}"
+        )
 
 
 def clip(name: str) -> str:

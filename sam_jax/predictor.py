@@ -13,6 +13,7 @@ from sam_jax.arrays import ArrayLike, Device, as_numpy, is_array
 from sam_jax.errors import NonFiniteError
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
+from sam_jax.models.checks import check_multimask
 from sam_jax.models.compiled import chunk_size_for, decode, encode_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import (
@@ -271,6 +272,7 @@ class SamPredictor(WithAdvice):
         return_logits: bool,
         hq_token_only: bool,
     ) -> MaskPrediction:
+        check_multimask(multimask_output)
         features, original_size = self._image()
         points, labels, masks = self._prompts(*prompts, in_image)
         count = len(labels)

@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
-from sam_jax.automatic.options import MaskGenerationOptions, check_number
+from sam_jax.automatic.options import MaskGenerationOptions
 from sam_jax.checkpoints import from_pretrained
+from sam_jax.errors import check_number
 from sam_jax.idioms import ADVICE, WithAdvice
 from sam_jax.image import ImageInput, exif_orientation, image_list, load_image, turn
 from sam_jax.models.sam import Sam

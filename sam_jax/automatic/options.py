@@ -1,15 +1,16 @@
 """The options of automatic mask generation."""
 
-import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 import numpy as np
 
+from sam_jax.errors import check_number, check_whole
 from sam_jax.ops.boxes import build_point_grid
 from sam_jax.types import OutputMode
+
+_MOST_PER_SIDE = 4096  # 16 million points, whose grid is 268 MB
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class MaskGenerationOptions:
             raise ValueError(
                 f"stability_score_offset is {self.stability_score_offset}, expected 0 or more"
             )
-        _check_whole("points_per_batch", self.points_per_batch, 1)
-        _check_whole("crop_n_layers", self.crop_n_layers, 0)
-        _check_whole("crop_n_points_downscale_factor", self.crop_n_points_downscale_factor, 1)
+        check_whole("points_per_batch", self.points_per_batch, 1)
+        check_whole("crop_n_layers", self.crop_n_layers, 0)
+        check_whole("crop_n_points_downscale_factor", self.crop_n_points_downscale_factor, 1)
         if not 0 <= self.crop_overlap_ratio < 1:
             raise ValueError(
                 f"crop_overlap_ratio is {self.crop_overlap_ratio}, expected 0 to below 1"
@@ -84,7 +85,7 @@ class MaskGenerationOptions:
         layers = self.crop_n_layers + 1
         if self.point_grids is not None:
             return _check_grids(self.point_grids, layers)
-        _check_whole("points_per_side", self.points_per_side, 1)
+        check_whole("points_per_side", self.points_per_side, 1, _MOST_PER_SIDE)
         factor = self.crop_n_points_downscale_factor
         sides = [int(self.points_per_side / factor**i) for i in range(layers)]
         if 0 in sides:
@@ -93,18 +94,6 @@ class MaskGenerationOptions:
                 f"{factor} leaves no points for layer {sides.index(0)}"
             )
         return [build_point_grid(side) for side in sides]
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raises ValueError for anything but a number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
-        raise ValueError(f"{name} is {value!r}, expected a number")
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
 
 
 def _check_grids(grids: Sequence[Any], layers: int) -> list[np.ndarray]:

@@ -75,7 +75,7 @@ class Graph:
             *inputs: for each argument, a tensor of the graph, and its shape and dtype.
 
         Raises:
-            ValueError: for an unknown operation.
+            ValueError: for an unknown operation, and a function that computes in another dtype.
         """
         closed = jax.make_jaxpr(function)(*(spec for _, spec in inputs))
         values = [self._value(name, spec.shape) for name, spec in inputs]
@@ -156,6 +156,7 @@ class Graph:
             return known[atom]
 
         for equation in jaxpr.eqns:
+            _check_float32(equation)
             results = self._equation(equation, [read(atom) for atom in equation.invars])
             known |= zip(equation.outvars, results, strict=True)
         return [read(atom) for atom in jaxpr.outvars]
@@ -204,6 +205,15 @@ def _aval(atom: core.Var | core.Literal) -> ShapedArray:
     """Shape and dtype of a variable of a jaxpr."""
     assert isinstance(atom.aval, ShapedArray)
     return atom.aval
+
+
+def _check_float32(equation: core.JaxprEqn) -> None:
+    for dtype in (_aval(var).dtype for var in equation.outvars):
+        if jax.numpy.issubdtype(dtype, jax.numpy.floating) and dtype != np.float32:
+            raise ValueError(
+                f"the model computes in {dtype}, but ONNX is written in float32; load it with "
+                "dtype=jnp.float32"
+            )
 
 
 def _known_value(array) -> _Value:

@@ -44,11 +44,6 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
         MissingExtra: without the extra `onnx`.
     """
     require_absent(path)
-    if (dtype := jnp.dtype(model.mask_decoder.dtype)) != jnp.float32:
-        raise ValueError(
-            f"the model computes in {dtype}, but ONNX is written in float32; load it with "
-            "dtype=jnp.float32"
-        )
     preprocessing = model.config.resize, model.config.normalization
     if preprocessing != ("longest_side", "statistics"):
         raise ValueError(

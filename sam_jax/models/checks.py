@@ -42,6 +42,12 @@ class Prompts(NamedTuple):
         return tokens.shape[1]
 
 
+def check_multimask(multimask_output: Any) -> None:
+    """Raises TypeError for anything but a bool, or None; a compiled program has one of them."""
+    if not isinstance(multimask_output, bool | np.bool | None):
+        raise TypeError(f"multimask_output is {multimask_output!r}, expected a bool or None")
+
+
 def check_prompts(config: SamConfig, images: Any, prompts: Prompts) -> Prompts:
     """The prompts of `Sam.decode` for so many images, as arrays of JAX."""
     points, labels, masks, sparse, dense, similarity, target = prompts

@@ -14,6 +14,7 @@ from sam_jax.config import SamConfig
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
 from sam_jax.models.checks import (
     check_broadcast,
+    check_multimask,
     check_pixels,
     check_shape,
     guidance_shape,
@@ -141,6 +142,7 @@ class HuggingFaceAPI(WithAdvice):
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("give either pixel_values or image_embeddings, and not both")
+        check_multimask(multimask_output)
         grid, channels = self.config.image_embedding_size, self.config.image_embedding_channels
         if pixel_values is not None:
             pixel_values = self._check_pixels(pixel_values)

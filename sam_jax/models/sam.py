@@ -11,6 +11,7 @@ Two ways in:
 
 import functools
 from collections.abc import Callable
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,14 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from sam_jax.arrays import Device
 from sam_jax.config import SamConfig, TinyViTConfig, ViTConfig
-from sam_jax.models.checks import Prompts, check_embeddings, check_pixels, check_prompts
+from sam_jax.errors import check_whole
+from sam_jax.models.checks import (
+    Prompts,
+    check_embeddings,
+    check_multimask,
+    check_pixels,
+    check_prompts,
+)
 from sam_jax.models.compiled import fastest_chunk_size
 from sam_jax.models.hf_api import HuggingFaceAPI
 from sam_jax.models.image_encoder import ImageEncoder, call_encoder
@@ -66,6 +74,13 @@ class Sam(HuggingFaceAPI, nnx.Module):
         attention: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
+        if not isinstance(config, SamConfig):
+            raise TypeError(
+                f"config is {short(config)}, expected a SamConfig, such as sam_jax.config.vit_b(); "
+                "sam_jax.from_pretrained loads a model by its name"
+            )
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs is {short(rngs)}, expected nnx.Rngs, such as nnx.Rngs(0)")
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise ValueError(f"dtype is {jnp.dtype(dtype)}, expected float32, bfloat16 or float16")
         check_implementation(attention)
@@ -182,7 +197,8 @@ class Sam(HuggingFaceAPI, nnx.Module):
                 compiled for a CPU, and elsewhere about 64 prompts of all images together.
 
         Raises:
-            TypeError: for anything but arrays, and for arrays of another kind of numbers.
+            TypeError: for anything but arrays, for arrays of another kind of numbers, and for a
+                `multimask_output` that is not a bool.
             ValueError: for shapes that do not fit, for no prompts, for `masks` with
                 `dense_embeddings`, for `hq_token_only` of another model than a SAM-HQ, and for a
                 `prompts_chunk_size` below 1; and, unless traced, for values that `join_prompts`
@@ -190,15 +206,9 @@ class Sam(HuggingFaceAPI, nnx.Module):
         """
         if hq_token_only and not self.config.hq:
             raise ValueError("hq_token_only is True, but the model is not a SAM-HQ")
-        if multimask_output not in (True, False, None):
-            raise ValueError(f"multimask_output is {multimask_output!r}, expected a bool or None")
-        if prompts_chunk_size is not None and (
-            not isinstance(prompts_chunk_size, int) or prompts_chunk_size < 1
-        ):
-            raise ValueError(
-                f"prompts_chunk_size is {prompts_chunk_size!r}, expected an integer of at least 1, "
-                "or None"
-            )
+        check_multimask(multimask_output)
+        if prompts_chunk_size is not None:
+            check_whole("prompts_chunk_size", prompts_chunk_size, 1)
         prompts = Prompts(
             points,
             labels,

@@ -70,9 +70,12 @@ def partition(model: nnx.Module, table: Table = EVERYTHING) -> tuple[PyTree, Res
         table: which parameters train; see the top of this file.
 
     Raises:
-        TypeError: if the table is not pairs of an expression and a scale.
+        TypeError: if the model is not an `nnx.Module`, or the table is not pairs of an expression
+            and a scale.
         ValueError: if an expression of the table matches no parameter, or if nothing trains.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model is {short(model)}, expected a Sam or another nnx.Module")
     _check_pairs(table)
     paths = [_path(key) for key, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     for regex, scale in table:
@@ -115,8 +118,23 @@ def combine(params: PyTree, rest: Rest) -> Any:
     """The model from the results of `partition`, or from updated parameters and the rest.
 
     It shares arrays with them, but no variables: what you assign to it changes nothing else.
+
+    Raises:
+        TypeError: if `rest` is not the second result of `partition`.
+        ValueError: if `params` are not of the same partition.
     """
-    return nnx.merge(rest.graphdef, params, rest.state, copy=True)
+    if not isinstance(rest, Rest):
+        raise TypeError(
+            f"rest is {type(rest).__name__}, expected the second result of partition(model): "
+            "combine(params, rest)"
+        )
+    try:
+        return nnx.merge(rest.graphdef, params, rest.state, copy=True)
+    except ValueError as error:
+        raise ValueError(
+            f"params do not belong to rest: {error} Give both results of one partition(model), or "
+            "params that an optimizer updated"
+        ) from error
 
 
 def layer_decay(config: SamConfig, decay: float) -> Table:

@@ -24,6 +24,7 @@ def test_arguments_are_metas():
         ({"points_per_side": None}, "points_per_side is None and point_grids is None, expected"),
         ({"point_grids": [GRID]}, "points_per_side is 6 and point_grids is given, expected exact"),
         ({"points_per_side": 0}, "points_per_side is 0, expected a whole number of at least 1"),
+        ({"points_per_side": 10**7}, "points_per_side is 10000000, expected .+ and at most 4096"),
         ({"points_per_batch": 0}, "points_per_batch is 0, expected a whole number of at least 1"),
         ({"points_per_batch": 1.5}, "points_per_batch is 1.5, expected a whole number"),
         ({"crop_n_layers": -1}, "crop_n_layers is -1, expected a whole number of at least 0"),

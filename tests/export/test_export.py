@@ -433,6 +433,14 @@ class Serialized:
         return b""
 
 
+class HalfPrecision(nnx.Module):
+    """An encoder of one's own, with results in float32."""
+
+    def __call__(self, pixel_values):
+        x = pixel_values.astype(jnp.bfloat16)[:, ::8, ::8, :1] * 2
+        return jnp.tile(x, (1, 1, 1, SHALLOW.prompt_embed_dim)).astype(jnp.float32)
+
+
 def test_refusals(tmp_path, unchecked, monkeypatch):
     for named in ("pallas", "cudnn"):
         model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16, attention=named)
@@ -440,6 +448,10 @@ def test_refusals(tmp_path, unchecked, monkeypatch):
             export_jax(model, tmp_path / "out")
     with pytest.raises(ValueError, match=r"platforms are \['gpu'\], expected some of \['cpu'"):
         export_jax(model, tmp_path / "out", platforms=["gpu"])
+    with pytest.raises(ValueError, match="computes in bfloat16, but ONNX is written in float32"):
+        export_onnx(model, tmp_path / "out")
+    model = ours(meta_sam(SHALLOW), SHALLOW)
+    model.image_encoder = HalfPrecision()
     with pytest.raises(ValueError, match="computes in bfloat16, but ONNX is written in float32"):
         export_onnx(model, tmp_path / "out")
     medsam = dataclasses.replace(SHALLOW, normalization="min_max")

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from reference import (
     normal,
 )
 
+from sam_jax import SamPredictor
 from sam_jax.ops.prompts import join_prompts
 
 
@@ -94,7 +97,7 @@ BAD_POINTS = {
         {"attention_similarity": np.ones((2, 3, 1, 1, 144), bool)},
         "attention_similarity are bool, expected floats",
     ),
-    "chunks": ({"prompts_chunk_size": "1"}, "prompts_chunk_size is '1', expected an integer"),
+    "chunks": ({"prompts_chunk_size": "1"}, "prompts_chunk_size is '1', expected a whole number"),
     "kind of masks": ({"multimask_output": "one"}, "multimask_output is 'one', expected a bool"),
     "no labels": ({"labels": None}, "points and labels belong together"),
     "no prompts": ({"points": None, "labels": None}, "neither points nor sparse_embeddings"),
@@ -139,6 +142,30 @@ def test_what_join_prompts_would_not_give(model, kind):
     if kind not in VALUES:  # of which a trace knows nothing
         with pytest.raises((TypeError, ValueError), match=message):
             jax.eval_shape(lambda arguments: model.decode(**arguments, **options), arrays)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_options_are_not_arrays(model):
+    """A compiled program has one number of masks; and numpy's scalars are as good as Python's."""
+    embeddings, (points, labels) = np.zeros((2, 12, 12, 32)), join_prompts(POINTS, LABELS, None)
+    decode = functools.partial(model.decode, embeddings, points, labels)
+    predictor = SamPredictor(model)
+    predictor.set_image(np.zeros((96, 96, 3), np.uint8))
+    for value in (np.array([True, False]), jnp.array(True), 1):
+        for call in (
+            decode,
+            functools.partial(model, image_embeddings=np.moveaxis(embeddings, -1, 1)),
+            functools.partial(predictor.predict, box=np.array([1, 2, 30, 40])),
+        ):
+            with pytest.raises(TypeError, match=r"multimask_output is .+, expected a bool or None"):
+                call(multimask_output=value)
+    for value in (True, jnp.array(1), 1.0):
+        with pytest.raises(ValueError, match=r"prompts_chunk_size is .+, expected a whole number"):
+            decode(prompts_chunk_size=value)
+    found = jax.eval_shape(
+        lambda: decode(multimask_output=np.False_, prompts_chunk_size=np.int64(2))
+    )
+    assert found.masks.shape == (2, 3, 1, 48, 48)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -77,7 +77,7 @@ def test_prompts_at_once_change_nothing(model, embeddings, masks, chunk_sizes):
     for prompts_chunk_size in chunk_sizes:
         found = model.decode(*arguments, masks=masks, prompts_chunk_size=prompts_chunk_size)
         jax.tree.map(assert_close, found, expected)
-    with pytest.raises(ValueError, match="prompts_chunk_size is 0, expected an integer"):
+    with pytest.raises(ValueError, match="prompts_chunk_size is 0, expected a whole number"):
         model.decode(*arguments, prompts_chunk_size=0)
 
 
@@ -271,6 +271,15 @@ def test_options_that_cannot_be():
         Sam(SMALL, dtype=jnp.int8, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="attention is 'xla', but TinyViT"):
         Sam(SMALL_TINY, attention="xla", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_arguments_of_other_types():
+    for config in (None, "mobile_sam", SMALL.to_dict()):
+        with pytest.raises(TypeError, match=r"config is .+, expected a SamConfig"):
+            Sam(config, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"rngs is 0, expected nnx\.Rngs, such as nnx.Rngs\(0\)"):
+        Sam(SMALL, rngs=0)
 
 
 @pytest.mark.usefixtures("unchecked")

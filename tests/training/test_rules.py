@@ -36,6 +36,18 @@ def test_split_and_merge(model):
         np.testing.assert_array_equal(merged[name], value)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_what_does_not_belong_together(model):
+    params, rest = partition(model)
+    with pytest.raises(TypeError, match="rest is State, expected the second result of partition"):
+        combine(rest, params)
+    for other in (partition(model, DECODER_ONLY)[0], {"a": 1}, None):
+        with pytest.raises(ValueError, match="params do not belong to rest: Incorrect number of"):
+            combine(other, rest)
+    with pytest.raises(TypeError, match=r"model is {'a': 1}, expected a Sam or an"):
+        partition({"a": 1})
+
+
 def test_buffers_never_train(model):
     trained, rest = partition(model, EVERYTHING)
     assert any("gaussian" in n for n in names(rest.state))
