@@ -11,6 +11,7 @@ from .automatic import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator
 from .automatic import pipeline as pipeline
 from .checkpoints import from_pretrained as from_pretrained
 from .checkpoints import save_pretrained as save_pretrained
+from .compilation_cache import enable_compilation_cache as enable_compilation_cache
 from .config import MaskDecoderConfig as MaskDecoderConfig
 from .config import PromptEncoderConfig as PromptEncoderConfig
 from .config import SamConfig as SamConfig

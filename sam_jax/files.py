@@ -21,6 +21,13 @@ _TEMPORARY = ".sam_jax-"
 _MAX_JSON_BYTES, _MAX_JSON_DEPTH = 4 * 2**30, 100
 
 
+def cache_folder() -> Path:
+    """`$SAM_JAX_CACHE`, else `$XDG_CACHE_HOME/sam_jax`, else `~/.cache/sam_jax`."""
+    if cache := os.environ.get("SAM_JAX_CACHE"):
+        return Path(cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sam_jax"
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a path to write a file or a folder to, which then replaces `path`.

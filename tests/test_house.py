@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "sam_jax"
 # A room imports from rooms of earlier lines.
 LINES = (
     ("errors", "files", "idioms", "decoders", "types"),
-    ("config", "arrays", "runs"),
+    ("config", "arrays", "runs", "compilation_cache"),
     ("ops",),
     ("models",),
     ("image", "checkpoints"),

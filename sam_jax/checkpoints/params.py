@@ -61,7 +61,8 @@ def params_sha256(params: Mapping[str, np.ndarray | jax.Array]) -> str:
 
 def param_shapes(config: SamConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of all parameters and buffers of a model with this configuration, by path."""
-    _, state = nnx.split(abstract_model(config))
+    # With all arguments, so that `build_model` finds it in the cache.
+    _, state = nnx.split(abstract_model(config, jnp.float32, None))
     return {_path(key): variable.shape for key, variable in nnx.to_flat_state(state)}
 
 
@@ -76,9 +77,16 @@ def build_model(
     They are copied to the device one by one and removed from `params`, so that a large model is
     not in memory twice.
     """
-    # Copy on a CPU too: the arrays may be views of a file that is modified later.
-    model = abstract_model(config, dtype, attention)
-    return with_params(model, lambda path: jnp.array(params.pop(path)))
+
+    def to_device(path):
+        array = params.pop(path)
+        if isinstance(array, jax.Array):
+            return array
+        # A copy: the array may be a view of a file that is modified later, and `device_put` does
+        # not copy on a CPU. (`jnp.array` does, but compiles a program for each shape.)
+        return jax.device_put(np.array(array))
+
+    return with_params(abstract_model(config, dtype, attention), to_device)
 
 
 def with_params(model: Sam, of_path: Callable[[str], Any]) -> Sam:

@@ -1,7 +1,7 @@
 """Helpers of several commands."""
 
 import sys
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -9,6 +9,22 @@ from tqdm import tqdm
 T = TypeVar("T")
 IfGiven = tyro.conf.DisallowNone[Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]]
 """Type of an option that may be left out, of which `--help` does not say "None"."""
+
+if TYPE_CHECKING:  # imports JAX, which would slow down `--help`
+    from sam_jax.models.sam import Sam
+
+
+def load_model(name: str, dtype: str) -> "Sam":
+    """The model, in a process that keeps compiled programs for the next one.
+
+    Raises:
+        ValueError, OSError: as `from_pretrained`.
+    """
+    from sam_jax.checkpoints import from_pretrained
+    from sam_jax.compilation_cache import enable_compilation_cache
+
+    enable_compilation_cache()
+    return from_pretrained(name, dtype=dtype)
 
 
 def say(text: str) -> None:

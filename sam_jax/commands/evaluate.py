@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from sam_jax.commands.common import IfGiven, say_compiling
+from sam_jax.commands.common import IfGiven, load_model, say_compiling
 from sam_jax.types import DType, OnBadAnnotation
 
 
@@ -32,14 +32,13 @@ class Evaluate:
 
 def evaluate(args: Evaluate) -> None:
     """Prints mean IoUs as JSON."""
-    from sam_jax.checkpoints import from_pretrained
     from sam_jax.evaluation.clicks import evaluate as evaluate_model
     from sam_jax.training.datasets import open_annotations
 
     source = open_annotations(
         args.annotations, args.images, on_bad_annotation=args.on_bad_annotation
     )
-    model = from_pretrained(args.model, dtype=args.dtype)
+    model = load_model(args.model, args.dtype)
     say_compiling("the decoder once per number of objects")
     with tqdm(total=len(source), unit="image", miniters=1) as bar:
         print(json.dumps(evaluate_model(model, source, on_image=bar.update), indent=2))

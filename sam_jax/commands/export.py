@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from sam_jax.commands.common import IfGiven
+from sam_jax.commands.common import IfGiven, load_model
 from sam_jax.files import require_absent
 from sam_jax.types import DType, Platform
 
@@ -43,7 +43,6 @@ def export(args: Export) -> None:
         ValueError: if options contradict each other or the model, or if the model is unknown.
         MissingExtra: for ONNX without the extra `onnx`.
     """
-    from sam_jax.checkpoints import from_pretrained
     from sam_jax.export import export_jax, export_onnx
 
     require_absent(args.output)
@@ -55,7 +54,7 @@ def export(args: Export) -> None:
         )
     if args.format == "jax" and args.single_mask:
         raise ValueError("--single-mask is for --format onnx")
-    model = from_pretrained(args.model, dtype=args.dtype)
+    model = load_model(args.model, args.dtype)
     if args.format == "onnx":
         export_onnx(model, args.output, single_mask=args.single_mask)
     else:

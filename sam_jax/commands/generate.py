@@ -12,7 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from sam_jax.automatic.options import MaskGenerationOptions
-from sam_jax.commands.common import IfGiven, say, say_compiling
+from sam_jax.commands.common import IfGiven, load_model, say, say_compiling
 from sam_jax.files import read_json
 from sam_jax.runs import lock_folder
 from sam_jax.types import DType, OutputMode, ResultsFormat, Segmentation
@@ -132,7 +132,6 @@ def _generate(args, model, options, results, todo, total, failures) -> None:
     from sam_jax.automatic.folder import generate_folder
     from sam_jax.automatic.generator import SamAutomaticMaskGenerator
     from sam_jax.automatic.ray_cluster import generate_with_ray
-    from sam_jax.checkpoints import from_pretrained
 
     done, start, bars = total - len(todo), time.monotonic(), []
 
@@ -157,7 +156,7 @@ def _generate(args, model, options, results, todo, total, failures) -> None:
             )
         else:
             mesh = Mesh(np.array(_devices(args.devices)), ("images",))
-            sam = from_pretrained(model, dtype=args.dtype)
+            sam = load_model(model, args.dtype)
             generator = SamAutomaticMaskGenerator(sam, **vars(options), mesh=mesh)
             say_compiling("once for all images")
             generate_folder(generator, todo, results, on_image, on_failure)

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from sam_jax.commands.common import IfGiven, say_compiling
+from sam_jax.commands.common import IfGiven, load_model, say_compiling
 from sam_jax.files import read_json, temporary_folder, write_json
 from sam_jax.runs import lock_folder
 from sam_jax.types import DType
@@ -53,7 +53,6 @@ def segment(args: Segment) -> None:
         ValueError: if a prompt is invalid, if the output has files with names of results that no
             earlier run wrote, or if the model is unknown.
     """
-    from sam_jax.checkpoints import from_pretrained
     from sam_jax.image import load_image
     from sam_jax.predictor import SamPredictor, check_scores
     from sam_jax.visualize import overlay
@@ -74,7 +73,7 @@ def segment(args: Segment) -> None:
         raise ValueError(f"--output is {output}, a file; expected a folder")
     _check_free(output)
 
-    predictor = SamPredictor(from_pretrained(args.model, dtype=args.dtype))
+    predictor = SamPredictor(load_model(args.model, args.dtype))
     say_compiling()
     predictor.set_image(image)
     multimask = args.multimask

@@ -19,6 +19,7 @@ from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sam_jax.checkpoints import from_pretrained
+from sam_jax.compilation_cache import enable_compilation_cache
 from sam_jax.demo.app import Demo
 from sam_jax.demo.limits import Limits
 from sam_jax.demo.session import warm_up
@@ -59,6 +60,7 @@ def serve(
         # SIGTERM, which stops services and containers, acts like Ctrl+C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         print("Compiling the model ...", flush=True)
+        enable_compilation_cache()
         sam = from_pretrained(model, dtype=dtype)
         warm_up(sam)
         # Garbage collection of the objects made so far would delay clicks by half a second.
