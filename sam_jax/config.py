@@ -338,6 +338,15 @@ class SamConfig(WithAdvice):
 _ENCODERS = {"vit": ViTConfig, "tiny_vit": TinyViTConfig}
 
 
+def check_config(config: Any) -> None:
+    """Raises TypeError for anything but a SamConfig."""
+    if not isinstance(config, SamConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}, expected a SamConfig: that of a model is "
+            "model.config, and sam_jax.config.vit_b() makes a new one"
+        )
+
+
 def check_mapping(values: Any, where: str) -> None:
     """Raises ValueError for anything but a mapping."""
     if not isinstance(values, Mapping):

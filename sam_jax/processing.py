@@ -17,7 +17,7 @@ from PIL import Image
 
 from sam_jax.arrays import ArrayLike, PromptsLike, as_numpy
 from sam_jax.checkpoints import load_config
-from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
+from sam_jax.config import Preprocessing, SamConfig, check_config, with_preprocessing
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
 from sam_jax.image import ImageInput, image_list, load_image
 from sam_jax.models.preprocessing import fit
@@ -56,6 +56,7 @@ class SamProcessor(WithAdvice):
     """
 
     def __init__(self, config: SamConfig):
+        check_config(config)
         self.config = config
 
     @property

@@ -16,8 +16,10 @@ __all__ = ["COLORS", "overlay", "show_box", "show_mask", "show_points"]
 # Callers with axes have imported matplotlib already.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
+    from matplotlib.patches import Patch
 else:
-    Axes = Any
+    Axes = AxesImage = Patch = Any
 
 COLORS = (
     (0, 114, 178),
@@ -33,7 +35,7 @@ MARKS = {FOREGROUND: (40, 200, 80), BACKGROUND: (220, 50, 47)}
 ALPHA = 0.55
 
 
-def show_mask(mask: ArrayLike, ax: Axes, *, color: tuple[int, int, int] = COLORS[0]):
+def show_mask(mask: ArrayLike, ax: Axes, *, color: tuple[int, int, int] = COLORS[0]) -> AxesImage:
     """Draws a boolean mask [h, w] over the image shown by the matplotlib axes `ax`.
 
     Raises:
@@ -45,7 +47,7 @@ def show_mask(mask: ArrayLike, ax: Axes, *, color: tuple[int, int, int] = COLORS
     return ax.imshow(rgba)
 
 
-def show_points(coords: ArrayLike, labels: ArrayLike, ax: Axes, *, size: float = 200):
+def show_points(coords: ArrayLike, labels: ArrayLike, ax: Axes, *, size: float = 200) -> None:
     """Draws foreground points [n, 2] as green stars, background points as red ones.
 
     Raises:
@@ -59,7 +61,7 @@ def show_points(coords: ArrayLike, labels: ArrayLike, ax: Axes, *, size: float =
         )
 
 
-def show_box(box: ArrayLike, ax: Axes):
+def show_box(box: ArrayLike, ax: Axes) -> Patch:
     """Draws a box (x0, y0, x1, y1), in pixels.
 
     Raises:

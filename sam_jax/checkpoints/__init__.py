@@ -104,6 +104,8 @@ def save_pretrained(model: Sam, path: str | os.PathLike) -> None:
         CheckpointError: if the model has other parameters than its configuration says, such as
             LoRA's adapters, or an image encoder of your own.
     """
+    if not isinstance(model, Sam):
+        raise TypeError(f"model is a {type(model).__name__}, expected a Sam")
     encoder = model.image_encoder
     if not isinstance(encoder, tuple(ENCODERS.values())):
         raise CheckpointError(
@@ -111,6 +113,11 @@ def save_pretrained(model: Sam, path: str | os.PathLike) -> None:
             "nnx.state(model) with Orbax"
         )
     params = flat_params(model)
+    if any(name.endswith("lora_a") for name in params):
+        raise CheckpointError(
+            "the model has adapters of LoRA, for which there is no format; save merge_lora(model), "
+            "or the adapters alone with save_lora"
+        )
     check_tensors(params, param_shapes(model.config))
     native.save(path, params, model.config)
 

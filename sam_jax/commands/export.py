@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from sam_jax.commands.common import IfGiven, load_model
+from sam_jax.commands.common import load_model
 from sam_jax.files import require_absent
 from sam_jax.types import DType, Platform
 
@@ -24,8 +24,8 @@ class Export:
     """The folder to create."""
     format: Literal["jax", "onnx"] = "jax"
     """Programs of jax.export, or ONNX."""
-    platforms: IfGiven[tuple[Platform, ...]] = None
-    """jax only: platforms to run on; cpu, cuda and tpu if left out."""
+    platforms: tuple[Platform, ...] = ("cpu", "cuda", "tpu")
+    """jax only: platforms to run on."""
     dtype: DType = "float32"
     """jax only: compute dtype."""
     gradient: bool = False
@@ -46,7 +46,7 @@ def export(args: Export) -> None:
     from sam_jax.export import export_jax, export_onnx
 
     require_absent(args.output)
-    for_jax = args.platforms is not None or args.dtype != "float32" or args.gradient
+    for_jax = args.platforms != Export.platforms or args.dtype != "float32" or args.gradient
     if args.format == "onnx" and for_jax:
         raise ValueError(
             "--platforms, --dtype and --gradient are for --format jax; ONNX is float32, without "
@@ -58,6 +58,5 @@ def export(args: Export) -> None:
     if args.format == "onnx":
         export_onnx(model, args.output, single_mask=args.single_mask)
     else:
-        platforms = {} if args.platforms is None else {"platforms": args.platforms}
-        export_jax(model, args.output, **platforms, vjp_order=int(args.gradient))
+        export_jax(model, args.output, platforms=args.platforms, vjp_order=int(args.gradient))
     print(args.output)

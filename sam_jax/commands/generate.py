@@ -183,8 +183,8 @@ def _devices(count: int | None) -> list:
     count = len(available) if count is None else count
     if not 1 <= count <= len(available):
         raise ValueError(
-            f"--devices is {count}, expected 1 to {len(available)}, the number of this machine's "
-            "devices"
+            f"--devices is {count}, but this machine has {len(available)} "
+            f"device{'s' * (len(available) > 1)}"
         )
     return available[:count]
 

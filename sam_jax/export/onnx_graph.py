@@ -212,7 +212,7 @@ def _check_float32(equation: core.JaxprEqn) -> None:
         if jax.numpy.issubdtype(dtype, jax.numpy.floating) and dtype != np.float32:
             raise ValueError(
                 f"the model computes in {dtype}, but ONNX is written in float32; load it with "
-                "dtype=jnp.float32"
+                "dtype=jnp.float32, and keep its parameters in float32"
             )
 
 

@@ -11,10 +11,12 @@ import numpy as np
 
 from sam_jax.checkpoints.params import flat_params, with_params
 from sam_jax.checkpoints.safetensors import write_safetensors
+from sam_jax.errors import check_whole
 from sam_jax.export.common import vit_blocks, with_attention, write_config
 from sam_jax.files import atomic_dir, require_absent
 from sam_jax.models.sam import Sam
 from sam_jax.types import Platform
+from sam_jax.validation import check_model
 
 
 def export_jax(
@@ -62,14 +64,13 @@ def export_jax(
         ValueError: for a negative `vjp_order`, for no, unknown or repeated platforms, or if the
             model's attention is "cudnn" or "pallas", which JAX cannot export.
     """
+    check_model(model)
     require_absent(path)
-    if vjp_order < 0:
-        raise ValueError(f"vjp_order is {vjp_order}, expected 0 or more")
+    check_whole("vjp_order", vjp_order, 0)
     known = get_args(Platform)
-    if not platforms or not set(platforms) <= set(known) or len({*platforms}) < len(platforms):
-        raise ValueError(
-            f"platforms are {list(platforms)}, expected some of {list(known)}, each once"
-        )
+    chosen = [platforms] if isinstance(platforms, str) else list(platforms)
+    if not chosen or not set(chosen) <= set(known) or len({*chosen}) < len(chosen):
+        raise ValueError(f"platforms are {chosen}, expected some of {list(known)}, each once")
     config = model.config
     named = {block.attn.implementation for block in vit_blocks(model)}
     if refused := named & {"cudnn", "pallas"}:
@@ -105,7 +106,7 @@ def export_jax(
     params = flat_params(model)
     with atomic_dir(path) as folder:
         for name, (function, arrays) in programs.items():
-            exported = jax.export.export(jax.jit(function), platforms=platforms)(params, *arrays)
+            exported = jax.export.export(jax.jit(function), platforms=chosen)(params, *arrays)
             (folder / f"{name}.jax").write_bytes(exported.serialize(vjp_order=vjp_order))
         write_safetensors(folder / "params.safetensors", jax.tree.map(np.asarray, params))
         write_config(

@@ -12,6 +12,7 @@ from sam_jax.errors import needs_extra
 from sam_jax.export.common import with_attention, write_config
 from sam_jax.files import atomic_dir, require_absent
 from sam_jax.models.sam import Sam
+from sam_jax.validation import check_model
 
 
 def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = False) -> None:
@@ -43,6 +44,7 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
         ValueError: if the model computes in another dtype, or its preprocessing is not SAM's.
         MissingExtra: without the extra `onnx`.
     """
+    check_model(model)
     require_absent(path)
     preprocessing = model.config.resize, model.config.normalization
     if preprocessing != ("longest_side", "statistics"):

@@ -1,10 +1,12 @@
 """Checks of the model's arguments; an error says what was given and what was expected."""
 
+from reprlib import repr as short
 from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -40,6 +42,12 @@ class Prompts(NamedTuple):
         tokens = self.sparse_embeddings if self.labels is None else self.labels
         assert tokens is not None  # as `check_prompts` made sure
         return tokens.shape[1]
+
+
+def check_rngs(rngs: Any) -> None:
+    """Raises TypeError for anything but random numbers of Flax."""
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs is {short(rngs)}, expected nnx.Rngs, such as nnx.Rngs(0)")
 
 
 def check_multimask(multimask_output: Any) -> None:
@@ -132,6 +140,17 @@ def check_pixels(config: SamConfig, pixel_values: Any) -> Array:
             "SamProcessor or sam_jax.preprocess"
         )
     return to_device(pixel_values)
+
+
+def check_keys(keys: Any, images: int) -> None:
+    """Checks that there is a key of `jax.random` for each image, of the new or the old kind."""
+    is_new = hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    shape = getattr(keys, "shape", None)
+    if shape not in ([(images,)] if is_new else [(images, 2), (images, 4)]):
+        raise ValueError(
+            f"keys have shape {shape}, expected one for each of the {images} images; make them "
+            f"with jax.random.split(key, {images})"
+        )
 
 
 def check_embeddings(config: SamConfig, image_embeddings: Any) -> Array:

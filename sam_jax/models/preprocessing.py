@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from sam_jax.arrays import as_array
-from sam_jax.config import SamConfig
+from sam_jax.config import SamConfig, check_config
 from sam_jax.models.checks import to_device
 
 
@@ -30,8 +30,7 @@ def preprocess(
             else.
         ValueError: for another shape.
     """
-    if not isinstance(config, SamConfig):
-        raise TypeError(f"config is a {type(config).__name__}, expected a SamConfig: model.config")
+    check_config(config)
     given = as_array(images, "images")
     if not jnp.isdtype(given.dtype, ("real floating", "integral")):
         raise TypeError(f"images are {given.dtype}, expected numbers from 0 to 255")

@@ -11,7 +11,6 @@ Two ways in:
 
 import functools
 from collections.abc import Callable
-from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import jax
@@ -23,14 +22,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from sam_jax.arrays import Device
-from sam_jax.config import SamConfig, TinyViTConfig, ViTConfig
-from sam_jax.errors import check_whole
+from sam_jax.config import SamConfig, TinyViTConfig, ViTConfig, check_config
+from sam_jax.errors import check_number, check_whole
 from sam_jax.models.checks import (
     Prompts,
     check_embeddings,
+    check_keys,
     check_multimask,
     check_pixels,
     check_prompts,
+    check_rngs,
 )
 from sam_jax.models.compiled import fastest_chunk_size
 from sam_jax.models.hf_api import HuggingFaceAPI
@@ -74,13 +75,8 @@ class Sam(HuggingFaceAPI, nnx.Module):
         attention: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        if not isinstance(config, SamConfig):
-            raise TypeError(
-                f"config is {short(config)}, expected a SamConfig, such as sam_jax.config.vit_b(); "
-                "sam_jax.from_pretrained loads a model by its name"
-            )
-        if not isinstance(rngs, nnx.Rngs):
-            raise TypeError(f"rngs is {short(rngs)}, expected nnx.Rngs, such as nnx.Rngs(0)")
+        check_config(config)
+        check_rngs(rngs)
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise ValueError(f"dtype is {jnp.dtype(dtype)}, expected float32, bfloat16 or float16")
         check_implementation(attention)
@@ -142,13 +138,10 @@ class Sam(HuggingFaceAPI, nnx.Module):
                 raise ValueError(
                     f"drop_path_rate is {drop_path_rate}, which needs a ViT encoder and keys"
                 )
+            check_number("drop_path_rate", drop_path_rate)
             if not 0 < drop_path_rate < 1:
                 raise ValueError(f"drop_path_rate is {drop_path_rate}, expected 0 to 1, without 1")
-            if keys.shape[:1] != pixel_values.shape[:1]:
-                raise ValueError(
-                    f"keys have shape {keys.shape}, expected one for each of the "
-                    f"{pixel_values.shape[0]} images; make them with jax.random.split(key, images)"
-                )
+            check_keys(keys, pixel_values.shape[0])
             options["drop_path_rate"] = drop_path_rate
 
         def encode(pixel_values, model, keys):

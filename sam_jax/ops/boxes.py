@@ -10,12 +10,15 @@ import math
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
+from sam_jax.errors import check_whole
+
 # Distance in pixels to the edge of a crop below which a box counts as cut off.
 _EDGE_TOLERANCE = 20.0
 
 
 def build_point_grid(n_per_side: int) -> Float[np.ndarray, "n 2"]:
     """The centers (x, y) of n x n equal cells of the unit square, row by row."""
+    check_whole("n_per_side", n_per_side, 1)
     centers = np.linspace(1 / (2 * n_per_side), 1 - 1 / (2 * n_per_side), n_per_side)
     x, y = np.meshgrid(centers, centers)
     return np.stack([x, y], axis=-1).reshape(-1, 2)

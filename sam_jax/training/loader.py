@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from sam_jax.errors import needs_extra
+from sam_jax.errors import check_whole, needs_extra
 from sam_jax.training.datasets import Dataset, Example
 from sam_jax.training.transform import ExampleTransform, too_small
 
@@ -52,14 +52,14 @@ def make_loader(
 
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
-    if batch_size < 1 or batch_size % process_count:
+    check_whole("batch_size", batch_size, 1)
+    check_whole("seed", seed, 0)
+    if batch_size % process_count:
         raise ValueError(
             f"batch_size is {batch_size}, expected a multiple of the {process_count} hosts"
         )
     if not len(source):
         raise ValueError("there are no images to train on")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}, expected 0 or above")
     dataset = (
         grain.MapDataset.range(len(source))
         .seed(seed)
@@ -130,7 +130,9 @@ class _Reader:
             image_id = getattr(self.source, "image_id", int)(index)
             if f"image {image_id}:" in str(error):
                 raise
-            raise ValueError(f"image {image_id}: {str(error) or repr(error)}") from error
+            # The text of a KeyError is a key alone.
+            what = repr(error) if isinstance(error, KeyError) or not str(error) else str(error)
+            raise ValueError(f"image {image_id}: {what}") from error
 
 
 def _any_object(example: Example, _: np.random.Generator) -> Example:

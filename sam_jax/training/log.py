@@ -52,6 +52,7 @@ class MetricsLog:
         """
         if not self._writes:
             return
+        values = {k: getattr(v, "item", lambda v=v: v)() for k, v in values.items()}
         finite = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
         line = json.dumps({"step": step, **finite}, allow_nan=False)
         self._file.write(line + "\n")
@@ -76,15 +77,15 @@ class MetricsLog:
             self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; an empty list if there is no file.
 
     Lines that do not belong to a step are left out: after a crash or a power failure there may be a
     partial line or bytes of another file.
     """
+    path, found = Path(path), []
     if not path.exists():
         return []
-    found = []
     for line in path.read_bytes().split(b"\n"):
         try:
             value = read_json(line)

@@ -23,9 +23,12 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 
 from sam_jax.checkpoints.safetensors import write_safetensors
+from sam_jax.errors import check_whole
 from sam_jax.files import read_json
+from sam_jax.models.checks import check_rngs
 from sam_jax.models.layers import Linear, rowwise
 from sam_jax.models.sam import Sam
+from sam_jax.validation import check_model
 
 
 class LoRALinear(Linear):
@@ -70,14 +73,20 @@ def add_lora(
         rngs: random numbers for A; B starts as zeros.
 
     Raises:
-        ValueError: if no linear layer matches, or one that matches already has adapters.
+        TypeError: if `model` is not a `Sam`, or `rngs` are not `nnx.Rngs`.
+        ValueError: for another rank, if no linear layer matches, or one that matches already has
+            adapters.
     """
-    if rank < 1:
-        raise ValueError(f"rank is {rank}, expected at least 1")
+    check_model(model)
+    check_whole("rank", rank, 1)
+    check_rngs(rngs)
     scale = 1.0 if alpha is None else alpha / rank
     model = nnx.clone(model)
     layers = _linear_layers(model)
-    chosen = [path for path in layers if re.fullmatch(pattern, path)]
+    try:
+        chosen = [path for path in layers if re.fullmatch(pattern, path)]
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
     if not chosen:
         raise ValueError(
             f"{pattern!r} matches no linear layer; some are {', '.join(list(layers)[:4])}"

@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 from jaxtyping import PyTree
 
-from sam_jax.config import SamConfig, ViTConfig
+from sam_jax.config import SamConfig, ViTConfig, check_config
 
 Table = Sequence[tuple[str, float | None]]
 
@@ -145,8 +145,10 @@ def layer_decay(config: SamConfig, decay: float) -> Table:
     ViTDet). The paper's `decay` is 0.6 for ViT-B and 0.8 for larger models (appendix A).
 
     Raises:
+        TypeError: if `config` is not a SamConfig.
         ValueError: if the encoder is not a ViT.
     """
+    check_config(config)
     if not isinstance(config.image_encoder, ViTConfig):
         raise ValueError("layer-wise decay is for ViT encoders, and this one is a TinyViT")
     depth = config.image_encoder.depth
@@ -215,6 +217,7 @@ class OptimizerConfig(NamedTuple):
         """
         for name, ok, expected in (
             ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
+            ("schedule", self.schedule in ("cosine", "constant"), "cosine or constant"),
             ("warmup", self.warmup >= 0, "0 or more steps"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("clip_norm", self.clip_norm > 0, "above 0"),

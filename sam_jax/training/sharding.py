@@ -4,7 +4,7 @@ The compiler adds the communication; a step is the same function on one device a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -46,7 +46,14 @@ def shardings(tree: PyTree, mesh: Mesh, *, parallelism: Parallelism) -> PyTree:
 
     With "fsdp", an array's longest axis that is divisible by the number of devices is sharded; with
     "data", every device has a copy.
+
+    Raises:
+        ValueError: for another `parallelism`.
     """
+    if parallelism not in get_args(Parallelism):
+        raise ValueError(
+            f"parallelism is {parallelism!r}, expected {' or '.join(get_args(Parallelism))}"
+        )
 
     def of(array):
         spec = [None] * array.ndim

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from sam_jax.models.checks import check_keys
 from sam_jax.models.layers import split_keys
 from sam_jax.models.sam import Sam
 from sam_jax.training.interactive import interactive_losses
@@ -94,8 +95,9 @@ def batch_losses(
         ValueError: if the recipe's numbers are invalid, or if it has `remat` or a `drop_path_rate`
             and the batch has image embeddings.
     """
-    prompt_keys, drop_keys = split_keys(keys, 2)
     check_recipe(recipe)
+    check_keys(keys, len(batch["masks"]))
+    prompt_keys, drop_keys = split_keys(keys, 2)
     if "image_embedding" in batch:
         for name in ("remat", "drop_path_rate"):
             if getattr(recipe, name):

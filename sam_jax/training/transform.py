@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
-from sam_jax.config import SamConfig
+from sam_jax.config import SamConfig, check_config
 from sam_jax.ops.boxes import mask_to_box
 from sam_jax.ops.prompts import pad_axis
 from sam_jax.processing import SamProcessor
@@ -46,6 +46,7 @@ class ExampleTransform:
     size that fits the model (the paper's range is 0.1 to 2.0), and cropped if it is too large."""
 
     def __post_init__(self):
+        check_config(self.config)
         low, high = self.scale_range or (1, 1)
         for name, ok, expected in (
             ("max_objects", self.max_objects >= 1, "at least 1"),

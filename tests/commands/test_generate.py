@@ -281,7 +281,7 @@ def test_bad_arguments(run, photos, tmp_path):
     assert "missing does not exist" in run(inputs=[tmp_path / "missing"])[0]
     (tmp_path / "empty").mkdir()
     assert "there is no image in" in run(inputs=[tmp_path / "empty"])[0]
-    assert "--devices is 5, expected 1 to 1" in run("--devices", "5")[0]
+    assert "--devices is 5, but this machine has 1 device" in run("--devices", "5")[0]
     assert "points_per_batch is 0, expected" in run("--points-per-batch", "0")[0]
     (tmp_path / "file").touch()
     assert "file" in run(output=tmp_path / "file")[0]

@@ -214,5 +214,10 @@ def test_arguments_of_the_encoder_and_of_attention(model, pixels):
         model.encode_image(pixels, drop_path_rate=2, keys=jax.random.split(jax.random.key(0), 2))
     with pytest.raises(ValueError, match="one for each of the 2 images"):
         model.encode_image(pixels, drop_path_rate=0.1, keys=jax.random.key(0))
+    for keys in (jax.random.PRNGKey(0), [1, 2]):  # a key is two numbers, and there are two images
+        with pytest.raises(ValueError, match="one for each of the 2 images"):
+            model.encode_image(pixels, drop_path_rate=0.1, keys=keys)
+    keys = jax.random.split(jax.random.PRNGKey(0), 2)
+    jax.eval_shape(lambda: model.encode_image(pixels, drop_path_rate=0.1, keys=keys))
     with pytest.raises(TypeError, match="decoder_attention does not take heads; it takes points"):
         model.decoder_attention(np.zeros((2, 12, 12, 32), np.float32), heads=1)

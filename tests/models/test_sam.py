@@ -276,7 +276,7 @@ def test_options_that_cannot_be():
 @pytest.mark.usefixtures("unchecked")
 def test_arguments_of_other_types():
     for config in (None, "mobile_sam", SMALL.to_dict()):
-        with pytest.raises(TypeError, match=r"config is .+, expected a SamConfig"):
+        with pytest.raises(TypeError, match=r"config is a .+, expected a SamConfig"):
             Sam(config, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"rngs is 0, expected nnx\.Rngs, such as nnx.Rngs\(0\)"):
         Sam(SMALL, rngs=0)

@@ -88,7 +88,7 @@ def test_hosts_share_the_batch(many, batch_size):
         make_loader(many, PREPARE, process_count=3, **options)
     with pytest.raises(ValueError, match="there are no images to train on"):
         make_loader([], PREPARE, **options)
-    with pytest.raises(ValueError, match="seed is -1, expected 0 or above"):
+    with pytest.raises(ValueError, match="seed is -1, expected a whole number of at least 0"):
         make_loader(many, PREPARE, batch_size=2, seed=-1)
 
 

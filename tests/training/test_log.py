@@ -52,14 +52,15 @@ def test_steps_done_again_have_one_line(tmp_path):
 def test_every_line_is_json(tmp_path):
     """Also for values that JSON lacks, and for what a power failure left."""
     log = write(tmp_path, [1])
-    log.write(2, {"loss": float("nan"), "grad_norm": float("-inf"), "iou": None, "objects": 3})
+    infinite = jax.numpy.float32("-inf")  # as of a step
+    log.write(2, {"loss": float("nan"), "grad_norm": infinite, "iou": None, "objects": 3})
     log.close()
     none = {"loss": None, "grad_norm": None, "iou": None}
     expected = [{"step": 1, "loss": 1 / 3}, {"step": 2, **none, "objects": 3}]
     assert lines(tmp_path) == expected
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'[1]\n{"loss": 1}\nNaN\n\xff\0\0\n{"step": "3"}\n{"step": 3, "lo')
-    assert read_metrics(tmp_path / "metrics.jsonl") == expected
+    assert read_metrics(str(tmp_path / "metrics.jsonl")) == expected
     MetricsLog(tmp_path, 5).close()
     assert lines(tmp_path) == expected
 

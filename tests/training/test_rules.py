@@ -4,6 +4,7 @@ import pytest
 from flax import nnx
 from reference import SMALL, SMALL_TINY, meta_sam, ours
 
+from sam_jax import SamProcessor
 from sam_jax.checkpoints.params import flat_params, param_shapes
 from sam_jax.training.rules import (
     DECODER_ONLY,
@@ -15,6 +16,7 @@ from sam_jax.training.rules import (
     learning_rate_scale,
     partition,
 )
+from sam_jax.training.transform import ExampleTransform
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,20 @@ def test_layer_decay_is_detectron2s():
         layer_decay(SMALL_TINY, 0.5)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: layer_decay(model, 0.5),
+        lambda model: ExampleTransform(model, 3, target_size=24),
+        SamProcessor,
+    ],
+)
+def test_a_model_is_not_a_configuration(model, call):
+    with pytest.raises(TypeError, match=r"config is a Sam, expected a SamConfig: .* model\.config"):
+        call(model)
+
+
 def test_scales_decay_and_clipping(model):
     table = [(r"mask_decoder\.iou_.*", 0.1), (r"prompt_encoder\..*", 1.0), (".*", None)]
     trained, _ = partition(model, table)
@@ -155,6 +171,7 @@ def test_the_rate_rises_then_falls(steps, warmup):
     [
         ({"learning_rate": -1e-3}, "learning_rate is -0.001, expected a number above 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan, expected a number above 0"),
+        ({"schedule": "linear"}, "schedule is linear, expected cosine or constant"),
         ({"warmup": -5}, "warmup is -5, expected 0 or more steps"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1, expected 0 or more"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0, expected above 0"),

@@ -143,3 +143,8 @@ def test_a_batch_that_the_devices_cannot_share(unchecked):
 
     with pytest.raises(ValueError, match="a batch of 4 cannot be split among 3 devices; choose a"):
         sharding.put_batch({"valid": np.ones((4, 2))}, Mesh())
+
+
+def test_a_kind_of_parallelism_that_does_not_exist(unchecked):
+    with pytest.raises(ValueError, match="parallelism is 'ddp', expected data or fsdp"):
+        sharding.shard_tree({"a": np.ones(8)}, sharding.make_mesh(), parallelism="ddp")
