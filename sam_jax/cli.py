@@ -1,7 +1,9 @@
 """The command `sam-jax`."""
 
+import dataclasses
 import sys
 
+import docstring_parser
 import tyro
 from safetensors import SafetensorError
 
@@ -23,14 +25,29 @@ _FUNCTIONS = {
 COMMANDS = {function.__name__: command for command, function in _FUNCTIONS.items()}
 
 
+def join_help(command: type) -> None:
+    """Makes each option's docstring one line, since tyro would break lines where it does."""
+    for part in filter(dataclasses.is_dataclass, command.__mro__):
+        options = {option.name: option for option in dataclasses.fields(part)}
+        for documented in docstring_parser.parse_from_object(part).params:
+            text = " ".join((documented.description or "").split())
+            options[documented.arg_name].metadata = {"help": text}  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def main() -> None:
     """Runs the command; user errors are printed to stderr in one line, with exit code 1."""
+    for command in COMMANDS.values():
+        join_help(command)
     args = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="sam-jax", description="Segment Anything in JAX."
     )
     try:
         _FUNCTIONS[type(args)](args)
-    except (OSError, ValueError, TypeError, SafetensorError, MissingExtra) as error:
+    except OSError as error:
+        is_of_file = error.filename is not None and error.strerror is not None
+        what = f"{error.filename}: {error.strerror}" if is_of_file else error
+        sys.exit(f"sam-jax: {what}")
+    except (ValueError, TypeError, SafetensorError, MissingExtra) as error:
         sys.exit(f"sam-jax: {error}")
     except KeyboardInterrupt:
         print("sam-jax: stopped", file=sys.stderr)

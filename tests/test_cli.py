@@ -26,6 +26,23 @@ def test_help(monkeypatch, capsys):
         assert part in text
 
 
+def test_a_missing_file_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sam-jax", "segment", "nope.jpg", "--point", "1,2"])
+    with pytest.raises(SystemExit, match=r"^sam-jax: nope\.jpg: No such file or directory$"):
+        cli.main()
+
+
+def test_help_of_an_option_is_one_paragraph(monkeypatch, capsys):
+    """Wrapped at the width of the terminal, wherever its docstring has lines."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(sys, "argv", ["sam-jax", "generate", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    text = capsys.readouterr().out
+    assert "Stability is the IoU of the mask at a higher and at a lower threshold" in text
+    assert "a new one. All machines must see the same folders." in text
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_options_that_may_be_left_out_show_no_none(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sam-jax", command, "--help"])

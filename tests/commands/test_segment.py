@@ -316,7 +316,7 @@ def test_bad_prompts(fails, arguments, message):
 
 
 def test_bad_images(fails, tmp_path):
-    assert "No such file or directory: " in fails("--point", "3,4", image="missing.png")
+    assert "missing.png: No such file or dir" in fails("--point", "3,4", image="missing.png")
     (tmp_path / "notes.txt").write_text("no image")
     message = fails("--point", "3,4", image="notes.txt")
     assert message.startswith("sam-jax: notes.txt is not an image of a known format, expected")
