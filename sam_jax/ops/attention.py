@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sam_jax.ops.flash import flash_attention, flash_unsupported_reason
 from sam_jax.ops.operation import operation
 from sam_jax.ops.resize import linear_resize_matrix
 
@@ -330,6 +329,8 @@ def _cudnn_unsupported_reason(
 
 
 def _pallas(q, k, v, tables, grid):
+    from sam_jax.ops.flash import flash_attention  # imports Pallas
+
     if wrong := _pallas_unsupported_reason(q, tables is not None, grid, _nvidia_gpu()):
         raise ValueError(
             "attention is 'pallas', which needs an NVIDIA GPU of compute capability 8.0 or more, "
@@ -344,6 +345,8 @@ def _pallas_unsupported_reason(
     q: Float[Array, "b heads n d"], has_positions: bool, grid: tuple[int, int], gpu: str | None
 ) -> str | None:
     """Why the Pallas kernel does not support this; None if it does."""
+    from sam_jax.ops.flash import flash_unsupported_reason
+
     if lacks := _flash_unsupported_reason(q, gpu):
         return lacks
     return flash_unsupported_reason(grid, q.shape[-1]) if has_positions else "there are none"
