@@ -24,7 +24,7 @@ image_encoder = torch_reference.import_reference("segment_anything").modeling.im
 def _interpreted(monkeypatch):
     """The kernels step by step, on any device and in any dtype."""
     interpreted = functools.partial(flash_attention, interpret=True)
-    monkeypatch.setattr(sam_jax.ops.attention, "flash_attention", interpreted)
+    monkeypatch.setattr(sam_jax.ops.flash, "flash_attention", interpreted)
     monkeypatch.setattr(sam_jax.ops.attention, "_pallas_unsupported_reason", lambda *_: None)
 
 
