@@ -22,7 +22,7 @@ _MODULE = {  # for the model and its three parts
         ("parameters", "named_parameters"),
         "use nnx.state(model, nnx.Param), or sam_jax.partition(model) for gradients",
     ),
-    "requires_grad_": "use sam_jax.partition(model, rules)",
+    "requires_grad_": "use sam_jax.partition(model, table)",
     "zero_grad": "leave it out: jax.grad returns gradients",
     "state_dict": "use nnx.state(model), or save_pretrained(model, folder)",
     "load_state_dict": "use from_pretrained(path)",

@@ -34,5 +34,5 @@ def say(text: str) -> None:
 
 
 def say_compiling(how_often: str = "once") -> None:
-    """Tells the user why the first seconds pass without results."""
+    """Says why there are no results in the first seconds."""
     say(f"compiling the image encoder and the mask decoder, {how_often} ...")

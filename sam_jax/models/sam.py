@@ -357,9 +357,9 @@ def _decode(image_embeddings, model, prompts, *, prompts_chunk_size=None, **opti
     return jax.lax.platform_dependent(*arrays, cpu=in_chunks_of(cpu), default=in_chunks_of(other))
 
 
-def _map(function: Callable, arrays: PyTree, at_once: int | None) -> PyTree:
-    """`function` of each entry of the arrays, `at_once` at a time; None for all."""
-    if at_once is None or (at_once > 1 and at_once >= jax.tree.leaves(arrays)[0].shape[0]):
+def _map(function: Callable, arrays: PyTree, chunk_size: int | None) -> PyTree:
+    """`function` of each entry of the arrays, `chunk_size` at a time; None for all."""
+    if chunk_size is None or (chunk_size > 1 and chunk_size >= jax.tree.leaves(arrays)[0].shape[0]):
         return jax.vmap(function)(arrays)
     # One at a time, without a batch axis, with which a CPU multiplies matrices more slowly.
-    return jax.lax.map(function, arrays, batch_size=None if at_once == 1 else at_once)
+    return jax.lax.map(function, arrays, batch_size=None if chunk_size == 1 else chunk_size)

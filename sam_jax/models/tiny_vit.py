@@ -223,16 +223,18 @@ def _attend(
     qkv: Float[Array, "b n heads c3"], bias: Float[Array, "heads n n"]
 ) -> Float[Array, "b heads n c3//3"]:
     """Self-attention of heads whose queries, keys and values lie one after the other."""
-    return jax.lax.platform_dependent(qkv, bias, cpu=_attend_in_two_groups, default=_attend_at_once)
+    return jax.lax.platform_dependent(
+        qkv, bias, cpu=_attend_in_two_groups, default=_attend_all_heads
+    )
 
 
 def _attend_in_two_groups(qkv, bias):
     """XLA computes a batch of products on one core of a CPU, and two batches on two."""
     parts = zip(jnp.array_split(qkv, 2, 2), jnp.array_split(bias, 2), strict=True)
-    return jnp.concatenate([_attend_at_once(*some_heads) for some_heads in parts], 1)
+    return jnp.concatenate([_attend_all_heads(*some_heads) for some_heads in parts], 1)
 
 
-def _attend_at_once(qkv, bias):
+def _attend_all_heads(qkv, bias):
     q, k, v = _split(qkv)
     return jnp.einsum("bnqk,bnkd->bnqd", _weights(q, k, bias).astype(v.dtype), v)
 

@@ -188,11 +188,11 @@ class Attention(nnx.Module):
         def attend(q):
             return jnp.einsum("hqk,hdk->qhd", self._softmax(q, k, bias).astype(v.dtype), v)
 
-        at_once = self._queries_at_once(q.shape[0], k.shape[-1])
-        if at_once is None or (bias is not None and bias.ndim > 1):
+        chunk_size = self._queries_chunk_size(q.shape[0], k.shape[-1])
+        if chunk_size is None or (bias is not None and bias.ndim > 1):
             out = attend(q)
         else:
-            out = jax.lax.map(lambda one: attend(one[None])[0], q, batch_size=at_once)
+            out = jax.lax.map(lambda one: attend(one[None])[0], q, batch_size=chunk_size)
         return self.out_proj(out.reshape(out.shape[0], inner))
 
     def weights(
@@ -215,15 +215,15 @@ class Attention(nnx.Module):
         """Keys or values with positions last, as they are multiplied: nothing to transpose."""
         return self._transposed(linear, x).reshape(self.num_heads, -1, x.shape[0])
 
-    def _queries_at_once(self, queries, keys):
+    def _queries_chunk_size(self, queries, keys):
         """How many queries' logits are held together; None for all, as but for thousands of points.
 
         `jax.export` may leave the number of tokens open, too.
         """
         if not (isinstance(queries, int) and isinstance(keys, int)):
             return None
-        at_once = _MAX_LOGITS // (self.num_heads * keys)
-        return None if queries <= at_once else max(at_once, 1)
+        chunk_size = _MAX_LOGITS // (self.num_heads * keys)
+        return None if queries <= chunk_size else max(chunk_size, 1)
 
     def _regroups(self, few, many):
         """Whether so few tokens and so many positions are worth it."""
