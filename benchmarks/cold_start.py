@@ -55,7 +55,7 @@ import jax, flax.nnx
 part("import JAX and Flax")
 import numpy as np
 from sam_jax import SamPredictor, enable_compilation_cache, from_pretrained, load_image
-from sam_jax.cli import main
+import sam_jax.cli
 from sam_jax.visualize import overlay
 part("import sam_jax")
 enable_compilation_cache()
@@ -67,8 +67,8 @@ predictor.set_image(image)
 part("make the encoder's program: trace it, compile it or load it")
 jax.block_until_ready(predictor._features)
 part("run the encoder")
-arguments = np.array([[[220.0, 100.0]]]), np.array([[1]])
-masks, scores, _ = predictor.predict_batch(*arguments)
+point = np.array([[list(map(float, sys.argv[4:]))]])
+masks, scores, _ = predictor.predict_batch(point, np.array([[1]]))
 part("make the decoder's program, run it, resize the masks")
 overlay(image, masks[0, :1]).save(sys.argv[3] + "/overlay.png")
 part("draw and write the overlay")
@@ -93,7 +93,7 @@ def measure(folder: Path, repeat: int) -> None:
     ours = ["sam-jax", "segment", photo, "--point", point, "--model", checkpoint]
     ours += ["--output", folder / "ours"]
     theirs = [sys.executable, "-c", THEIRS, checkpoint, photo, folder, *POINT]
-    parts = [sys.executable, "-c", PARTS, checkpoint, photo, folder]
+    parts = [sys.executable, "-c", PARTS, checkpoint, photo, folder, *POINT]
     empty, full = folder / "empty", folder / "full"
     run(ours, full)  # compiles, and has the files of all packages in memory
     run(theirs, full)

@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from PIL import Image
 
-from sam_jax.checkpoints.hf_config import to_hf
 from sam_jax.config import SamConfig, ViTConfig
 
 
@@ -152,6 +151,8 @@ def _tiny_vit(modeling, config: SamConfig) -> torch.nn.Module:
 def hf_sam(config: SamConfig) -> torch.nn.Module:
     """Hugging Face's `SamModel` or `SamHQModel` with this configuration and random weights."""
     import transformers
+
+    from sam_jax.checkpoints.hf_config import to_hf  # imports JAX, which other models do not need
 
     values = {k: v for k, v in to_hf(config).items() if k.endswith("_config")}
     if config.hq:

@@ -45,16 +45,18 @@ class MetricsLog:
         self._images = path.with_name("images")
         self._board = SummaryWriter(str(path.with_name("tensorboard")), purge_step=first)
 
-    def write(self, step: int, values: Mapping[str, float | None], *, show: bool = False) -> None:
+    def write(
+        self, step: int, values: Mapping[str, float | jax.Array | None], *, show: bool = False
+    ) -> None:
         """Writes one step's values to disk, and prints them if `show`.
 
         Missing values (None), NaN and infinity are null, since JSON does not have them.
         """
         if not self._writes:
             return
-        values = {k: getattr(v, "item", lambda v=v: v)() for k, v in values.items()}
         finite = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        line = json.dumps({"step": step, **finite}, allow_nan=False)
+        # JAX's scalars, such as a step's metrics, are not JSON.
+        line = json.dumps({"step": step, **finite}, allow_nan=False, default=float)
         self._file.write(line + "\n")
         if show:
             tqdm.write(line)

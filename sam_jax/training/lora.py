@@ -11,7 +11,6 @@ A model with adapters works like any other, but checkpoints store only plain mod
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from sam_jax.files import read_json
 from sam_jax.models.checks import check_rngs
 from sam_jax.models.layers import Linear, rowwise
 from sam_jax.models.sam import Sam
+from sam_jax.training.rules import matching
 from sam_jax.validation import check_model
 
 
@@ -83,10 +83,7 @@ def add_lora(
     scale = 1.0 if alpha is None else alpha / rank
     model = nnx.clone(model)
     layers = _linear_layers(model)
-    try:
-        chosen = [path for path in layers if re.fullmatch(pattern, path)]
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    chosen = matching(pattern, layers)
     if not chosen:
         raise ValueError(
             f"{pattern!r} matches no linear layer; some are {', '.join(list(layers)[:4])}"

@@ -9,7 +9,7 @@ path, and freezes it if the scale is `None` or nothing matches. Paths are those 
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from reprlib import repr as short
 from typing import Any, Literal, NamedTuple
@@ -81,11 +81,7 @@ def partition(model: nnx.Module, table: Table = EVERYTHING) -> tuple[PyTree, Res
     for regex, scale in table:
         if scale is not None and not scale > 0:
             raise ValueError(f"{regex!r} has scale {scale}, expected above 0, or None to freeze")
-        try:
-            used = any(re.fullmatch(regex, path) for path in paths)
-        except re.error as error:
-            raise ValueError(f"{regex!r} is not a regular expression: {error}") from error
-        if not used:
+        if not matching(regex, paths):
             raise ValueError(
                 f"{regex!r} matches none of the model's parameters; their paths look like "
                 f"{paths[0]!r} and {paths[-1]!r}"
@@ -99,6 +95,18 @@ def partition(model: nnx.Module, table: Table = EVERYTHING) -> tuple[PyTree, Res
     if not jax.tree.leaves(params):
         raise ValueError(f"nothing trains: the table {list(table)} freezes every parameter")
     return params, Rest(graphdef, state)
+
+
+def matching(regex: str, paths: Iterable[str]) -> list[str]:
+    """The paths that the expression matches whole.
+
+    Raises:
+        ValueError: if it is not a regular expression.
+    """
+    try:
+        return [path for path in paths if re.fullmatch(regex, path)]
+    except re.error as error:
+        raise ValueError(f"{regex!r} is not a regular expression: {error}") from error
 
 
 def _check_pairs(table: Any) -> None:

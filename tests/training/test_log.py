@@ -54,9 +54,11 @@ def test_every_line_is_json(tmp_path):
     log = write(tmp_path, [1])
     infinite = jax.numpy.float32("-inf")  # as of a step
     log.write(2, {"loss": float("nan"), "grad_norm": infinite, "iou": None, "objects": 3})
+    log.write(3, {"loss": jax.numpy.float32(0.5)})
     log.close()
     none = {"loss": None, "grad_norm": None, "iou": None}
     expected = [{"step": 1, "loss": 1 / 3}, {"step": 2, **none, "objects": 3}]
+    expected.append({"step": 3, "loss": 0.5})
     assert lines(tmp_path) == expected
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'[1]\n{"loss": 1}\nNaN\n\xff\0\0\n{"step": "3"}\n{"step": 3, "lo')
