@@ -86,7 +86,7 @@ attention._IMPLEMENTATIONS["cudnn, bias"] = attention_with_bias
 
 
 @functools.cache
-def model_of(name: str, dtype: str = "float32", attention: str | None = None) -> Sam:
+def model_of(name: str, dtype: str = "float32", attention: str = "portable") -> Sam:
     """MobileSAM, or a ViT with random weights and MobileSAM's neck, prompt encoder and decoder."""
     mobile = from_pretrained("mobile_sam", dtype=jnp.dtype(dtype))
     if name == "mobile_sam":

@@ -209,7 +209,7 @@ def main() -> None:
         heads = config.image_encoder.num_heads
         for part in args.parts:
             is_encoder = part in ("encoder", "training")
-            for named in args.attention if is_encoder else (None,):
+            for named in args.attention if is_encoder else ("portable",):
                 model = nnx.eval_shape(
                     lambda: Sam(config, dtype=jnp.bfloat16, attention=named, rngs=nnx.Rngs(0))  # noqa: B023
                 )
@@ -217,7 +217,7 @@ def main() -> None:
                 temporaries = program.memory_analysis().temp_size_in_bytes
                 row = {
                     "Model, part": f"{name}, {part}",
-                    "Attention": named or "",
+                    "Attention": named if is_encoder else "",
                     "Temporaries": f"{temporaries / 1e9:.2f} GB",
                     **look(program.as_text(), args.batch * heads * 4096**2),
                 }

@@ -49,7 +49,7 @@ if wants layers; then
         --attention xla folded chunked "cudnn, bias" pallas cudnn --repeat 20
 fi
 if wants encoder; then
-    benchmark --models vit_h vit_b --batch 8 --parts encoder --attention xla folded portable pallas cudnn --repeat 20
+    benchmark --models vit_h vit_b --batch 8 --parts encoder --attention xla folded pallas cudnn --repeat 20
     # Alone, to measure the memory of the default.
     benchmark --models vit_h --batch 8 --parts encoder --repeat 20
 fi
@@ -57,7 +57,7 @@ if wants accuracy; then
     try "$python" -m benchmarks.accuracy --models mobile_sam vit_h --attention xla folded portable pallas cudnn
 fi
 if wants training; then
-    benchmark --models vit_b --batch 8 --parts training --attention portable pallas cudnn --repeat 10
+    benchmark --models vit_b --batch 8 --parts training --attention pallas cudnn --repeat 10
 fi
 if wants decoder; then
     benchmark --models vit_h mobile_sam --parts decoder predict --repeat 20

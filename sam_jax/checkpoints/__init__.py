@@ -59,7 +59,7 @@ def from_pretrained(
     name_or_path: str | os.PathLike = "mobile_sam",
     *,
     dtype: DTypeLike = jnp.float32,
-    attention: Implementation | None = None,
+    attention: Implementation = "portable",
     image_size: int | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> Sam:
@@ -70,7 +70,8 @@ def from_pretrained(
             repository ("facebook/sam-vit-base"), a Hugging Face folder, a file of Meta or MobileSAM
             (`.pth`, `.pt`), a `.safetensors` file, or a folder of `save_pretrained`.
         dtype: compute dtype: float32, bfloat16 or float16; parameters keep their dtype.
-        attention: implementation of the ViT's attention; None chooses by platform.
+        attention: how the ViT's attention is computed; the default runs everywhere
+            (`sam_jax.ops.rel_pos_attention`).
         image_size: side of the model's input in pixels; None for the checkpoint's. Position
             embeddings are resized.
         preprocessing: "medsam" for a MedSAM (such as "wanglab/medsam-vit-base"): images are

@@ -24,7 +24,7 @@ from sam_jax.ops.resize import linear_resize_matrix
 def abstract_model(
     config: SamConfig,
     dtype: DTypeLike = jnp.float32,
-    attention: Implementation | None = None,
+    attention: Implementation = "portable",
 ) -> Sam:
     """A model whose parameters are only shapes, which takes no time and memory at any size.
 
@@ -62,7 +62,7 @@ def params_sha256(params: Mapping[str, np.ndarray | jax.Array]) -> str:
 def param_shapes(config: SamConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of all parameters and buffers of a model with this configuration, by path."""
     # With all arguments, so that `build_model` finds it in the cache.
-    _, state = nnx.split(abstract_model(config, jnp.float32, None))
+    _, state = nnx.split(abstract_model(config, jnp.float32, "portable"))
     return {_path(key): variable.shape for key, variable in nnx.to_flat_state(state)}
 
 
@@ -70,7 +70,7 @@ def build_model(
     params: dict[str, np.ndarray] | dict[str, np.ndarray | jax.Array],
     config: SamConfig,
     dtype: DTypeLike = jnp.float32,
-    attention: Implementation | None = None,
+    attention: Implementation = "portable",
 ) -> Sam:
     """A model with these parameters, whose paths and shapes must be exactly the model's.
 

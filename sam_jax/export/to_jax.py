@@ -12,7 +12,7 @@ import numpy as np
 from sam_jax.checkpoints.params import flat_params, with_params
 from sam_jax.checkpoints.safetensors import write_safetensors
 from sam_jax.errors import check_whole
-from sam_jax.export.common import vit_blocks, with_attention, write_config
+from sam_jax.export.common import vit_blocks, write_config
 from sam_jax.files import atomic_dir, require_absent
 from sam_jax.models.sam import Sam
 from sam_jax.types import Platform
@@ -48,8 +48,8 @@ def export_jax(
       (MedSAM has other `resize` and `normalization` than described above; see `SamConfig`.)
 
     Each platform has its own program. On a CPU prompts are decoded one by one, elsewhere all at
-    once. Unless the model names an attention, "portable" is used (see `rel_pos_attention`). The
-    precision of float32 products is that of `jax_default_matmul_precision` during the export.
+    once. The precision of float32 products is that of `jax_default_matmul_precision` during the
+    export.
 
     Args:
         model: the model; the programs compute in its dtype.
@@ -75,11 +75,8 @@ def export_jax(
     named = {block.attn.implementation for block in vit_blocks(model)}
     if refused := named & {"cudnn", "pallas"}:
         raise ValueError(
-            f"attention is {refused.pop()!r}, which JAX cannot export; load the model with "
-            "attention=None"
+            f"attention is {refused.pop()!r}, which JAX cannot export; load the model without it"
         )
-    if None in named:  # could choose "cudnn"
-        model = with_attention(model, "portable")
     size, grid, side = config.image_size, config.image_embedding_size, config.mask_size
     channels = config.image_embedding_channels
     b, p, n = jax.export.symbolic_shape("b, p, n")

@@ -62,8 +62,8 @@ class Sam(HuggingFaceAPI, nnx.Module):
         config: sizes of every part.
         dtype: of the computation, float32, bfloat16 or float16. New parameters are float32 in any
             case; norms, softmax, positional encodings and mask logits are computed in float32.
-        attention: how the ViT's attention is computed; None chooses by platform
-            (`sam_jax.ops.attention`). TinyViT has no choice.
+        attention: how the ViT's attention is computed (`sam_jax.ops.rel_pos_attention`). TinyViT
+            has no choice.
         rngs: for the initial parameters.
     """
 
@@ -72,7 +72,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
         config: SamConfig,
         *,
         dtype: DTypeLike = jnp.float32,
-        attention: Implementation | None = None,
+        attention: Implementation = "portable",
         rngs: nnx.Rngs,
     ):
         check_config(config)

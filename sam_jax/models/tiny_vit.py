@@ -44,10 +44,10 @@ class TinyViT(WithAdvice, nnx.Module):
         config: SamConfig,
         *,
         dtype: DTypeLike = jnp.float32,
-        attention: Implementation | None = None,
+        attention: Implementation = "portable",
         rngs: nnx.Rngs,
     ):
-        if attention is not None:
+        if attention != "portable":
             raise ValueError(
                 f"attention is {attention!r}, but TinyViT (MobileSAM) computes its attention in "
                 "one way only; leave it out"

@@ -40,7 +40,7 @@ class ImageEncoderViT(WithAdvice, nnx.Module):
         config: SamConfig,
         *,
         dtype: DTypeLike = jnp.float32,
-        attention: Implementation | None = None,
+        attention: Implementation = "portable",
         rngs: nnx.Rngs,
     ):
         vit, grid = config.image_encoder, config.image_embedding_size

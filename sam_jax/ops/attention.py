@@ -67,7 +67,7 @@ def rel_pos_attention(
     v: Float[Array, "b heads n d"],
     rel_pos: tuple[Float[Array, "lh d"], Float[Array, "lw d"]] | None,
     grid: tuple[int, int],
-    implementation: Implementation | None = None,
+    implementation: Implementation = "portable",
 ) -> Float[Array, "b heads n d"]:
     """Softmax attention over the h x w = n positions of `grid`, with relative positions.
 
@@ -77,18 +77,17 @@ def rel_pos_attention(
         v: values.
         rel_pos: tables for rows and columns (`rel_pos_h`, `rel_pos_w`), or None for none.
         grid: (h, w).
-        implementation: None for the fastest on the platform that the program is compiled for:
-            "cudnn" on an NVIDIA GPU if it supports the inputs, and "portable" otherwise.
-
-            * "xla" materializes all logits and adds the position terms to them;
+        implementation:
+            * "portable" is "folded" for windows and "chunked" for large grids;
             * "folded" puts the positions into wider queries and keys (`fold_positions`);
             * "chunked" materializes the logits of one block of queries at a time, on a CPU of one
               head and elsewhere of all heads of an image, which takes less memory;
-            * "portable" is "folded" for windows and "chunked" for large grids;
+            * "xla" materializes all logits and adds the position terms to them;
             * "cudnn" is the flash attention of NVIDIA's library, folded, which materializes no
               logits. It needs bfloat16 or float16, and `jax.export` does not take it;
-            * "pallas" is a flash kernel of sam_jax (`sam_jax.ops.flash`), likewise. It has never
-              run on a GPU, so that it runs only if you name it.
+            * "pallas" is a flash kernel of sam_jax (`sam_jax.ops.flash`), likewise.
+
+            "cudnn" and "pallas" have never run on a GPU, so they run only if you name them.
 
     "cudnn" and "pallas" only have first derivatives, in reverse mode (`jax.grad`); the others have
     all derivatives.
@@ -100,8 +99,7 @@ def rel_pos_attention(
         ValueError: if the implementation is unknown or does not support the inputs.
     """
     check_implementation(implementation)
-    attend = _fastest if implementation is None else _IMPLEMENTATIONS[implementation]
-    return attend(q, k, v, _tables(rel_pos, grid), grid)
+    return _IMPLEMENTATIONS[implementation](q, k, v, _tables(rel_pos, grid), grid)
 
 
 def attention_weights(
@@ -114,9 +112,9 @@ def attention_weights(
     return softmax(_logits(q, k, _tables(rel_pos, grid), grid))
 
 
-def check_implementation(name: str | None) -> None:
-    """Raises ValueError unless `name` is an implementation or None."""
-    if name is not None and name not in _IMPLEMENTATIONS:
+def check_implementation(name: str) -> None:
+    """Raises ValueError unless `name` is an implementation."""
+    if name not in _IMPLEMENTATIONS:
         known = get_args(Implementation)
         raise ValueError(f"unknown attention implementation {name!r}; known: {list(known)}")
 
@@ -127,12 +125,6 @@ def _tables(rel_pos, grid):
     return tuple(relative_positions(*pair) for pair in zip(rel_pos, grid, strict=True))
 
 
-def _fastest(q, k, v, tables, grid):
-    unsupported = _cudnn_unsupported_reason(q, tables is not None, grid, _nvidia_gpu())
-    on_cuda = _portable if unsupported else _cudnn
-    return _by_platform(q, k, v, tables, grid=grid, cuda=on_cuda, default=_portable)
-
-
 def _portable(q, k, v, tables, grid):
     # XLA fuses a softmax into one kernel, but not the sum before it that "xla" has
     # (benchmarks/compiled.py).
@@ -140,7 +132,7 @@ def _portable(q, k, v, tables, grid):
     return function(q, k, v, tables, grid)
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "cpu", "cuda", "default"))
+@functools.partial(jax.jit, static_argnames=("grid", "cpu", "default"))
 def _by_platform(*arrays, grid, **functions):
     """Compiled, so that the arrays' platform decides instead of JAX's default."""
     functions = {name: functools.partial(f, grid=grid) for name, f in functions.items()}

@@ -337,7 +337,7 @@ def our_objective(sam, pixels, points, labels, box, mask):
         pytest.param(SMALL, "xla", id="vit_xla"),
         pytest.param(SMALL, "folded", id="vit_folded"),
         pytest.param(SMALL, "chunked", id="vit_chunked", marks=pytest.mark.optimized),
-        pytest.param(SMALL_TINY, None, id="tiny_vit", marks=pytest.mark.optimized),
+        pytest.param(SMALL_TINY, "portable", id="tiny_vit", marks=pytest.mark.optimized),
     ],
 )
 def test_gradients(config, attention):

@@ -135,7 +135,7 @@ def test_flash_attention_lowers_for_cuda(implementation, grid, d):
 
 
 @pytest.mark.parametrize(
-    ("nvidia", "dtype", "grid", "d", "has_cudnn"),
+    ("nvidia", "dtype", "grid", "d", "supported"),
     [
         ("9.0", "bfloat16", (64, 64), 64, True),
         ("9.0", "float16", (64, 64), 80, True),
@@ -151,15 +151,29 @@ def test_flash_attention_lowers_for_cuda(implementation, grid, d):
     indirect=["nvidia"],
 )
 @pytest.mark.usefixtures("nvidia")
-def test_cudnn_is_the_default_where_it_supports_the_inputs(dtype, grid, d, has_cudnn):
-    """By cuDNN's support matrix, in both directions; elsewhere no array has a head's logits."""
+def test_what_cudnn_supports(dtype, grid, d, supported):
+    """By cuDNN's support matrix, in both directions."""
     n = grid[0] * grid[1]
     q = jax.ShapeDtypeStruct((1, 2, n, d), dtype)
     tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, d), dtype) for size in grid)
-    by_default = jax.jit(lambda *arrays: rel_pos_attention(*arrays, grid))
-    text = lowered_for_cuda(by_default, q, q, q, tables)
-    assert flash_attentions(text) == ({"cudnn": (1, 0)} if has_cudnn else {})
-    assert n == 14 * 14 or not re.search(rf"x{n}x{n}x", text)
+    run = jax.jit(lambda *arrays: rel_pos_attention(*arrays, grid, "cudnn"))
+    if supported:
+        assert flash_attentions(lowered_for_cuda(run, q, q, q, tables)) == {"cudnn": (1, 0)}
+    else:
+        with pytest.raises(ValueError, match="'cudnn', which needs an NVIDIA GPU"):
+            lowered_for_cuda(run, q, q, q, tables)
+
+
+@pytest.mark.usefixtures("nvidia")
+@pytest.mark.parametrize("grid", [(64, 64), (14, 14)], ids=str)
+def test_the_default_on_a_gpu_runs_everywhere(grid):
+    """By XLA alone, without an array of all logits of a large grid, whatever the GPU supports."""
+    n = grid[0] * grid[1]
+    q = jax.ShapeDtypeStruct((1, 2, n, 64), jnp.bfloat16)
+    tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, 64), jnp.bfloat16) for size in grid)
+    text = lowered_for_cuda(jax.jit(lambda *a: rel_pos_attention(*a, grid)), q, q, q, tables)
+    assert flash_attentions(text) == {}
+    assert n == 14 * 14 or f"x{n}x{n}x" not in text
 
 
 @pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
