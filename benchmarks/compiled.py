@@ -118,9 +118,9 @@ def training(mesh: Mesh, model: Sam, batch: int):
         "boxes": shape(batch, 1, 4),
         "valid": shape(batch, 1),
     }
-    step = jax.jit(train_step, static_argnames=("tx", "recipe"), donate_argnames=("state",))
+    step = jax.jit(train_step, static_argnames=("tx", "config"), donate_argnames=("state",))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return compiled(mesh, step, state, rest, examples, key, tx=tx, recipe=TrainConfig())
+    return compiled(mesh, step, state, rest, examples, key, tx=tx, config=TrainConfig())
 
 
 def decoder(mesh: Mesh, model: Sam, batch: int):

@@ -379,14 +379,14 @@ def training(setting: Setting) -> Contenders:
         "valid": np.ones((setting.batch, 1), np.float32),
     }
     batch["masks"][..., 10:200, 10:100] = rng.random((190, 90)) > 0.2
-    key, recipe = jax.random.key(0), TrainConfig(box_probability=1.0)
+    key, config = jax.random.key(0), TrainConfig(box_probability=1.0)
     on_device = jax.tree.map(jnp.asarray, batch)
 
     def ours(model):
         tx = adamw(LEARNING_RATE, EVERYTHING, weight_decay=WEIGHT_DECAY)
         trained, rest = partition(model, EVERYTHING)
         state = init_state(trained, tx)
-        step = compile_step(state, tx, recipe=recipe)
+        step = compile_step(state, tx, config=config)
 
         def run():
             nonlocal state

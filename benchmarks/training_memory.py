@@ -58,7 +58,7 @@ def measure(dtype: str, remat: bool) -> dict:
 
     tx = adamw(1e-4, EVERYTHING)
     state = init_state(trained, tx)
-    step = compile_step(state, tx, recipe=TrainConfig(remat=remat))
+    step = compile_step(state, tx, config=TrainConfig(remat=remat))
     compiled = step.lower(state, rest, batch, jax.random.key(0)).compile()
     jax.block_until_ready(state)
     device = jax.local_devices()[0]

@@ -43,7 +43,7 @@ from sam_jax.training import (
     TrainConfig,
     add_lora,
     check_objects,
-    check_recipe,
+    check_train_config,
     checkpointing,
     compile_step,
     fingerprint,
@@ -93,7 +93,7 @@ class Config:
     full_resolution: bool = False  # compare masks at the resolution of the model's input
     flip: float = 0.0  # probability of mirroring an image
     scale_range: tuple[float, float] | None = None  # large-scale jitter; the paper's is 0.1 2.0
-    recipe: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009
+    training: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()  # noqa: RUF009
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute dtype; parameters are float32
     # data: each device has all parameters; fsdp: each device has a share of them
@@ -113,7 +113,7 @@ RESUMABLE = {
     "on_bad_annotation",
     "cache",
 }
-RESUMABLE |= {"recipe", "optimizer", "remat", "accumulate", "objects_chunk_size"}
+RESUMABLE |= {"training", "optimizer", "remat", "accumulate", "objects_chunk_size"}
 SUMMARY = "summary.json"
 
 
@@ -140,15 +140,15 @@ def run(config: Config) -> int:
     model, table = build_trainable(model, config)
     params, rest = partition(model, table)
     tx, schedule = config.optimizer.build(table, config.steps)
-    prepare = preparation(model.config, config)
-    source, held_out = sources(config)
-    check_objects(source, prepare, seed=config.seed)
+    transform = make_transform(model.config, config)
+    dataset, held_out = open_datasets(config)
+    check_objects(dataset, transform, seed=config.seed)
     if held_out is not None:
         check_objects(held_out, None)
-    source, held_out = with_embeddings(source, held_out, model, config)
+    dataset, held_out = with_embeddings(dataset, held_out, model, config)
     mesh = sharding.make_mesh()
     params, rest = sharding.shard_tree((params, rest), mesh, parallelism=config.parallelism)
-    begin = functools.partial(init_state, tx=tx, ema=config.recipe.ema_decay is not None)
+    begin = functools.partial(init_state, tx=tx, ema=config.training.ema_decay is not None)
     state = sharding.init_sharded(begin, params, mesh=mesh, parallelism=config.parallelism)
     del model, params  # otherwise the first device would keep them in addition to its state
 
@@ -159,10 +159,10 @@ def run(config: Config) -> int:
             raise ValueError(f"--steps is {config.steps}, but {output} is already at step {start}")
         if start:
             say(f"resuming from step {start} of {config.steps}")
-        train_step = compile_step(state, tx, recipe=config.recipe)
+        train_step = compile_step(state, tx, config=config.training)
         data = make_loader(
-            source,
-            prepare,
+            dataset,
+            transform,
             batch_size=config.batch_size,
             seed=config.seed,
             start=start,
@@ -184,7 +184,7 @@ def run(config: Config) -> int:
                 state, metrics = train_step(state, rest, batch, key)
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 if not np.isfinite(list(metrics.values())).all():
-                    images = [source.image_id(i) for i in sharding.fetch(batch["index"], mesh)]
+                    images = [dataset.image_id(i) for i in sharding.fetch(batch["index"], mesh)]
                     raise checkpointing.non_finite_error(
                         step, metrics, image_ids=images, checkpoints=checkpoints
                     )
@@ -202,7 +202,7 @@ def run(config: Config) -> int:
                     warned = True
                     say(
                         f"warning: {dropped} of {used + dropped} objects have been left out so "
-                        f"far: {too_small(prepare)}"
+                        f"far: {too_small(transform)}"
                     )
                 due = step % config.eval_every == 0 or step == config.steps
                 if due and held_out is not None:
@@ -223,7 +223,7 @@ def run(config: Config) -> int:
         )
         return 128 + (interrupts.received or signal.SIGINT)
     if not updates:
-        why = f": {too_small(prepare)}" if dropped else ""
+        why = f": {too_small(transform)}" if dropped else ""
         raise ValueError(
             f"none of the {config.steps} steps had an object to train on, so no model is "
             f"written{why}"
@@ -245,7 +245,7 @@ def run(config: Config) -> int:
         summary = summarize(read_metrics(output / "metrics.jsonl"))
         text = json.dumps({"steps": config.steps, **summary}, indent=2, allow_nan=False)
         (output / SUMMARY).write_text(text + "\n")
-        print(*describe(summary, prepare), output / "model", sep="\n")
+        print(*describe(summary, transform), output / "model", sep="\n")
     return 0
 
 
@@ -311,12 +311,12 @@ def summarize(lines: list[dict]) -> dict:
     }
 
 
-def describe(summary: dict, prepare: ExampleTransform) -> list[str]:
+def describe(summary: dict, transform: ExampleTransform) -> list[str]:
     """The summary as lines of text."""
     used, dropped = summary["objects_used"], summary["objects_dropped"]
     lines = [f"objects: {used} used, {dropped} dropped"]
     if dropped:
-        lines[0] += f", because {too_small(prepare)}"
+        lines[0] += f", because {too_small(transform)}"
     labels = {"loss": "loss", "iou_last": "IoU", "miou@box": "mean IoU by box"}
     for name, before in summary["before"].items():
         label = labels.get(name, f"mean IoU by clicks, {name.removeprefix('miou@')}")
@@ -332,8 +332,8 @@ def check(config: Config):
     """
     if min(config.steps, config.eval_every, config.batch_size) < 1:
         raise ValueError("--steps, --eval-every and --batch-size must be at least 1")
-    check_recipe(config.recipe)
-    parts = {"devices": jax.device_count(), "parts of --accumulate": config.recipe.accumulate}
+    check_train_config(config.training)
+    parts = {"devices": jax.device_count(), "parts of --accumulate": config.training.accumulate}
     for name, count in parts.items():
         if config.batch_size % count:
             raise ValueError(
@@ -341,7 +341,7 @@ def check(config: Config):
             )
     if config.layer_decay is not None and config.train != "everything":
         raise ValueError("--layer-decay is for --train everything")
-    options = {"--drop-path-rate": config.recipe.drop_path_rate, "--remat": config.recipe.remat}
+    options = {"--drop-path-rate": config.training.drop_path_rate, "--remat": config.training.remat}
     for name, given in options.items():
         if given and keeps_encoder(config):
             raise ValueError(
@@ -356,7 +356,7 @@ def keeps_encoder(config: Config) -> bool:
 
 def keep_run_settings(model, config: Config):
     """Compares the options with those of the run so far, or writes them for a new run."""
-    settings = dataclasses.asdict(config) | config.recipe._asdict() | config.optimizer._asdict()
+    settings = dataclasses.asdict(config) | config.training._asdict() | config.optimizer._asdict()
     if Path(config.model).exists():
         settings["model"] = Path(config.model)
     free = RESUMABLE | {"steps"} if config.optimizer.schedule == "constant" else RESUMABLE
@@ -395,7 +395,7 @@ def build_trainable(model, config: Config):
     return model, TABLES[config.train]
 
 
-def preparation(model_config: SamConfig, config: Config) -> ExampleTransform:
+def make_transform(model_config: SamConfig, config: Config) -> ExampleTransform:
     """The transform that brings images and masks into the shapes of a step."""
     size = model_config.image_size if config.full_resolution else model_config.mask_size
     return ExampleTransform(
@@ -407,9 +407,9 @@ def preparation(model_config: SamConfig, config: Config) -> ExampleTransform:
     )
 
 
-def sources(config: Config):
+def open_datasets(config: Config):
     """The training dataset, and the held-out dataset or None."""
-    source, held_out = (
+    dataset, held_out = (
         open_annotations(
             config.annotations, config.images, on_bad_annotation=config.on_bad_annotation
         ),
@@ -419,24 +419,24 @@ def sources(config: Config):
         held_out = open_annotations(
             config.eval_annotations, config.eval_images, on_bad_annotation=config.on_bad_annotation
         )
-    return source, held_out
+    return dataset, held_out
 
 
-def with_embeddings(source, held_out, model, config: Config):
+def with_embeddings(dataset, held_out, model, config: Config):
     """The datasets, with embeddings on disk if that saves time."""
     if not (config.cache and keeps_encoder(config)):
-        return source, held_out
+        return dataset, held_out
     # The encoder is frozen, so an image that is used again unchanged needs encoding only once.
     augments = config.flip > 0 or config.scale_range is not None
-    comes_again = not augments and config.steps * config.batch_size > len(source)
-    chosen = [source if comes_again else None, held_out]
-    total = sum(len(source) for source in chosen if source)
+    comes_again = not augments and config.steps * config.batch_size > len(dataset)
+    chosen = [dataset if comes_again else None, held_out]
+    total = sum(len(dataset) for dataset in chosen if dataset)
     folder = config.output / "embeddings"
     with tqdm(desc="encoding", total=total, disable=jax.process_index() > 0) as bar:
         cached = [
             s and CachedEmbeddings(s, model, folder=folder, on_image=bar.update) for s in chosen
         ]
-    return cached[0] or source, cached[1]
+    return cached[0] or dataset, cached[1]
 
 
 def evaluate_and_log(model, held_out, log: MetricsLog, step: int) -> dict[str, float]:

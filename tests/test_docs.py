@@ -243,7 +243,7 @@ def test_help_on_the_site():
         config = getattr(importlib.import_module(module), name)
         for field in dataclasses.fields(config):
             option = field.name.replace("_", "-")
-            nested = dataclasses.is_dataclass(field.type) or field.name in ("recipe", "optimizer")
+            nested = dataclasses.is_dataclass(field.type) or field.name in ("training", "optimizer")
             if not nested and "Suppress" not in str(field.type):
                 assert re.search(rf"--{option}\b|^  \S*(?:PATH|STR)\b", help_text, re.MULTILINE)
 

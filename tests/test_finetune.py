@@ -445,11 +445,11 @@ def test_options_of_the_model_and_the_images(monkeypatch):
     monkeypatch.setattr(finetune, "from_pretrained", load)
     with pytest.raises(InterruptedError, match="model in bfloat16"):
         finetune.main(config_of(*NOWHERE, "--dtype", "bfloat16"))
-    prepare = finetune.preparation(SHALLOW, config_of(*NOWHERE))
-    assert prepare == ExampleTransform(SHALLOW, 2, target_size=SHALLOW.mask_size)
+    transform = finetune.make_transform(SHALLOW, config_of(*NOWHERE))
+    assert transform == ExampleTransform(SHALLOW, 2, target_size=SHALLOW.mask_size)
     options = "--full-resolution", "--flip", "0.5", "--scale-range", "0.5", "2"
-    prepare = finetune.preparation(SHALLOW, config_of(*NOWHERE, *options))
-    assert prepare == ExampleTransform(
+    transform = finetune.make_transform(SHALLOW, config_of(*NOWHERE, *options))
+    assert transform == ExampleTransform(
         SHALLOW, 2, target_size=SHALLOW.image_size, flip=0.5, scale_range=(0.5, 2.0)
     )
 
@@ -487,8 +487,8 @@ def test_images_that_come_again_are_encoded_once(cells, model, monkeypatch, opti
     monkeypatch.setattr(finetune, "CachedEmbeddings", lambda s, *_, **__: made.append(len(s)) or s)
     held_out = "--eval-annotations", cells / "test.json", "--eval-images", cells / "images"
     config = config_of(cells, model, Path("run"), *held_out, *options.split())
-    opened = finetune.sources(config)
-    assert [len(source) for source in finetune.with_embeddings(*opened, None, config)] == [5, 2]
+    opened = finetune.open_datasets(config)
+    assert [len(dataset) for dataset in finetune.with_embeddings(*opened, None, config)] == [5, 2]
     assert made == cached
 
 

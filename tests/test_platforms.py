@@ -100,13 +100,13 @@ def training_step(model):
         "boxes": shape(2, 3, 4),
         "valid": shape(2, 3),
     }
-    recipe = TrainConfig(
+    config = TrainConfig(
         num_rounds=2, remat=True, accumulate=2, ema_decay=0.9, objects_chunk_size=3
     )
 
     def step(state, rest, batch, key):
         key = jax.random.wrap_key_data(key)
-        return train_step(state, rest, batch, key, tx=tx, recipe=recipe)
+        return train_step(state, rest, batch, key, tx=tx, config=config)
 
     return step, (state, rest, batch, shape(2, dtype=jnp.uint32))
 
@@ -225,9 +225,9 @@ def test_flash_attention_in_training(attention, remat):
         "boxes": shape(2, 1, 4),
         "valid": shape(2, 1),
     }
-    step = jax.jit(train_step, static_argnames=("tx", "recipe"))
-    key, recipe = jax.eval_shape(lambda: jax.random.key(0)), TrainConfig(remat=remat)
-    text = lowered_for_cuda(step, state, rest, batch, key, tx=tx, recipe=recipe)
+    step = jax.jit(train_step, static_argnames=("tx", "config"))
+    key, config = jax.eval_shape(lambda: jax.random.key(0)), TrainConfig(remat=remat)
+    text = lowered_for_cuda(step, state, rest, batch, key, tx=tx, config=config)
     # With remat once more on the way back.
     forward = 2 if remat else 1
     assert flash_attentions(text) == {attention: (2 * forward, 2)}

@@ -35,10 +35,10 @@ def evaluate(args: Evaluate) -> None:
     from sam_jax.evaluation.clicks import evaluate as evaluate_model
     from sam_jax.training.datasets import open_annotations
 
-    source = open_annotations(
+    dataset = open_annotations(
         args.annotations, args.images, on_bad_annotation=args.on_bad_annotation
     )
     model = load_model(args.model, args.dtype)
     say_compiling("the decoder once per number of objects")
-    with tqdm(total=len(source), unit="image", miniters=1) as bar:
-        print(json.dumps(evaluate_model(model, source, on_image=bar.update), indent=2))
+    with tqdm(total=len(dataset), unit="image", miniters=1) as bar:
+        print(json.dumps(evaluate_model(model, dataset, on_image=bar.update), indent=2))

@@ -21,7 +21,7 @@ _DRAWN = 16  # objects per image; SA-1B's hundred could not be told apart
 
 def evaluate(
     model: Sam,
-    source: Dataset,
+    dataset: Dataset,
     *,
     clicks: Sequence[int] = CLICKS,
     objects_chunk_size: int = 16,
@@ -37,7 +37,7 @@ def evaluate(
 
     Args:
         model: the model to evaluate.
-        source: a dataset of examples; see `sam_jax.training.datasets`.
+        dataset: the examples; see `sam_jax.training.datasets`.
         clicks: the numbers of clicks to evaluate, each at least 1.
         objects_chunk_size: number of prompts decoded together.
         on_image: called after each image.
@@ -55,8 +55,8 @@ def evaluate(
     names = [*(f"miou@{n}" for n in clicks), "miou@box"]
     found: dict[str, list[float]] = {name: [] for name in names}
     predictor = SamPredictor(model)
-    for i in range(len(source)):
-        example = source[i]
+    for i in range(len(dataset)):
+        example = dataset[i]
         if len(example["masks"]):
             set_image(predictor, example)
         for start in range(0, len(example["masks"]), objects_chunk_size):
@@ -77,14 +77,14 @@ def evaluate(
     return {**{name: float(np.mean(values)) for name, values in found.items()}, "objects": objects}
 
 
-def draw_clicks(model: Sam, source: Dataset, *, count: int = 4) -> Image.Image:
+def draw_clicks(model: Sam, dataset: Dataset, *, count: int = 4) -> Image.Image:
     """Draws the first images side by side, with the best mask for a click at each object's center.
 
     At most 16 objects are drawn per image.
     """
     predictor, drawn = SamPredictor(model), []
-    for i in range(min(count, len(source))):
-        example = source[i]
+    for i in range(min(count, len(dataset))):
+        example = dataset[i]
         targets = example["masks"][:_DRAWN]
         targets = targets[targets.any((-2, -1))]
         if not len(targets):

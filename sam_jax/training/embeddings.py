@@ -27,7 +27,7 @@ class CachedEmbeddings:
     image or encoder never finds a stale embedding.
 
     Args:
-        source: the dataset; see `sam_jax.training.datasets`.
+        dataset: the examples; see `sam_jax.training.datasets`.
         model: the model whose image encoder is used.
         folder: the cache, which runs may share.
         on_image: called after each image.
@@ -35,21 +35,21 @@ class CachedEmbeddings:
 
     def __init__(
         self,
-        source: Dataset,
+        dataset: Dataset,
         model: Sam,
         *,
         folder: str | Path,
         on_image: Callable[[], object] = lambda: None,
     ):
-        self.source = source
+        self.dataset = dataset
         self.folder = Path(folder) / _encoder_key(model)
         self.folder.mkdir(parents=True, exist_ok=True)
         processor, split = SamProcessor(model.config), nnx.split(model)
         self._files = {}
         # Hosts that share the folder start at different images, so that each encodes a part.
-        first = jax.process_index() * len(source) // jax.process_count()
-        for i in np.roll(np.arange(len(source)), -first).tolist():
-            image = source[i]["image"]
+        first = jax.process_index() * len(dataset) // jax.process_count()
+        for i in np.roll(np.arange(len(dataset)), -first).tolist():
+            image = dataset[i]["image"]
             digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes())
             self._files[i] = file = self.folder / f"{digest.hexdigest()}.npy"
             if not _is_whole(file, model.config):
@@ -60,7 +60,7 @@ class CachedEmbeddings:
             on_image()
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file = self._files[index]
@@ -71,11 +71,11 @@ class CachedEmbeddings:
                 f"the cached embedding {file} cannot be read ({error}); restart the run to compute "
                 "it again"
             ) from error
-        return {**self.source[index], "image_embedding": embedding}
+        return {**self.dataset[index], "image_embedding": embedding}
 
     def image_id(self, index: int) -> Any:
         """The dataset's id of the image; the index if it does not have ids."""
-        return getattr(self.source, "image_id", int)(index)
+        return getattr(self.dataset, "image_id", int)(index)
 
 
 def _is_whole(file: Path, config: SamConfig) -> bool:

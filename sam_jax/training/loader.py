@@ -17,8 +17,8 @@ _EPOCHS = 2**31  # endless, within the limits of grain's arithmetic
 
 
 def make_loader(
-    source: Dataset,
-    prepare: ExampleTransform,
+    dataset: Dataset,
+    transform: ExampleTransform,
     *,
     batch_size: int,
     seed: int,
@@ -33,8 +33,8 @@ def make_loader(
     the number of workers or hosts. Each host gets its part of the batch.
 
     Args:
-        source: the dataset.
-        prepare: brings examples into a fixed shape.
+        dataset: the examples; see `sam_jax.training.datasets`.
+        transform: brings examples into a fixed shape.
         batch_size: number of examples over all hosts.
         seed: seed of the order and of all random numbers.
         start: the first step, to resume a run.
@@ -58,13 +58,13 @@ def make_loader(
         raise ValueError(
             f"batch_size is {batch_size}, expected a multiple of the {process_count} hosts"
         )
-    if not len(source):
+    if not len(dataset):
         raise ValueError("there are no images to train on")
-    dataset = (
-        grain.MapDataset.range(len(source))
+    examples = (
+        grain.MapDataset.range(len(dataset))
         .seed(seed)
         .shuffle()
-        .random_map(_Reader(source, prepare))
+        .random_map(_Reader(dataset, transform))
         .repeat(_EPOCHS)
         .batch(batch_size // process_count)
         .slice(slice(process_index, None, process_count))
@@ -72,62 +72,62 @@ def make_loader(
     )
     ahead = max(2, workers)
     threads = grain.ReadOptions(num_threads=min(4, ahead), prefetch_buffer_size=ahead)
-    dataset = dataset.to_iter_dataset(threads)
+    examples = examples.to_iter_dataset(threads)
     if workers:
         import absl.flags
 
         if not absl.flags.FLAGS.is_parsed():
             absl.flags.FLAGS.mark_as_parsed()  # grain's workers read flags, parsed or not
         options = grain.MultiprocessingOptions(num_workers=workers)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent)
-    return dataset
+        examples = examples.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent)
+    return examples
 
 
-def check_objects(source: Dataset, prepare: ExampleTransform | None, *, seed: int = 0) -> None:
+def check_objects(dataset: Dataset, transform: ExampleTransform | None, *, seed: int = 0) -> None:
     """Checks that there is an object to train or evaluate on, by reading until the first one.
 
     At most 1,000 images are read, in random order, which takes at most a minute or two. If a larger
     dataset has no object in them, that is a warning.
 
     Args:
-        source: the dataset.
-        prepare: as for `make_loader`; None for evaluation, which accepts objects of any size.
-        seed: seed of the order and of random numbers in `prepare`.
+        dataset: the examples; see `sam_jax.training.datasets`.
+        transform: as for `make_loader`; None for evaluation, which accepts objects of any size.
+        seed: seed of the order and of random numbers in `transform`.
 
     Raises:
         ValueError: if the whole dataset does not have an object, or an example cannot be read; if
             all objects are too small for the target grid, the message says what to do.
     """
     rng, dropped = np.random.default_rng(seed), False
-    read = min(len(source), _MAX_CHECKED)
+    read = min(len(dataset), _MAX_CHECKED)
     # With random crops, an object outside one crop may be inside another.
-    tries = read if prepare is None or not prepare.augments else max(read, _MAX_CHECKED // 10)
-    reader, order = _Reader(source, prepare or _any_object), rng.permutation(len(source))[:read]
+    tries = read if transform is None or not transform.augments else max(read, _MAX_CHECKED // 10)
+    reader, order = _Reader(dataset, transform or _any_object), rng.permutation(len(dataset))[:read]
     for i in range(tries):
         example = reader(int(order[i % read]), rng)
         if example["valid"].any():
             return
         dropped |= example["dropped"] > 0
     message = f"none of the {read} images that were read has an object"
-    if prepare is not None and dropped:
-        message = f"no object in the {read} images that were read is usable: {too_small(prepare)}"
-    if read == len(source):
+    if transform is not None and dropped:
+        message = f"no object in the {read} images that were read is usable: {too_small(transform)}"
+    if read == len(dataset):
         raise ValueError(message)
-    warnings.warn(f"{message} (the other {len(source) - read} were not read)", stacklevel=2)
+    warnings.warn(f"{message} (the other {len(dataset) - read} were not read)", stacklevel=2)
 
 
 @dataclass(frozen=True)
 class _Reader:
     """Reads and transforms an example by its index; errors name the image."""
 
-    source: Dataset
-    prepare: Callable[[Example, np.random.Generator], Example]
+    dataset: Dataset
+    transform: Callable[[Example, np.random.Generator], Example]
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         try:
-            return self.prepare({**self.source[index], "index": index}, rng)
+            return self.transform({**self.dataset[index], "index": index}, rng)
         except Exception as error:  # custom datasets may raise anything
-            image_id = getattr(self.source, "image_id", int)(index)
+            image_id = getattr(self.dataset, "image_id", int)(index)
             if f"image {image_id}:" in str(error):
                 raise
             # The text of a KeyError is a key alone.

@@ -3,7 +3,7 @@
 params, rest = partition(model, DECODER_ONLY)
 tx = adamw(1e-4, DECODER_ONLY)
 state = init_state(params, tx)
-state, metrics = train_step(state, rest, batch, key, tx=tx, recipe=TrainConfig())
+state, metrics = train_step(state, rest, batch, key, tx=tx, config=TrainConfig())
 """
 
 import functools
@@ -81,7 +81,7 @@ def batch_losses(
     batch: dict[str, Any],
     keys: Array,
     *,
-    recipe: TrainConfig = TrainConfig(),  # noqa: B008
+    config: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> MaskLosses:
     """The differentiable losses [b, n, rounds] of every object of a batch.
 
@@ -89,28 +89,28 @@ def batch_losses(
         model: `combine(params, rest)`.
         batch: from `sam_jax.training.make_loader`.
         keys: [b] `jax.random` keys, one for each image, for its prompts and drop path.
-        recipe: see `TrainConfig`.
+        config: see `TrainConfig`.
 
     Raises:
-        ValueError: if the recipe's numbers are invalid, or if it has `remat` or a `drop_path_rate`
+        ValueError: if the config's numbers are invalid, or if it has `remat` or a `drop_path_rate`
             and the batch has image embeddings.
     """
-    check_recipe(recipe)
+    check_train_config(config)
     check_keys(keys, len(batch["masks"]))
     prompt_keys, drop_keys = split_keys(keys, 2)
     if "image_embedding" in batch:
         for name in ("remat", "drop_path_rate"):
-            if getattr(recipe, name):
+            if getattr(config, name):
                 raise ValueError(
-                    f"{name} is {getattr(recipe, name)}, but the batch has image embeddings, so "
+                    f"{name} is {getattr(config, name)}, but the batch has image embeddings, so "
                     "the image encoder does not train"
                 )
         embeddings = batch["image_embedding"]
     else:
         embeddings = model.encode_image(
             batch["pixel_values"],
-            remat=recipe.remat,
-            drop_path_rate=recipe.drop_path_rate,
+            remat=config.remat,
+            drop_path_rate=config.drop_path_rate,
             keys=drop_keys,
         )
 
@@ -121,14 +121,14 @@ def batch_losses(
             target,
             box,
             key,
-            num_rounds=recipe.num_rounds,
-            box_probability=recipe.box_probability,
-            weights=recipe.weights,
+            num_rounds=config.num_rounds,
+            box_probability=config.box_probability,
+            weights=config.weights,
         )
 
     def one_image(embedding, targets, boxes, key):
         objects = targets, boxes, jax.random.split(key, len(targets))
-        chunk_size = recipe.objects_chunk_size or len(targets)
+        chunk_size = config.objects_chunk_size or len(targets)
         return jax.lax.map(lambda x: one_object(embedding, *x), objects, batch_size=chunk_size)
 
     targets = batch["masks"].astype(jnp.float32)
@@ -157,23 +157,23 @@ def grads_and_metrics(
     batch: dict[str, Any],
     keys: Array,
     *,
-    recipe: TrainConfig = TrainConfig(),  # noqa: B008
+    config: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> tuple[PyTree, dict[str, Array]]:
     """The gradients of the mean loss with respect to `params`, and its metrics.
 
-    With `recipe.accumulate` above 1, the batch is split into parts, which are weighted by their
+    With `config.accumulate` above 1, the batch is split into parts, which are weighted by their
     numbers of valid objects, so that the result is that of the whole batch.
 
     Raises:
-        ValueError: if `recipe.accumulate` does not divide the batch, or as `batch_losses`.
+        ValueError: if `config.accumulate` does not divide the batch, or as `batch_losses`.
     """
 
     def loss(params, batch, keys):
         model = combine(params, rest)
-        return mean_loss(batch_losses(model, batch, keys, recipe=recipe), batch["valid"])
+        return mean_loss(batch_losses(model, batch, keys, config=config), batch["valid"])
 
     of_part = jax.grad(loss, has_aux=True)
-    parts, size = recipe.accumulate, len(keys)
+    parts, size = config.accumulate, len(keys)
     if parts == 1:
         return of_part(params, batch, keys)
     if size % parts:
@@ -204,7 +204,7 @@ def train_step(
     key: Key,
     *,
     tx: optax.GradientTransformation,
-    recipe: TrainConfig = TrainConfig(),  # noqa: B008
+    config: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of the optimizer.
 
@@ -217,23 +217,23 @@ def train_step(
         batch: from `sam_jax.training.make_loader`.
         key: the run's key; a step's random numbers depend on it and on the step's number.
         tx: the optimizer.
-        recipe: see `TrainConfig`.
+        config: see `TrainConfig`.
 
     Returns:
         The new state, and float32 scalars: those of `mean_loss`, `grad_norm`, `objects_used` and,
         if the batch counts them, `objects_dropped`.
 
     Raises:
-        ValueError: if only one of state and recipe has a moving average, or as `grads_and_metrics`.
+        ValueError: if only one of state and config has a moving average, or as `grads_and_metrics`.
     """
-    has, wanted = state.ema is not None, recipe.ema_decay is not None
+    has, wanted = state.ema is not None, config.ema_decay is not None
     if has != wanted:
         raise ValueError(
             f"the state has {'a' if has else 'no'} moving average, but ema_decay is "
-            f"{recipe.ema_decay}; give init_state ema={wanted}, or the recipe another ema_decay"
+            f"{config.ema_decay}; give init_state ema={wanted}, or the config another ema_decay"
         )
     keys = jax.random.split(jax.random.fold_in(key, state.step), len(batch["valid"]))
-    grads, metrics = grads_and_metrics(state.params, rest, batch, keys, recipe=recipe)
+    grads, metrics = grads_and_metrics(state.params, rest, batch, keys, config=config)
     metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["objects_used"] = batch["valid"].sum()
     if "dropped" in batch:
@@ -243,8 +243,8 @@ def train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
-    if ema is not None and recipe.ema_decay is not None:
-        ema = optax.incremental_update(params, ema, 1 - recipe.ema_decay)
+    if ema is not None and config.ema_decay is not None:
+        ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
     # Zero gradients are not enough: momentum, weight decay and the average would still change.
     new = TrainState(state.step, params, opt_state, ema)
     has_objects = metrics["objects_used"] > 0
@@ -253,7 +253,7 @@ def train_step(
 
 
 def compile_step(
-    state: TrainState, tx: optax.GradientTransformation, *, recipe: TrainConfig
+    state: TrainState, tx: optax.GradientTransformation, *, config: TrainConfig
 ) -> Callable:
     """The compiled `train_step(state, rest, batch, key)`, for states sharded like this one.
 
@@ -262,32 +262,32 @@ def compile_step(
     # Uncommitted arrays stay uncommitted: otherwise the second step would compile again.
     places = jax.tree.map(lambda x: x.sharding if x.committed else None, state)
     (device, *_) = state.step.sharding.device_set
-    if recipe.objects_chunk_size is None and device.platform == "cpu":
-        recipe = recipe._replace(objects_chunk_size=1)
+    if config.objects_chunk_size is None and device.platform == "cpu":
+        config = config._replace(objects_chunk_size=1)
     return jax.jit(
-        functools.partial(train_step, tx=tx, recipe=recipe),
+        functools.partial(train_step, tx=tx, config=config),
         out_shardings=(places, None),
         donate_argnums=0,
     )
 
 
-def check_recipe(recipe: TrainConfig) -> None:
-    """Checks a recipe before something that takes long; steps check it too.
+def check_train_config(config: TrainConfig) -> None:
+    """Checks a config before something that takes long; steps check it too.
 
     Raises:
         ValueError: if its numbers are invalid.
     """
     for name, ok, expected in (
-        ("num_rounds", recipe.num_rounds >= 1, "at least 1"),
-        ("box_probability", 0 <= recipe.box_probability <= 1, "0 to 1"),
+        ("num_rounds", config.num_rounds >= 1, "at least 1"),
+        ("box_probability", 0 <= config.box_probability <= 1, "0 to 1"),
         (
             "objects_chunk_size",
-            (recipe.objects_chunk_size or 1) >= 1,
+            (config.objects_chunk_size or 1) >= 1,
             "at least 1, or None for all",
         ),
-        ("drop_path_rate", 0 <= recipe.drop_path_rate < 1, "0 or more, and less than 1"),
-        ("accumulate", recipe.accumulate >= 1, "at least 1"),
-        ("ema_decay", 0 <= (recipe.ema_decay or 0) < 1, "0 or more, and less than 1, or None"),
+        ("drop_path_rate", 0 <= config.drop_path_rate < 1, "0 or more, and less than 1"),
+        ("accumulate", config.accumulate >= 1, "at least 1"),
+        ("ema_decay", 0 <= (config.ema_decay or 0) < 1, "0 or more, and less than 1, or None"),
     ):
         if not ok:
-            raise ValueError(f"{name} is {getattr(recipe, name)}, expected {expected}")
+            raise ValueError(f"{name} is {getattr(config, name)}, expected {expected}")

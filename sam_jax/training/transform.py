@@ -124,9 +124,9 @@ class ExampleTransform:
         return self.flip > 0 or self.scale_range is not None
 
 
-def too_small(prepare: ExampleTransform) -> str:
+def too_small(transform: ExampleTransform) -> str:
     """Explains why objects are dropped, and what to do."""
-    cell = prepare.config.image_size // prepare.target_size
+    cell = transform.config.image_size // transform.target_size
     remedy = "cut the images into crops, or enlarge them at random (--scale-range 1 4)"
     if cell > 1:
         remedy = f"compare masks at --full-resolution; if that is not enough, {remedy}"

@@ -51,8 +51,8 @@ def run(folder, monkeypatch):
 
 def test_prints_the_mean_ious_as_json(run, folder, capsys):
     run("--images", folder)
-    source = open_annotations(folder / "coco.json", folder)
-    expected = evaluate(sam_jax.from_pretrained(folder / "model"), source)
+    dataset = open_annotations(folder / "coco.json", folder)
+    expected = evaluate(sam_jax.from_pretrained(folder / "model"), dataset)
     assert json.loads(capsys.readouterr().out) == expected
 
 

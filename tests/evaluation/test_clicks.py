@@ -25,27 +25,27 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def source():
+def dataset():
     rng = np.random.default_rng(0)
     masks = np.array([rectangle(5, 5, 20, 30), rectangle(30, 10, 55, 25), rectangle(2, 0, 58, 33)])
     images = rng.integers(0, 255, (2, H, W, 3), dtype=np.uint8)
     return [{"image": images[0], "masks": masks}, {"image": images[1], "masks": masks[:0]}]
 
 
-def test_first_click_and_box_are_what_the_predictor_says(model, source):
+def test_first_click_and_box_are_what_the_predictor_says(model, dataset):
     """Computed by hand, one object after the other."""
     predictor = SamPredictor(model)
-    predictor.set_image(source[0]["image"])
+    predictor.set_image(dataset[0]["image"])
     one, box = [], []
     for mask, (x0, y0, x1, y1) in zip(
-        source[0]["masks"], [(5, 5, 19, 29), (30, 10, 54, 24), (2, 0, 57, 32)], strict=True
+        dataset[0]["masks"], [(5, 5, 19, 29), (30, 10, 54, 24), (2, 0, 57, 32)], strict=True
     ):
         masks, scores, _ = predictor.predict([middle(mask)], [1])
         one.append(iou(masks[scores.argmax()], mask))
         masks, _, _ = predictor.predict(box=[x0, y0, x1, y1], multimask_output=False)
         box.append(iou(masks[0], mask))
     seen = []
-    found = evaluate(model, source, objects_chunk_size=2, on_image=lambda: seen.append(1))
+    found = evaluate(model, dataset, objects_chunk_size=2, on_image=lambda: seen.append(1))
     assert len(seen) == 2
     assert found["objects"] == 3
     assert found["miou@1"] == pytest.approx(np.mean(one))
@@ -63,7 +63,7 @@ def plain_click(predicted, target):
     return (x, y), 1 - kind
 
 
-def test_later_clicks_are_the_farthest_from_the_boundary_of_an_error(model, source, monkeypatch):
+def test_later_clicks_are_the_farthest_from_the_boundary_of_an_error(model, dataset, monkeypatch):
     calls = []
     predict = SamPredictor.predict_batch
 
@@ -76,12 +76,12 @@ def test_later_clicks_are_the_farthest_from_the_boundary_of_an_error(model, sour
         return result
 
     monkeypatch.setattr(SamPredictor, "predict_batch", spy)
-    evaluate(model, source, clicks=(1, 3))
+    evaluate(model, dataset, clicks=(1, 3))
     assert [len(points[0]) for points, *_ in calls] == [1, 2, 3]
     assert [options["multimask_output"] for *_, options in calls] == [True, False, False]
     assert [options["mask_input"] is None for *_, options in calls] == [True, False, False]
     (_, _, predicted, _), (points, labels, _, _) = calls[:2]
-    for k, mask in enumerate(source[0]["masks"]):
+    for k, mask in enumerate(dataset[0]["masks"]):
         assert (points[k][1], labels[k][1]) == plain_click(predicted[k], mask)
 
 
@@ -116,9 +116,9 @@ def test_a_thin_rim_is_no_large_error(model, monkeypatch):
     assert rim.sum() > missed.sum()
 
 
-def test_cached_embeddings_give_the_same(model, source, tmp_path):
-    cached = CachedEmbeddings(source, model, folder=tmp_path)
-    assert evaluate(model, cached, clicks=(1,)) == evaluate(model, source, clicks=(1,))
+def test_cached_embeddings_give_the_same(model, dataset, tmp_path):
+    cached = CachedEmbeddings(dataset, model, folder=tmp_path)
+    assert evaluate(model, cached, clicks=(1,)) == evaluate(model, dataset, clicks=(1,))
 
 
 def test_the_middle():
@@ -127,19 +127,19 @@ def test_the_middle():
     assert middle(rectangle(0, 0, W, H))[1] in (H // 2 - 1, H // 2)
 
 
-def test_an_empty_mask_is_no_object(model, source):
-    masks = np.insert(source[0]["masks"], 1, False, axis=0)
-    expected = evaluate(model, source[:1], clicks=(2,))
-    assert evaluate(model, [{**source[0], "masks": masks}], clicks=(2,)) == pytest.approx(expected)
+def test_an_empty_mask_is_no_object(model, dataset):
+    masks = np.insert(dataset[0]["masks"], 1, False, axis=0)
+    expected = evaluate(model, dataset[:1], clicks=(2,))
+    assert evaluate(model, [{**dataset[0], "masks": masks}], clicks=(2,)) == pytest.approx(expected)
     assert expected["objects"] == 3
     np.testing.assert_array_equal(
-        draw_clicks(model, [{**source[0], "masks": masks}]), draw_clicks(model, source[:1])
+        draw_clicks(model, [{**dataset[0], "masks": masks}]), draw_clicks(model, dataset[:1])
     )
 
 
-def test_nothing_to_evaluate_on(model, source):
+def test_nothing_to_evaluate_on(model, dataset):
     with pytest.raises(ValueError, match="there are no objects to evaluate on"):
-        evaluate(model, source[1:])
+        evaluate(model, dataset[1:])
 
 
 @pytest.mark.parametrize(
@@ -150,19 +150,19 @@ def test_nothing_to_evaluate_on(model, source):
         ({"objects_chunk_size": 0}, "objects_chunk_size is 0, expected at least 1"),
     ],
 )
-def test_numbers_that_make_no_sense(model, source, options, message):
+def test_numbers_that_make_no_sense(model, dataset, options, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(model, source, **options)
+        evaluate(model, dataset, **options)
 
 
-def test_images_of_clicks(model, source):
-    sheet = np.asarray(draw_clicks(model, source))
+def test_images_of_clicks(model, dataset):
+    sheet = np.asarray(draw_clicks(model, dataset))
     assert sheet.shape == (H, 2 * W, 3)
-    assert not np.array_equal(sheet[:, :W], source[0]["image"])
-    np.testing.assert_array_equal(sheet[:, W:], source[1]["image"])  # it has no object
+    assert not np.array_equal(sheet[:, :W], dataset[0]["image"])
+    np.testing.assert_array_equal(sheet[:, W:], dataset[1]["image"])  # it has no object
 
 
-def test_of_many_objects_some_are_drawn(model, source, monkeypatch):
+def test_of_many_objects_some_are_drawn(model, dataset, monkeypatch):
     """The others are neither decoded nor predicted."""
     decoded, asked = [], []
 
@@ -174,6 +174,6 @@ def test_of_many_objects_some_are_drawn(model, source, monkeypatch):
     monkeypatch.setattr("sam_jax.training.datasets.rle_decode", spy)
     monkeypatch.setattr(SamPredictor, "predict_batch", predict)
     masks = LazyMasks([{"size": [H, W], "counts": [0, H * W]}] * 20, (H, W))
-    draw_clicks(model, [{**source[0], "masks": masks}])
+    draw_clicks(model, [{**dataset[0], "masks": masks}])
     assert asked == [16]
     assert len(decoded) == 16

@@ -43,8 +43,8 @@ def change(coco, edit):
 
 
 def prepared(example, seed=0, **options):
-    prepare = ExampleTransform(SMALL, **{"max_objects": 4, "target_size": SIDE, **options})
-    return prepare(example, np.random.default_rng(seed))
+    transform = ExampleTransform(SMALL, **{"max_objects": 4, "target_size": SIDE, **options})
+    return transform(example, np.random.default_rng(seed))
 
 
 def take(data, count):

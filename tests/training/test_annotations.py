@@ -92,8 +92,8 @@ def left_out(coco, edit, message):
     return found
 
 
-def counts_of(source):
-    return {source.image_id(i): len(source[i]["masks"]) for i in range(len(source))}
+def counts_of(dataset):
+    return {dataset.image_id(i): len(dataset[i]["masks"]) for i in range(len(dataset))}
 
 
 WHOLE = [H * 5.0, 3.0, (H * (W - 5)) - 3.0]

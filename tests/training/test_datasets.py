@@ -19,20 +19,20 @@ from sam_jax.training.datasets import (
 
 
 def test_coco_is_read_as_pycocotools_does(coco):
-    source = CocoInstances(coco / "coco.json", coco)
-    assert len(source) == 3
+    dataset = CocoInstances(coco / "coco.json", coco)
+    assert len(dataset) == 3
     reference = pycocotools.coco.COCO(coco / "coco.json")
-    example = source[0]
+    example = dataset[0]
     np.testing.assert_array_equal(example["image"], np.asarray(Image.open(coco / "0.png")))
     expected = [reference.annToMask(a) for a in reference.loadAnns(reference.getAnnIds([10]))]
     np.testing.assert_array_equal(example["masks"], np.array(expected, bool))
     np.testing.assert_array_equal(example["masks"][1], rectangle(*RECTANGLES[1]))
-    assert [source.image_id(i) for i in range(3)] == [10, 11, 12]
+    assert [dataset.image_id(i) for i in range(3)] == [10, 11, 12]
     # A crowd is not an object. A mask without a pixel is one, and is counted as too small.
-    assert source[1]["masks"].shape == (1, H, W)
-    assert not np.any(source[1]["masks"])
-    assert prepared(source[1])["dropped"] == 1
-    assert source[2]["masks"].shape == (2, H, W)
+    assert dataset[1]["masks"].shape == (1, H, W)
+    assert not np.any(dataset[1]["masks"])
+    assert prepared(dataset[1])["dropped"] == 1
+    assert dataset[2]["masks"].shape == (2, H, W)
 
 
 @pytest.fixture
@@ -51,12 +51,12 @@ def sa_1b(tmp_path):
 
 
 def test_sa_1b(sa_1b):
-    source = open_annotations(sa_1b)
-    assert isinstance(source, SegmentAnything1B)
-    assert len(source) == 2
-    np.testing.assert_array_equal(source[1]["masks"], [rectangle(*box) for box in RECTANGLES])
-    assert source[1]["image"].mean() == pytest.approx(1, abs=0.5)
-    assert source.image_id(1) == "sa_1"
+    dataset = open_annotations(sa_1b)
+    assert isinstance(dataset, SegmentAnything1B)
+    assert len(dataset) == 2
+    np.testing.assert_array_equal(dataset[1]["masks"], [rectangle(*box) for box in RECTANGLES])
+    assert dataset[1]["image"].mean() == pytest.approx(1, abs=0.5)
+    assert dataset.image_id(1) == "sa_1"
 
 
 @pytest.mark.parametrize(
@@ -97,10 +97,10 @@ def test_sa_1b_is_of_the_stored_pixels(sa_1b):
     for i in range(2):
         with Image.open(sa_1b / f"sa_{i}.jpg") as image:
             image.save(sa_1b / f"sa_{i}.jpg", exif=exif)
-    source = open_annotations(sa_1b)
+    dataset = open_annotations(sa_1b)
     with pytest.warns(UserWarning, match="has EXIF orientation 3.*store the image upright"):
-        assert source[0]["image"].shape == (H, W, 3)
-    source[1]  # a second warning would be an error
+        assert dataset[0]["image"].shape == (H, W, 3)
+    dataset[1]  # a second warning would be an error
 
 
 @pytest.mark.parametrize("kind", ["damaged", "other size", "16 bits", "EPS"])
@@ -150,11 +150,11 @@ def test_what_an_exif_orientation_does(coco, orientation, suffix, is_square, rul
     exif[ExifTags.Base.Orientation] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(coco / f"0.{suffix}", exif=exif)
     change(coco, lambda i, _: i[0].update(file_name=f"0.{suffix}"))
-    source = CocoInstances(coco / "coco.json", coco)
+    dataset = CocoInstances(coco / "coco.json", coco)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        example = source[0]
-        source[0]
+        example = dataset[0]
+        dataset[0]
     np.testing.assert_array_equal(example["image"], annotated)
     np.testing.assert_array_equal(example["masks"], upright["masks"])
     told = [str(warning.message) for warning in caught]

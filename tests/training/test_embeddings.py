@@ -16,7 +16,7 @@ def model():
 
 
 @pytest.fixture
-def source():
+def dataset():
     images = np.random.default_rng(0).integers(0, 255, (3, 40, 60, 3), dtype=np.uint8)
     return [{"image": image, "masks": np.ones((1, 40, 60), bool)} for image in images]
 
@@ -25,13 +25,13 @@ def files(folder):
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*.npy")}
 
 
-def test_embeddings_are_the_models(model, source, tmp_path):
+def test_embeddings_are_the_models(model, dataset, tmp_path):
     seen = []
-    cached = CachedEmbeddings(source, model, folder=tmp_path, on_image=lambda: seen.append(1))
+    cached = CachedEmbeddings(dataset, model, folder=tmp_path, on_image=lambda: seen.append(1))
     assert len(cached) == len(seen) == 3
     predictor = SamPredictor(model)
     for i in range(3):
-        predictor.set_image(source[i]["image"])
+        predictor.set_image(dataset[i]["image"])
         expected = np.moveaxis(predictor.get_image_embedding()[0], 0, -1)
         np.testing.assert_array_equal(cached[i]["image_embedding"], expected)
     prepared = ExampleTransform(SHALLOW, 1, target_size=SHALLOW.mask_size)(
@@ -44,39 +44,39 @@ def test_embeddings_are_the_models(model, source, tmp_path):
         )
 
 
-def test_what_is_there_is_not_made_again(model, source, tmp_path):
-    CachedEmbeddings(source, model, folder=tmp_path)
+def test_what_is_there_is_not_made_again(model, dataset, tmp_path):
+    CachedEmbeddings(dataset, model, folder=tmp_path)
     before = files(tmp_path)
     assert len(before) == 3
-    CachedEmbeddings(source, model, folder=tmp_path)
+    CachedEmbeddings(dataset, model, folder=tmp_path)
     assert files(tmp_path) == before
 
 
-def test_nothing_stale_is_found(model, source, tmp_path):
+def test_nothing_stale_is_found(model, dataset, tmp_path):
     """Another image, other weights, dtype or preprocessing: each has files of its own."""
-    cached = CachedEmbeddings(source, model, folder=tmp_path)
+    cached = CachedEmbeddings(dataset, model, folder=tmp_path)
     old = cached[0]["image_embedding"]
-    source[0]["image"] = source[0]["image"].copy()
-    source[0]["image"][0, 0] ^= 1
-    cached = CachedEmbeddings(source, model, folder=tmp_path)
+    dataset[0]["image"] = dataset[0]["image"].copy()
+    dataset[0]["image"][0, 0] ^= 1
+    cached = CachedEmbeddings(dataset, model, folder=tmp_path)
     assert len(files(tmp_path)) == 4
     assert not np.array_equal(cached[0]["image_embedding"], old)
-    other = CachedEmbeddings(source, ours(meta_sam(SHALLOW, seed=1), SHALLOW), folder=tmp_path)
+    other = CachedEmbeddings(dataset, ours(meta_sam(SHALLOW, seed=1), SHALLOW), folder=tmp_path)
     assert len(files(tmp_path)) == 7
     assert not np.array_equal(other[1]["image_embedding"], cached[1]["image_embedding"])
-    CachedEmbeddings(source, ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16), folder=tmp_path)
+    CachedEmbeddings(dataset, ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16), folder=tmp_path)
     assert len(files(tmp_path)) == 10
     medsam = ours(meta_sam(SHALLOW), with_preprocessing(SHALLOW, "medsam"))
     assert CachedEmbeddings([], medsam, folder=tmp_path).folder != cached.folder
 
 
-def test_a_damaged_file(model, source, tmp_path):
-    cached = CachedEmbeddings(source, model, folder=tmp_path)
+def test_a_damaged_file(model, dataset, tmp_path):
+    cached = CachedEmbeddings(dataset, model, folder=tmp_path)
     for file in files(tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"cannot be read .* restart the run"):
         cached[0]
-    again = CachedEmbeddings(source, model, folder=tmp_path)
+    again = CachedEmbeddings(dataset, model, folder=tmp_path)
     assert again[0]["image_embedding"].shape == cached[1]["image_embedding"].shape
 
 
@@ -90,9 +90,9 @@ class Scaled(nnx.Module):
         return self.scale * jnp.ones((len(pixel_values), 12, 12, 32))
 
 
-def test_settings_of_an_encoder_of_ones_own(model, source, tmp_path):
+def test_settings_of_an_encoder_of_ones_own(model, dataset, tmp_path):
     model = nnx.clone(model)
     for scale in (1.0, 3.0):
         model.image_encoder = Scaled(scale)
-        cached = CachedEmbeddings(source, model, folder=tmp_path)
+        cached = CachedEmbeddings(dataset, model, folder=tmp_path)
         assert (cached[0]["image_embedding"] == scale).all()

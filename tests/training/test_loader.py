@@ -94,9 +94,9 @@ def test_hosts_share_the_batch(many, batch_size):
 
 @pytest.mark.slow
 def test_worker_processes_change_nothing(coco):
-    source = CocoInstances(coco / "coco.json", coco)
-    expected = take(make_loader(source, PREPARE, batch_size=2, seed=1, start=2), 3)
-    iterator = iter(make_loader(source, PREPARE, batch_size=2, seed=1, start=2, workers=2))
+    dataset = CocoInstances(coco / "coco.json", coco)
+    expected = take(make_loader(dataset, PREPARE, batch_size=2, seed=1, start=2), 3)
+    iterator = iter(make_loader(dataset, PREPARE, batch_size=2, seed=1, start=2, workers=2))
     try:
         for batch in expected:
             assert_same_batch(next(iterator), batch)
@@ -127,23 +127,23 @@ class Read(list):
 
 def test_a_source_without_objects_is_refused():
     plain, empty, tiny = ExampleTransform(SMALL, 4, target_size=SIDE), squares(), squares(CELL // 2)
-    source = Read([squares(2, CELL)] * 4)
-    check_objects(source, plain)
-    assert source.count == 1
+    dataset = Read([squares(2, CELL)] * 4)
+    check_objects(dataset, plain)
+    assert dataset.count == 1
     check_objects([empty, empty, squares(2, CELL), tiny], plain)
-    for prepare in (plain, None):
+    for transform in (plain, None):
         with pytest.raises(ValueError, match=r"^none of the 2 images that were read has an obj"):
-            check_objects([empty, empty], prepare)
+            check_objects([empty, empty], transform)
     with pytest.raises(ValueError, match=r"cell of the target grid, 2 x 2 pi.*--full-resolution"):
         check_objects([empty, tiny], plain)
     check_objects([empty, tiny], ExampleTransform(SMALL, 4, target_size=SIZE))
     check_objects([empty, tiny], None)
     # A random crop often misses it.
     check_objects([tiny], ExampleTransform(SMALL, 4, target_size=SIDE, scale_range=(4, 4)))
-    source = Read([empty] * 5000)
+    dataset = Read([empty] * 5000)
     with pytest.warns(UserWarning, match=r"none of the 1000 images.* \(the other 4000 were not"):
-        check_objects(source, None)
-    assert source.count == 1000
+        check_objects(dataset, None)
+    assert dataset.count == 1000
     # Every fifth image has an object, wherever one begins to count.
     for first in range(5):
         check_objects([[tiny, empty][(i - first) % 5 > 0] for i in range(5000)], None)
@@ -165,12 +165,12 @@ class Bad(list):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_names_the_image(many, workers):
     wrong = [{**example, "masks": example["masks"][:, 1:]} for example in many]
-    for source, message in (
+    for dataset, message in (
         (Bad(many), r"^image photo_1: MemoryError\(\)"),
         (wrong, r"^image \d: the masks have shape"),
     ):
         with pytest.raises(ValueError, match=message):
-            take(make_loader(source, PREPARE, batch_size=7, seed=0, workers=workers), 1)
+            take(make_loader(dataset, PREPARE, batch_size=7, seed=0, workers=workers), 1)
 
 
 def test_without_grain(many, monkeypatch):

@@ -111,7 +111,7 @@ def test_only_adapters_train(plain):
     assert names == {"lora_a", "lora_b"}
     tx = adamw(1e-2, LORA_ONLY)
     state = init_state(trained, tx)
-    step = compile_step(state, tx, recipe=TrainConfig())
+    step = compile_step(state, tx, config=TrainConfig())
     size, side = SHALLOW.image_size, SHALLOW.mask_size
     batch = {
         "pixel_values": np.asarray(normal((1, size, size, 3))),

@@ -29,7 +29,7 @@ from sam_jax.training import sharding
 from sam_jax.training.rules import EVERYTHING, adamw, partition
 from sam_jax.training.step import TrainConfig, compile_step, init_state
 
-recipe = TrainConfig(num_rounds=2, objects_chunk_size=1, ema_decay=0.9)
+config = TrainConfig(num_rounds=2, objects_chunk_size=1, ema_decay=0.9)
 tx = adamw(1e-3, EVERYTHING, clip_norm=1.0)
 model = from_pretrained(folder + "/model")
 whole_batch = dict(np.load(folder + "/batch.npz"))
@@ -56,7 +56,7 @@ def train(how, devices):
     state = sharding.init_sharded(begin, trained, mesh=mesh, parallelism=how)
     held.append(on_first_device(jax.live_arrays()))
     share = on_first_device(jax.tree.leaves((trained, rest, state)))
-    step = compile_step(state, tx, recipe=recipe)
+    step = compile_step(state, tx, config=config)
     count = 8 // jax.process_count()
     mine = slice(jax.process_index() * count, (jax.process_index() + 1) * count)
     batch = sharding.put_batch({name: array[mine] for name, array in whole_batch.items()}, mesh)

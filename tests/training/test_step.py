@@ -51,7 +51,7 @@ from sam_jax.training.step import (
 
 SIZE, SIDE = SMALL.image_size, SMALL.mask_size
 EMBEDDING = (SHALLOW.image_embedding_size,) * 2 + (SHALLOW.prompt_embed_dim,)
-RECIPE = TrainConfig(num_rounds=1)
+CONFIG = TrainConfig(num_rounds=1)
 DEEP = dataclasses.replace(SMALL, image_encoder=dataclasses.replace(SMALL.image_encoder, depth=4))
 
 
@@ -114,15 +114,15 @@ def test_a_step_on_every_parameter_is_pytorchs():
     batch, key = batch_of(2), jax.random.key(1)
     keys = jax.random.split(jax.random.fold_in(key, 0), 2)
     rate, decay, eps = 1e-3, 0.1, 1e-2
-    recipe = RECIPE._replace(ema_decay=0.75)
+    config = CONFIG._replace(ema_decay=0.75)
     before = {name: np.asarray(value) for name, value in flat_params(model).items()}
     expected_loss = torch_step(reference, batch, keys, rate, decay, eps)
 
     tx = adamw(rate, EVERYTHING, weight_decay=decay, eps=eps)
     trained, rest = partition(model, EVERYTHING)
     state = jax.jit(functools.partial(init_state, tx=tx, ema=True))(trained)
-    state, metrics = jax.jit(train_step, static_argnames=("tx", "recipe"))(
-        state, rest, batch, key, tx=tx, recipe=recipe
+    state, metrics = jax.jit(train_step, static_argnames=("tx", "config"))(
+        state, rest, batch, key, tx=tx, config=config
     )
     assert float(metrics["loss"]) == pytest.approx(expected_loss, rel=1e-5)
     after = flat_params(combine(state.params, rest))
@@ -140,10 +140,10 @@ def test_a_step_on_every_parameter_is_pytorchs():
 
 
 @functools.cache
-def compiled_gradients(model, everything, recipe):
+def compiled_gradients(model, everything, config):
     """`gradients` for a batch of 4, and what memory it takes."""
     split = partition(model, EVERYTHING if everything else DECODER_ONLY)
-    run = jax.jit(lambda batch, keys: grads_and_metrics(*split, batch, keys, recipe=recipe))
+    run = jax.jit(lambda batch, keys: grads_and_metrics(*split, batch, keys, config=config))
     compiled = run.lower(batch_of(4), KEYS).compile()
     return compiled, compiled.memory_analysis()
 
@@ -164,8 +164,8 @@ def test_what_is_frozen_takes_no_memory_for_gradients(model):
         "decoder": nnx.state(model.mask_decoder, nnx.Param),
         "all": nnx.state(model, nnx.Param),
     }.items()}  # fmt: skip
-    _, some = compiled_gradients(model, False, RECIPE)
-    _, every = compiled_gradients(model, True, RECIPE)
+    _, some = compiled_gradients(model, False, CONFIG)
+    _, every = compiled_gradients(model, True, CONFIG)
     # In addition to the gradients there are a few metrics.
     assert some.output_size_in_bytes <= 1.02 * sizes["decoder"]
     assert every.output_size_in_bytes >= sizes["all"]
@@ -180,7 +180,7 @@ def test_steps_draw_anew_keep_what_is_frozen_and_the_moving_average(model):
     tx = adamw(1e-2, DECODER_ONLY)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
-    step = compile_step(state, tx, recipe=RECIPE._replace(ema_decay=decay))
+    step = compile_step(state, tx, config=CONFIG._replace(ema_decay=decay))
     # What a step draws depends on its number: the same state has another loss in another step.
     copies = [jax.tree.map(jnp.copy, state)._replace(step=jnp.int32(k)) for k in (0, 0, 1)]
     first, again, other = (step(s, rest, batch, key)[1]["loss"] for s in copies)
@@ -204,7 +204,7 @@ def test_steps_draw_anew_keep_what_is_frozen_and_the_moving_average(model):
 def test_invalid_objects_change_nothing(model):
     batch, keys = batch_of(2), jax.random.split(jax.random.key(0), 2)
     run = jax.jit(
-        lambda batch: mean_loss(batch_losses(model, batch, keys, recipe=RECIPE), batch["valid"])
+        lambda batch: mean_loss(batch_losses(model, batch, keys, config=CONFIG), batch["valid"])
     )
     expected, _ = run(batch)
     other = {name: array.copy() for name, array in batch.items()}
@@ -221,7 +221,7 @@ def test_a_batch_without_objects_is_no_step(model):
     tx, _ = OptimizerConfig(warmup=0, weight_decay=0.1).build(DECODER_ONLY, 10)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
-    step = compile_step(state, tx, recipe=RECIPE._replace(ema_decay=0.5, accumulate=2))
+    step = compile_step(state, tx, config=CONFIG._replace(ema_decay=0.5, accumulate=2))
     key, batch = jax.random.key(0), {**batch_of(2), "dropped": np.array([0, 3], np.int32)}
     nothing = {**batch, "valid": np.zeros((2, 3), np.float32)}
     state, metrics = step(state, rest, batch, key)
@@ -247,7 +247,7 @@ def test_training_under_jaxs_strict_switches(what):
     if what == "lora":
         model = add_lora(model, r"image_encoder\..*\.(qkv|proj)", rank=2, rngs=nnx.Rngs(0))
     encoder = {} if what == "decoder" else {"remat": True, "drop_path_rate": 0.1}
-    recipe = TrainConfig(num_rounds=4, accumulate=2, ema_decay=0.9, **encoder)
+    config = TrainConfig(num_rounds=4, accumulate=2, ema_decay=0.9, **encoder)
     batch, key = {**batch_of(2), "dropped": np.zeros(2, np.int32)}, jax.random.key(0)
     if what == "decoder":
         del batch["pixel_values"]
@@ -263,7 +263,7 @@ def test_training_under_jaxs_strict_switches(what):
         trained, rest = sharding.shard_tree((trained, rest), mesh, parallelism="data")
         make = functools.partial(init_state, tx=tx, ema=True)
         state = sharding.init_sharded(make, trained, mesh=mesh, parallelism="data")
-        step = compile_step(state, tx, recipe=recipe)
+        step = compile_step(state, tx, config=config)
         state, metrics = step(state, rest, sharding.put_batch(batch, mesh), key)
         assert np.isfinite(list(jax.device_get(metrics).values())).all()
         assert updates_made(state.opt_state) == 1
@@ -285,18 +285,18 @@ def test_a_tiny_vits_step_promotes_nothing():
     trained, rest = partition(random_sam(TINIEST), EVERYTHING)
     state = init_state(trained, tx)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        step = compile_step(state, tx, recipe=TrainConfig(num_rounds=2, remat=True))
+        step = compile_step(state, tx, config=TrainConfig(num_rounds=2, remat=True))
         step.trace(state, rest, batch, jax.random.key(0))
 
 
 @pytest.mark.slow
 def test_accumulation_changes_nothing(model):
     batch = batch_of(4)
-    expected, _ = compiled_gradients(model, False, RECIPE)
-    actual, _ = compiled_gradients(model, False, RECIPE._replace(accumulate=2))
+    expected, _ = compiled_gradients(model, False, CONFIG)
+    actual, _ = compiled_gradients(model, False, CONFIG._replace(accumulate=2))
     assert_same_gradients(actual(batch, KEYS), expected(batch, KEYS))
     with pytest.raises(ValueError, match="accumulate is 3, expected a divisor of the batch of 4"):
-        compiled_gradients(model, False, RECIPE._replace(accumulate=3))
+        compiled_gradients(model, False, CONFIG._replace(accumulate=3))
 
 
 def encoder_loss(config):
@@ -355,7 +355,7 @@ def test_bfloat16_trains_float32_parameters(compilations):
     # Also those of a checkpoint that was kept in bfloat16.
     trained = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)
     state = init_state(trained, tx)
-    step = compile_step(state, tx, recipe=RECIPE)
+    step = compile_step(state, tx, config=CONFIG)
     losses = []
     for _ in range(8):
         compilations.clear()
@@ -380,7 +380,7 @@ def test_a_loop_of_ones_own(model):
     def step(params, opt_state, key):
         def loss(params):
             sam = nnx.merge(graphdef, params, rest)
-            losses = batch_losses(sam, batch, jax.random.split(key, 2), recipe=RECIPE)
+            losses = batch_losses(sam, batch, jax.random.split(key, 2), config=CONFIG)
             return mean_loss(losses, batch["valid"])[0]
 
         value, grads = jax.value_and_grad(loss)(params)
@@ -405,9 +405,9 @@ def test_a_loop_of_ones_own(model):
         ({"ema_decay": 1.5}, "ema_decay is 1.5, expected 0 or more"),
     ],
 )
-def test_recipes_that_make_no_sense(model, options, message):
+def test_configs_that_make_no_sense(model, options, message):
     with pytest.raises(ValueError, match=message):
-        batch_losses(model, batch_of(1), KEYS[:1], recipe=TrainConfig(**options))
+        batch_losses(model, batch_of(1), KEYS[:1], config=TrainConfig(**options))
 
 
 @pytest.mark.parametrize(
@@ -417,11 +417,11 @@ def test_recipes_that_make_no_sense(model, options, message):
         (True, None, "has a moving average, but ema_decay is None"),
     ],
 )
-def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
+def test_the_moving_average_is_of_state_and_config(model, ema, decay, message):
     tx = adamw(1e-3, DECODER_ONLY)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=ema)
-    step = compile_step(state, tx, recipe=TrainConfig(ema_decay=decay))
+    step = compile_step(state, tx, config=TrainConfig(ema_decay=decay))
     with pytest.raises(ValueError, match=message):
         step(state, rest, batch_of(1), KEYS[0])
 
@@ -433,10 +433,10 @@ def test_the_moving_average_is_of_state_and_recipe(model, ema, decay, message):
 def test_what_needs_an_encoder_that_trains(model, options, given):
     batch = {**batch_of(1), "image_embedding": np.zeros((1, 1))}
     with pytest.raises(ValueError, match=f"{given}, .* so the image encoder does not"):
-        batch_losses(model, batch, KEYS[:1], recipe=TrainConfig(**options))
+        batch_losses(model, batch, KEYS[:1], config=TrainConfig(**options))
 
 
-def test_losses_are_of_the_recipe(model, monkeypatch):
+def test_losses_are_of_the_config(model, monkeypatch):
     """Also for options that hardly affect a step of one round."""
     given = {}
 
@@ -448,7 +448,7 @@ def test_losses_are_of_the_recipe(model, monkeypatch):
     batch = {**batch_of(1), "image_embedding": normal((1, *EMBEDDING))}
     expected = {"num_rounds": 3, "box_probability": 0.25, "weights": LossWeights(2.0, 3.0, 4.0)}
     losses = jax.eval_shape(
-        lambda b: batch_losses(model, b, KEYS[:1], recipe=TrainConfig(**expected)), batch
+        lambda b: batch_losses(model, b, KEYS[:1], config=TrainConfig(**expected)), batch
     )
     assert losses.total.shape == (1, 3, 3)
     assert given == expected
