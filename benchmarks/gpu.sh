@@ -69,7 +69,7 @@ if wants memory; then
     try "$python" -m benchmarks.training_memory
 fi
 if wants more_tests; then
-    tests tests/test_real_weights.py tests/test_sam_hq.py tests/test_predictor.py tests/automatic/test_generator.py \
+    tests tests/test_real_weights.py tests/test_sam_hq.py tests/test_predictor_*.py tests/automatic/test_generator.py \
         tests/training/test_step.py tests/export/test_export.py
 fi
 exit "$status"
