@@ -1,4 +1,4 @@
-"""The server's process; test_app.py tests its answers."""
+"""The server's process; test_app_answers.py tests its answers."""
 
 import subprocess
 import sys

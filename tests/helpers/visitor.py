@@ -12,6 +12,8 @@ from sam_jax.demo.limits import Limits
 from sam_jax.demo.server import host_names, running
 
 _USUAL = Limits()
+CLICK = {"x": 50, "y": 30, "label": 1}
+JSON = {"Content-Type": "application/json"}
 
 
 @contextlib.contextmanager
@@ -27,6 +29,15 @@ def launched(
         hosts = host_names("0.0.0.0" if others else "127.0.0.1", port, others)
         with running(Demo(model, hosts, limits), listener, **timing):
             yield f"http://127.0.0.1:{port}/"
+
+
+@contextlib.contextmanager
+def raw(site, text, source="127.0.0.1"):
+    """A connection on which this was sent."""
+    where = "127.0.0.1", int(site.split(":")[2].strip("/"))
+    with socket.create_connection(where, 20, source_address=(source, 0)) as connection:
+        connection.sendall(text.encode())
+        yield connection
 
 
 class Visitor:
