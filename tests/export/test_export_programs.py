@@ -1,3 +1,5 @@
+"""Exported programs compute what the model does, and the examples run them without sam_jax."""
+
 import dataclasses
 import json
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 import skimage.data
 import torch
 import torch_reference
+from exports import CONFIG, run_command
 from flax import nnx
 from image_files import eps
 from PIL import Image
@@ -30,24 +33,11 @@ from reference import (
 from safetensors.numpy import load_file
 
 import sam_jax
-from sam_jax import MissingExtra, Sam, SamProcessor, cli
+from sam_jax import Sam, SamProcessor
 from sam_jax.export import export_jax, export_onnx
 from sam_jax.models.compiled import encode_image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-# Both kinds of the encoder's blocks, one of the decoder's.
-CONFIG = dataclasses.replace(SMALL, mask_decoder=SHALLOW.mask_decoder)
-
-
-@pytest.fixture(scope="module")
-def torch_sam():
-    return meta_sam(CONFIG)
-
-
-@pytest.fixture(scope="module")
-def model(torch_sam):
-    return ours(torch_sam, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +207,8 @@ def meta_onnx_model(sam, single_mask):
 
 
 NAMES = ["masks", "iou_predictions", "low_res_masks"]
+
+
 SIZES = [(71, 113), (96, 96), (400, 30), (7, 5)]
 
 
@@ -289,6 +281,58 @@ def resized(image, size):
     return np.asarray(image, np.float32)
 
 
+# Both formats
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [SMALL_TINY, SMALL], ids=["tiny_vit", "vit"])
+def test_sam_hq_and_tiny_vit(config, tmp_path):
+    """In both formats, including an early layer's channels."""
+    model = Sam(dataclasses.replace(config, hq=True), rngs=nnx.Rngs(0))
+    size = config.image_size
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    pixels = SamProcessor(model.config)(image)["pixel_values"]
+    points = np.array([[[[0.3 * size, 0.6 * size], [0, 0]]]], np.float32)
+    labels = np.array([[[1, -1]]], np.int32)
+    embedding = jnp.moveaxis(model.get_image_embeddings(pixels), 1, -1)
+    prompts = jnp.asarray(points), jnp.asarray(labels)
+    decode = jax.jit(lambda *arrays: model.decode(*arrays, multimask_output=None))
+    expected, scores = decode(embedding, *prompts)
+
+    export_jax(model, tmp_path / "jax", platforms=["cpu"])
+    params = load_file(tmp_path / "jax" / "params.safetensors")
+    encoder, decoder = (
+        jax.export.deserialize(bytearray((tmp_path / "jax" / f"{name}.jax").read_bytes())).call
+        for name in ("encoder", "decoder")
+    )
+    found = encoder(params, pixels)
+    assert_close(found, embedding)
+    for a, e in zip(decoder(params, found, points, labels), (expected, scores), strict=True):
+        assert_close(a, e)
+
+    export_onnx(model, tmp_path / "onnx")
+    encoder, decoder = (
+        onnxruntime.InferenceSession(tmp_path / "onnx" / f"{name}.onnx")
+        for name in ("encoder", "decoder")
+    )
+    (found,) = encoder.run(None, {"input_image": image.astype(np.float32)})
+    assert_close(np.moveaxis(found, 1, -1), embedding)
+    side = model.config.mask_size
+    inputs = {
+        "image_embeddings": found,
+        "point_coords": points[0],
+        "point_labels": labels[0].astype(np.float32),
+        "mask_input": np.zeros((1, 1, side, side), np.float32),
+        "has_mask_input": np.zeros(1, np.float32),
+        "orig_im_size": np.array([size, size], np.float32),
+    }
+    _, found_scores, low_res = decoder.run(None, inputs)
+    assert_close(low_res, expected[0])
+    assert_close(found_scores, scores[0])
+    with pytest.raises(Exception, match=r"[Rr]eshape"):
+        encoder.run(None, {"input_image": np.zeros((size, size + 9, 3), np.float32)})
+
+
 # The examples, where sam_jax cannot be imported
 
 WITHOUT = """
@@ -342,175 +386,6 @@ def test_an_example_refuses_what_it_would_clip_or_execute(
     expected = "cannot identify image" if name == "eps.jpg" else "has 16 bits per channel, expected"
     assert expected in result.stderr
     assert not (tmp_path / "mask.png").exists()
-
-
-# The command and errors
-
-
-def run_command(*arguments):
-    before, sys.argv = sys.argv, ["sam-jax", *map(str, arguments)]
-    try:
-        cli.main()
-    finally:
-        sys.argv = before
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    sam_jax.save_pretrained(model, folder)
-    return folder
-
-
-def test_command(saved, tmp_path, capsys):
-    out = tmp_path / "out"
-    run_command("export", saved, "--output", out, "--platforms", "cpu", "--dtype", "bfloat16")
-    assert capsys.readouterr().out == f"{out}\n"
-    names = {"config.json", "params.safetensors"}
-    names |= {f"{name}.jax" for name in ("encoder", "decoder", "decoder_with_masks")}
-    assert {path.name for path in out.iterdir()} == names
-    config = json.loads((out / "config.json").read_text())
-    assert config["platforms"] == ["cpu"]
-    assert config["dtype"] == "bfloat16"
-    assert config["image_size"] == CONFIG.image_size
-    assert config["mask_size"] == CONFIG.mask_size
-    assert config["vjp_order"] == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["/no/such/model"], "/no/such/model"),
-        (
-            ["--format", "onnx", "--dtype", "bfloat16"],
-            "--dtype and --gradient are for --format jax",
-        ),
-        (["--format", "onnx", "--platforms", "cpu"], "--platforms, --dtype and --gradient are"),
-        (["--format", "onnx", "--gradient"], "--platforms, --dtype and --gradient are for"),
-        (["--single-mask"], "--single-mask is for --format onnx"),
-        (["--platforms", "cpu", "cpu"], "platforms are ['cpu', 'cpu'], expected"),
-        (["--platforms"], "platforms are [], expected some of ['cpu', 'cuda', 'rocm', 'tpu']"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_command_refuses(saved, tmp_path, arguments, message):
-    if arguments[0].startswith("--"):
-        arguments = [saved, *arguments]
-    with pytest.raises(SystemExit) as exit_info:
-        run_command("export", *arguments, "--output", tmp_path / "out")
-    assert exit_info.value.code.startswith("sam-jax: ")
-    assert message in exit_info.value.code
-    assert "\n" not in exit_info.value.code
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("write", [export_jax, export_onnx])
-def test_nothing_is_overwritten(write, model, tmp_path):
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(FileExistsError, match="out exists already"):
-        write(model, tmp_path / "out")
-    with pytest.raises(SystemExit, match=r"sam-jax: .*out exists already"):
-        run_command("export", "/no/such/model", "--output", tmp_path / "out")
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-@pytest.mark.parametrize("write", [export_jax, export_onnx])
-def test_nothing_is_left_half_written(write, model, tmp_path, monkeypatch):
-    """Simulates a full disk: the settings come last."""
-
-    def full(*_args, **_options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(f"{write.__module__}.write_config", full)
-    monkeypatch.setattr(jax.export, "export", lambda *_, **__: lambda *_: Serialized())
-    with pytest.raises(OSError, match="No space left"):
-        write(model, tmp_path / "deep" / "out")
-    assert not list((tmp_path / "deep").iterdir())
-
-
-class Serialized:
-    def serialize(self, vjp_order):
-        return b""
-
-
-class HalfPrecision(nnx.Module):
-    """An encoder of one's own, with results in float32."""
-
-    def __call__(self, pixel_values):
-        x = pixel_values.astype(jnp.bfloat16)[:, ::8, ::8, :1] * 2
-        return jnp.tile(x, (1, 1, 1, SHALLOW.prompt_embed_dim)).astype(jnp.float32)
-
-
-def test_refusals(tmp_path, unchecked, monkeypatch):
-    for named in ("pallas", "cudnn"):
-        model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16, attention=named)
-        with pytest.raises(ValueError, match=f"attention is '{named}', which JAX cannot export"):
-            export_jax(model, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"platforms are \['gpu'\], expected some of \['cpu'"):
-        export_jax(model, tmp_path / "out", platforms=["gpu"])
-    with pytest.raises(ValueError, match="computes in bfloat16, but ONNX is written in float32"):
-        export_onnx(model, tmp_path / "out")
-    model = ours(meta_sam(SHALLOW), SHALLOW)
-    model.image_encoder = HalfPrecision()
-    with pytest.raises(ValueError, match="computes in bfloat16, but ONNX is written in float32"):
-        export_onnx(model, tmp_path / "out")
-    medsam = dataclasses.replace(SHALLOW, normalization="min_max")
-    with pytest.raises(ValueError, match="but the ONNX encoder normalizes by mean and st"):
-        export_onnx(ours(meta_sam(medsam), medsam), tmp_path / "out")
-    monkeypatch.delitem(sys.modules, "sam_jax.export.onnx_graph", raising=False)
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(MissingExtra, match=r'pip install "sam_jax\[onnx\]"'):
-        export_onnx(ours(meta_sam(SHALLOW), SHALLOW), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [SMALL_TINY, SMALL], ids=["tiny_vit", "vit"])
-def test_sam_hq_and_tiny_vit(config, tmp_path):
-    """In both formats, including an early layer's channels."""
-    model = Sam(dataclasses.replace(config, hq=True), rngs=nnx.Rngs(0))
-    size = config.image_size
-    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    pixels = SamProcessor(model.config)(image)["pixel_values"]
-    points = np.array([[[[0.3 * size, 0.6 * size], [0, 0]]]], np.float32)
-    labels = np.array([[[1, -1]]], np.int32)
-    embedding = jnp.moveaxis(model.get_image_embeddings(pixels), 1, -1)
-    prompts = jnp.asarray(points), jnp.asarray(labels)
-    decode = jax.jit(lambda *arrays: model.decode(*arrays, multimask_output=None))
-    expected, scores = decode(embedding, *prompts)
-
-    export_jax(model, tmp_path / "jax", platforms=["cpu"])
-    params = load_file(tmp_path / "jax" / "params.safetensors")
-    encoder, decoder = (
-        jax.export.deserialize(bytearray((tmp_path / "jax" / f"{name}.jax").read_bytes())).call
-        for name in ("encoder", "decoder")
-    )
-    found = encoder(params, pixels)
-    assert_close(found, embedding)
-    for a, e in zip(decoder(params, found, points, labels), (expected, scores), strict=True):
-        assert_close(a, e)
-
-    export_onnx(model, tmp_path / "onnx")
-    encoder, decoder = (
-        onnxruntime.InferenceSession(tmp_path / "onnx" / f"{name}.onnx")
-        for name in ("encoder", "decoder")
-    )
-    (found,) = encoder.run(None, {"input_image": image.astype(np.float32)})
-    assert_close(np.moveaxis(found, 1, -1), embedding)
-    side = model.config.mask_size
-    inputs = {
-        "image_embeddings": found,
-        "point_coords": points[0],
-        "point_labels": labels[0].astype(np.float32),
-        "mask_input": np.zeros((1, 1, side, side), np.float32),
-        "has_mask_input": np.zeros(1, np.float32),
-        "orig_im_size": np.array([size, size], np.float32),
-    }
-    _, found_scores, low_res = decoder.run(None, inputs)
-    assert_close(low_res, expected[0])
-    assert_close(found_scores, scores[0])
-    with pytest.raises(Exception, match=r"[Rr]eshape"):
-        encoder.run(None, {"input_image": np.zeros((size, size + 9, 3), np.float32)})
 
 
 @pytest.mark.parametrize(
