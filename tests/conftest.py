@@ -66,7 +66,7 @@ def pytest_configure(config):
 
 # Minutes each: begun last, one would run alone at the end.
 LONG = (
-    *("test_notebooks", "test_readme", "test_sharding", "test_finetune", "test_generator"),
+    *("test_notebooks", "test_readme", "test_sharding", "test_finetune_runs", "test_generator"),
     *("test_real_weights", "test_sam", "test_step", "test_generate", "test_platforms", "test_page"),
 )
 

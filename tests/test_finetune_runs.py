@@ -1,6 +1,5 @@
 """`examples/finetune.py` and `sam-jax evaluate`, from end to end on a small model."""
 
-import importlib
 import json
 import os
 import re
@@ -13,12 +12,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tyro
 from cores import all_cores
+from finetuning import (
+    STEPS,
+    arguments,
+    config_of,
+    finetune,
+    model_fixture,  # noqa: F401
+)
 from PIL import Image
-from reference import SHALLOW, meta_sam, ours
+from reference import SHALLOW
 
-from sam_jax import cli, from_pretrained, save_pretrained
+from sam_jax import cli, from_pretrained
 from sam_jax.checkpoints.params import flat_params
 from sam_jax.evaluation.clicks import evaluate
 from sam_jax.runs import lock_folder
@@ -26,16 +31,11 @@ from sam_jax.training.checkpointing import open_checkpoints
 from sam_jax.training.datasets import open_annotations
 from sam_jax.training.log import MetricsLog
 from sam_jax.training.lora import load_lora
-from sam_jax.training.rules import EVERYTHING, OptimizerConfig, layer_decay
-from sam_jax.training.transform import ExampleTransform
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-import finetune
+from sam_jax.training.rules import EVERYTHING, OptimizerConfig
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(finetune.__file__).parent
-STEPS = 14
 
 # Runs a script that is killed when step 7 is in its log and the checkpoint of step 4 on the disk.
 KILLED = """
@@ -61,13 +61,6 @@ runpy.run_path(script, run_name="__main__")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "small"
-    save_pretrained(ours(meta_sam(SHALLOW), SHALLOW), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def cells(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "cells"
     command = [
@@ -82,18 +75,6 @@ def cells(tmp_path_factory):
     ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return path
-
-
-def arguments(cells, model, output, *options):
-    """The command line's; an option that comes twice counts the second time."""
-    found = ["--annotations", cells / "train.json", "--images", cells / "images"]
-    found += ["--output", output, "--model", model, "--steps", STEPS, "--batch-size", 2]
-    found += ["--max-objects", 2, "--num-rounds", 2, "--eval-every", 4, "--learning-rate", 1e-3]
-    return [str(argument) for argument in (*found, *options)]
-
-
-def config_of(*args):
-    return tyro.cli(finetune.Config, args=arguments(*args))
 
 
 def start(cells, model, output, *options, killed=False):
@@ -413,62 +394,6 @@ def test_bad_input(cells, model, tmp_path):
         finetune.main(config_of(cells, model, tmp_path / "run", *options))
 
 
-NOWHERE = Path("cells"), Path("model"), Path("run")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--steps", "0"), "--steps, --eval-every and --batch-size must be at least 1"),
-        (("--num-rounds", "0"), "num_rounds is 0, expected at least 1"),
-        (("--batch-size", "3"), "--batch-size is 3, expected a multiple of the 2 devices"),
-        (("--accumulate", "4"), "--batch-size is 2, expected a multiple of the 4 parts of --acc"),
-        (("--layer-decay", "0.5"), "--layer-decay is for --train everything"),
-        (
-            ("--remat",),
-            "--remat requires a trained image encoder: --train lora or --train everything",
-        ),
-        (("--train", "hq", "--drop-path-rate", "0.1"), "--drop-path-rate requires a trained"),
-    ],
-)
-def test_options_that_cannot_be(options, message, monkeypatch):
-    """Said before anything is read: there is neither a model nor an image."""
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match=message):
-        finetune.main(config_of(*NOWHERE, *options))
-
-
-def test_options_of_the_model_and_the_images(monkeypatch):
-    def load(name, *, dtype):
-        raise InterruptedError(f"{name} in {dtype}")
-
-    monkeypatch.setattr(finetune, "from_pretrained", load)
-    with pytest.raises(InterruptedError, match="model in bfloat16"):
-        finetune.main(config_of(*NOWHERE, "--dtype", "bfloat16"))
-    transform = finetune.make_transform(SHALLOW, config_of(*NOWHERE))
-    assert transform == ExampleTransform(SHALLOW, 2, target_size=SHALLOW.mask_size)
-    options = "--full-resolution", "--flip", "0.5", "--scale-range", "0.5", "2"
-    transform = finetune.make_transform(SHALLOW, config_of(*NOWHERE, *options))
-    assert transform == ExampleTransform(
-        SHALLOW, 2, target_size=SHALLOW.image_size, flip=0.5, scale_range=(0.5, 2.0)
-    )
-
-
-def test_what_trains(model):
-    plain = from_pretrained(model)
-    options = "--train", "everything", "--layer-decay", "0.5"
-    found, table = finetune.build_trainable(plain, config_of(*NOWHERE, *options))
-    assert found is plain
-    assert table == layer_decay(SHALLOW, 0.5)
-    options = "--train", "lora", "--lora-rank", "3"
-    found, table = finetune.build_trainable(plain, config_of(*NOWHERE, *options))
-    assert table == finetune.TABLES["lora"]
-    assert found.image_encoder.blocks[0].attn.qkv.lora_a.shape[1] == 3
-    for name in ("decoder", "hq", "everything"):
-        found, table = finetune.build_trainable(plain, config_of(*NOWHERE, "--train", name))
-        assert (found, table) == (plain, finetune.TABLES[name])
-
-
 @pytest.mark.parametrize(
     ("options", "cached"),
     [
@@ -490,10 +415,3 @@ def test_images_that_come_again_are_encoded_once(cells, model, monkeypatch, opti
     opened = finetune.open_datasets(config)
     assert [len(dataset) for dataset in finetune.with_embeddings(*opened, None, config)] == [5, 2]
     assert made == cached
-
-
-def test_the_extra_is_named_that_is_missing(monkeypatch):
-    monkeypatch.delitem(sys.modules, "finetune")
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(SystemExit, match=r"^finetune: tensorboardX is not installed; run: "):
-        importlib.import_module("finetune")
