@@ -70,6 +70,6 @@ if wants memory; then
 fi
 if wants more_tests; then
     tests tests/test_real_weights.py tests/test_sam_hq.py tests/test_predictor_*.py tests/automatic/test_generator.py \
-        tests/training/test_step.py tests/export/test_export_*.py
+        tests/training/test_step_*.py tests/export/test_export_*.py
 fi
 exit "$status"

@@ -67,7 +67,8 @@ def pytest_configure(config):
 # Minutes each: begun last, one would run alone at the end.
 LONG = (
     *("test_notebooks", "test_readme", "test_sharding", "test_finetune_runs", "test_generator"),
-    *("test_real_weights", "test_sam", "test_step", "test_generate", "test_platforms", "test_page"),
+    *("test_real_weights", "test_sam", "test_step_updates", "test_generate", "test_platforms"),
+    "test_page",
 )
 
 

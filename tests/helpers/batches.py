@@ -1,4 +1,4 @@
-"""Batches to train on."""
+"""Batches to train on, the settings of a small step, and its keys."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,11 @@ import numpy as np
 from reference import SMALL, normal
 
 from sam_jax.training.simulate import noisy_box, sample_point
+from sam_jax.training.step import TrainConfig
 
 SIZE, SIDE = SMALL.image_size, SMALL.mask_size
+CONFIG = TrainConfig(num_rounds=1)
+KEYS = jax.random.split(jax.random.key(0), 4)
 
 
 def masks(shape, seed):

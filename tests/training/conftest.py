@@ -4,6 +4,12 @@ import numpy as np
 import pytest
 from coco_examples import RECTANGLES, H, W, compressed, rectangle, uncompressed
 from PIL import Image
+from reference import SHALLOW, meta_sam, ours
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ours(meta_sam(SHALLOW), SHALLOW)
 
 
 @pytest.fixture

@@ -10,11 +10,6 @@ from sam_jax.training.embeddings import CachedEmbeddings
 from sam_jax.training.transform import ExampleTransform
 
 
-@pytest.fixture(scope="module")
-def model():
-    return ours(meta_sam(SHALLOW), SHALLOW)
-
-
 @pytest.fixture
 def dataset():
     images = np.random.default_rng(0).integers(0, 255, (3, 40, 60, 3), dtype=np.uint8)

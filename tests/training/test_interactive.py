@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from batches import first_prompts
 from flax import nnx
-from reference import SHALLOW, meta_sam, normal, ours
+from reference import SHALLOW, normal
 
 from sam_jax.training.interactive import click_schedule, interactive_losses
 from sam_jax.training.losses import mask_losses, resize_logits
@@ -15,11 +15,6 @@ from sam_jax.training.simulate import next_click
 
 SIZE, SIDE = SHALLOW.image_size, SHALLOW.mask_size
 BOX = jnp.array([20.0, 10.0, 60.0, 70.0])
-
-
-@pytest.fixture(scope="module")
-def model():
-    return ours(meta_sam(SHALLOW), SHALLOW)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-import dataclasses
+"""What a training step changes, and what it refuses."""
+
 import functools
 
 import jax
@@ -7,11 +8,10 @@ import numpy as np
 import optax
 import pytest
 import torch
-from batches import batch_of, first_prompts
+from batches import CONFIG, KEYS, batch_of, first_prompts
 from flax import nnx
 from reference import (
     SHALLOW,
-    SMALL,
     TINIEST,
     meta_sam,
     normal,
@@ -43,21 +43,12 @@ from sam_jax.training.step import (
     TrainConfig,
     batch_losses,
     compile_step,
-    grads_and_metrics,
     init_state,
     mean_loss,
     train_step,
 )
 
-SIZE, SIDE = SMALL.image_size, SMALL.mask_size
 EMBEDDING = (SHALLOW.image_embedding_size,) * 2 + (SHALLOW.prompt_embed_dim,)
-CONFIG = TrainConfig(num_rounds=1)
-DEEP = dataclasses.replace(SMALL, image_encoder=dataclasses.replace(SMALL.image_encoder, depth=4))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return ours(meta_sam(SHALLOW), SHALLOW)
 
 
 def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
@@ -137,40 +128,6 @@ def test_a_step_on_every_parameter_is_pytorchs():
     for name, value in flat_params(combine(state.ema, rest)).items():
         average = 0.75 * before[name] + 0.25 * np.asarray(after[name])
         np.testing.assert_allclose(value, average, atol=1e-6)
-
-
-@functools.cache
-def compiled_gradients(model, everything, config):
-    """`gradients` for a batch of 4, and what memory it takes."""
-    split = partition(model, EVERYTHING if everything else DECODER_ONLY)
-    run = jax.jit(lambda batch, keys: grads_and_metrics(*split, batch, keys, config=config))
-    compiled = run.lower(batch_of(4), KEYS).compile()
-    return compiled, compiled.memory_analysis()
-
-
-KEYS = jax.random.split(jax.random.key(0), 4)
-
-
-def assert_same_gradients(actual, expected):
-    leaves = jax.tree.leaves(expected)
-    scale = max(float(np.abs(x).max()) for x in leaves)
-    for a, e in zip(jax.tree.leaves(actual), leaves, strict=True):
-        np.testing.assert_allclose(a, e, atol=1e-6 * scale, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_what_is_frozen_takes_no_memory_for_gradients(model):
-    sizes = {name: sum(v.nbytes for v in jax.tree.leaves(tree)) for name, tree in {
-        "decoder": nnx.state(model.mask_decoder, nnx.Param),
-        "all": nnx.state(model, nnx.Param),
-    }.items()}  # fmt: skip
-    _, some = compiled_gradients(model, False, CONFIG)
-    _, every = compiled_gradients(model, True, CONFIG)
-    # In addition to the gradients there are a few metrics.
-    assert some.output_size_in_bytes <= 1.02 * sizes["decoder"]
-    assert every.output_size_in_bytes >= sizes["all"]
-    # Nor does it keep the encoder's activations.
-    assert some.temp_size_in_bytes < every.temp_size_in_bytes
 
 
 @pytest.mark.slow
@@ -287,64 +244,6 @@ def test_a_tiny_vits_step_promotes_nothing():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         step = compile_step(state, tx, config=TrainConfig(num_rounds=2, remat=True))
         step.trace(state, rest, batch, jax.random.key(0))
-
-
-@pytest.mark.slow
-def test_accumulation_changes_nothing(model):
-    batch = batch_of(4)
-    expected, _ = compiled_gradients(model, False, CONFIG)
-    actual, _ = compiled_gradients(model, False, CONFIG._replace(accumulate=2))
-    assert_same_gradients(actual(batch, KEYS), expected(batch, KEYS))
-    with pytest.raises(ValueError, match="accumulate is 3, expected a divisor of the batch of 4"):
-        compiled_gradients(model, False, CONFIG._replace(accumulate=3))
-
-
-def encoder_loss(config):
-    """A loss of an image encoder's parameters, and these."""
-    graphdef, params, rest = nnx.split(random_sam(config), nnx.Param, ...)
-    pixels = normal((2, config.image_size, config.image_size, 3))
-
-    def loss(params, remat):
-        embedding = nnx.merge(graphdef, params, rest).encode_image(pixels, remat=remat)
-        return (embedding * jnp.sin(jnp.arange(embedding.size)).reshape(embedding.shape)).sum()
-
-    return loss, params
-
-
-def test_remat_changes_no_gradient():
-    loss, params = encoder_loss(SMALL)
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    assert_same_gradients(gradient(params, True), gradient(params, False))
-
-
-@pytest.mark.parametrize("config", [DEEP, TINIEST], ids=["vit", "tiny_vit"])
-def test_remat_keeps_less_for_the_backward_pass(config):
-    loss, params = encoder_loss(config)
-
-    def kept(remat):
-        pullback = jax.eval_shape(lambda p: jax.vjp(lambda q: loss(q, remat), p)[1], params)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback))
-
-    assert kept(True) < kept(False) / 2
-
-
-def test_drop_path_is_by_image_and_right_on_average():
-    model = ours(meta_sam(SMALL), SMALL)
-    pixels = jnp.asarray(batch_of(1)["pixel_values"])
-
-    @jax.jit
-    def encode(keys):
-        images = jnp.broadcast_to(pixels, (len(keys), *pixels.shape[1:]))
-        return model.encode_image(images, drop_path_rate=0.5, keys=keys)
-
-    keys = jax.random.split(jax.random.key(0), 16)
-    embeddings = encode(keys)
-    # Two branches of the last block may be missing: four kinds of images.
-    kinds = {np.asarray(e).round(3).tobytes() for e in embeddings}
-    assert 2 < len(kinds) <= 4
-    np.testing.assert_array_equal(encode(keys[::-1])[::-1], embeddings)
-    with pytest.raises(ValueError, match="needs a ViT encoder and keys"):
-        model.encode_image(pixels, drop_path_rate=0.5)
 
 
 @pytest.mark.slow
