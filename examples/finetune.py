@@ -104,16 +104,8 @@ class Config:
 
 
 # Settings that may change when a run resumes.
-RESUMABLE = {
-    "output",
-    "hosts",
-    "workers",
-    "parallelism",
-    "eval_every",
-    "on_bad_annotation",
-    "cache",
-}
-RESUMABLE |= {"training", "optimizer", "remat", "accumulate", "objects_chunk_size"}
+RESUMABLE = {"output", "hosts", "workers", "parallelism", "eval_every", "on_bad_annotation"}
+RESUMABLE |= {"cache", "training", "optimizer", "remat", "accumulate", "objects_chunk_size"}
 SUMMARY = "summary.json"
 
 
@@ -126,8 +118,7 @@ def main(config: Config) -> int:
     if config.hosts is not None:
         jax.distributed.initialize(*config.hosts)
     check(config)
-    is_first = jax.process_index() == 0
-    with lock_folder(config.output) if is_first else contextlib.nullcontext():
+    with lock_folder(config.output) if jax.process_index() == 0 else contextlib.nullcontext():
         return run(config)
 
 
@@ -147,6 +138,7 @@ def run(config: Config) -> int:
         check_objects(held_out, None)
     dataset, held_out = with_embeddings(dataset, held_out, model, config)
     mesh = sharding.make_mesh()
+    merged = functools.partial(sharding.merge_on_host, mesh=mesh)
     params, rest = sharding.shard_tree((params, rest), mesh, parallelism=config.parallelism)
     begin = functools.partial(init_state, tx=tx, ema=config.training.ema_decay is not None)
     state = sharding.init_sharded(begin, params, mesh=mesh, parallelism=config.parallelism)
@@ -170,9 +162,7 @@ def run(config: Config) -> int:
         )
         log = MetricsLog(output, start + 1 if start else 0)
         if start == 0 and held_out is not None:  # the model before training
-            found = evaluate_and_log(
-                sharding.merge_on_host(state.result, rest, mesh=mesh), held_out, log, 0
-            )
+            found = evaluate_and_log(merged(state.result, rest), held_out, log, 0)
             log.write(0, found, show=True)
         updates, used, dropped = updates_made(state.opt_state), 0, 0
         warned = stopped = False
@@ -206,8 +196,7 @@ def run(config: Config) -> int:
                     )
                 due = step % config.eval_every == 0 or step == config.steps
                 if due and held_out is not None:
-                    tuned = sharding.merge_on_host(state.result, rest, mesh=mesh)
-                    metrics |= evaluate_and_log(tuned, held_out, log, step)
+                    metrics |= evaluate_and_log(merged(state.result, rest), held_out, log, step)
                 log.write(step, metrics, show=due)
                 stopped = sharding.any_host(interrupts.received is not None)
                 if due or stopped:
@@ -232,7 +221,7 @@ def run(config: Config) -> int:
         best = checkpointing.load_state(checkpoints, state, best=True)
     for name, chosen in {"model": state, "best": best if held_out else None}.items():
         if chosen and not is_written(output, name, config.steps):
-            tuned = sharding.merge_on_host(chosen.result, rest, mesh=mesh)
+            tuned = merged(chosen.result, rest)
             if is_first:  # remove a result of fewer steps
                 shutil.rmtree(output / name, ignore_errors=True)
             multihost_utils.sync_global_devices(f"may write {name}")
@@ -301,14 +290,9 @@ def summarize(lines: list[dict]) -> dict:
         names = ["loss", "iou_last"]
         parts = learned[:tenth], learned[-tenth:]
         ends = [{n: float(np.mean([line[n] for line in part])) for n in names} for part in parts]
-    return {
-        **{
-            name: sum(line.get(name) or 0 for line in lines)
-            for name in ("objects_used", "objects_dropped")
-        },
-        "before": {name: ends[0][name] for name in names},
-        "after": {name: ends[1][name] for name in names},
-    }
+    totals = {n: sum(x.get(n) or 0 for x in lines) for n in ("objects_used", "objects_dropped")}
+    before, after = ({name: end[name] for name in names} for end in ends)
+    return {**totals, "before": before, "after": after}
 
 
 def describe(summary: dict, transform: ExampleTransform) -> list[str]:
@@ -409,17 +393,11 @@ def make_transform(model_config: SamConfig, config: Config) -> ExampleTransform:
 
 def open_datasets(config: Config):
     """The training dataset, and the held-out dataset or None."""
-    dataset, held_out = (
-        open_annotations(
-            config.annotations, config.images, on_bad_annotation=config.on_bad_annotation
-        ),
-        None,
-    )
-    if config.eval_annotations is not None:
-        held_out = open_annotations(
-            config.eval_annotations, config.eval_images, on_bad_annotation=config.on_bad_annotation
-        )
-    return dataset, held_out
+    opened = functools.partial(open_annotations, on_bad_annotation=config.on_bad_annotation)
+    dataset = opened(config.annotations, config.images)
+    if config.eval_annotations is None:
+        return dataset, None
+    return dataset, opened(config.eval_annotations, config.eval_images)
 
 
 def with_embeddings(dataset, held_out, model, config: Config):
