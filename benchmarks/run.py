@@ -52,8 +52,9 @@ from benchmarks.common import (
     reason,
     timed,
 )
-from benchmarks.contenders import ALONE, LAYERS, PARTS, PROMPTS, Contenders, Setting, torch
+from benchmarks.contenders import LAYERS, PARTS, PROMPTS
 from benchmarks.convert_memory import read_status
+from benchmarks.setting import ALONE, Contenders, Setting, torch
 from sam_jax.ops import attention
 
 # 2 floating-point operations per multiplication and addition, of an image's encoder. (MobileSAM's
