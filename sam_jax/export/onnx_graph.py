@@ -5,6 +5,9 @@ depend only on constants (folded weights, position tables, indices) are computed
 constant is stored once, and only one slice of a constant that repeats along an axis. One size of
 the inputs may be symbolic, such as the number of points. Unknown operations are errors.
 
+Tensors of images have channels first, as ONNX's convolutions have them, or last, as everything else
+here: they are transposed only where an operation needs the other order.
+
 jax2onnx is not used: ONNX Runtime rejects the decoder that it produces (0.13.0, which works with
 sam_jax's Orbax, and 0.17.1, which needs an older one), because of a linear layer on a vector and
 because it takes n + 5 tokens for 5.
@@ -24,19 +27,28 @@ from jax.core import ShapedArray
 from jax.extend import core
 from onnx import helper, numpy_helper
 
+from sam_jax.export.onnx_operations import (
+    CHANNELS_FIRST,
+    CONVOLUTIONS,
+    ELEMENTWISE,
+    FUNCTIONS,
+    OPERATIONS,
+    Tensor,
+)
+
 OPSET = 17  # as in Meta's export, and supported by browsers
 # Protobuf's limit is 2 GB: the weights of larger models are stored in a separate file.
 _LARGEST_FILE = 1 << 30
 # In bytes. Below this, a repeating array is stored whole: a node that expands it is larger.
 _SMALL = 1024
-Tensor = str | np.ndarray  # a name in the graph, or a constant
 
 
 class _Value(NamedTuple):
     """A traced array. Axes along which it repeats have length 1, since ONNX broadcasts."""
 
     tensor: Tensor
-    shape: tuple
+    shape: tuple  # in the array's own order of axes
+    order: tuple[int, ...] | None = None  # of the tensor's axes, if it is not the array's own
 
 
 class Graph:
@@ -47,6 +59,7 @@ class Graph:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._constants: dict[tuple, tuple[str, np.ndarray]] = {}
         self._open_sizes: dict[Any, tuple[Tensor, int]] = {}  # a tensor and an axis of that size
+        self._transposed: dict[tuple, str] = {}  # tensors by the tensor and the order of its axes
         self._numbers = itertools.count()
 
     def input(self, name: str, shape: Sequence[int | str]) -> str:
@@ -61,6 +74,26 @@ class Graph:
         names = [x if isinstance(x, str) else self._constant(x) for x in inputs]
         self._nodes.append(helper.make_node(operation, names, [name], **attributes))
         return name
+
+    def transpose(self, x: Tensor, order: Sequence[int], shape: tuple) -> Tensor:
+        """A tensor of this shape with its axes in another order; the same nodes each time."""
+        if isinstance(x, np.ndarray):
+            return x.transpose(order)
+        if list(order) == sorted(order):
+            return x
+        if (x, *order) not in self._transposed:
+            self._transposed[x, *order] = self._transpose(x, list(order), shape)
+        return self._transposed[x, *order]
+
+    def _transpose(self, x: str, order: list[int], shape: tuple) -> str:
+        if order not in ([0, 2, 3, 1], [0, 3, 1, 2]) or not all(isinstance(n, int) for n in shape):
+            return self.node("Transpose", x, perm=order)
+        # An image's pixels as one axis: OpenVINO copies images in and out of the memory layout that
+        # its convolutions choose, and would choose it for what follows.
+        split = 2 if order[1] == 2 else 3
+        joined = (shape[0], math.prod(shape[1:split]), math.prod(shape[split:]))
+        x = self.node("Transpose", self.node("Reshape", x, np.array(joined)), perm=[0, 2, 1])
+        return self.node("Reshape", x, np.array([shape[axis] for axis in order]))
 
     def cast(self, x: Tensor, dtype: Any) -> str:
         """Adds a conversion to another dtype."""
@@ -125,19 +158,33 @@ class Graph:
         key = array.dtype, array.shape, content
         return self._constants.setdefault(key, (f"constant_{len(self._constants)}", array))[0]
 
-    def _value(self, tensor: Tensor, shape: tuple) -> _Value:
+    def _value(self, tensor: Tensor, shape: tuple, order: tuple | None = None) -> _Value:
         for axis, size in enumerate(shape):
             if not isinstance(size, int):
-                self._open_sizes.setdefault(size, (tensor, axis))
-        return _Value(tensor, tuple(shape))
+                place = axis if order is None else order.index(axis)
+                self._open_sizes.setdefault(size, (tensor, place))
+        return _Value(tensor, tuple(shape), order)
 
-    def _full(self, value: _Value, shape: tuple) -> Tensor:
-        """The tensor, broadcast to its full shape."""
-        if value.shape == tuple(shape):
+    def _ordered(self, value: _Value, order: tuple[int, ...] | None) -> Tensor:
+        """The tensor with its axes in this order; None for the array's own."""
+        if value.order == order:
             return value.tensor
+        own = tuple(range(len(value.shape)))
+        now = value.order or own
+        shape = tuple(value.shape[axis] for axis in now)
+        return self.transpose(value.tensor, [now.index(axis) for axis in order or own], shape)
+
+    def _full(self, value: _Value, shape: tuple, order: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor, broadcast to its full shape, with its axes in this order."""
+        tensor = self._ordered(value, order)
+        if value.shape == tuple(shape):
+            return tensor
+        if order is not None:
+            shape = tuple(shape[axis] for axis in order)
+            value = _Value(tensor, tuple(value.shape[axis] for axis in order))
         own = (1,) * (len(shape) - len(value.shape)) + value.shape
         sizes = [self._size(1 if n == m else n) for n, m in zip(shape, own, strict=True)]
-        return self.node("Expand", value.tensor, self.node("Concat", *sizes, axis=0))
+        return self.node("Expand", tensor, self.node("Concat", *sizes, axis=0))
 
     def _size(self, size) -> Tensor:
         if isinstance(size, int):
@@ -168,37 +215,63 @@ class Graph:
             isinstance(size, int) for shape in shapes for size in shape
         )
         inner = parameters.get("jaxpr", parameters.get("call_jaxpr"))
-        translate = _OPERATIONS.get(name)
         if inner is not None and name in ("jit", "custom_jvp_call"):
-            translate = _FUNCTIONS.get(inner.jaxpr.debug_info.func_name)
-            if translate is None or all_known:
+            name = inner.jaxpr.debug_info.func_name
+            if name not in FUNCTIONS or all_known:
                 return self._run(inner, values)
-        elif name == "platform_index":  # of `jax.lax.platform_dependent`: take the CPU's branch
-            platforms = parameters["platforms"]  # of each branch; None for the default
-            index = next(i for i, names in enumerate(platforms) if not names or "cpu" in names)
-            return [_known_value(np.int32(index))]
+        elif name == "platform_index":  # of `jax.lax.platform_dependent`: the others are for XLA
+            return [_known_value(np.int32(parameters["platforms"].index(None)))]
         elif name == "cond" and isinstance(values[0].tensor, np.ndarray):
             return self._run(parameters["branches"][int(values[0].tensor)], values[1:])
         elif name == "broadcast_in_dim":
-            return [_broadcast_in_dim(self, values[0], **parameters)]
-        elif name in _ELEMENTWISE:
+            return [self._broadcast(values[0], **parameters)]
+        if name in ELEMENTWISE:
             shape = _broadcast_shapes([value.shape for value in values])
             if not all_known:
-                tensor = _ELEMENTWISE[name](self, *(v.tensor for v in values), **parameters)
-                return [self._value(tensor, shape)]
+                return [self._elementwise(ELEMENTWISE[name], values, shape, parameters)]
             return _compute(equation, [np.broadcast_to(v.tensor, shape) for v in values])
         if all_known:
             arrays = [np.broadcast_to(v.tensor, n) for v, n in zip(values, shapes, strict=True)]
             return _compute(equation, arrays)
-        if translate is None:
+        if name == "transpose":
+            return [self._reordered(values[0], parameters["permutation"])]
+        if name not in OPERATIONS:
             raise ValueError(f"JAX's operation {name!r} cannot be exported to ONNX")
-        tensors = [self._full(v, shape) for v, shape in zip(values, shapes, strict=True)]
-        results = translate(self, equation, *tensors)
+        order = CHANNELS_FIRST if name in CONVOLUTIONS else None
+        orders = [order, *[None] * (len(values) - 1)]
+        tensors = map(self._full, values, shapes, orders)
+        results = OPERATIONS[name](self, equation, *tensors)
         results = results if isinstance(results, list) else [results]
         return [
-            self._value(tensor, _aval(var).shape)
+            self._value(tensor, _aval(var).shape, order)
             for tensor, var in zip(results, equation.outvars, strict=True)
         ]
+
+    def _broadcast(self, value: _Value, *, shape, broadcast_dimensions, **_) -> _Value:
+        sizes, new = [1] * len(shape), sorted(set(range(len(shape))) - set(broadcast_dimensions))
+        for axis, size in zip(broadcast_dimensions, value.shape, strict=True):
+            sizes[axis] = size
+        if isinstance(value.tensor, np.ndarray):
+            return _known_value(np.expand_dims(value.tensor, new))
+        if not new:
+            return self._value(value.tensor, tuple(sizes), value.order)
+        tensor = self.node("Unsqueeze", self._ordered(value, None), np.array(new))
+        return self._value(tensor, tuple(sizes))
+
+    def _reordered(self, value: _Value, permutation: Sequence[int]) -> _Value:
+        """The transposed array, for which the tensor is the same."""
+        order = tuple(permutation.index(axis) for axis in value.order or sorted(permutation))
+        shape = tuple(value.shape[axis] for axis in permutation)
+        return self._value(value.tensor, shape, None if list(order) == sorted(order) else order)
+
+    def _elementwise(
+        self, operation: Callable, values: list[_Value], shape: tuple, parameters: dict
+    ) -> _Value:
+        """Computed in the tensors' order of axes if all have the same, else in the array's own."""
+        orders = {v.order for v in values if isinstance(v.tensor, str) and v.shape}
+        order = orders.pop() if len(orders) == 1 else None
+        tensors = [self._ordered(v, order if v.shape else None) for v in values]
+        return self._value(operation(self, *tensors, **parameters), shape, order)
 
 
 def _aval(atom: core.Var | core.Literal) -> ShapedArray:
@@ -238,196 +311,3 @@ def _broadcast_shapes(shapes: Sequence[tuple]) -> tuple:
     rank = max(map(len, shapes))
     padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
     return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*padded, strict=True))
-
-
-def _broadcast_in_dim(graph, value, *, shape, broadcast_dimensions, **_):
-    sizes, new = [1] * len(shape), sorted(set(range(len(shape))) - set(broadcast_dimensions))
-    for axis, size in zip(broadcast_dimensions, value.shape, strict=True):
-        sizes[axis] = size
-    if isinstance(value.tensor, np.ndarray):
-        return _known_value(np.expand_dims(value.tensor, new))
-    tensor = graph.node("Unsqueeze", value.tensor, np.array(new)) if new else value.tensor
-    return graph._value(tensor, tuple(sizes))
-
-
-_SAME_IN_ONNX = {
-    "add": "Add",
-    "sub": "Sub",
-    "mul": "Mul",
-    "div": "Div",
-    "max": "Max",
-    "eq": "Equal",
-    "exp": "Exp",
-    "sin": "Sin",
-    "cos": "Cos",
-    "stop_gradient": "Identity",
-}
-# Elementwise operations, broadcast by ONNX's rules.
-_ELEMENTWISE: dict[str, Callable] = {
-    name: lambda graph, *xs, operation=operation, **_: graph.node(operation, *xs)
-    for name, operation in _SAME_IN_ONNX.items()
-} | {
-    "ne": lambda graph, x, y, **_: graph.node("Not", graph.node("Equal", x, y)),
-    "square": lambda graph, x, **_: graph.node("Mul", x, x),
-    "rsqrt": lambda graph, x, **_: graph.node("Reciprocal", graph.node("Sqrt", x)),
-    "select_n": lambda graph, which, no, yes, **_: graph.node("Where", which, yes, no),
-    "convert_element_type": lambda graph, x, *, new_dtype, **_: graph.cast(x, new_dtype),
-}
-
-
-def _permuted(graph, x, order):
-    if isinstance(x, np.ndarray):
-        return x.transpose(order)
-    return x if list(order) == sorted(order) else graph.node("Transpose", x, perm=list(order))
-
-
-def _reshaped(graph, x, old, new):
-    if tuple(old) == tuple(new):
-        return x
-    if isinstance(x, np.ndarray):
-        return x.reshape(new)
-    sizes = [n if isinstance(n, int) else -1 for n in new]
-    return graph.node("Reshape", x, np.array(sizes, np.int64))
-
-
-def _reshape(graph, equation, x):
-    return _reshaped(graph, x, equation.invars[0].aval.shape, equation.outvars[0].aval.shape)
-
-
-def _dot_general(graph, equation, x, y):
-    """Computes it as a product of [batch, rows, depth] and [batch, depth, columns]."""
-    summed, batch = equation.params["dimension_numbers"]
-    shapes = [_aval(atom).shape for atom in equation.invars]
-    free = [
-        [axis for axis in range(len(shapes[i])) if axis not in (*summed[i], *batch[i])]
-        for i in range(2)
-    ]
-    sizes = [shapes[0][axis] for axis in batch[0]]
-    rows, columns = (math.prod(shapes[i][axis] for axis in free[i]) for i in range(2))
-    depth = math.prod(shapes[0][axis] for axis in summed[0])
-    orders = (*batch[0], *free[0], *summed[0]), (*batch[1], *summed[1], *free[1])
-    x, y = (
-        _reshaped(graph, _permuted(graph, z, order), [shape[axis] for axis in order], new)
-        for z, order, shape, new in zip(
-            (x, y), orders, shapes, ((*sizes, rows, depth), (*sizes, depth, columns)), strict=True
-        )
-    )
-    product, out = graph.node("MatMul", x, y), equation.outvars[0].aval.shape
-    return _reshaped(graph, product, (*sizes, rows, columns), out)
-
-
-def _convolution(graph, equation, x, kernel):
-    parameters = equation.params
-    if set(parameters["lhs_dilation"]) != {1} or parameters["batch_group_count"] != 1:
-        raise ValueError("transposed convolutions cannot be exported to ONNX")
-    numbers, padding = parameters["dimension_numbers"], parameters["padding"]
-    result = graph.node(
-        "Conv",
-        _permuted(graph, x, numbers.lhs_spec),  # channels first
-        _permuted(graph, kernel, numbers.rhs_spec),
-        strides=parameters["window_strides"],
-        pads=[before for before, _ in padding] + [after for _, after in padding],
-        dilations=parameters["rhs_dilation"],
-        group=parameters["feature_group_count"],
-    )
-    return _permuted(graph, result, np.argsort(numbers.out_spec).tolist())
-
-
-def _stack(graph, equation, *tensors):
-    axis = equation.params["axis"]
-    tensors = [graph.node("Unsqueeze", x, np.array([axis])) for x in tensors]
-    return graph.node("Concat", *tensors, axis=axis)
-
-
-def _slice(graph, equation, x):
-    old, new = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    axes = np.array([axis for axis in range(len(old)) if old[axis] != new[axis]], np.int64)
-    start, limit = equation.params["start_indices"], equation.params["limit_indices"]
-    steps = equation.params["strides"] or [1] * len(old)
-    start, limit, steps = (np.array(values)[axes] for values in (start, limit, steps))
-    return graph.node("Slice", x, start, limit, axes, steps)
-
-
-def _split(graph, equation, x):
-    ends = np.cumsum(equation.params["sizes"])
-    bounds = zip(ends - equation.params["sizes"], ends, strict=True)
-    axis = np.array([equation.params["axis"]])
-    return [graph.node("Slice", x, np.array([a]), np.array([b]), axis) for a, b in bounds]
-
-
-def _gather(graph, equation, x, start):
-    """Supports only slices such as `x[..., 1:2]` of an array with a symbolic size."""
-    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    if isinstance(start, str) or start.ndim != 1 or numbers.collapsed_slice_dims:
-        raise ValueError("indexing by arrays cannot be exported to ONNX")
-    axes, start = np.array(numbers.start_index_map), start.astype(np.int64)
-    return graph.node("Slice", x, start, start + [sizes[axis] for axis in axes], axes)
-
-
-def _pad(graph, equation, x, value):
-    before, after, between = zip(*equation.params["padding_config"], strict=True)
-    if min(before + after) < 0 or any(between):
-        raise ValueError("negative and interior padding cannot be exported to ONNX")
-    return graph.node("Pad", x, np.array(before + after), value)
-
-
-# Operations that need arrays at full size.
-_OPERATIONS: dict[str, Callable] = {
-    "reshape": _reshape,
-    "squeeze": _reshape,
-    "transpose": lambda graph, eqn, x: _permuted(graph, x, eqn.params["permutation"]),
-    "dot_general": _dot_general,
-    "conv_general_dilated": _convolution,
-    "concatenate": lambda graph, eqn, *xs: graph.node("Concat", *xs, axis=eqn.params["dimension"]),
-    "stack": _stack,
-    "slice": _slice,
-    "split": _split,
-    "gather": _gather,
-    "pad": _pad,
-    "reduce_sum": lambda graph, eqn, x: graph.node(
-        "ReduceSum", x, np.array(eqn.params["axes"]), keepdims=0
-    ),
-    "reduce_max": lambda graph, eqn, x: graph.node(
-        "ReduceMax", x, axes=eqn.params["axes"], keepdims=0
-    ),
-}
-
-
-def _softmax(graph, equation, logits):
-    (axis,) = equation.params["call_jaxpr"].jaxpr.eqns[0].params["axes"]
-    return graph.node("Softmax", logits, axis=axis)
-
-
-def _average(graph, equation, logits, v):
-    return graph.node("MatMul", graph.node("Softmax", logits, axis=-1), v)
-
-
-def _gelu(graph, equation, x):
-    """Uses the order of operations that ONNX Runtime fuses."""
-    root, one, half = (np.array(n, np.float32) for n in (math.sqrt(2), 1, 0.5))
-    twice_cdf = graph.node("Add", graph.node("Erf", graph.node("Div", x, root)), one)
-    return graph.node("Mul", graph.node("Mul", x, twice_cdf), half)
-
-
-def _conv(graph, equation, x, kernel):
-    given, shape = (atom.aval.shape for atom in equation.invars)
-    out = equation.outvars[0].aval.shape
-    result = graph.node(
-        "Conv",
-        _permuted(graph, x, (0, 3, 1, 2)),
-        _permuted(graph, kernel, (3, 2, 0, 1)),
-        strides=[-(-given[1] // out[1])] * 2,
-        pads=[shape[0] // 2] * 4,
-        group=given[3] // shape[2],
-    )
-    return _permuted(graph, result, (0, 2, 3, 1))
-
-
-# Functions of the models (`sam_jax.ops.operation`) for which ONNX or ONNX Runtime has operators,
-# with which MobileSAM's encoder takes half the time.
-_FUNCTIONS: dict[str, Callable] = {
-    "sam.softmax": _softmax,
-    "sam.average": _average,
-    "sam.gelu": _gelu,
-    "sam.conv": _conv,
-}

@@ -51,8 +51,17 @@ class ConvBN(nnx.Module):
         if self.depthwise:
             return depthwise_conv(x, kernel, self.stride) + align(bias, x)
         if kernel.shape[0] == 1:
-            return rowwise(lambda rows: rows @ kernel[0, 0] + bias[None], x)
+            return pointwise_conv(x, kernel, bias)
         return halving_conv(x, kernel) + align(bias, x)
+
+
+@jax.jit
+@operation("sam.conv")
+def pointwise_conv(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "1 1 i o"], bias: Float[Array, " o"]
+) -> Float[Array, "b h w o"]:
+    """The convolution of one pixel, as a matmul."""
+    return rowwise(lambda rows: rows @ kernel[0, 0] + bias[None], x)
 
 
 @jax.custom_jvp

@@ -38,9 +38,15 @@ class LayerNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
-        x = _normalize(x.astype(jnp.float32), self.eps)
-        scale, bias = (align(v[...].astype(x.dtype), x) for v in (self.scale, self.bias))
-        return (x * scale + bias).astype(self.dtype)
+        scale, bias = (v[...].astype(jnp.float32) for v in (self.scale, self.bias))
+        return _layer_norm(x.astype(jnp.float32), scale, bias, self.eps).astype(self.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+@operation("sam.layer_norm")
+def _layer_norm(x, scale, bias, eps):
+    x = _normalize(x, eps)
+    return x * align(scale, x) + align(bias, x)
 
 
 def align(vector: Float[Array, "*last"], x: Float[Array, "*shape"]) -> Float[Array, "*full"]:
