@@ -300,6 +300,17 @@ def test_a_mask_becomes_logits_and_back(size, resize, image_size):
     assert np.array_equal(both[0], logits)
 
 
+@pytest.mark.parametrize(("size", "cell"), [((256, 256), 4), ((120, 256), 4), ((512, 248), 8)])
+def test_a_pixel_of_a_mask_prompt_is_the_mean_of_what_it_covers(size, cell):
+    processor = SamProcessor(dataclasses.replace(vit_b(), image_size=256))
+    mask = np.random.default_rng(0).random(size) < 0.5
+    h, w = (side // cell for side in size)
+    covered = mask.reshape(h, cell, w, cell).mean((1, 3))
+    expected = np.full((1, 64, 64), -20.0)
+    expected[0, :h, :w] = 20 * (2 * covered - 1)
+    np.testing.assert_allclose(processor.mask_to_logits(mask), expected, atol=1e-5)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("mask", "message"),

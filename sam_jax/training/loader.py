@@ -125,7 +125,10 @@ class _Reader:
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         try:
-            return self.transform({**self.dataset[index], "index": index}, rng)
+            found = self.transform({**self.dataset[index], "index": index}, rng)
+            if found is None:  # which grain would skip, and read on forever
+                raise ValueError("its transform returned None, expected an example")
+            return found
         except Exception as error:  # custom datasets may raise anything
             image_id = getattr(self.dataset, "image_id", int)(index)
             if f"image {image_id}:" in str(error):

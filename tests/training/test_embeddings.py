@@ -4,6 +4,7 @@ import pytest
 from flax import nnx
 from reference import SHALLOW, meta_sam, ours
 
+from sam_jax.checkpoints.params import build_model, flat_params
 from sam_jax.config import with_preprocessing
 from sam_jax.predictor import SamPredictor
 from sam_jax.training.embeddings import CachedEmbeddings
@@ -63,6 +64,20 @@ def test_nothing_stale_is_found(model, dataset, tmp_path):
     assert len(files(tmp_path)) == 10
     medsam = ours(meta_sam(SHALLOW), with_preprocessing(SHALLOW, "medsam"))
     assert CachedEmbeddings([], medsam, folder=tmp_path).folder != cached.folder
+
+
+def test_every_weight_of_the_encoder_counts(model, tmp_path):
+    """And no other: a mask decoder that is trained shares the files."""
+    params = flat_params(model)
+
+    def folder(name):
+        changed = {**params, name: params[name] + 1}
+        return CachedEmbeddings([], build_model(changed, SHALLOW), folder=tmp_path).folder
+
+    own = [name for name in params if name.startswith("image_encoder.")]
+    before = CachedEmbeddings([], model, folder=tmp_path).folder
+    assert len({before, *map(folder, own)}) == 1 + len(own)
+    assert folder("mask_decoder.iou_token") == before
 
 
 def test_a_damaged_file(model, dataset, tmp_path):

@@ -71,9 +71,9 @@ def test_an_epoch_has_every_image_once(many):
     assert first != second
 
 
-@pytest.mark.parametrize("batch_size", [4, 2])
-def test_hosts_share_the_batch(many, batch_size):
-    options = {"batch_size": batch_size, "seed": 3}
+@pytest.mark.parametrize(("batch_size", "start"), [(4, 0), (2, 0), (2, 3)])
+def test_hosts_share_the_batch(many, batch_size, start):
+    options = {"batch_size": batch_size, "seed": 3, "start": start}
     whole = take(make_loader(many, PREPARE, **options), 3)
     parts = [
         take(make_loader(many, PREPARE, process_index=i, process_count=2, **options), 3)
@@ -108,7 +108,7 @@ def test_the_order_does_not_depend_on_workers(many, monkeypatch):
     """Runs in this process, since others start slowly."""
     monkeypatch.setattr(grain.IterDataset, "mp_prefetch", lambda dataset, *_, **__: dataset)
     whole, by_workers = (
-        take(make_loader(many, PREPARE, batch_size=4, seed=3, workers=workers), 3)
+        take(make_loader(many, PREPARE, batch_size=4, seed=3, start=2, workers=workers), 3)
         for workers in (0, 2)
     )
     for actual, expected in zip(by_workers, whole, strict=True):
@@ -171,6 +171,12 @@ def test_an_error_names_the_image(many, workers):
     ):
         with pytest.raises(ValueError, match=message):
             take(make_loader(dataset, PREPARE, batch_size=7, seed=0, workers=workers), 1)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_transform_that_returns_nothing(many):
+    with pytest.raises(ValueError, match=r"^image \d: its transform returned None, expected an ex"):
+        take(make_loader(many, lambda *_: None, batch_size=4, seed=0), 1)
 
 
 def test_without_grain(many, monkeypatch):

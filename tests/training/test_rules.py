@@ -38,6 +38,24 @@ def test_split_and_merge(model):
         np.testing.assert_array_equal(merged[name], value)
 
 
+def test_what_no_expression_matches_is_frozen(model):
+    trained, rest = partition(model, [(r"mask_decoder\.iou_token", 1.0)])
+    assert names(trained) == {"mask_decoder.iou_token"}
+    assert names(rest.state) == set(param_shapes(SMALL)) - names(trained)
+
+
+class Deep(nnx.Module):
+    """As many blocks as real models have: by name, the tenth comes before the second."""
+
+    def __init__(self):
+        self.blocks = nnx.List(nnx.Param(np.full(1, i, np.float32)) for i in range(12))
+
+
+def test_blocks_keep_their_order():
+    model = combine(*partition(Deep()))
+    assert [float(block[...][0]) for block in model.blocks] == [*range(12)]
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_belong_together(model):
     params, rest = partition(model)

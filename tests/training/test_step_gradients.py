@@ -11,6 +11,7 @@ from batches import CONFIG, KEYS, batch_of
 from flax import nnx
 from reference import SMALL, TINIEST, meta_sam, normal, ours, random_sam
 
+from sam_jax.training.losses import MaskLosses
 from sam_jax.training.rules import DECODER_ONLY, EVERYTHING, partition
 from sam_jax.training.step import grads_and_metrics
 
@@ -56,6 +57,27 @@ def test_accumulation_changes_nothing(model):
     assert_same_gradients(actual(batch, KEYS), expected(batch, KEYS))
     with pytest.raises(ValueError, match="accumulate is 3, expected a divisor of the batch of 4"):
         compiled_gradients(model, False, CONFIG._replace(accumulate=3))
+
+
+def test_parts_weigh_as_their_objects(model, monkeypatch):
+    """With a loss that compiles at once, of parts of 2 objects and of 6."""
+
+    def losses(model, _batch, keys, *, config):
+        weights = jax.vmap(lambda key: jax.random.uniform(key, (3, config.num_rounds)))(keys)
+        total = weights * jnp.square(model.mask_decoder.iou_token[...]).sum()
+        return MaskLosses(*[total] * len(MaskLosses._fields))
+
+    monkeypatch.setattr("sam_jax.training.step.batch_losses", losses)
+    batch, split = batch_of(4), partition(model, DECODER_ONLY)
+    batch["valid"] = np.float32([[1, 0, 0], [1, 1, 1]] * 2)  # a part is every second image
+    batch = jax.tree.map(jnp.asarray, batch)
+    expected, actual = (
+        grads_and_metrics(*split, batch, KEYS, config=CONFIG._replace(accumulate=parts))
+        for parts in (1, 2)
+    )
+    assert_same_gradients(actual, expected)
+    with pytest.raises(ValueError, match="accumulate is 3, expected a divisor of the batch of 4"):
+        grads_and_metrics(*split, batch, KEYS, config=CONFIG._replace(accumulate=3))
 
 
 def encoder_loss(config):
