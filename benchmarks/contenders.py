@@ -2,8 +2,9 @@
 
 PyTorch's contenders are Meta's code, `transformers` with its fused attention ("SDPA"), and the two
 parts of segment-anything-fast, its compiled encoder and everything mode; on request also the others
-under torch.compile. If a package of theirs is missing, only sam_jax runs. The extra `test` has all
-packages except segment-anything-fast, without which only its contenders are left out. (It is
+under torch.compile, and Meta's encoder and decoder in ONNX Runtime and OpenVINO
+(`benchmarks.rivals`). If a package of theirs is missing, only sam_jax runs. The extra `test` has
+all packages except segment-anything-fast, without which only its contenders are left out. (It is
 pytorch-labs' project on GitHub; PyPI has another one of this name.)
 
 All contenders have the same weights and inputs, which are random for encoder and decoder. Below
@@ -12,7 +13,9 @@ float32, the first contender is in float32; the outputs of all others are compar
 
 import copy
 import functools
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +24,19 @@ from flax import nnx
 from PIL import Image
 from pycocotools.mask import frPyObjects
 
-from benchmarks.common import RANDOM_ENCODER, VITS, photos
+from benchmarks.common import RANDOM_ENCODER, VITS, model_of, photos
 from benchmarks.contenders_training import training
-from benchmarks.setting import Contenders, Setting, hf_mask_generation, import_reference, torch
+from benchmarks.setting import (
+    Contenders,
+    Setting,
+    hf_mask_generation,
+    import_reference,
+    rivals,
+    torch,
+)
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
+from sam_jax.export import export_onnx
+from sam_jax.export.openvino import OpenVinoEncoder
 from sam_jax.models.compiled import decode, encode_image
 from sam_jax.ops.attention import rel_pos_attention
 from sam_jax.ops.prompts import join_prompts
@@ -42,7 +54,28 @@ def encoder(setting: Setting) -> Contenders:
         graphdef, params = nnx.split(model)
         return lambda: jnp.moveaxis(encode_image(graphdef, params, on_device), -1, 1)
 
-    return setting.with_ours(torch_encoders(setting, pixels) if torch else {}, ours)
+    def in_openvino(model):
+        run = OpenVinoEncoder(model)
+        return lambda: np.moveaxis(run(pixels), -1, 1)
+
+    theirs = torch_encoders(setting, pixels) if torch else {}
+    found = setting.with_ours(theirs, ours, in_openvino)
+    return found | (exported_encoders(setting, pixels) if torch else {})
+
+
+def exported_encoders(setting: Setting, pixels: np.ndarray) -> Contenders:
+    """What `export_onnx` writes, in each runtime."""
+    model, found = model_of(setting.name), {}
+    mean, std = (np.array(x, np.float32) for x in (model.config.pixel_mean, model.config.pixel_std))
+    image = pixels[0] * std + mean
+    with tempfile.TemporaryDirectory() as folder:
+        if setting.runtimes and setting.batch == 1:
+            export_onnx(model, Path(folder) / "onnx")
+            for runtime in setting.runtimes:
+                path = Path(folder) / "onnx" / "encoder.onnx"
+                run = rivals.run_file(path, runtime, setting.dtype)
+                found[f"our export, {runtime}"] = lambda run=run: run(image)[0]
+    return found
 
 
 def torch_encoders(setting: Setting, pixels: np.ndarray) -> Contenders:
@@ -62,6 +95,8 @@ def torch_encoders(setting: Setting, pixels: np.ndarray) -> Contenders:
             modules["transformers, torch.compile"] = setting.compile(sdpa), dtype
     if setting.fast:
         modules["segment-anything-fast"] = setting.fast[1].image_encoder, dtype
+    for runtime, (encoder, _) in setting.rivals.items():
+        modules[f"Meta, {runtime}"] = encoder, torch.float32
 
     def run(module, dtype):
         inputs = channels_first.to(dtype)
@@ -70,11 +105,11 @@ def torch_encoders(setting: Setting, pixels: np.ndarray) -> Contenders:
     return {who: run(*module) for who, module in modules.items()}
 
 
-def decoder(setting: Setting) -> Contenders:
+def decoder(setting: Setting, prompts: int = PROMPTS) -> Contenders:
     """Low-resolution masks and scores of clicks on one image, three masks each."""
     embedding = setting.random(1, 64, 64, 256)
-    clicks = np.random.default_rng(0).uniform(0, 1023, (PROMPTS, 1, 2)).astype(np.float32)
-    ones = np.ones((PROMPTS, 1), np.int32)
+    clicks = np.random.default_rng(0).uniform(0, 1023, (prompts, 1, 2)).astype(np.float32)
+    ones = np.ones((prompts, 1), np.int32)
     points, labels = join_prompts(clicks[None], ones[None], None)
     arguments = [jnp.asarray(x) for x in (embedding, points, labels)]
 
@@ -134,6 +169,8 @@ def torch_decoders(setting: Setting, embedding, clicks, labels) -> Contenders:
         found["Meta, torch.compile"] = run(setting.compile(fast), dtype)
         if setting.is_vit:
             found["transformers, torch.compile"] = run_hugging_face(setting.compile(sdpa), dtype)
+    for runtime, (_, decoder) in setting.rivals.items():
+        found[f"Meta, {runtime}"] = run(decoder, torch.float32)
     return found
 
 
@@ -155,7 +192,11 @@ def predict(setting: Setting) -> Contenders:
     for who, model in hugging_faces(setting):
         run = hugging_face_predict(setting, model, photo, point)
         theirs[who] = in_dtype(run, setting, setting.dtype)
-    return setting.with_ours(theirs, lambda model: by(SamPredictor(model)))
+    return setting.with_ours(
+        theirs,
+        lambda model: by(SamPredictor(model)),
+        lambda model: by(SamPredictor(model, runtime="openvino")),
+    )
 
 
 def hugging_face_predict(
@@ -197,7 +238,11 @@ def everything(setting: Setting) -> Contenders:
         package, sam = setting.fast
         generator = package.SamAutomaticMaskGenerator(sam, process_batch_size=8, **options)
         theirs["segment-anything-fast"] = by(generator)
-    return setting.with_ours(theirs, lambda model: by(SamAutomaticMaskGenerator(model, **options)))
+
+    def ours(model, runtime="jax"):
+        return by(SamAutomaticMaskGenerator(model, runtime=runtime, **options))
+
+    return setting.with_ours(theirs, ours, functools.partial(ours, runtime="openvino"))
 
 
 def hugging_face_everything(
@@ -235,6 +280,10 @@ def metas(setting: Setting) -> "Iterator[tuple[str, torch.nn.Module, str]]":
             sam.image_encoder = setting.compile(sam.image_encoder, graphs=False)
             sam.mask_decoder = setting.compile(sam.mask_decoder, graphs=False)
         yield "Meta, torch.compile" if compiled else "Meta", sam, setting.dtype
+    for runtime, (encoder, decoder) in setting.rivals.items():
+        sam = copy.deepcopy(setting.meta)
+        sam.image_encoder, sam.mask_decoder = encoder, decoder
+        yield f"Meta, {runtime}", sam, "float32"
 
 
 def hugging_faces(setting: Setting) -> "Iterator[tuple[str, torch.nn.Module]]":
@@ -328,6 +377,7 @@ def layer(setting: Setting, *, windows: bool = False, gradients: bool = False) -
 PARTS = {
     "encoder": encoder,
     "decoder": decoder,
+    "click": functools.partial(decoder, prompts=1),
     "predict": predict,
     "everything": everything,
     "training": training,

@@ -2,6 +2,7 @@
 
     python -m benchmarks.run
     python -m benchmarks.run --models vit_b --parts encoder --compile
+    python -m benchmarks.run --models mobile_sam --runtimes "ONNX Runtime" OpenVINO
     python -m benchmarks.run --models vit_b --parts global windows --attention folded chunked
     python -m benchmarks.run --device gpu --models vit_h --dtype bfloat16 --batch 8 --compile
 
@@ -54,13 +55,14 @@ from benchmarks.common import (
 )
 from benchmarks.contenders import LAYERS, PARTS, PROMPTS
 from benchmarks.convert_memory import read_status
-from benchmarks.setting import ALONE, Contenders, Setting, torch
+from benchmarks.setting import ALONE, RUNTIMES, Contenders, Setting, torch
 from sam_jax.ops import attention
 
 # 2 floating-point operations per multiplication and addition, of an image's encoder. (MobileSAM's
 # is what PyTorch's FlopCounterMode counts.)
 ENCODER_FLOPS = {"vit_b": 0.96e12, "vit_l": 2.96e12, "vit_h": 5.93e12, "mobile_sam": 0.0775e12}
 DECODER_FLOPS = 3.5e9  # per prompt, if nothing is shared
+PER_RUN = {"decoder": PROMPTS, "click": 1}  # prompts
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
 # Without the first step's update the losses of two steps differ by 1.6e-2.
 TRAINING_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
@@ -230,6 +232,7 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
         batch=batch,
         compiled=args.compile,
         attention=tuple(args.attention) if has_images else (),
+        runtimes=tuple(args.runtimes),
     )
     contenders_of = {**PARTS, **LAYERS}[part]
     ours = contenders_of(setting)["ours"]
@@ -248,13 +251,13 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
     work = {
         "encoder": batch * ENCODER_FLOPS[name],
         "training": 3 * batch * ENCODER_FLOPS[name],
-        "decoder": PROMPTS * DECODER_FLOPS,
+        **{part: prompts * DECODER_FLOPS for part, prompts in PER_RUN.items()},
     }.get(part, 0)
     rows = []
     for who in contenders:
         row = {"Model, part": f"{name}, {part}", "Who": who, **raced.row(who)}
         if took := raced.times.get(who):
-            row["Per s"] = f"{(PROMPTS if part == 'decoder' else batch) / took:.3g}"
+            row["Per s"] = f"{PER_RUN.get(part, batch) / took:.3g}"
             row["Rate"] = f"{work / took / 1e12:.3g} TFLOP/s" if work else ""
             row["Share"] = f"{work / took / rate:.0%}" if work else ""
             if who == "ours":
@@ -306,7 +309,14 @@ def main() -> None:
     parser.add_argument(
         "--attention", nargs="+", default=[], choices=known, help="further attentions of sam_jax"
     )
+    parser.add_argument(
+        "--runtimes", nargs="+", default=[], choices=RUNTIMES, help="on a CPU: also run these"
+    )
     args = parser.parse_args()
+    if args.runtimes and args.device != "cpu":
+        parser.error("--runtimes are for --device cpu")
+    if "ONNX Runtime" in args.runtimes and args.dtype != "float32":
+        parser.error("--runtimes: ONNX Runtime computes in float32 only")
     check_at_least_one(parser, batch=args.batch, repeat=args.repeat)
     if layers := [part for part in args.parts if part in LAYERS and "mobile_sam" in args.models]:
         parser.error(f"{', '.join(layers)}: of ViTs alone; name them with --models")

@@ -23,14 +23,17 @@ try:
     from torch_losses import torch_loss
     from torch_reference import hf_mask_generation, import_reference
 
+    from benchmarks import rivals
+
     for package in ("segment_anything", "mobile_sam"):
         import_reference(package)
 except ImportError as error:
-    torch = torch_loss = hf_mask_generation = import_reference = None
+    rivals = torch = torch_loss = hf_mask_generation = import_reference = None
     ALONE = str(error)
 if torch and os.environ.get("JAX_PLATFORMS") == "cuda" and not torch.cuda.is_available():
     torch, ALONE = None, "PyTorch has no CUDA here"
 
+RUNTIMES = "ONNX Runtime", "OpenVINO"  # of `benchmarks.rivals`
 Contenders = dict[str, Callable[[], Any]]
 
 
@@ -44,10 +47,21 @@ class Setting:
     batch: int  # images
     compiled: bool  # also run PyTorch's contenders under torch.compile
     attention: tuple[str, ...]  # further attentions of sam_jax
+    runtimes: tuple[str, ...] = ()  # of `rivals`, to run Meta's model and ours in, too
 
-    def with_ours(self, theirs: Contenders, ours: Callable[[Sam], Callable]) -> Contenders:
-        """All contenders: PyTorch's, and those that `ours` returns for sam_jax's model."""
+    def with_ours(
+        self,
+        theirs: Contenders,
+        ours: Callable[[Sam], Callable],
+        in_openvino: Callable[[Sam], Callable] | None = None,
+    ) -> Contenders:
+        """All contenders: PyTorch's, and those that `ours` returns for sam_jax's model.
+
+        `in_openvino` is `ours` with `runtime="openvino"`.
+        """
         found = {"ours": ours(model_of(self.name, self.dtype))}
+        if in_openvino is not None and "OpenVINO" in self.runtimes:
+            found["ours, OpenVINO"] = in_openvino(model_of(self.name, self.dtype))
         for name in self.attention if self.is_vit else ():
             found[f"ours, {name}"] = ours(model_of(self.name, self.dtype, name))
         if torch is None and self.dtype != "float32":
@@ -80,6 +94,24 @@ class Setting:
             torch.save(self.meta.state_dict(), file.name)
             make = package.sam_model_fast_registry[self.name]
             return package, make(file.name, dtype=self.torch_dtype).to(self.device)
+
+    @functools.cached_property
+    def rivals(self) -> "dict[str, tuple[torch.nn.Module, torch.nn.Module]]":
+        """Meta's encoder and decoder in each runtime."""
+        embedding, pixels = torch.zeros(1, 256, 64, 64), torch.zeros(1, 3, 1024, 1024)
+        prompts = torch.zeros(2, 2, 256), torch.zeros(2, 256, 64, 64)
+        found = {}
+        for runtime in self.runtimes:
+            into = functools.partial(rivals.in_runtime, runtime=runtime, dtype=self.dtype)
+            encoder = into(self.meta.image_encoder, (pixels,))
+            decoder = into(
+                self.meta.mask_decoder,
+                (embedding, embedding, *prompts),
+                batched=(2, 3),
+                multimask_output=True,
+            )
+            found[runtime] = encoder, decoder
+        return found
 
     @property
     def torch_dtype(self) -> "torch.dtype":

@@ -1,0 +1,91 @@
+"""PyTorch's encoder and decoder in the fastest runtimes of a CPU: ONNX Runtime and OpenVINO.
+
+`in_runtime` exports a module by PyTorch's own exporter and returns one that runs the export, so
+that it can take the place of the original in Meta's predictor and mask generator.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+def run_file(path: Path, runtime: str, dtype: str) -> Callable[..., list[np.ndarray]]:
+    """A function that runs an ONNX file, computing in a dtype, which ONNX Runtime ignores."""
+    if runtime == "OpenVINO":
+        import openvino
+
+        precision = {"INFERENCE_PRECISION_HINT": _PRECISION[dtype]}
+        request = openvino.Core().compile_model(path, "CPU", precision).create_infer_request()
+        return lambda *arrays: [np.array(x) for x in request.infer(list(arrays)).values()]
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [declared.name for declared in session.get_inputs()]
+    return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+
+
+class InRuntime(torch.nn.Module):
+    """A module whose `forward` runs its export."""
+
+    def __init__(self, run: Callable[..., list[np.ndarray]], like: torch.nn.Module):
+        super().__init__()
+        self.run = run
+        self.img_size = getattr(like, "img_size", None)  # which Meta's `Sam` reads
+
+    def forward(self, *tensors: torch.Tensor, **named: Any) -> Any:
+        """The exported function's outputs, float32; other arguments than tensors are fixed."""
+        given = [*tensors, *(x for x in named.values() if isinstance(x, torch.Tensor))]
+        outputs = self.run(*(x.float().numpy() for x in given))
+        found = tuple(map(torch.from_numpy, outputs))
+        return found if len(found) > 1 else found[0]
+
+
+def in_runtime(
+    module: torch.nn.Module,
+    examples: Sequence[torch.Tensor],
+    runtime: str,
+    dtype: str,
+    *,
+    batched: Sequence[int] = (),
+    **fixed: Any,
+) -> InRuntime:
+    """The module in a runtime.
+
+    Args:
+        module: to export.
+        examples: its arguments in their order, tensors.
+        runtime: "ONNX Runtime" or "OpenVINO".
+        dtype: the dtype to compute in.
+        batched: which of the arguments have a leading axis of any length.
+        **fixed: its other arguments.
+    """
+
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *tensors):
+            return self.module(*tensors, **fixed)
+
+    names = [f"input_{i}" for i in range(len(examples))]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about tracing and the exporter's age
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            Fixed().eval(),
+            tuple(examples),
+            str(path),
+            input_names=names,
+            dynamic_axes={names[i]: {0: "count"} for i in batched},
+            opset_version=17,
+            dynamo=False,  # whose graphs of these modules are slower, and need a further package
+        )
+        return InRuntime(run_file(path, runtime, dtype), module)
