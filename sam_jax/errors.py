@@ -12,6 +12,7 @@ from typing import Any
 EXTRAS = {
     "demo": ("starlette", "uvicorn"),
     "onnx": ("onnx",),
+    "openvino": ("openvino", "onnx"),
     "ray": ("ray", "pyarrow"),
     "train": ("grain", "tensorboardX"),
 }

@@ -163,7 +163,7 @@ ROUTES = {
     ),
     "training": train_on,
     "command": lambda image: cli.segment(cli.Segment(image, point=["1,1"])),
-    "page": lambda image: open_image_file(random_sam(SHALLOW), image.read_bytes()),
+    "page": lambda image: open_image_file(SamPredictor(random_sam(SHALLOW)), image.read_bytes()),
 }
 
 

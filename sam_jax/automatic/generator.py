@@ -40,7 +40,14 @@ from sam_jax.automatic.device import (
     size_to_pad_to,
 )
 from sam_jax.automatic.options import MaskGenerationOptions
-from sam_jax.automatic.records import Crop, MaskRecord, Survivors, xywh
+from sam_jax.automatic.records import (
+    Crop,
+    MaskRecord,
+    Survivors,
+    without_small_regions,
+    xywh,
+)
+from sam_jax.export.openvino import encoder_for
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
 from sam_jax.models.sam import Sam
@@ -48,15 +55,14 @@ from sam_jax.ops.boxes import (
     box_area,
     generate_crop_boxes,
     is_box_near_crop_edge,
-    mask_to_box,
     non_maximum_suppression,
 )
 from sam_jax.ops.mask_statistics import make_upsampler
 from sam_jax.ops.prompts import pad_axis
-from sam_jax.ops.regions import remove_small_regions
 from sam_jax.ops.rle import rle_area, rle_compress, rle_decode, rle_encode
 from sam_jax.predictor import check_scores
 from sam_jax.processing import SamProcessor
+from sam_jax.types import Runtime
 from sam_jax.validation import check_embedding, check_model, check_sizes
 
 
@@ -71,17 +77,27 @@ class SamAutomaticMaskGenerator(WithAdvice):
         args: options in Meta's order.
         options: options of `MaskGenerationOptions` by name.
         mesh: images are distributed over its devices, along all axes; None for the model's device.
+        runtime: what runs the image encoder, as for `SamPredictor`.
 
     Raises:
         TypeError: if `model` is not a `Sam`, or an option is unknown.
         ValueError: if an option is invalid; the message names it.
+        MissingExtra: if the runtime is not installed.
     """
 
     __signature__: ClassVar[inspect.Signature]
 
-    def __init__(self, model: Sam, *args: Any, mesh: Mesh | None = None, **options: Any):
+    def __init__(
+        self,
+        model: Sam,
+        *args: Any,
+        mesh: Mesh | None = None,
+        runtime: Runtime = "jax",
+        **options: Any,
+    ):
         check_model(model)
         self.options = MaskGenerationOptions(*args, **options)
+        self._encoder = encoder_for(model, runtime)
         self.grids = self.options.grids()
         self.mask_threshold = model.config.mask_threshold
 
@@ -257,10 +273,12 @@ class SamAutomaticMaskGenerator(WithAdvice):
         on_batch: Callable[[int, int], object] | None,
     ) -> None:
         """Finds the masks of one crop per device and adds them to those of its image."""
-        if pixels:
-            embeddings = encode(self._graphdef, self._params, self._spread(pixels), mesh=self.mesh)
-        else:
+        if not pixels:
             embeddings = self._spread([crop.embedding for crop in crops])
+        elif self._encoder is not None:
+            embeddings = self._spread(list(self._encoder(np.stack(pixels))))
+        else:
+            embeddings = encode(self._graphdef, self._params, self._spread(pixels), mesh=self.mesh)
         padded_size = size_to_pad_to(max(max(crop.size) for crop in crops))
         frames = [self._frame(crop.size, padded_size) for crop in crops]
         state, spread_frames = (self._graphdef, self._params, embeddings), self._spread(frames)
@@ -391,7 +409,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
     def _records(self, found: "list[MaskRecord]") -> list[dict[str, Any]]:
         found = [dataclasses.replace(mask, rle=mask.rle.result()) for mask in found]
         if self.options.min_mask_region_area > 0 and found:
-            found = self._without_small_regions(found)
+            found = without_small_regions(found, self.options)
         return [
             {
                 "segmentation": self._segmentation(mask.rle),
@@ -404,20 +422,6 @@ class SamAutomaticMaskGenerator(WithAdvice):
             }
             for mask in found
         ]
-
-    def _without_small_regions(self, found: "list[MaskRecord]") -> "list[MaskRecord]":
-        """Fills holes, removes islands, and drops changed masks that duplicate others."""
-        options, masks, scores = self.options, [], []
-        for one in found:
-            mask, changed = remove_small_regions(rle_decode(one.rle), options.min_mask_region_area)
-            if changed:
-                one = dataclasses.replace(one, rle=rle_encode(mask), box=mask_to_box(mask))
-            masks.append(one)
-            scores.append(float(not changed))
-        threshold = max(options.box_nms_thresh, options.crop_nms_thresh)
-        boxes = np.array([mask.box for mask in masks])
-        kept = non_maximum_suppression(boxes, np.array(scores), iou_threshold=threshold)
-        return [masks[i] for i in kept]
 
     def _segmentation(self, rle: dict) -> Any:
         if self.options.output_mode == "binary_mask":
@@ -439,5 +443,6 @@ SamAutomaticMaskGenerator.__signature__ = inspect.Signature(
         inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Sam),
         *inspect.signature(MaskGenerationOptions).parameters.values(),
         inspect.Parameter("mesh", inspect.Parameter.KEYWORD_ONLY, default=None),
+        inspect.Parameter("runtime", inspect.Parameter.KEYWORD_ONLY, default="jax"),
     ]
 )

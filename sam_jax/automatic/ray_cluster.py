@@ -14,6 +14,7 @@ from sam_jax.automatic.results import Results, one_line
 from sam_jax.checkpoints import from_pretrained
 from sam_jax.errors import needs_extra
 from sam_jax.files import temporary_folder
+from sam_jax.types import Runtime
 
 _TRIES = 3  # per image, if its workers die
 
@@ -27,6 +28,8 @@ def generate_with_ray(
     results: Results,
     on_image: Callable[[], object],
     on_failure: Callable[[Path, str], object],
+    *,
+    runtime: Runtime = "jax",
 ) -> None:
     """Runs `generate_folder` on the machines of a Ray cluster, which must all see the same folders.
 
@@ -43,6 +46,7 @@ def generate_with_ray(
         results: where to write.
         on_image: as for `generate_folder`.
         on_failure: as for `generate_folder`.
+        runtime: as for the generators.
 
     Raises:
         ValueError: if an argument is invalid or the run fails.
@@ -58,7 +62,7 @@ def generate_with_ray(
     try:
         with temporary_folder(results.folder) as tries:
             results = dataclasses.replace(results, folder=results.folder.absolute())
-            worker = model, dtype, options, results, tries.absolute()
+            worker = model, dtype, runtime, options, results, tries.absolute()
             for row in _rows_of_ray(ray, worker, files):
                 if row["problem"]:
                     on_failure(Path(row["image"]), row["problem"])
@@ -117,16 +121,23 @@ class _Worker:
     """
 
     def __init__(
-        self, model: str, dtype: str, options: MaskGenerationOptions, results: Results, tries: Path
+        self,
+        model: str,
+        dtype: str,
+        runtime: Runtime,
+        options: MaskGenerationOptions,
+        results: Results,
+        tries: Path,
     ):
         self.model, self.dtype, self.options = model, dtype, options
+        self.runtime: Runtime = runtime
         self.results, self.tries = results, tries
 
     @functools.cached_property
     def generator(self) -> SamAutomaticMaskGenerator:
         """Created at the first image, so that it counts as an attempt if this kills the worker."""
         sam = from_pretrained(self.model, dtype=self.dtype)
-        return SamAutomaticMaskGenerator(sam, **vars(self.options))
+        return SamAutomaticMaskGenerator(sam, **vars(self.options), runtime=self.runtime)
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
         """Adds `outcome` and `problem` to the row.

@@ -1,10 +1,15 @@
 """Crops of an image, and the masks found in them."""
 
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from sam_jax.automatic.options import MaskGenerationOptions
+from sam_jax.ops.boxes import mask_to_box, non_maximum_suppression
+from sam_jax.ops.regions import remove_small_regions
+from sam_jax.ops.rle import rle_decode, rle_encode
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,23 @@ class Survivors(NamedTuple):
     iou: np.ndarray
     stability: np.ndarray
     box: np.ndarray  # in pixels of the image
+
+
+def without_small_regions(
+    found: list[MaskRecord], options: MaskGenerationOptions
+) -> list[MaskRecord]:
+    """Fills holes, removes islands, and drops changed masks that duplicate others."""
+    masks, scores = [], []
+    for one in found:
+        mask, changed = remove_small_regions(rle_decode(one.rle), options.min_mask_region_area)
+        if changed:
+            one = replace(one, rle=rle_encode(mask), box=mask_to_box(mask))
+        masks.append(one)
+        scores.append(float(not changed))
+    threshold = max(options.box_nms_thresh, options.crop_nms_thresh)
+    boxes = np.array([mask.box for mask in masks])
+    kept = non_maximum_suppression(boxes, np.array(scores), iou_threshold=threshold)
+    return [masks[i] for i in kept]
 
 
 def xywh(box: Any) -> list[int]:

@@ -15,7 +15,7 @@ from sam_jax.automatic.options import MaskGenerationOptions
 from sam_jax.commands.common import IfGiven, load_model, say, say_compiling
 from sam_jax.files import read_json
 from sam_jax.runs import lock_folder
-from sam_jax.types import DType, OutputMode, ResultsFormat, Segmentation
+from sam_jax.types import DType, OutputMode, ResultsFormat, Runtime, Segmentation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class Generate(MaskGenerationOptions):
     """Short name, hub repository, file or folder."""
     dtype: DType = "float32"
     """Compute dtype. bfloat16 is faster on GPU and TPU."""
+    runtime: Runtime = "jax"
+    """What runs the image encoder. openvino is the fastest on a CPU (extra: openvino)."""
     format: ResultsFormat = "png"
     """png: for each image a folder of PNG masks with metadata.csv; coco: one annotations.json in
     COCO's format for all results in the output folder."""
@@ -101,6 +103,8 @@ def generate(args: Generate) -> None:
     # What determines the masks: all results in a folder must have the same settings.
     settings = {"model": model, "dtype": args.dtype, **vars(options)}
     del settings["points_per_batch"], settings["output_mode"]
+    if args.runtime != "jax":
+        settings["runtime"] = args.runtime
 
     failures: list[str] = []
     with lock_folder(args.output):
@@ -152,12 +156,16 @@ def _generate(args, model, options, results, todo, total, failures) -> None:
             say("starting workers; each compiles the image encoder and the mask decoder ...")
             address = args.ray[0] if args.ray else None
             generate_with_ray(
-                address, model, args.dtype, options, todo, results, on_image, on_failure
+                address,
+                *(model, args.dtype, options, todo, results, on_image, on_failure),
+                runtime=args.runtime,
             )
         else:
             mesh = Mesh(np.array(_devices(args.devices)), ("images",))
             sam = load_model(model, args.dtype)
-            generator = SamAutomaticMaskGenerator(sam, **vars(options), mesh=mesh)
+            generator = SamAutomaticMaskGenerator(
+                sam, **vars(options), mesh=mesh, runtime=args.runtime
+            )
             say_compiling("once for all images")
             generate_folder(generator, todo, results, on_image, on_failure)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from sam_jax.commands.common import IfGiven, load_model, say_compiling
 from sam_jax.files import read_json, temporary_folder, write_json
 from sam_jax.runs import lock_folder
-from sam_jax.types import DType
+from sam_jax.types import DType, Runtime
 
 
 @dataclasses.dataclass
@@ -38,6 +38,8 @@ class Segment:
     """Short name, hub repository, file or folder."""
     dtype: DType = "float32"
     """Compute dtype. bfloat16 is faster on GPU and TPU."""
+    runtime: Runtime = "jax"
+    """What runs the image encoder. openvino is the fastest on a CPU (extra: openvino)."""
     output: IfGiven[Path] = None
     """Folder for the results, `<image>_masks` if left out. Results of an earlier run are
     replaced."""
@@ -73,7 +75,7 @@ def segment(args: Segment) -> None:
         raise ValueError(f"--output is {output}, a file; expected a folder")
     _check_free(output)
 
-    predictor = SamPredictor(load_model(args.model, args.dtype))
+    predictor = SamPredictor(load_model(args.model, args.dtype), runtime=args.runtime)
     say_compiling()
     predictor.set_image(image)
     multimask = args.multimask

@@ -48,7 +48,7 @@ from sam_jax.demo.session import (
     undo,
 )
 from sam_jax.files import read_json
-from sam_jax.models.sam import Sam
+from sam_jax.predictor import SamPredictor
 
 POINTS_PER_SIDE: tuple[int, int] = 4, 32  # limits for everything mode
 _PIXELS = -(10**9), 10**9  # points outside the image are moved to its edge
@@ -89,14 +89,15 @@ class Demo:
     """The application that serves the page.
 
     Args:
-        model: shared by all visitors.
+        predictor: embeds all visitors' images; its model predicts their masks.
         hosts: accepted values of the Host header, such as "localhost:7860", in addition to the
             address of the connection.
         limits: see `Limits`.
     """
 
-    def __init__(self, model: Sam, hosts: set[str], limits: Limits):
-        self.model, self.hosts, self.limits = model, hosts, limits
+    def __init__(self, predictor: SamPredictor, hosts: set[str], limits: Limits):
+        self.predictor, self.model = predictor, predictor.model
+        self.hosts, self.limits = hosts, limits
         self.visitors: dict[str, Visitor] = {}
         self._turns = Turns()
         self._bodies, self._requests = Shares(*limits.bodies), Shares(*limits.requests)
@@ -254,7 +255,7 @@ class Demo:
         """Embeds the image in the body, for a new visitor or in place of an earlier image."""
 
         def work(content: bytes) -> tuple[EmbeddedImage, str]:
-            embedded, shown = open_image_file(self.model, content)
+            embedded, shown = open_image_file(self.predictor, content)
             return embedded, _url(shown, "jpeg")
 
         self._forget()

@@ -23,16 +23,25 @@ from sam_jax.compilation_cache import enable_compilation_cache
 from sam_jax.demo.app import Demo
 from sam_jax.demo.limits import Limits
 from sam_jax.demo.session import warm_up
+from sam_jax.predictor import SamPredictor
+from sam_jax.types import Runtime
 
 
 def serve(
-    model: str, dtype: str, host: str, port: int, max_megabytes: int, allow_host: Collection[str]
+    model: str,
+    dtype: str,
+    runtime: Runtime,
+    host: str,
+    port: int,
+    max_megabytes: int,
+    allow_host: Collection[str],
 ) -> None:
     """Serves the page until it is interrupted or terminated.
 
     Args:
         model: what `from_pretrained` takes.
         dtype: the compute dtype, as for `from_pretrained`.
+        runtime: what runs the image encoder, as for `SamPredictor`.
         host: the address to listen on.
         port: the port to listen on.
         max_megabytes: size of the largest accepted image file.
@@ -61,13 +70,13 @@ def serve(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         print("Compiling the model ...", flush=True)
         enable_compilation_cache()
-        sam = from_pretrained(model, dtype=dtype)
-        warm_up(sam)
+        predictor = SamPredictor(from_pretrained(model, dtype=dtype), runtime=runtime)
+        warm_up(predictor)
         # Garbage collection of the objects made so far would delay clicks by half a second.
         gc.collect()
         gc.freeze()
         hosts = host_names(host, port, allow_host)
-        app = Demo(sam, hosts, Limits(max_bytes=max_megabytes * 10**6))
+        app = Demo(predictor, hosts, Limits(max_bytes=max_megabytes * 10**6))
         with running(app, listener) as server:
             print(f"The page is at http://{host}:{port}/; press Ctrl+C to stop.", flush=True)
             server.result()

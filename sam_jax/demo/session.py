@@ -107,8 +107,10 @@ class Found:
     records: list[dict[str, Any]]
 
 
-def open_image_file(model: Sam, content: bytes) -> tuple[EmbeddedImage, Image.Image]:
+def open_image_file(predictor: SamPredictor, content: bytes) -> tuple[EmbeddedImage, Image.Image]:
     """Embeds the image in a file's content; also returns the image in the size that is shown.
+
+    The predictor has no image afterwards.
 
     Raises:
         TypeError, ValueError: if the file is not an image, or the image is too large.
@@ -124,9 +126,9 @@ def open_image_file(model: Sam, content: bytes) -> tuple[EmbeddedImage, Image.Im
             )
         _check_cost(head, content)
     array = load_image(file)
-    predictor = SamPredictor(model)
     predictor.set_image(array)
     image = EmbeddedImage(predictor.get_image_embedding(), array.shape[:2])
+    predictor.reset_image()
     shown = Image.fromarray(array)
     shown.thumbnail((SHOWN, SHOWN))
     return image, shown
@@ -390,12 +392,13 @@ def everything_json(found: Found) -> dict[str, Any]:
     return {"width": width, "height": height, "masks": found.records}
 
 
-def warm_up(model: Sam) -> None:
+def warm_up(predictor: SamPredictor) -> None:
     """Compiles the programs for images, clicks and everything mode, so that visitors never wait."""
-    predictor = SamPredictor(model)
+    model = predictor.model
     side, low = model.config.image_size, model.config.mask_size
     predictor.set_image(np.zeros((side, side, 3), np.uint8))
     image = EmbeddedImage(predictor.get_image_embedding(), (side, side))
+    predictor.reset_image()
     point, box = Step(Point(0, 0, FOREGROUND)), Step(Box(0, 0, side - 1, side - 1))
     refining = dataclasses.replace(point, refines=np.zeros((1, low, low), np.float32))
     predict(model, Session(image, (point,)))

@@ -13,6 +13,7 @@ from sam_jax.ops.boxes import mask_to_box
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.predictor import SamPredictor
 from sam_jax.training.datasets import Dataset
+from sam_jax.types import Runtime
 from sam_jax.visualize import overlay
 
 CLICKS = (1, 2, 3, 5)
@@ -25,6 +26,7 @@ def evaluate(
     *,
     clicks: Sequence[int] = CLICKS,
     objects_chunk_size: int = 16,
+    runtime: Runtime = "jax",
     on_image: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """The mean IoU over all objects, at the images' own resolution.
@@ -40,6 +42,7 @@ def evaluate(
         dataset: the examples; see `sam_jax.training.datasets`.
         clicks: the numbers of clicks to evaluate, each at least 1.
         objects_chunk_size: number of prompts decoded together.
+        runtime: what runs the image encoder, as for `SamPredictor`.
         on_image: called after each image.
 
     Returns:
@@ -54,7 +57,7 @@ def evaluate(
         raise ValueError(f"objects_chunk_size is {objects_chunk_size}, expected at least 1")
     names = [*(f"miou@{n}" for n in clicks), "miou@box"]
     found: dict[str, list[float]] = {name: [] for name in names}
-    predictor = SamPredictor(model)
+    predictor = SamPredictor(model, runtime=runtime)
     for i in range(len(dataset)):
         example = dataset[i]
         if len(example["masks"]):

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from visitor import CLICK, JSON, Visitor, launched, raw
 
+from sam_jax import SamPredictor
 from sam_jax.demo import app, session
 from sam_jax.demo.server import host_names
 from sam_jax.demo.session import Found, Session
@@ -170,7 +171,7 @@ def test_far_outside_is_at_the_edge(guest):
 
 
 def test_what_is_saved_is_what_is_shown(small, guest, photo):
-    image, _ = session.open_image_file(small, photo)
+    image, _ = session.open_image_file(SamPredictor(small), photo)
     expected = Session(image)
     for x in (50, 20, 70):
         expected = session.predict(small, session.add_point(expected, x, 9, 1))

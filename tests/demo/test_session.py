@@ -32,7 +32,7 @@ def image():
 
 @pytest.fixture(scope="module")
 def embedded(model, image):
-    return demo.open_image_file(model, file(image))[0]
+    return demo.open_image_file(SamPredictor(model), file(image))[0]
 
 
 def file(image, kind="png", **options):
@@ -240,7 +240,7 @@ def test_a_large_layer_is_made_smaller():
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "CMYK", "P", "1"])
 def test_any_kind_of_image(model, image, mode):
-    embedded, shown = demo.open_image_file(model, file(image.convert(mode), "tiff"))
+    embedded, shown = demo.open_image_file(SamPredictor(model), file(image.convert(mode), "tiff"))
     assert embedded.size == SIZE
     assert embedded.embedding.shape == (1, 32, 12, 12)
     assert (shown.mode, shown.size) == ("RGB", SIZE[::-1])
@@ -249,7 +249,7 @@ def test_any_kind_of_image(model, image, mode):
 def test_animation_gives_its_first_frame(model, image):
     frames = [image.convert("P"), Image.new("P", image.size)]
     _, shown = demo.open_image_file(
-        model, file(frames[0], "gif", save_all=True, append_images=frames[1:])
+        SamPredictor(model), file(frames[0], "gif", save_all=True, append_images=frames[1:])
     )
     assert np.array_equal(np.asarray(shown), np.asarray(frames[0].convert("RGB")))
 
@@ -259,7 +259,7 @@ def test_rotated_and_large(model, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
     photo = file(Image.new("RGB", (120, 80)), "jpeg", exif=exif)
-    embedded, shown = demo.open_image_file(model, photo)
+    embedded, shown = demo.open_image_file(SamPredictor(model), photo)
     assert embedded.size == (120, 80)
     assert shown.size == (40, 60)
 
@@ -273,7 +273,7 @@ def test_too_large(model, monkeypatch, pixels):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     monkeypatch.setattr(demo, "load_image", None)
     with pytest.raises(ValueError, match=r"has 101 x 1 pixels, expected at most|exceeds limit of"):
-        demo.open_image_file(model, photo)
+        demo.open_image_file(SamPredictor(model), photo)
 
 
 def test_scans_are_few(model, monkeypatch):
@@ -281,10 +281,10 @@ def test_scans_are_few(model, monkeypatch):
     noise, like_one = Image.effect_noise((64, 64), 50), b"\xff\xda" * 99
     photo = file(noise, "jpeg", progressive=True, comment=like_one)
     last = photo[photo.rindex(b"\xff\xda") : -2]
-    assert demo.open_image_file(model, photo + like_one)[0].size == (64, 64)
+    assert demo.open_image_file(SamPredictor(model), photo + like_one)[0].size == (64, 64)
     monkeypatch.setattr(demo, "load_image", None)
     with pytest.raises(ValueError, match=r"the JPEG has \d\d scans, expected at most 50; save"):
-        demo.open_image_file(model, photo[:-2] + last * 50 + photo[-2:])
+        demo.open_image_file(SamPredictor(model), photo[:-2] + last * 50 + photo[-2:])
 
 
 LONG, SLONG8 = 4, 17
@@ -310,11 +310,11 @@ def test_tiles_are_small(model, monkeypatch, sides, kind):
     head += b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries, key=lambda e: e[0]))
     photo = head.ljust(1000, b"\0") + data
     if (sides, kind) == ((64,), LONG):
-        assert demo.open_image_file(model, photo)[0].size == (64, 64)
+        assert demo.open_image_file(SamPredictor(model), photo)[0].size == (64, 64)
         return
     monkeypatch.setattr(demo, "load_image", None)
     with pytest.raises(ValueError, match="the TIFF has tiles of more than 50 million pixels, or"):
-        demo.open_image_file(model, photo)
+        demo.open_image_file(SamPredictor(model), photo)
 
 
 def test_no_image(model):
@@ -322,13 +322,13 @@ def test_no_image(model):
     # more pixels than they say.
     for photo in (b"no image", file(Image.new("RGB", (9, 9)), "EPS")):
         with pytest.raises(ValueError, match="the file is not an image of a known format"):
-            demo.open_image_file(model, photo)
+            demo.open_image_file(SamPredictor(model), photo)
     with pytest.raises(ValueError, match="the file's format is ICO, expected AVIF, BMP, GIF, JPEG"):
-        demo.open_image_file(model, file(Image.new("RGB", (32, 32)), "ICO"))
+        demo.open_image_file(SamPredictor(model), file(Image.new("RGB", (32, 32)), "ICO"))
     with pytest.raises(ValueError, match="the file cannot be read"):
-        demo.open_image_file(model, file(Image.effect_noise((64, 64), 50))[:2000])
+        demo.open_image_file(SamPredictor(model), file(Image.effect_noise((64, 64), 50))[:2000])
     with pytest.raises(TypeError, match="more than 8 bits per channel"):
-        demo.open_image_file(model, file(Image.new("I;16", (9, 9))))
+        demo.open_image_file(SamPredictor(model), file(Image.new("I;16", (9, 9))))
 
 
 def test_nothing_found(embedded):
@@ -337,10 +337,10 @@ def test_nothing_found(embedded):
 
 
 def test_warm_up_compiles_what_clicks_need(model, image, compilations):
-    demo.warm_up(model)
+    demo.warm_up(SamPredictor(model))
     photo = file(image.resize((80, 90)))
     compilations.clear()
-    session = Session(demo.open_image_file(model, photo)[0])
+    session = Session(demo.open_image_file(SamPredictor(model), photo)[0])
     for x in range(demo.MARKS):
         session = demo.predict(model, demo.add_point(session, x, 9, x % 2))
     for points in (0, 1, 5, 20):

@@ -10,6 +10,7 @@ import httpx
 from sam_jax.demo.app import Demo
 from sam_jax.demo.limits import Limits
 from sam_jax.demo.server import host_names, running
+from sam_jax.predictor import SamPredictor
 
 _USUAL = Limits()
 CLICK = {"x": 50, "y": 30, "label": 1}
@@ -27,7 +28,7 @@ def launched(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         hosts = host_names("0.0.0.0" if others else "127.0.0.1", port, others)
-        with running(Demo(model, hosts, limits), listener, **timing):
+        with running(Demo(SamPredictor(model), hosts, limits), listener, **timing):
             yield f"http://127.0.0.1:{port}/"
 
 
