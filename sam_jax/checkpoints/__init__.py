@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -184,13 +184,15 @@ def write_checkpoint(
 
     Raises:
         FileExistsError: if a file exists already.
-        ValueError: for another suffix, or a model that the format does not support.
+        ValueError: for another suffix or format, or a model that the format does not support.
     """
     path = Path(path).expanduser()
     writers = {".safetensors": write_safetensors}
     writers |= dict.fromkeys((".pth", ".pt", ".bin"), write_torch)
     if path.suffix not in writers:
         raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(writers)}")
+    if fmt not in get_args(Format):
+        raise ValueError(f"fmt is {fmt!r}, expected one of {list(get_args(Format))}")
     tensors, texts = to_torch(params, config, fmt), {}
     if fmt == "hf":
         if path.name not in HF_FILES:

@@ -49,7 +49,9 @@ def evaluate(
         `miou@1`, ... for each number of clicks, `miou@box`, and `objects`, their number.
 
     Raises:
-        ValueError: if a number is below 1, or if there are no objects.
+        TypeError: if masks are not bool.
+        ValueError: if a number is below 1, if masks do not have their image's size, or if there are
+            no objects.
     """
     if not clicks or min(clicks) < 1:
         raise ValueError(f"clicks is {clicks}, expected one number of clicks or more, each above 0")
@@ -61,6 +63,7 @@ def evaluate(
     for i in range(len(dataset)):
         example = dataset[i]
         if len(example["masks"]):
+            check_masks(example)
             set_image(predictor, example)
         for start in range(0, len(example["masks"]), objects_chunk_size):
             masks = example["masks"][start : start + objects_chunk_size]
@@ -88,6 +91,7 @@ def draw_clicks(model: Sam, dataset: Dataset, *, count: int = 4) -> Image.Image:
     predictor, drawn = SamPredictor(model), []
     for i in range(min(count, len(dataset))):
         example = dataset[i]
+        check_masks(example)
         targets = example["masks"][:_DRAWN]
         targets = targets[targets.any((-2, -1))]
         if not len(targets):
@@ -103,6 +107,17 @@ def draw_clicks(model: Sam, dataset: Dataset, *, count: int = 4) -> Image.Image:
     for i, image in enumerate(drawn):
         sheet.paste(image, (sum(d.width for d in drawn[:i]), 0))
     return sheet
+
+
+def check_masks(example: dict[str, Any]) -> None:
+    """Raises TypeError unless the example's masks are bool, and ValueError for another size."""
+    masks, size = example["masks"], example["image"].shape[:2]
+    if masks.dtype != bool:
+        raise TypeError(
+            f"the masks are {masks.dtype}, expected bool; compare them, as in masks > 0"
+        )
+    if masks.shape[1:] != size:
+        raise ValueError(f"the masks have shape {masks.shape}, expected [n, {size[0]}, {size[1]}]")
 
 
 def set_image(predictor: SamPredictor, example: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ def export_jax(
     model: Sam,
     path: str | os.PathLike,
     *,
-    platforms: Sequence[Platform] = ("cpu", "cuda", "tpu"),
+    platforms: Platform | Sequence[Platform] = ("cpu", "cuda", "tpu"),
     vjp_order: int = 0,
 ) -> None:
     """Writes a folder of programs, each for all of the platforms.
@@ -54,7 +54,7 @@ def export_jax(
     Args:
         model: the model; the programs compute in its dtype.
         path: the folder to create, atomically.
-        platforms: platforms to run on.
+        platforms: platforms to run on, or one.
         vjp_order: how often the programs can be differentiated, as in `jax.export`. With 1,
             `jax.grad` works with respect to any input, parameters included; the backward pass
             always computes all gradients. Files are at least three times as large.
@@ -109,7 +109,7 @@ def export_jax(
         write_config(
             folder,
             model,
-            platforms=list(platforms),
+            platforms=chosen,
             vjp_order=vjp_order,
             jax=jax.__version__,
         )

@@ -43,8 +43,9 @@ def make_loader(
         process_count: number of hosts; JAX's if left out.
 
     Raises:
-        ValueError: if the batch cannot be split among the hosts, or the dataset is empty; from the
-            iterator, if an example cannot be read or transformed, with the image's id.
+        ValueError: for a number out of its range, if the batch cannot be split among the hosts, or
+            if the dataset is empty; from the iterator, if an example cannot be read or transformed,
+            with the image's id.
         MissingExtra: without the extra `train`.
     """
     with needs_extra("train"):
@@ -54,6 +55,10 @@ def make_loader(
     process_count = jax.process_count() if process_count is None else process_count
     check_whole("batch_size", batch_size, 1)
     check_whole("seed", seed, 0)
+    check_whole("start", start, 0)
+    check_whole("workers", workers, 0)
+    check_whole("process_count", process_count, 1)
+    check_whole("process_index", process_index, 0, process_count - 1)
     if batch_size % process_count:
         raise ValueError(
             f"batch_size is {batch_size}, expected a multiple of the {process_count} hosts"

@@ -282,7 +282,7 @@ def check_train_config(config: TrainConfig) -> None:
         ("box_probability", 0 <= config.box_probability <= 1, "0 to 1"),
         (
             "objects_chunk_size",
-            (config.objects_chunk_size or 1) >= 1,
+            config.objects_chunk_size is None or config.objects_chunk_size >= 1,
             "at least 1, or None for all",
         ),
         ("drop_path_rate", 0 <= config.drop_path_rate < 1, "0 or more, and less than 1"),

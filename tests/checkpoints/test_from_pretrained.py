@@ -380,6 +380,7 @@ def test_model_and_processor_agree_on_a_folder(meta, tmp_path):
     assert load_config(tmp_path).image_size == 96
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_nothing_is_overwritten(meta, tmp_path):
     torch.save(meta.state_dict(), tmp_path / "sam.pth")
     params, config = load_params(tmp_path / "sam.pth")
@@ -392,6 +393,8 @@ def test_nothing_is_overwritten(meta, tmp_path):
         write_checkpoint(tmp_path / "model.safetensors", params, config=config, fmt="hf")
     with pytest.raises(ValueError, match=r"\.h5.*suffix must be one of"):
         write_checkpoint(tmp_path / "sam.h5", params, config=config, fmt="meta")
+    with pytest.raises(ValueError, match=r"fmt is 'HF', expected one of \['meta', 'hf'\]"):
+        write_checkpoint(tmp_path / "other.pth", params, config=config, fmt="HF")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "sam.pth"]
 
 

@@ -142,6 +142,20 @@ def test_nothing_to_evaluate_on(model, dataset):
         evaluate(model, dataset[1:])
 
 
+def test_masks_that_are_none(model, dataset):
+    for masks, error, message in (
+        (
+            255 * dataset[0]["masks"].astype(np.uint8),
+            TypeError,
+            "the masks are uint8, expected bool",
+        ),
+        (dataset[0]["masks"][:, :-1], ValueError, r"masks have shape \(3, .*, expected \[n, "),
+    ):
+        for function in (evaluate, draw_clicks):
+            with pytest.raises(error, match=message):
+                function(model, [{**dataset[0], "masks": masks}])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

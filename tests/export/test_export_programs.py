@@ -117,7 +117,7 @@ def test_jax_decoder(jax_folder, model, b, p, n, with_masks):
 def test_jax_programs_in_bfloat16(tmp_path):
     """The decoder takes the embeddings that the encoder gives; a platform alone can be named."""
     model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16)
-    export_jax(model, tmp_path / "out", platforms=["tpu"])
+    export_jax(model, tmp_path / "out", platforms="tpu")
     encoder, decoder = (
         jax.export.deserialize(bytearray((tmp_path / "out" / f"{name}.jax").read_bytes()))
         for name in ("encoder", "decoder")

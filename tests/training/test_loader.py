@@ -88,6 +88,9 @@ def test_hosts_share_the_batch(many, batch_size, start):
         make_loader(many, PREPARE, process_count=3, **options)
     with pytest.raises(ValueError, match="there are no images to train on"):
         make_loader([], PREPARE, **options)
+    for name, value in (("start", -1), ("workers", -1), ("process_count", 0), ("process_index", 1)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, expected a whole number of at l"):
+            make_loader(many, PREPARE, **{"batch_size": 4, "seed": 0, name: value})
     with pytest.raises(ValueError, match="seed is -1, expected a whole number of at least 0"):
         make_loader(many, PREPARE, batch_size=2, seed=-1)
 

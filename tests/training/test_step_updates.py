@@ -299,6 +299,7 @@ def test_a_loop_of_ones_own(model):
         ({"num_rounds": 0}, "num_rounds is 0, expected at least 1"),
         ({"box_probability": 1.5}, "box_probability is 1.5, expected 0 to 1"),
         ({"objects_chunk_size": -1}, "objects_chunk_size is -1, expected at least 1"),
+        ({"objects_chunk_size": 0}, "objects_chunk_size is 0, expected at least 1"),
         ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0, expected 0 or more"),
         ({"accumulate": 0}, "accumulate is 0, expected at least 1"),
         ({"ema_decay": 1.5}, "ema_decay is 1.5, expected 0 or more"),
