@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-_PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+from sam_jax.export.openvino import PRECISION, import_openvino
 
 
 def run_file(path: Path, runtime: str, dtype: str) -> Callable[..., list[np.ndarray]]:
     """A function that runs an ONNX file, computing in a dtype, which ONNX Runtime ignores."""
     if runtime == "OpenVINO":
-        import openvino
-
-        precision = {"INFERENCE_PRECISION_HINT": _PRECISION[dtype]}
-        request = openvino.Core().compile_model(path, "CPU", precision).create_infer_request()
+        precision = {"INFERENCE_PRECISION_HINT": PRECISION[dtype]}
+        request = (
+            import_openvino().Core().compile_model(path, "CPU", precision).create_infer_request()
+        )
         return lambda *arrays: [np.array(x) for x in request.infer(list(arrays)).values()]
     import onnxruntime
 

@@ -13,6 +13,7 @@ from sam_jax.ops.boxes import mask_to_box
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.predictor import SamPredictor
 from sam_jax.training.datasets import Dataset
+from sam_jax.training.transform import check_masks
 from sam_jax.types import Runtime
 from sam_jax.visualize import overlay
 
@@ -63,7 +64,7 @@ def evaluate(
     for i in range(len(dataset)):
         example = dataset[i]
         if len(example["masks"]):
-            check_masks(example)
+            check_masks(example["image"], example["masks"])
             set_image(predictor, example)
         for start in range(0, len(example["masks"]), objects_chunk_size):
             masks = example["masks"][start : start + objects_chunk_size]
@@ -91,7 +92,7 @@ def draw_clicks(model: Sam, dataset: Dataset, *, count: int = 4) -> Image.Image:
     predictor, drawn = SamPredictor(model), []
     for i in range(min(count, len(dataset))):
         example = dataset[i]
-        check_masks(example)
+        check_masks(example["image"], example["masks"])
         targets = example["masks"][:_DRAWN]
         targets = targets[targets.any((-2, -1))]
         if not len(targets):
@@ -107,17 +108,6 @@ def draw_clicks(model: Sam, dataset: Dataset, *, count: int = 4) -> Image.Image:
     for i, image in enumerate(drawn):
         sheet.paste(image, (sum(d.width for d in drawn[:i]), 0))
     return sheet
-
-
-def check_masks(example: dict[str, Any]) -> None:
-    """Raises TypeError unless the example's masks are bool, and ValueError for another size."""
-    masks, size = example["masks"], example["image"].shape[:2]
-    if masks.dtype != bool:
-        raise TypeError(
-            f"the masks are {masks.dtype}, expected bool; compare them, as in masks > 0"
-        )
-    if masks.shape[1:] != size:
-        raise ValueError(f"the masks have shape {masks.shape}, expected [n, {size[0]}, {size[1]}]")
 
 
 def set_image(predictor: SamPredictor, example: dict[str, Any]) -> None:

@@ -20,10 +20,10 @@ from sam_jax.checkpoints.params import flat_params, param_shapes, params_sha256
 from sam_jax.errors import needs_extra
 from sam_jax.export.common import with_attention
 from sam_jax.files import atomic_dir, cache_folder
-from sam_jax.models.sam import Sam
+from sam_jax.models.sam import ENCODERS, Sam
 from sam_jax.types import Runtime
 
-_PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def encoder_for(model: Sam, runtime: Runtime) -> "OpenVinoEncoder | None":
@@ -54,7 +54,7 @@ class OpenVinoEncoder:
     """
 
     def __init__(self, model: Sam):
-        openvino = _import_openvino()
+        openvino = import_openvino()
         # Shares the arrays with the model, but not the variables, which may change.
         graphdef, params = nnx.split(model)
         self._model = nnx.merge(graphdef, jax.tree.map(lambda array: array, params))
@@ -62,7 +62,7 @@ class OpenVinoEncoder:
         core = openvino.Core()
         with _exported(model) as path:
             core.set_property({"CACHE_DIR": str(path.parent)})
-            precision = {"INFERENCE_PRECISION_HINT": _PRECISION[dtype.name]}
+            precision = {"INFERENCE_PRECISION_HINT": PRECISION[dtype.name]}
             compiled = core.compile_model(path, "CPU", precision)
         self._request, self._lock = compiled.create_infer_request(), threading.Lock()
         self._dtype = dtype
@@ -82,7 +82,7 @@ class OpenVinoEncoder:
         return np.stack(found)
 
 
-def _import_openvino() -> Any:
+def import_openvino() -> Any:
     """OpenVINO without its telemetry, which would send a message from a fork of this process."""
     name = "openvino_telemetry"
     before = sys.modules.get(name)
@@ -114,6 +114,12 @@ def _exported(model: Sam) -> Iterator[Path]:
 
 def _key(model: Sam) -> str:
     """Changes with the encoder's parameters, the model's sizes, and the code that exports it."""
+    encoder = type(model.image_encoder)
+    if encoder not in ENCODERS.values():  # the key does not know another one's code
+        raise ValueError(
+            f"runtime is 'openvino', but the image encoder is a {encoder.__name__}, expected one "
+            f"of {[known.__name__ for known in ENCODERS.values()]}; leave the runtime out"
+        )
     params = flat_params(model)
     expected = param_shapes(model.config)
     if other := params.keys() ^ expected.keys():
@@ -121,8 +127,8 @@ def _key(model: Sam) -> str:
             f"runtime is 'openvino', but the model has other parameters than its configuration "
             f"says, such as {min(other)!r}; merge adapters, or leave the runtime out"
         )
-    encoder = {name: x for name, x in params.items() if name.startswith("image_encoder.")}
-    found = hashlib.sha256(f"{params_sha256(encoder)} {model.config} {jax.__version__}".encode())
+    weights = {name: x for name, x in params.items() if name.startswith("image_encoder.")}
+    found = hashlib.sha256(f"{params_sha256(weights)} {model.config} {jax.__version__}".encode())
     for path in sorted(Path(sam_jax.__file__).parent.rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()

@@ -54,7 +54,7 @@ def export_onnx(model: Sam, path: str | os.PathLike, *, single_mask: bool = Fals
         )
     with needs_extra("onnx"):
         from sam_jax.export.onnx_graph import Graph
-    # The implementation without a loop that takes ONNX Runtime the least time and memory.
+    # The implementation without a loop that takes ONNX Runtime the least memory.
     model = with_attention(model, "folded")
     with atomic_dir(path) as folder:
         _write_onnx_encoder(Graph(), model, folder / "encoder.onnx")

@@ -70,15 +70,7 @@ class ExampleTransform:
                 augmented but its embedding is cached.
         """
         image, masks = example["image"], example["masks"]
-        if masks.dtype != bool:
-            raise TypeError(
-                f"the masks are {masks.dtype}, expected bool; compare them, such as masks > 0"
-            )
-        if masks.ndim != 3 or masks.shape[1:] != image.shape[:2]:
-            raise ValueError(
-                f"the masks have shape {masks.shape}, expected masks of the image's size, "
-                f"[n, {image.shape[0]}, {image.shape[1]}]"
-            )
+        check_masks(image, masks)
         chosen: Any = slice(None)
         if len(masks) > self.max_objects:
             chosen = np.sort(rng.choice(len(masks), self.max_objects, replace=False))
@@ -122,6 +114,19 @@ class ExampleTransform:
     def augments(self) -> bool:
         """Whether images are changed at random."""
         return self.flip > 0 or self.scale_range is not None
+
+
+def check_masks(image: np.ndarray, masks: Any) -> None:
+    """Raises TypeError unless masks (an array or lazy) are bool, ValueError for another size."""
+    if masks.dtype != bool:
+        raise TypeError(
+            f"the masks are {masks.dtype}, expected bool; compare them, such as masks > 0"
+        )
+    if masks.ndim != 3 or masks.shape[1:] != image.shape[:2]:
+        raise ValueError(
+            f"the masks have shape {masks.shape}, expected masks of the image's size, "
+            f"[n, {image.shape[0]}, {image.shape[1]}]"
+        )
 
 
 def too_small(transform: ExampleTransform) -> str:

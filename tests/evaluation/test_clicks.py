@@ -149,7 +149,11 @@ def test_masks_that_are_none(model, dataset):
             TypeError,
             "the masks are uint8, expected bool",
         ),
-        (dataset[0]["masks"][:, :-1], ValueError, r"masks have shape \(3, .*, expected \[n, "),
+        (
+            dataset[0]["masks"][:, :-1],
+            ValueError,
+            r"masks have shape \(3, .*, expected masks of",
+        ),
     ):
         for function in (evaluate, draw_clicks):
             with pytest.raises(error, match=message):

@@ -173,6 +173,14 @@ def test_what_cannot_run(monkeypatch):
     adapted = add_lora(model, r"image_encoder\..*qkv", rank=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"has other parameters than its .*; merge adapters, or"):
         SamPredictor(adapted, runtime="openvino")
+
+    class Another(type(model.image_encoder)):
+        """With the same parameters, and code of its own."""
+
+    another = random_sam(SHALLOW)
+    another.image_encoder.__class__ = Another
+    with pytest.raises(ValueError, match="the image encoder is a Another, expected one of"):
+        SamPredictor(another, runtime="openvino")
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtra, match=r'run: pip install "sam_jax\[openvino\]"'):
         SamAutomaticMaskGenerator(model, runtime="openvino")
