@@ -85,8 +85,7 @@ class Config:
     train: Literal["decoder", "hq", "lora", "everything"] = "decoder"
     lora_rank: int = 4  # rank of the adapters
     layer_decay: float | None = None  # layer-wise decay of a ViT's learning rate (everything)
-    # keep a frozen encoder's embeddings on disk if images are used again, 4 MB each (SAM-HQ: 7 to
-    # 25 MB)
+    # keep a frozen encoder's embeddings on disk, 4 MB each (SAM-HQ: 7 to 25), if images recur
     cache: bool = True
     batch_size: int = 4  # images per step, over all devices and hosts
     max_objects: int = 8  # objects per image and step
@@ -316,6 +315,8 @@ def check(config: Config):
     """
     if min(config.steps, config.eval_every, config.batch_size) < 1:
         raise ValueError("--steps, --eval-every and --batch-size must be at least 1")
+    if min(config.seed, config.workers) < 0:
+        raise ValueError("--seed and --workers must be at least 0")
     check_train_config(config.training)
     parts = {"devices": jax.device_count(), "parts of --accumulate": config.training.accumulate}
     for name, count in parts.items():

@@ -2,11 +2,14 @@
 
 import contextlib
 from collections.abc import Sequence
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh
 from PIL import Image
 
 from sam_jax.decoders import check_decoder
@@ -68,6 +71,20 @@ def as_numpy(value: Any, name: str) -> np.ndarray:
             f"{name} is a {type(value).__module__}.{type(value).__name__} that cannot be read as "
             f"a numpy array: {error}"
         ) from error
+
+
+def on_accelerator(array: Any) -> bool:
+    """Whether it is an array of JAX on one device whose memory is not the host's."""
+    if not isinstance(array, jax.Array) or isinstance(array, Tracer):
+        return False
+    device, *others = array.devices()
+    return not others and device.platform != "cpu"
+
+
+def check_mesh(mesh: Any) -> None:
+    """Raises TypeError for anything but a mesh of JAX."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh is {short(mesh)}, expected a jax.sharding.Mesh, as of jax.make_mesh")
 
 
 def as_array(value: Any, name: str) -> np.ndarray | jax.Array:

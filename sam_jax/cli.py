@@ -1,6 +1,7 @@
 """The command `sam-jax`."""
 
 import dataclasses
+import signal
 import sys
 
 import docstring_parser
@@ -41,6 +42,8 @@ def main() -> None:
     args = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="sam-jax", description="Segment Anything in JAX."
     )
+    # So that `finally` and `with` tidy up: locks, hidden files and threads.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _FUNCTIONS[type(args)](args)
     except OSError as error:

@@ -50,6 +50,12 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {short(value)}, expected a number")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Raises TypeError for anything but a bool, of Python or numpy: "False" would be true."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name} is {short(value)}, expected a bool")
+
+
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Raises ValueError for anything but an integer, of Python or numpy, within the limits."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)

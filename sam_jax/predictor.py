@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from sam_jax.arrays import ArrayLike, Device, as_numpy, is_array
-from sam_jax.errors import NonFiniteError
+from sam_jax.errors import NonFiniteError, check_bool
 from sam_jax.export.openvino import encoder_for
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
@@ -206,6 +206,7 @@ class SamPredictor(WithAdvice):
         Raises:
             RuntimeError: if no image is set.
             ValueError: if the prompt is invalid.
+            NonFiniteError: if the model predicts NaN or infinity.
         """
         if box is not None:
             box = to_numbers(box, "box")
@@ -252,7 +253,7 @@ class SamPredictor(WithAdvice):
             Masks [b, m, h, w], scores [b, m] and logits [b, m, 256, 256].
 
         Raises:
-            RuntimeError, ValueError: see `predict`.
+            RuntimeError, ValueError, NonFiniteError: see `predict`.
         """
         prompts = point_coords, point_labels, boxes, mask_input
         return self._predict(prompts, True, multimask_output, return_logits, hq_token_only)
@@ -284,6 +285,8 @@ class SamPredictor(WithAdvice):
         hq_token_only: bool,
     ) -> MaskPrediction:
         check_multimask(multimask_output)
+        check_bool("return_logits", return_logits)
+        check_bool("hq_token_only", hq_token_only)
         features, original_size = self._image()
         points, labels, masks = self._prompts(*prompts, in_image)
         count = len(labels)
@@ -306,6 +309,7 @@ class SamPredictor(WithAdvice):
         )
         # Copies, which are writable and do not keep the padding in memory.
         low_res, scores = (np.array(x[0, :count]) for x in jax.device_get((low_res, scores)))
+        check_scores(scores)
         masks = full.reshape(*low_res.shape[:2], *original_size)
         return MaskPrediction(masks, scores, low_res)
 

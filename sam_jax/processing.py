@@ -8,6 +8,7 @@ import math
 import os
 import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 
-from sam_jax.arrays import ArrayLike, PromptsLike, as_numpy
+from sam_jax.arrays import ArrayLike, PromptsLike, as_numpy, on_accelerator
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, check_config, with_preprocessing
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
@@ -230,8 +231,7 @@ class SamProcessor(WithAdvice):
         Raises:
             ValueError: for other shapes, or if the numbers of masks and sizes differ.
         """
-        # Iterating over a JAX array would compile a slice for each shape.
-        masks = masks if isinstance(masks, (list, tuple)) else as_numpy(masks, "masks")
+        masks = _by_image(masks)
         originals = check_sizes(original_sizes, len(masks), "original_sizes")
         inputs = check_sizes(reshaped_input_sizes, len(masks), "reshaped_input_sizes")
         if max(max(size) for size in inputs) > self.config.image_size:
@@ -245,14 +245,15 @@ class SamProcessor(WithAdvice):
         for i, (logits, original, reshaped) in enumerate(
             zip(masks, originals, inputs, strict=True)
         ):
-            logits = as_numpy(logits, f"masks[{i}]").astype(np.float32)
+            if not on_accelerator(logits):
+                logits = as_numpy(logits, f"masks[{i}]")
             if logits.ndim < 3 or logits.shape[-2:] != (side, side):
                 raise ValueError(
                     f"masks[{i}] has shape {logits.shape}, expected (prompts, masks, {side}, "
                     f"{side}): low-resolution logits, as the model returns them"
                 )
             full = self.resize_masks(
-                logits,
+                logits.astype(np.float32),
                 original,
                 input_size=reshaped,
                 threshold=threshold if binarize else None,
@@ -271,9 +272,9 @@ class SamProcessor(WithAdvice):
     ) -> Bool[np.ndarray, "n h w"] | Float[np.ndarray, "n h w"]:
         """Resizes low-resolution logits to one image's size; boolean, or logits without threshold.
 
-        If `count` is given, only the first `count` masks are computed. JAX arrays are processed on
-        their device. XLA compiles once for each bucket of heights and widths, and of numbers of
-        masks in numpy arrays.
+        If `count` is given, only the first `count` masks are computed; otherwise all, for which
+        XLA compiles once for each power of two. It also compiles once for each bucket of heights
+        and widths. JAX arrays are processed on their device.
         """
         side, image_size = masks.shape[-1], self.config.image_size
         rows, columns = (
@@ -288,15 +289,12 @@ class SamProcessor(WithAdvice):
         )
         if count is None:
             count = math.prod(masks.shape[:-2])
-        device = None
-        if isinstance(masks, np.ndarray):
-            masks = masks.reshape(-1, side, side)
-            masks = jax.device_put(pad_axis(masks, count_bucket(count), 0, 0))
-        else:
-            device = masks.device
+            pad = _pad_to_bucket if isinstance(masks, np.ndarray) else jax.jit(_pad_to_bucket)
+            masks = pad(masks)
+        device = None if isinstance(masks, np.ndarray) else masks.device
         limit = None if threshold is None else np.float32(threshold)
-        arrays = jax.device_put((rows, columns, limit, np.int32(count)), device)
-        full = _resize_first(masks, *arrays)
+        arrays = jax.device_put((masks, rows, columns, limit, np.int32(count)), device)
+        full = _resize_first(*arrays)
         height, width = original_size
         # A copy, which is writable and does not keep the padding in memory.
         return np.array(jax.device_get(full)[:count, :height, :width])
@@ -392,6 +390,26 @@ class SamInputs(dict):
     def tree_unflatten(cls, names, values):
         """For `jax.tree`."""
         return cls(zip(names, values, strict=True))
+
+
+def _pad_to_bucket(masks):
+    masks = masks.reshape(-1, *masks.shape[-2:])
+    return pad_axis(masks, count_bucket(len(masks)), 0, 0)
+
+
+def _by_image(masks: Any) -> list:
+    """The masks of each image; an array on an accelerator stays there."""
+    if isinstance(masks, (list, tuple)):
+        return list(masks)
+    if not on_accelerator(masks) or not masks.ndim:
+        return list(as_numpy(masks, "masks"))
+    # An index on the device: a number would be part of the program.
+    return [_entry(masks, jax.device_put(np.int32(i), masks.device)) for i in range(len(masks))]
+
+
+@jax.jit
+def _entry(array, i):
+    return array[i]
 
 
 @jax.jit

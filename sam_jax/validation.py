@@ -16,6 +16,8 @@ from sam_jax.ops.prompts import (
     check_values,
 )
 
+_MOST_PIXELS = 2**16  # of a side: 4 GiB for a square mask
+
 
 def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
     """One prompt's points, float64 [n, 2], and labels, int32 [n].
@@ -82,11 +84,12 @@ def check_sizes(sizes: Any, images: int, where: str) -> list[tuple[int, int]]:
         ValueError: for another number of sizes, or if a size is not a positive integer.
     """
     array = to_numbers(sizes, where)
-    whole = np.isfinite(array).all() and (array >= 1).all() and not (array % 1).any()
+    # XLA ends the process when memory for a mask is lacking.
+    whole = ((array >= 1) & (array <= _MOST_PIXELS)).all() and not (array % 1).any()
     if array.shape != (images, 2) or not whole:
         raise ValueError(
             f"{where} are {reprlib.repr(array.tolist())}, expected one positive (h, w) per image, "
-            f"{images} in all"
+            f"{images} in all, of at most {_MOST_PIXELS} pixels"
         )
     return [(int(height), int(width)) for height, width in array]
 

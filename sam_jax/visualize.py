@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw
 
 from sam_jax.arrays import AnyArray, ArrayLike, as_numpy, is_array
@@ -100,15 +101,32 @@ def overlay(
     """
     coords, labels = check_points(point_coords, point_labels, "point_coords")
     boxes = check_boxes(boxes, "boxes")
-    pixels = load_image(image).astype(np.float32)
+    array = load_image(image)
     every = as_numpy(masks, "masks") if is_array(masks) else cast(Iterable[ArrayLike], masks)
-    for i, mask in enumerate(every):
-        mask = _check_mask(mask, f"masks[{i}]")
+
+    def checked():
+        for i, mask in enumerate(every):
+            mask = _check_mask(mask, f"masks[{i}]")
+            if mask.shape != array.shape[:2]:
+                raise ValueError(
+                    f"masks[{i}] has shape {mask.shape}, expected the image's {array.shape[:2]}"
+                )
+            yield mask
+
+    return draw(array, checked(), coords, labels, boxes)
+
+
+def draw(
+    image: UInt8[np.ndarray, "h w 3"],
+    masks: Iterable[Bool[np.ndarray, "h w"]],
+    coords: Float[np.ndarray, "n 2"],
+    labels: Int[np.ndarray, " n"],
+    boxes: Float[np.ndarray, "b 4"],
+) -> Image.Image:
+    """`overlay` of values that are checked already."""
+    pixels = image.astype(np.float32)
+    for i, mask in enumerate(masks):
         color = np.array(COLORS[i % len(COLORS)], np.float32)
-        if mask.shape != pixels.shape[:2]:
-            raise ValueError(
-                f"masks[{i}] has shape {mask.shape}, expected the image's {pixels.shape[:2]}"
-            )
         pixels[mask] = (1 - ALPHA) * pixels[mask] + ALPHA * color
         pixels[outline(mask)] = 255
     drawn = Image.fromarray(pixels.round().astype(np.uint8))

@@ -1,8 +1,13 @@
+import os
+import signal
 import sys
+import time
 
 import pytest
 
 from sam_jax import cli
+from sam_jax.commands.segment import Segment
+from sam_jax.files import temporary_folder
 
 
 @pytest.mark.parametrize("arguments", [[], ["segment"], ["segment", "a.png", "--points", "1,2"]])
@@ -30,6 +35,26 @@ def test_a_missing_file_is_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sam-jax", "segment", "nope.jpg", "--point", "1,2"])
     with pytest.raises(SystemExit, match=r"^sam-jax: nope\.jpg: No such file or directory$"):
         cli.main()
+
+
+def test_a_stopped_command_tidies_up(monkeypatch, tmp_path):
+    """SIGTERM, which `timeout` and schedulers send, ends it as an exception does."""
+
+    def work(_):
+        with temporary_folder(tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+
+    monkeypatch.setitem(cli._FUNCTIONS, Segment, work)
+    monkeypatch.setattr(sys, "argv", ["sam-jax", "segment", "a.png", "--point", "1,2"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert exit_info.value.code == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_of_an_option_is_one_paragraph(monkeypatch, capsys):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 from predictors import (
@@ -30,6 +31,7 @@ from predictors import (
 from reference import SHALLOW, ours
 
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
+from sam_jax.errors import NonFiniteError
 from sam_jax.image import load_image
 from sam_jax.ops.prompts import join_prompts
 from sam_jax.predictor import SamPredictor
@@ -229,6 +231,22 @@ def test_parameters_are_those_of_when_it_was_made():
 def test_bad_prompts(predictor, prompt, message):
     with pytest.raises(ValueError, match=message):
         predictor.predict(**prompt)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["return_logits", "hq_token_only"])
+def test_text_is_not_a_bool(predictor, name):
+    with pytest.raises(TypeError, match=f"{name} is 'False', expected a bool"):
+        predictor.predict(box=BOX, **{name: "False"})
+
+
+def test_damaged_weights_are_named():
+    damaged = nnx.clone(model())
+    damaged.mask_decoder.iou_token[...] *= np.nan
+    predictor = SamPredictor(damaged)
+    predictor.set_image(random_image(*SIZE))
+    with pytest.raises(NonFiniteError, match="IoUs that are NaN or infinite: its weights are dam"):
+        predictor.predict(box=BOX)
 
 
 @pytest.mark.parametrize(

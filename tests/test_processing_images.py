@@ -23,6 +23,7 @@ from processors import (
 )
 from reference import SMALL, assert_close, mask_iou
 
+from sam_jax import processing
 from sam_jax.config import lite_medsam, vit_b, with_preprocessing
 from sam_jax.processing import SamProcessor
 
@@ -254,6 +255,19 @@ def test_masks_of_several_images(processor, hf):
                 assert mask_iou(masks, theirs.numpy()).min() >= 0.9999
 
 
+def test_masks_on_an_accelerator_stay_there(small, monkeypatch):
+    """Simulated: they are resized where they are, to the same masks."""
+    low_res, sizes = logits(2, 3, 3, 48, 48), ([(20, 30), (9, 9)], [(64, 96), (96, 96)])
+    expected = small.post_process_masks(low_res, *sizes)
+    monkeypatch.setattr(processing, "on_accelerator", lambda x: isinstance(x, jax.Array))
+    arrays = jax.device_put(low_res)
+    with jax.transfer_guard_host_to_device("disallow"):
+        found = [small.post_process_masks(given, *sizes) for given in (arrays, list(arrays))]
+    for masks in found:
+        for one, other in zip(masks, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_a_list_may_hold_different_numbers_of_masks(small):
     low_res = [logits(3, 1, 48, 48), logits(1, 3, 48, 48, seed=1)[:, ::2]]
     found = small.post_process_masks(low_res, [(20, 30)] * 2, [(64, 96)] * 2)
@@ -278,6 +292,7 @@ def test_the_models_threshold(small):
         ((2, 1, 3), (20, 30), (64, 96), r"original_sizes are \[20.0, 30.0\], expected one"),
         ((1, 1, 3), [(20, 0)], [(64, 96)], r"original_sizes are .*positive"),
         ((1, 1, 3), [(20, 30.5)], [(64, 96)], r"original_sizes are .*positive"),
+        ((1, 1, 3), [(20, 10**6)], [(64, 96)], r"original_sizes are .*of at most 65536 pixels"),
         ((1, 1, 3), [(20, 30)], [(64, 97)], "larger than the model's input of 96 pixels"),
         ((1,), [(20, 30)], [(64, 96)], r"masks\[0\] has shape \(48, 48\), expected \(prompts"),
     ],

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from PIL import Image
 
-from sam_jax.arrays import ArrayLike, is_array
+from sam_jax.arrays import ArrayLike, check_mesh, is_array
 from sam_jax.automatic.device import (
     Frame,
     Measured,
@@ -40,6 +40,7 @@ from sam_jax.automatic.device import (
     size_to_pad_to,
 )
 from sam_jax.automatic.options import MaskGenerationOptions
+from sam_jax.automatic.overlap import one_ahead, one_behind
 from sam_jax.automatic.records import (
     Crop,
     MaskRecord,
@@ -114,6 +115,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         if mesh is None:
             (device, *_) = jax.tree.leaves(params)[0].devices()
             mesh = Mesh(np.array([device]), ("images",))
+        check_mesh(mesh)
         self.mesh = mesh
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
@@ -240,19 +242,26 @@ class SamAutomaticMaskGenerator(WithAdvice):
         """
         host = ThreadPoolExecutor(2)
         try:
-            before: list[Future] = []
-            for crops, pixels, done in _one_ahead(self._turns(groups), host):
-                self._add_masks(crops, pixels, host, on_batch)
-                if on_image is not None:
-                    for _ in done:
-                        on_image()
-                records = [host.submit(self._records, image[0].found) for image in done]
-                yield from (future.result() for future in before)
-                before = records
-            yield from (future.result() for future in before)
+            for records in one_behind(self._submitted(groups, host, on_batch, on_image)):
+                yield from (record.result() for record in records)
         finally:
             # Cancel what is pending after an error or when the caller stops iterating.
             host.shutdown(cancel_futures=True)
+
+    def _submitted(
+        self,
+        groups: "Iterable[list[list[Crop]]]",
+        host: ThreadPoolExecutor,
+        on_batch: Callable[[int, int], object] | None,
+        on_image: Callable[[], object] | None,
+    ) -> Iterator[list[Future]]:
+        """The records, still being encoded, of the images that each turn completes."""
+        for crops, pixels, done in one_ahead(self._turns(groups), host):
+            self._add_masks(crops, pixels, host, on_batch)
+            if on_image is not None:
+                for _ in done:
+                    on_image()
+            yield [host.submit(self._records, image[0].found) for image in done]
 
     def _turns(
         self, groups: "Iterable[list[list[Crop]]]"
@@ -427,14 +436,6 @@ class SamAutomaticMaskGenerator(WithAdvice):
         if self.options.output_mode == "binary_mask":
             return rle_decode(rle)
         return rle_compress(rle) if self.options.output_mode == "coco_rle" else rle
-
-
-def _one_ahead(items: Iterator, host: ThreadPoolExecutor) -> Iterator:
-    """The items; each is produced while the caller works on the one before."""
-    following = host.submit(next, items, None)
-    while (item := following.result()) is not None:
-        following = host.submit(next, items, None)
-        yield item
 
 
 # `help` and notebooks would otherwise show *args and **options.

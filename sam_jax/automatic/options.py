@@ -11,6 +11,7 @@ from sam_jax.ops.boxes import build_point_grid
 from sam_jax.types import OutputMode
 
 _MOST_PER_SIDE = 4096  # 16 million points, whose grid is 268 MB
+_MOST_LAYERS = 6  # 5,461 crops
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,16 @@ class MaskGenerationOptions:
             raise ValueError(
                 f"stability_score_offset is {self.stability_score_offset}, expected 0 or more"
             )
+        for name in ("pred_iou_thresh", "stability_score_thresh"):
+            if getattr(self, name) > 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, expected at most 1, the largest IoU"
+                )
+        for name in ("box_nms_thresh", "crop_nms_thresh"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected an IoU, from 0 to 1")
         check_whole("points_per_batch", self.points_per_batch, 1)
-        check_whole("crop_n_layers", self.crop_n_layers, 0)
+        check_whole("crop_n_layers", self.crop_n_layers, 0, _MOST_LAYERS)
         check_whole("crop_n_points_downscale_factor", self.crop_n_points_downscale_factor, 1)
         if not 0 <= self.crop_overlap_ratio < 1:
             raise ValueError(

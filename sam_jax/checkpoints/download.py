@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import huggingface_hub
@@ -119,8 +120,11 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
         FileNotFoundError: if the path or the hub repository does not exist.
         ConnectionError: if every download fails; says why, and what to pass instead.
         CheckpointError: if a repository does not have weights.
+        TypeError: if `name_or_path` is neither text nor a path.
         ValueError: if `name_or_path` has none of these forms.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(f"the model is {short(name_or_path)}, expected text. {_accepted_forms()}")
     name = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and name in MODELS:
         return _locate_model(MODELS[name])

@@ -35,4 +35,7 @@ def say(text: str) -> None:
 
 def say_compiling(how_often: str = "once") -> None:
     """Says why there are no results in the first seconds."""
-    say(f"compiling the image encoder and the mask decoder, {how_often} ...")
+    say(
+        f"loading the compiled image encoder and mask decoder; the first run compiles them, "
+        f"{how_often} ..."
+    )

@@ -56,8 +56,8 @@ def segment(args: Segment) -> None:
             earlier run wrote, or if the model is unknown.
     """
     from sam_jax.image import load_image
-    from sam_jax.predictor import SamPredictor, check_scores
-    from sam_jax.visualize import overlay
+    from sam_jax.predictor import SamPredictor
+    from sam_jax.visualize import draw
 
     points, labels = _parse_points(args.point)
     boxes = _parse_boxes(args.box)
@@ -87,7 +87,6 @@ def segment(args: Segment) -> None:
         boxes=boxes if len(boxes) else None,
         multimask_output=multimask,
     )
-    check_scores(scores)
 
     images, records = {}, []
     for prompt in range(len(masks)):
@@ -100,9 +99,7 @@ def segment(args: Segment) -> None:
                 record["box"] = boxes[prompt].tolist()
             records.append(record)
     best = [m[s.argmax()] for m, s in zip(masks, scores, strict=True)]
-    images["overlay.png"] = overlay(
-        image, best, point_coords=points, point_labels=labels, boxes=boxes
-    )
+    images["overlay.png"] = draw(image, best, points, labels, boxes)
     summary = {
         "image": str(args.image),
         "width": image.shape[1],
@@ -160,15 +157,14 @@ def _files_of_earlier_run(folder: Path) -> list[str]:
 
 
 def _parse_points(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    from sam_jax.validation import check_points
-
     rows = [_parse_numbers(t, (2, 3), "--point", "X,Y or X,Y,LABEL") for t in texts]
     labels = [row[2] if len(row) == 3 else 1 for row in rows]
     if wrong := [x for x in labels if x not in (0, 1)]:
         raise ValueError(
             f"--point has label {wrong[0]:g}, expected 1 (on the object) or 0 (background)"
         )
-    return check_points([row[:2] for row in rows], labels, "--point")
+    coords = np.array([row[:2] for row in rows]).reshape(-1, 2)
+    return coords, np.array(labels, np.int32)
 
 
 def _parse_boxes(texts: list[str]) -> np.ndarray:

@@ -130,9 +130,8 @@ def _check_count(name, array, prompts):
     return array
 
 
-def check_pixels(config: SamConfig, pixel_values: Any) -> Array:
-    """The pixels of `Sam.encode_image`."""
-    size = config.image_size
+def check_pixels(size: int, pixel_values: Any) -> Array:
+    """The pixels of `Sam.encode_image`, of a model whose input has sides of `size` pixels."""
     pixel_values = check_shape("pixel_values", pixel_values, (None, size, size, 3))
     if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
         raise TypeError(

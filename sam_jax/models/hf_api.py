@@ -9,7 +9,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from sam_jax.arrays import AnyArray, as_array
+from sam_jax.arrays import AnyArray, as_array, on_accelerator
 from sam_jax.config import SamConfig
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
 from sam_jax.models.checks import (
@@ -248,7 +248,7 @@ class HuggingFaceAPI(WithAdvice):
                 "call model(**processor(images, input_points=..., input_boxes=...)), then "
                 "processor.post_process_masks"
             )
-        return check_pixels(self.config, pixel_values)
+        return check_pixels(self.config.image_size, pixel_values)
 
     def _broadcast_guidance(self, similarity, target, prompts: tuple[int, ...]):
         """PerSAM's two arguments as `decode` takes them, for labels of the shape `prompts`."""
@@ -310,8 +310,8 @@ class HuggingFaceAPI(WithAdvice):
 
 
 def first_prompts(array: Array, count: int) -> Array:
-    """Without the padding prompts at the end."""
-    if isinstance(array, Tracer):
+    """Without the padding prompts at the end; on the device, by a small program for each count."""
+    if on_accelerator(array) or isinstance(array, Tracer):
         return array[:, :count]
-    # By way of the host: a slice on the device would be a new program for each count.
+    # A CPU's memory is the host's, where no program is needed.
     return jax.device_put(jax.device_get(array)[:, :count], array.sharding)

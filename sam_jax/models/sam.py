@@ -129,7 +129,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
                 your own does not take these arguments (`sam_jax.ImageEncoder`).
             ValueError: for another shape, and for a `drop_path_rate` without a ViT or keys.
         """
-        pixel_values = check_pixels(self.config, pixel_values)
+        pixel_values = check_pixels(self.config.image_size, pixel_values)
         if not (isinstance(remat, bool) or callable(remat)):
             raise TypeError(f"remat is {remat!r}, expected a bool or a policy of jax.checkpoint")
         options: dict[str, Any] = {"remat": remat} if remat else {}
@@ -248,7 +248,10 @@ class Sam(HuggingFaceAPI, nnx.Module):
                 f"{', '.join(Prompts._fields)}"
             )
         weights = self._run_decoder(
-            image_embeddings, Prompts(points, labels, **prompts), return_attention=True
+            image_embeddings,
+            Prompts(points, labels, **prompts),
+            multimask_output=True,
+            return_attention=True,
         )
         return weights.reshape(*weights.shape[:-1], *image_embeddings.shape[1:3])
 
@@ -264,9 +267,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
         prompts: Prompts,
         *,
         prompts_chunk_size: int | None,
-        multimask_output: bool | None = True,
-        hq_token_only: bool = False,
-        return_attention: bool = False,
+        **options: Any,
     ) -> Decoded | Float[Array, "b p blocks heads t n"]:
         count = prompts.count
         # One for all prompts of an image: without their axis, vmap embeds it once.
@@ -275,43 +276,61 @@ class Sam(HuggingFaceAPI, nnx.Module):
             for name in ("masks", "dense_embeddings")
             if (array := getattr(prompts, name)) is not None and array.shape[1] != count
         }
-        prompts = prompts._replace(**dict.fromkeys(shared))
-        is_dense = prompts.masks is not None or prompts.dense_embeddings is not None
-        # From three prompts on it is less work to share; in `jax.export` their number may be open.
-        is_shared = not is_dense and (not isinstance(count, int) or count > 2)
-        image_pe = self.prompt_encoder.get_dense_pe()
-
-        def decode_image(arrays):
-            image_embedding, shared, prompts = arrays
-            embedding, hq_features = self.mask_decoder.image_features(image_embedding)
-
-            def decode_prompt(prompt: Prompts):
-                prompt = prompt._replace(**shared)
-                sparse, sparse_mask = self._sparse_embeddings(prompt)
-                dense = prompt.dense_embeddings
-                if dense is None:
-                    dense = self.prompt_encoder.embed_mask(prompt.masks)
-                weights = [] if return_attention else None
-                masks, scores = self.mask_decoder(
-                    embedding,
-                    image_pe,
-                    sparse,
-                    sparse_mask,
-                    dense,
-                    multimask_output=multimask_output,
-                    attention_similarity=prompt.attention_similarity,
-                    target_embedding=prompt.target_embedding,
-                    hq_features=hq_features,
-                    hq_token_only=hq_token_only,
-                    image_is_shared=is_shared,
-                    weights=weights,
-                )
-                return Decoded(masks, scores) if weights is None else jnp.stack(weights)
-
-            return _map(decode_prompt, prompts, prompts_chunk_size)
-
+        own = prompts._replace(**dict.fromkeys(shared))
+        is_dense = own.masks is not None or own.dense_embeddings is not None
+        decode_image = functools.partial(
+            self._decode_image,
+            image_pe=self.prompt_encoder.get_dense_pe(),
+            # From three prompts on it is less work to share; in `jax.export` their number may be
+            # open.
+            image_is_shared=not is_dense and (not isinstance(count, int) or count > 2),
+            prompts_chunk_size=prompts_chunk_size,
+            **options,
+        )
         images_chunk_size = 1 if prompts_chunk_size == 1 else None
-        return _map(decode_image, (image_embeddings, shared, prompts), images_chunk_size)
+        return _map(decode_image, (image_embeddings, shared, own), images_chunk_size)
+
+    def _decode_image(self, arrays: Any, *, prompts_chunk_size: int | None, **options: Any):
+        """All prompts of an image, from its embedding, the prompts' shared and their own arrays."""
+        image_embedding, shared, prompts = arrays
+        embedding, hq_features = self.mask_decoder.image_features(image_embedding)
+        decode_prompt = functools.partial(
+            self._decode_prompt,
+            shared=shared,
+            image_embedding=embedding,
+            hq_features=hq_features,
+            **options,
+        )
+        return _map(decode_prompt, prompts, prompts_chunk_size)
+
+    def _decode_prompt(
+        self,
+        prompt: Prompts,
+        *,
+        shared: dict[str, Array],
+        image_embedding: Any,
+        image_pe: Any,
+        return_attention: bool = False,
+        **options: Any,
+    ):
+        prompt = prompt._replace(**shared)
+        sparse, sparse_mask = self._sparse_embeddings(prompt)
+        dense = prompt.dense_embeddings
+        if dense is None:
+            dense = self.prompt_encoder.embed_mask(prompt.masks)
+        weights = [] if return_attention else None
+        masks, scores = self.mask_decoder(
+            image_embedding,
+            image_pe,
+            sparse,
+            sparse_mask,
+            dense,
+            attention_similarity=prompt.attention_similarity,
+            target_embedding=prompt.target_embedding,
+            weights=weights,
+            **options,
+        )
+        return Decoded(masks, scores) if weights is None else jnp.stack(weights)
 
     def _sparse_embeddings(self, prompt: Prompts):
         """One prompt's tokens, and which of them are real rather than padding."""

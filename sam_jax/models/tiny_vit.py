@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from sam_jax.config import SamConfig, TinyViTConfig
 from sam_jax.idioms import WithAdvice
-from sam_jax.models.checks import check_shape
+from sam_jax.models.checks import check_pixels
 from sam_jax.models.convolutions import ConvBN
 from sam_jax.models.layers import (
     Buffer,
@@ -94,9 +94,7 @@ class TinyViT(WithAdvice, nnx.Module):
         So the input of `layers[i]` is entry i. Its blocks follow each other, and all but those of
         the first stage have `attention_weights(x)` of their input.
         """
-        size = self.image_size
-        pixel_values = check_shape("pixel_values", pixel_values, (None, size, size, 3))
-        states = [self.patch_embed(pixel_values)]
+        states = [self.patch_embed(check_pixels(self.image_size, pixel_values))]
         for stage in self.layers:
             states.append(stage(states[-1], remat=remat))
         return states

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from sam_jax.config import SamConfig, ViTConfig
 from sam_jax.idioms import WithAdvice
-from sam_jax.models.checks import check_shape
+from sam_jax.models.checks import check_pixels
 from sam_jax.models.layers import (
     MLP,
     LayerNorm,
@@ -90,8 +90,7 @@ class ImageEncoderViT(WithAdvice, nnx.Module):
         So the input of `blocks[i]` is entry i, and `blocks[i].attention_weights` of it says what
         the block attends to.
         """
-        size = self.image_size
-        x = self.patch_embed(check_shape("pixel_values", pixel_values, (None, size, size, 3)))
+        x = self.patch_embed(check_pixels(self.image_size, pixel_values))
         if self.pos_embed is not None:
             x = x + self.pos_embed[...].astype(x.dtype)
         depth = len(self.blocks)

@@ -45,13 +45,14 @@ def join_prompts(
 
     Raises:
         TypeError: if something is not an array.
-        ValueError: if there are neither points nor boxes.
+        ValueError: if there are neither points nor boxes, or shapes do not fit.
     """
     if points is None and boxes is None:
         raise ValueError("there are neither points nor boxes to join")
     arrays = [
         None if array is None else as_array(array, "prompts") for array in (points, labels, boxes)
     ]
+    _check_joinable(*(None if array is None else array.shape for array in arrays))
     xp = _namespace([array for array in arrays if array is not None])
     # An explicit transfer, which `jax.transfer_guard` allows, in contrast to jnp.full's.
     put: Any = np.asarray if xp is np else jax.device_put
@@ -76,6 +77,19 @@ def join_prompts(
         xp.concat([p for p, _ in parts], axis=-2),
         xp.concat([label for _, label in parts], axis=-1),
     )
+
+
+def _check_joinable(points, labels, boxes) -> None:
+    """Raises ValueError if shapes of points, labels and boxes do not fit; None is not given."""
+    given = f"points, labels and boxes have shapes {points}, {labels} and {boxes}"
+    if points is not None and (len(points) < 2 or points[-1] != 2):
+        raise ValueError(f"{given}, expected points (..., n, 2): x and y")
+    if labels is not None and (points is None or labels != points[:-1]):
+        raise ValueError(f"{given}, expected one label for each point")
+    if boxes is not None and (not boxes or boxes[-1] != 4):
+        raise ValueError(f"{given}, expected boxes (..., 4): x0, y0, x1, y1")
+    if points is not None and boxes is not None and points[:-2] != boxes[:-1]:
+        raise ValueError(f"{given}, expected one box for the points of each prompt")
 
 
 def check_values(

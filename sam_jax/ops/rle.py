@@ -14,7 +14,12 @@ def rle_encode(mask: Bool[np.ndarray, "h w"]) -> dict:
 
     Returns:
         `{"size": [h, w], "counts": [...]}` with Python integers.
+
+    Raises:
+        ValueError: if the mask is not bool, or not of two axes, or empty.
     """
+    if mask.dtype != bool or mask.ndim != 2 or not mask.size:
+        raise ValueError(f"the mask is {mask.dtype} {mask.shape}, expected bool (h, w)")
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()

@@ -1,6 +1,7 @@
 """Images with annotated objects: COCO files and folders of SA-1B."""
 
 import hashlib
+import os
 import warnings
 from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
@@ -283,12 +284,16 @@ def open_annotations(
 
 
 def fingerprint(annotations: str | Path) -> str:
-    """A SHA-256 of annotations, by a file's bytes or the names of a folder's files."""
+    """A SHA-256 of annotations, by a file's bytes or the names of a folder's files.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
     path = Path(annotations)
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    names = sorted(file.name for file in path.glob("*.json"))
+    names = sorted(name for name in os.listdir(path) if name.endswith(".json"))
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 

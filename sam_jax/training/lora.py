@@ -10,6 +10,7 @@ A model with adapters works like any other, but checkpoints store only plain mod
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 
 from sam_jax.checkpoints.safetensors import write_safetensors
-from sam_jax.errors import check_whole
+from sam_jax.errors import check_number, check_whole
 from sam_jax.files import read_json
 from sam_jax.models.checks import check_rngs
 from sam_jax.models.layers import Linear, rowwise
@@ -74,12 +75,16 @@ def add_lora(
 
     Raises:
         TypeError: if `model` is not a `Sam`, or `rngs` are not `nnx.Rngs`.
-        ValueError: for another rank, if no linear layer matches, or one that matches already has
-            adapters.
+        ValueError: for another rank or alpha, if no linear layer matches, or one that matches
+            already has adapters.
     """
     check_model(model)
     check_whole("rank", rank, 1)
     check_rngs(rngs)
+    if alpha is not None:
+        check_number("alpha", alpha)
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha is {alpha}, expected above 0")
     scale = 1.0 if alpha is None else alpha / rank
     model = nnx.clone(model)
     layers = _linear_layers(model)
@@ -97,7 +102,12 @@ def add_lora(
 
 
 def merge_lora(model: Sam) -> Sam:
-    """The equivalent plain model, with the adapters added to the kernels."""
+    """The equivalent plain model, with the adapters added to the kernels.
+
+    Raises:
+        TypeError: if `model` is not a `Sam`.
+    """
+    check_model(model)
     model = nnx.clone(model)
     for path, linear in _adapted(model).items():
         _replace(model, path, _plain(linear, linear.weight()))
@@ -110,8 +120,11 @@ def unmerge_lora(merged: Sam, model: Sam) -> Sam:
     Kernels are restored up to rounding errors.
 
     Raises:
+        TypeError: if one of them is not a `Sam`.
         ValueError: if `model` does not have adapters, or `merged` lacks their layers.
     """
+    check_model(merged)
+    check_model(model)
     merged, adapters = nnx.clone(merged), _adapted(model)
     if not adapters:
         raise ValueError("the second model has no adapters to remove from the first")
@@ -125,9 +138,11 @@ def save_lora(model: Sam, path: str | os.PathLike) -> None:
     """Writes only the adapters, as a `.safetensors` file.
 
     Raises:
+        TypeError: if `model` is not a `Sam`.
         ValueError: if the model does not have adapters.
         FileExistsError: if the path exists already.
     """
+    check_model(model)
     path, adapters = Path(path), _adapted(model)
     if not adapters:
         raise ValueError("the model has no adapters to save")
@@ -146,9 +161,11 @@ def load_lora(model: Sam, path: str | os.PathLike) -> Sam:
     """A copy of a plain model with the adapters of a file from `save_lora`.
 
     Raises:
+        TypeError: if `model` is not a `Sam`.
         FileNotFoundError: if the file does not exist.
         ValueError: if the file is not from `save_lora`, or its layers are not the model's.
     """
+    check_model(model)
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("it is not a file")  # reading a pipe might never end

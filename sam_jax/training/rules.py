@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from sam_jax.config import SamConfig, ViTConfig, check_config
+from sam_jax.errors import check_number, check_whole
 
 Table = Sequence[tuple[str, float | None]]
 
@@ -188,7 +189,11 @@ def adamw(
         b1: decay of the gradients' mean.
         b2: decay of the gradients' squares.
         eps: added to the root of the squares.
+
+    Raises:
+        TypeError: if the table is not pairs of an expression and a scale.
     """
+    _check_pairs(table)
     return optax.chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
         optax.scale_by_adam(b1, b2, eps),
@@ -223,10 +228,13 @@ class OptimizerConfig(NamedTuple):
         Raises:
             ValueError: for invalid numbers.
         """
+        check_whole("steps", steps, 1)
+        check_whole("warmup", self.warmup, 0)
+        for name in ("learning_rate", "weight_decay", "clip_norm"):
+            check_number(name, getattr(self, name))
         for name, ok, expected in (
             ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
             ("schedule", self.schedule in ("cosine", "constant"), "cosine or constant"),
-            ("warmup", self.warmup >= 0, "0 or more steps"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("clip_norm", self.clip_norm > 0, "above 0"),
         ):

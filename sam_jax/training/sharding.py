@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from sam_jax.arrays import Device
+from sam_jax.arrays import Device, check_mesh
 from sam_jax.models.sam import Sam
 from sam_jax.training.rules import Rest, combine
 
@@ -50,6 +50,7 @@ def shardings(tree: PyTree, mesh: Mesh, *, parallelism: Parallelism) -> PyTree:
     Raises:
         ValueError: for another `parallelism`.
     """
+    check_mesh(mesh)
     if parallelism not in get_args(Parallelism):
         raise ValueError(
             f"parallelism is {parallelism!r}, expected {' or '.join(get_args(Parallelism))}"
@@ -125,6 +126,7 @@ def any_host(flag: bool) -> bool:
 
 def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
     """The whole tree as numpy arrays on every host; all hosts must call this together."""
+    check_mesh(mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     copies = jax.jit(_identity, out_shardings=everywhere)(tree)
     return jax.tree.map(lambda x: jax.device_get(x.addressable_data(0)), copies)

@@ -8,6 +8,7 @@ state, metrics = train_step(state, rest, batch, key, tx=tx, config=TrainConfig()
 
 import functools
 from collections.abc import Callable
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from sam_jax.models.checks import check_keys
+from sam_jax.errors import check_number, check_whole
+from sam_jax.models.checks import check_embeddings, check_keys, check_shape
 from sam_jax.models.layers import split_keys
 from sam_jax.models.sam import Sam
 from sam_jax.training.interactive import interactive_losses
@@ -92,10 +94,13 @@ def batch_losses(
         config: see `TrainConfig`.
 
     Raises:
-        ValueError: if the config's numbers are invalid, or if it has `remat` or a `drop_path_rate`
-            and the batch has image embeddings.
+        TypeError: if an array of the batch has another dtype.
+        ValueError: if the batch lacks an array, or one has another shape, if the config's numbers
+            are invalid, or if it has `remat` or a `drop_path_rate` and the batch has image
+            embeddings.
     """
     check_train_config(config)
+    _check_batch(batch)
     check_keys(keys, len(batch["masks"]))
     prompt_keys, drop_keys = split_keys(keys, 2)
     if "image_embedding" in batch:
@@ -105,7 +110,7 @@ def batch_losses(
                     f"{name} is {getattr(config, name)}, but the batch has image embeddings, so "
                     "the image encoder does not train"
                 )
-        embeddings = batch["image_embedding"]
+        embeddings = check_embeddings(model.config, batch["image_embedding"])
     else:
         embeddings = model.encode_image(
             batch["pixel_values"],
@@ -133,6 +138,26 @@ def batch_losses(
 
     targets = batch["masks"].astype(jnp.float32)
     return jax.vmap(one_image)(embeddings, targets, batch["boxes"], prompt_keys)
+
+
+def _check_batch(batch: dict[str, Any]) -> None:
+    pixels = "image_embedding" if "image_embedding" in batch else "pixel_values"
+    if missing := [name for name in (pixels, "masks", "boxes", "valid") if name not in batch]:
+        raise ValueError(
+            f"the batch lacks {', '.join(missing)}; sam_jax.training.ExampleTransform says what "
+            "make_loader's batches hold"
+        )
+    images, objects, side, _ = check_shape("masks", batch["masks"], (None,) * 4).shape
+    shapes = {
+        "masks": (images, objects, side, side),
+        "boxes": (images, objects, 4),
+        "valid": (images, objects),
+    }
+    for name, shape in shapes.items():
+        dtype = check_shape(name, batch[name], shape).dtype
+        if not jnp.issubdtype(dtype, jnp.floating) and (name != "masks" or dtype != jnp.bool):
+            expected = "bool, or floats from 0 to 1" if name == "masks" else "floats"
+            raise TypeError(f"{name} of the batch are {dtype}, expected {expected}")
 
 
 def mean_loss(losses: MaskLosses, valid: Float[Array, "b n"]) -> tuple[Array, dict[str, Array]]:
@@ -275,19 +300,17 @@ def check_train_config(config: TrainConfig) -> None:
     """Checks a config before something that takes long; steps check it too.
 
     Raises:
+        TypeError: if it is not a TrainConfig.
         ValueError: if its numbers are invalid.
     """
-    for name, ok, expected in (
-        ("num_rounds", config.num_rounds >= 1, "at least 1"),
-        ("box_probability", 0 <= config.box_probability <= 1, "0 to 1"),
-        (
-            "objects_chunk_size",
-            config.objects_chunk_size is None or config.objects_chunk_size >= 1,
-            "at least 1, or None for all",
-        ),
-        ("drop_path_rate", 0 <= config.drop_path_rate < 1, "0 or more, and less than 1"),
-        ("accumulate", config.accumulate >= 1, "at least 1"),
-        ("ema_decay", 0 <= (config.ema_decay or 0) < 1, "0 or more, and less than 1, or None"),
-    ):
-        if not ok:
-            raise ValueError(f"{name} is {getattr(config, name)}, expected {expected}")
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config is {short(config)}, expected a sam_jax.training.TrainConfig")
+    for name in ("num_rounds", "objects_chunk_size", "accumulate"):
+        if name != "objects_chunk_size" or config.objects_chunk_size is not None:
+            check_whole(name, getattr(config, name), 1)
+    for name, highest in (("box_probability", 1), ("drop_path_rate", None), ("ema_decay", None)):
+        if name != "ema_decay" or config.ema_decay is not None:
+            check_number(name, value := getattr(config, name))
+            if not (0 <= value < 1 or value == highest):
+                expected = "0 to 1" if highest else "0 or more, and less than 1"
+                raise ValueError(f"{name} is {value}, expected {expected}")

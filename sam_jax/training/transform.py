@@ -1,5 +1,8 @@
 """Brings examples into fixed shapes: resizes, augments and pads them."""
 
+import math
+import numbers
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -8,6 +11,7 @@ from jaxtyping import Bool
 from PIL import Image
 
 from sam_jax.config import SamConfig, check_config
+from sam_jax.errors import check_number, check_whole
 from sam_jax.ops.boxes import mask_to_box
 from sam_jax.ops.prompts import pad_axis
 from sam_jax.processing import SamProcessor
@@ -47,16 +51,18 @@ class ExampleTransform:
 
     def __post_init__(self):
         check_config(self.config)
-        low, high = self.scale_range or (1, 1)
+        check_whole("max_objects", self.max_objects, 1)
+        check_whole("target_size", self.target_size, 1)
+        check_number("flip", self.flip)
+        scales = (1, 1) if self.scale_range is None else self.scale_range
         for name, ok, expected in (
-            ("max_objects", self.max_objects >= 1, "at least 1"),
             (
                 "target_size",
-                self.target_size >= 1 and self.config.image_size % self.target_size == 0,
+                self.config.image_size % self.target_size == 0,
                 f"a divisor of the model's input size {self.config.image_size}",
             ),
             ("flip", 0 <= self.flip <= 1, "0 to 1"),
-            ("scale_range", 0 < low <= high, "two numbers above 0, the smaller first"),
+            ("scale_range", _are_scales(scales), "two numbers above 0, the smaller first"),
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
@@ -161,6 +167,12 @@ def _to_grid(mask: Bool[np.ndarray, "h w"], size: int, side: int) -> Bool[np.nda
         return mask
     cell = size // side
     return mask.reshape(side, cell, side, cell).mean((1, 3)) >= 0.5
+
+
+def _are_scales(scales: Any) -> bool:
+    are_two = isinstance(scales, Sequence) and len(scales) == 2
+    are_numbers = are_two and all(isinstance(scale, numbers.Real) for scale in scales)
+    return are_numbers and 0 < scales[0] <= scales[1] < math.inf
 
 
 def _stacked(arrays: list, count: int, shape: tuple[int, ...], dtype) -> np.ndarray:

@@ -176,9 +176,16 @@ def test_an_image_is_told_before_it_is_given(layers, expected):
     assert " ".join(events) == expected
 
 
-def test_a_batch_that_is_not_wanted_to_its_end_stops():
+def test_an_error_comes_after_the_images_before_it():
+    images = [random_image(40, 50, i) for i in range(3)]
+    batch = generator().generate_batch([*images, np.zeros((0, 3, 3), np.uint8), images[0]])
+    for image in images:
+        assert_same_records(next(batch), generator().generate(image), exact=True)
     with pytest.raises(ValueError, match="the image is empty"):
-        list(generator().generate_batch([random_image(40, 50), np.zeros((0, 3, 3), np.uint8)]))
+        next(batch)
+
+
+def test_a_batch_that_is_not_wanted_to_its_end_stops():
     batch = generator().generate_batch(random_image(40, 50) for _ in range(10**9))
     assert next(batch)
     batch.close()
@@ -336,23 +343,33 @@ def test_other_kinds_of_images(tmp_path):
         assert_same_records(generator().generate(given), expected, exact=True)
 
 
+def with_ious(scale, bias):
+    """The small model with other predicted IoUs; random ones are not from 0 to 1."""
+    model = nnx.clone(small()[1])
+    last = model.mask_decoder.iou_prediction_head.layers[-1]
+    last.kernel[...] *= scale
+    last.bias[...] = bias
+    return model
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {"pred_iou_thresh": 100.0},
-        {"stability_score_thresh": 2.0, "crop_n_layers": 1},
-        {"pred_iou_thresh": 100.0, "crop_n_layers": 2, "min_mask_region_area": 50},
+        {"pred_iou_thresh": 0.5},
+        {"stability_score_thresh": 1.0, "stability_score_offset": 1e4, "crop_n_layers": 1},
+        {"pred_iou_thresh": 0.5, "crop_n_layers": 2, "min_mask_region_area": 50},
     ],
     ids=str,
 )
 def test_nothing_survives(options):
-    assert generator(**options).generate(random_image(50, 80)) == []
+    options = {**ALL, "points_per_side": 6, **options}
+    nothing = SamAutomaticMaskGenerator(with_ious(0, 0.4), **options)
+    assert nothing.generate(random_image(50, 80)) == []
 
 
 def test_masks_at_a_limit():
     """As in Meta's code: a predicted IoU must be larger, a stability may be equal."""
-    model = nnx.clone(small()[1])
-    model.mask_decoder.iou_prediction_head.layers[-1].bias[...] += 5  # all above 0
+    model = with_ious(0.1, 0.5)
 
     def values(name, **limits):
         options = {**ALL, "stability_score_offset": 0.01, **limits}
@@ -360,6 +377,7 @@ def test_masks_at_a_limit():
         return sorted({record[name] for record in records if record[name] > 0})
 
     ious, stabilities = values("predicted_iou"), values("stability_score")
+    assert 0 < ious[0] < ious[-1] < 1
     assert values("predicted_iou", pred_iou_thresh=ious[1]) == ious[2:]
     assert values("stability_score", stability_score_thresh=stabilities[1]) == stabilities[1:]
 
@@ -401,3 +419,5 @@ def test_one_image_is_no_list():
     for image in (random_image(5, 5), "photo.jpg", Image.fromarray(random_image(5, 5))):
         with pytest.raises(TypeError, match=r"expected a list of images.*generate takes one"):
             generator().generate_batch(image)
+    with pytest.raises(TypeError, match=r"mesh is 'x', expected a jax\.sharding\.Mesh"):
+        generator(mesh="x")

@@ -90,7 +90,7 @@ def test_lists_and_defaults(model, tmp_path):
 
 
 def test_nothing_survives(model):
-    result = pipeline(model=model, **{**ALL, "pred_iou_thresh": 100.0})(
+    result = pipeline(model=model, **{**ALL, "pred_iou_thresh": 1.0})(
         random_image(40, 60), output_bboxes_mask=True, output_rle_mask=True
     )
     assert result["masks"] == result["rle_mask"] == []

@@ -91,6 +91,12 @@ def test_a_missing_path_object_is_not_looked_up():
         resolve(Path("vit_b"))
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_model_is_named_by_text():
+    with pytest.raises(TypeError, match=r"the model is None, expected text\. .*mobile_sam"):
+        resolve(None)
+
+
 @pytest.mark.parametrize("name", ["vit_x", "", "owner/na me"])
 def test_an_unknown_name_lists_what_is_known(name):
     with pytest.raises(ValueError, match=r"Unknown model .*mobile_sam, vit_b, vit_l, vit_h.*owner"):

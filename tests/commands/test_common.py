@@ -9,5 +9,6 @@ def test_progress_is_not_output(capsys):
     assert printed.out == ""
     assert printed.err == (
         "one of two images\n"
-        "compiling the image encoder and the mask decoder, once for all images ...\n"
+        "loading the compiled image encoder and mask decoder; the first run compiles them, once "
+        "for all images ...\n"
     )

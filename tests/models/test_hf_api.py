@@ -13,6 +13,7 @@ from reference import (
     to_torch,
 )
 
+from sam_jax.models import hf_api
 from sam_jax.ops.prompts import join_prompts
 
 
@@ -24,6 +25,17 @@ def test_surface_is_hugging_faces(hf, model, embeddings, inputs):
     actual = model(image_embeddings=embeddings.numpy(), **inputs)
     assert_close(actual.pred_masks, expected.pred_masks)
     assert_close(actual.iou_scores, expected.iou_scores)
+
+
+def test_prompts_of_an_accelerator_lose_their_padding_there(model, embeddings, monkeypatch):
+    """Simulated: three prompts, which are padded to four."""
+    points = np.float32([[[[30, 20]], [[50, 60]], [[9, 80]]]])
+    expected = model(image_embeddings=embeddings[:1].numpy(), input_points=points)
+    monkeypatch.setattr(hf_api, "on_accelerator", lambda x: isinstance(x, jax.Array))
+    found = model(image_embeddings=embeddings[:1].numpy(), input_points=points)
+    assert found.pred_masks.shape == (1, 3, 3, 48, 48)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_pixels_to_masks(hf, model, pixels):
@@ -178,6 +190,8 @@ def test_pixels_must_be_normalised_floats(model):
             call(np.zeros((1, 96, 96, 3), np.uint8))
         with pytest.raises(TypeError, match="pixel_values are a str, expected an array"):
             call("photo.jpg")
+    with pytest.raises(TypeError, match="pixel_values are uint8, expected floats"):
+        model.image_encoder.hidden_states(np.zeros((1, 96, 96, 3), np.uint8))
 
 
 def test_numpy_and_jax_prompts_may_be_mixed(model, embeddings):

@@ -40,6 +40,23 @@ def test_nothing_to_join():
         join_prompts([[1, 2]], [1], None)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("points", "labels", "boxes", "message"),
+    [
+        (POINTS, LABELS[:, :2], None, r"shapes \(2, 3, 2\), \(2, 2\) and None, expected one label"),
+        (None, LABELS, BOXES, "expected one label for each point"),
+        (POINTS[..., :1], None, None, r"expected points \(\.\.\., n, 2\)"),
+        (POINTS, LABELS, BOXES[..., :3], r"expected boxes \(\.\.\., 4\)"),
+        (POINTS, LABELS, BOXES[:1], "expected one box for the points of each prompt"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_shapes_that_cannot_be_joined(points, labels, boxes, message):
+    with pytest.raises(ValueError, match=message):
+        join_prompts(points, labels, boxes)
+
+
 def test_boxes_alone():
     points, labels = join_prompts(None, None, BOXES)
     assert labels.tolist() == [[2, 3]] * 2

@@ -27,6 +27,13 @@ def test_run_lengths(seed):
         np.testing.assert_array_equal(pycocotools.mask.decode(compressed), mask)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_only_a_mask_has_run_lengths():
+    for mask in (np.eye(3), np.zeros((2, 3, 4), bool), np.zeros((0, 3), bool)):
+        with pytest.raises(ValueError, match=r"expected bool \(h, w\)"):
+            rle_encode(mask)
+
+
 @pytest.mark.parametrize("counts", ["\x00", "é", "o" * 40, b"\xff"])
 def test_strings_that_are_no_run_lengths(counts):
     with pytest.raises(ValueError, match="is not a string of COCO's run lengths"):

@@ -198,6 +198,8 @@ def test_annotations_that_do_not_exist(tmp_path):
 
 
 def test_fingerprints(coco):
+    with pytest.raises(FileNotFoundError):
+        fingerprint(coco / "nope")
     before = fingerprint(coco / "coco.json"), fingerprint(coco)
     assert before == (fingerprint(coco / "coco.json"), fingerprint(coco))
     change(coco, lambda _, a: a.pop())

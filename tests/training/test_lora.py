@@ -137,11 +137,17 @@ def test_a_checkpoint_has_no_adapters(adapted, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be(plain, adapted, tmp_path):
     with pytest.raises(ValueError, match="matches no linear layer; some are image_encoder"):
         add_lora(plain, "qkv", rank=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="rank is 0, expected a whole number of at least 1"):
         add_lora(plain, PATTERN, rank=0, rngs=nnx.Rngs(0))
+    for alpha in (0, float("nan"), float("inf"), "2"):
+        with pytest.raises(ValueError, match=f"alpha is '?{alpha}'?, expected"):
+            add_lora(plain, PATTERN, rank=2, alpha=alpha, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="the model is 'mobile_sam', expected a Sam"):
+        merge_lora("mobile_sam")
     with pytest.raises(ValueError, match=r"'\*\.qkv' is not a regular expression: "):
         add_lora(plain, "*.qkv", rank=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="already has adapters; merge them first"):

@@ -106,6 +106,8 @@ def test_tables_that_cannot_be(model, table, message):
 def test_a_table_has_pairs(model, table):
     with pytest.raises(TypeError, match=r"expected pairs of .*; or pass one of sam_jax"):
         partition(model, table)
+    with pytest.raises(TypeError, match=r"expected pairs of .*; or pass one of sam_jax"):
+        adamw(1e-3, table)
 
 
 def test_layer_decay_is_detectron2s():
@@ -188,9 +190,10 @@ def test_the_rate_rises_then_falls(steps, warmup):
     ("options", "message"),
     [
         ({"learning_rate": -1e-3}, "learning_rate is -0.001, expected a number above 0"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan, expected a number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan, expected a number"),
+        ({"learning_rate": "1e-3"}, "learning_rate is '1e-3', expected a number"),
         ({"schedule": "linear"}, "schedule is linear, expected cosine or constant"),
-        ({"warmup": -5}, "warmup is -5, expected 0 or more steps"),
+        ({"warmup": -5}, "warmup is -5, expected a whole number of at least 0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1, expected 0 or more"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0, expected above 0"),
     ],
@@ -198,3 +201,5 @@ def test_the_rate_rises_then_falls(steps, warmup):
 def test_optimisers_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**options).build(EVERYTHING, 10)
+    with pytest.raises(ValueError, match="steps is 0, expected a whole number of at least 1"):
+        OptimizerConfig().build(EVERYTHING, 0)

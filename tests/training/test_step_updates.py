@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from batches import CONFIG, KEYS, batch_of, first_prompts
+from batches import CONFIG, KEYS, SIDE, batch_of, first_prompts
 from flax import nnx
 from reference import (
     SHALLOW,
@@ -296,18 +296,42 @@ def test_a_loop_of_ones_own(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_rounds": 0}, "num_rounds is 0, expected at least 1"),
+        ({"num_rounds": 0}, "num_rounds is 0, expected a whole number of at least 1"),
+        ({"num_rounds": 1.5}, "num_rounds is 1.5, expected a whole number of at least 1"),
         ({"box_probability": 1.5}, "box_probability is 1.5, expected 0 to 1"),
-        ({"objects_chunk_size": -1}, "objects_chunk_size is -1, expected at least 1"),
-        ({"objects_chunk_size": 0}, "objects_chunk_size is 0, expected at least 1"),
+        ({"box_probability": None}, "box_probability is None, expected a number"),
+        ({"objects_chunk_size": -1}, "objects_chunk_size is -1, expected a whole number"),
+        ({"objects_chunk_size": 0}, "objects_chunk_size is 0, expected a whole number"),
         ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0, expected 0 or more"),
-        ({"accumulate": 0}, "accumulate is 0, expected at least 1"),
+        ({"accumulate": 0}, "accumulate is 0, expected a whole number of at least 1"),
         ({"ema_decay": 1.5}, "ema_decay is 1.5, expected 0 or more"),
     ],
 )
 def test_configs_that_make_no_sense(model, options, message):
     with pytest.raises(ValueError, match=message):
         batch_losses(model, batch_of(1), KEYS[:1], config=TrainConfig(**options))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"masks": np.zeros((1, 3, SIDE, SIDE), np.uint8)}, TypeError, "are uint8, expected bool"),
+        ({"masks": np.zeros((1, SIDE, SIDE), bool)}, ValueError, "masks have shape"),
+        ({"boxes": np.zeros((1, 2, 4), np.float32)}, ValueError, r"expected \(1, 3, 4\)"),
+        ({"boxes": np.zeros((1, 3, 4), int)}, TypeError, "boxes of the batch are int64, expected"),
+        ({"valid": np.ones((1, 3), bool)}, TypeError, "valid of the batch are bool, expected flo"),
+        ({"masks": None}, ValueError, "the batch lacks masks; sam_jax.training.ExampleTransform"),
+        ({"pixel_values": None}, ValueError, "the batch lacks pixel_values"),
+        ({"image_embedding": np.zeros((1, 1))}, ValueError, "image_embeddings have shape"),
+    ],
+    ids=str,
+)
+def test_batches_that_make_no_sense(model, changes, error, message):
+    batch = {**batch_of(1), **changes}
+    batch = {name: array for name, array in batch.items() if array is not None}
+    with pytest.raises(error, match=message):
+        batch_losses(model, batch, KEYS[:1])
 
 
 @pytest.mark.parametrize(

@@ -116,15 +116,20 @@ def test_augmented_masks_lie_on_their_objects(options, target_size):
     assert len(seen) == 1 if "flip" in options else len(seen) > 10
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_objects": 0}, "max_objects is 0, expected at least 1"),
-        ({"target_size": 0}, "target_size is 0, expected a divisor of the model's input size"),
+        ({"max_objects": 0}, "max_objects is 0, expected a whole number of at least 1"),
+        ({"max_objects": 2.0}, "max_objects is 2.0, expected a whole number"),
+        ({"target_size": 0}, "target_size is 0, expected a whole number of at least 1"),
         ({"target_size": SIDE + 1}, f"target_size is {SIDE + 1}, expected a divisor of"),
         ({"flip": 1.5}, "flip is 1.5, expected 0 to 1"),
+        ({"flip": None}, "flip is None, expected a number"),
         ({"scale_range": (0, 1)}, r"scale_range is \(0, 1\), expected two numbers above 0"),
         ({"scale_range": (2.0, 1.0)}, r"scale_range is \(2.0, 1.0\), expected two numbers"),
+        ({"scale_range": (1,)}, r"scale_range is \(1,\), expected two numbers"),
+        ({"scale_range": 2}, "scale_range is 2, expected two numbers"),
     ],
 )
 def test_numbers_that_make_no_sense(options, message):
