@@ -42,7 +42,7 @@ def change(coco, edit):
     (coco / "coco.json").write_text(json.dumps(content))
 
 
-def prepared(example, seed=0, **options):
+def transformed(example, seed=0, **options):
     transform = ExampleTransform(SMALL, **{"max_objects": 4, "target_size": SIDE, **options})
     return transform(example, np.random.default_rng(seed))
 

@@ -5,7 +5,7 @@ import numpy as np
 import pycocotools.coco
 import pycocotools.mask
 import pytest
-from coco_examples import RECTANGLES, H, W, change, compressed, prepared, rectangle, uncompressed
+from coco_examples import RECTANGLES, H, W, change, compressed, rectangle, transformed, uncompressed
 from image_files import eps, write_deep
 from PIL import ExifTags, Image
 
@@ -31,7 +31,7 @@ def test_coco_is_read_as_pycocotools_does(coco):
     # A crowd is not an object. A mask without a pixel is one, and is counted as too small.
     assert dataset[1]["masks"].shape == (1, H, W)
     assert not np.any(dataset[1]["masks"])
-    assert prepared(dataset[1])["dropped"] == 1
+    assert transformed(dataset[1])["dropped"] == 1
     assert dataset[2]["masks"].shape == (2, H, W)
 
 
@@ -115,7 +115,7 @@ def test_images_that_are_bad(coco, kind):
         CocoInstances(coco / "coco.json", coco)[0]
     with pytest.warns(UserWarning, match=r"image 10: .*0\.png"):
         example = CocoInstances(coco / "coco.json", coco, on_bad_annotation="skip")[0]
-    assert prepared(example)["valid"].tolist() == [0, 0, 0, 0]
+    assert transformed(example)["valid"].tolist() == [0, 0, 0, 0]
 
 
 def set_rule(coco, rule):

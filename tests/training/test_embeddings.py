@@ -30,10 +30,10 @@ def test_embeddings_are_the_models(model, dataset, tmp_path):
         predictor.set_image(dataset[i]["image"])
         expected = np.moveaxis(predictor.get_image_embedding()[0], 0, -1)
         np.testing.assert_array_equal(cached[i]["image_embedding"], expected)
-    prepared = ExampleTransform(SHALLOW, 1, target_size=SHALLOW.mask_size)(
+    transformed = ExampleTransform(SHALLOW, 1, target_size=SHALLOW.mask_size)(
         cached[0], np.random.default_rng(0)
     )
-    assert "pixel_values" not in prepared
+    assert "pixel_values" not in transformed
     with pytest.raises(ValueError, match="embedding is cached cannot be augmented"):
         ExampleTransform(SHALLOW, 1, target_size=SHALLOW.mask_size, flip=0.5)(
             cached[0], np.random.default_rng(0)

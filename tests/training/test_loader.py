@@ -11,10 +11,10 @@ from coco_examples import (
     H,
     W,
     assert_same_batch,
-    prepared,
     rectangle,
     squares,
     take,
+    transformed,
 )
 from reference import SMALL
 
@@ -30,7 +30,7 @@ def test_batches_know_their_examples(many):
     plain = ExampleTransform(SMALL, 2, target_size=SIDE)
     batch = take(make_loader(many, plain, batch_size=4, seed=0), 1)[0]
     for index, pixels in zip(batch["index"], batch["pixel_values"], strict=True):
-        expected = prepared(many[index])["pixel_values"]
+        expected = transformed(many[index])["pixel_values"]
         np.testing.assert_array_equal(pixels, expected)
 
 
@@ -46,17 +46,17 @@ def many():
     ]
 
 
-PREPARE = ExampleTransform(SMALL, 2, target_size=SIDE, flip=0.5, scale_range=(0.5, 1.5))
+TRANSFORM = ExampleTransform(SMALL, 2, target_size=SIDE, flip=0.5, scale_range=(0.5, 1.5))
 
 
 def test_batches_can_go_on_anywhere(many):
     options = {"batch_size": 4, "seed": 3}
-    whole = take(make_loader(many, PREPARE, **options), 6)
+    whole = take(make_loader(many, TRANSFORM, **options), 6)
     assert whole[0]["pixel_values"].shape == (4, SIZE, SIZE, 3)
-    rest = take(make_loader(many, PREPARE, start=4, **options), 2)
+    rest = take(make_loader(many, TRANSFORM, start=4, **options), 2)
     for actual, expected in zip(rest, whole[4:], strict=True):
         assert_same_batch(actual, expected)
-    other = take(make_loader(many, PREPARE, batch_size=4, seed=4), 1)
+    other = take(make_loader(many, TRANSFORM, batch_size=4, seed=4), 1)
     assert not np.array_equal(other[0]["pixel_values"], whole[0]["pixel_values"])
 
 
@@ -74,9 +74,9 @@ def test_an_epoch_has_every_image_once(many):
 @pytest.mark.parametrize(("batch_size", "start"), [(4, 0), (2, 0), (2, 3)])
 def test_hosts_share_the_batch(many, batch_size, start):
     options = {"batch_size": batch_size, "seed": 3, "start": start}
-    whole = take(make_loader(many, PREPARE, **options), 3)
+    whole = take(make_loader(many, TRANSFORM, **options), 3)
     parts = [
-        take(make_loader(many, PREPARE, process_index=i, process_count=2, **options), 3)
+        take(make_loader(many, TRANSFORM, process_index=i, process_count=2, **options), 3)
         for i in (0, 1)
     ]
     for step, expected in enumerate(whole):
@@ -85,21 +85,21 @@ def test_hosts_share_the_batch(many, batch_size, start):
     with pytest.raises(
         ValueError, match=f"batch_size is {batch_size}, expected a multiple of the 3 hosts"
     ):
-        make_loader(many, PREPARE, process_count=3, **options)
+        make_loader(many, TRANSFORM, process_count=3, **options)
     with pytest.raises(ValueError, match="there are no images to train on"):
-        make_loader([], PREPARE, **options)
+        make_loader([], TRANSFORM, **options)
     for name, value in (("start", -1), ("workers", -1), ("process_count", 0), ("process_index", 1)):
         with pytest.raises(ValueError, match=f"{name} is {value}, expected a whole number of at l"):
-            make_loader(many, PREPARE, **{"batch_size": 4, "seed": 0, name: value})
+            make_loader(many, TRANSFORM, **{"batch_size": 4, "seed": 0, name: value})
     with pytest.raises(ValueError, match="seed is -1, expected a whole number of at least 0"):
-        make_loader(many, PREPARE, batch_size=2, seed=-1)
+        make_loader(many, TRANSFORM, batch_size=2, seed=-1)
 
 
 @pytest.mark.slow
 def test_worker_processes_change_nothing(coco):
     dataset = CocoInstances(coco / "coco.json", coco)
-    expected = take(make_loader(dataset, PREPARE, batch_size=2, seed=1, start=2), 3)
-    iterator = iter(make_loader(dataset, PREPARE, batch_size=2, seed=1, start=2, workers=2))
+    expected = take(make_loader(dataset, TRANSFORM, batch_size=2, seed=1, start=2), 3)
+    iterator = iter(make_loader(dataset, TRANSFORM, batch_size=2, seed=1, start=2, workers=2))
     try:
         for batch in expected:
             assert_same_batch(next(iterator), batch)
@@ -111,7 +111,7 @@ def test_the_order_does_not_depend_on_workers(many, monkeypatch):
     """Runs in this process, since others start slowly."""
     monkeypatch.setattr(grain.IterDataset, "mp_prefetch", lambda dataset, *_, **__: dataset)
     whole, by_workers = (
-        take(make_loader(many, PREPARE, batch_size=4, seed=3, start=2, workers=workers), 3)
+        take(make_loader(many, TRANSFORM, batch_size=4, seed=3, start=2, workers=workers), 3)
         for workers in (0, 2)
     )
     for actual, expected in zip(by_workers, whole, strict=True):
@@ -173,7 +173,7 @@ def test_an_error_names_the_image(many, workers):
         (wrong, r"^image \d: the masks have shape"),
     ):
         with pytest.raises(ValueError, match=message):
-            take(make_loader(dataset, PREPARE, batch_size=7, seed=0, workers=workers), 1)
+            take(make_loader(dataset, TRANSFORM, batch_size=7, seed=0, workers=workers), 1)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -185,4 +185,4 @@ def test_a_transform_that_returns_nothing(many):
 def test_without_grain(many, monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(MissingExtra, match=r'grain is not installed; .*"sam_jax\[train\]"'):
-        make_loader(many, PREPARE, batch_size=4, seed=0)
+        make_loader(many, TRANSFORM, batch_size=4, seed=0)

@@ -8,10 +8,10 @@ from coco_examples import (
     H,
     W,
     assert_same_batch,
-    prepared,
     rectangle,
     squares,
     take,
+    transformed,
 )
 from reference import SMALL
 
@@ -27,7 +27,7 @@ from sam_jax.training.transform import ExampleTransform
 
 def test_a_prepared_example(coco):
     example = CocoInstances(coco / "coco.json", coco)[0]
-    result = prepared(example)
+    result = transformed(example)
     assert {name: x.shape for name, x in result.items()} == {
         "pixel_values": (SIZE, SIZE, 3),
         "masks": (4, SIDE, SIDE),
@@ -67,7 +67,7 @@ def test_a_stretched_example(coco):
 
 def test_fewer_places_than_objects(coco):
     example = CocoInstances(coco / "coco.json", coco)[0]
-    chosen = {prepared(example, seed, max_objects=1)["boxes"][0, 0] for seed in range(20)}
+    chosen = {transformed(example, seed, max_objects=1)["boxes"][0, 0] for seed in range(20)}
     assert len(chosen) == 3
 
 
@@ -79,7 +79,7 @@ def test_only_chosen_objects_are_decoded(coco, monkeypatch):
     monkeypatch.setattr("sam_jax.training.datasets.rle_decode", spy)
     for seed in range(3):
         assert_same_batch(
-            prepared(example, seed, max_objects=1), prepared(every, seed, max_objects=1)
+            transformed(example, seed, max_objects=1), transformed(every, seed, max_objects=1)
         )
     assert len(decoded) == 3
     np.testing.assert_array_equal(list(example["masks"]), every["masks"])
@@ -90,8 +90,8 @@ def test_objects_too_small_for_the_grid_are_none(coco):
     example = CocoInstances(coco / "coco.json", coco)[0]
     example["masks"] = np.array(example["masks"])
     example["masks"][1] = rectangle(3, 3, 4, 4)
-    assert prepared(example)["valid"].tolist() == [1, 1, 0, 0]
-    assert prepared(example, target_size=SIZE)["valid"].tolist() == [1, 1, 1, 0]
+    assert transformed(example)["valid"].tolist() == [1, 1, 0, 0]
+    assert transformed(example, target_size=SIZE)["valid"].tolist() == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("target_size", [SIDE, SIZE])
@@ -104,7 +104,7 @@ def test_augmented_masks_lie_on_their_objects(options, target_size):
     grey = SamProcessor(SMALL).normalize(np.full((1, 1, 3), 128, np.uint8))[0, 0]
     seen = set()
     for seed in range(25):
-        result = prepared(example, seed, target_size=target_size, **options)
+        result = transformed(example, seed, target_size=target_size, **options)
         if not result["valid"][0]:
             continue
         cell = SIZE // target_size
@@ -151,19 +151,19 @@ def test_numbers_that_make_no_sense(options, message):
 )
 def test_masks_that_are_none_of_the_images(masks, error, message):
     with pytest.raises(error, match=message):
-        prepared({"image": np.zeros((H, W, 3), np.uint8), "masks": masks})
+        transformed({"image": np.zeros((H, W, 3), np.uint8), "masks": masks})
 
 
 def test_objects_that_are_too_small_are_counted():
     example = squares(3 * CELL, CELL, CELL // 2, 1)
     for options, used, dropped in (({}, 2, 2), ({"target_size": SIZE}, 3, 1)):
-        result = prepared(example, **options)
+        result = transformed(example, **options)
         assert (result["valid"].sum(), result["dropped"]) == (used, dropped)
     # What a crop leaves out is not too small.
-    found = [prepared(squares(3 * CELL), seed, scale_range=(3, 3)) for seed in range(20)]
+    found = [transformed(squares(3 * CELL), seed, scale_range=(3, 3)) for seed in range(20)]
     assert {float(result["valid"].sum()) for result in found} == {0, 1}
     assert all(result["dropped"] == 0 for result in found)
-    assert prepared(squares())["dropped"] == 0
+    assert transformed(squares())["dropped"] == 0
     batch = take(
         make_loader([example], ExampleTransform(SMALL, 4, target_size=SIDE), batch_size=2, seed=0),
         1,
