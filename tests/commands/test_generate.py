@@ -204,7 +204,7 @@ def test_scores_that_are_not_finite(run, model, tmp_path):
 def test_what_is_said_while_one_waits(run):
     _, printed = run("--format", "coco")
     lines = printed.err.replace("\r", "\n").splitlines()
-    assert lines[0].startswith("compiling the image encoder and the mask decoder, once for all")
+    assert lines[0].startswith("loading the compiled image encoder and mask decoder; the first")
     assert lines[1].startswith("the first image took ")
     assert "image/s" in printed.err
     assert any("3/3" in line for line in lines)
