@@ -209,7 +209,7 @@ def test_what_is_said_while_one_waits(run):
     assert "image/s" in printed.err
     assert any("3/3" in line for line in lines)
     _, printed = run("--format", "coco")
-    assert "compiling" not in printed.err
+    assert "loading" not in printed.err
 
 
 @pytest.mark.parametrize(
