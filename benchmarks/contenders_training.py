@@ -115,7 +115,7 @@ def torch_step(
         {"params": [p for p in sam.parameters() if (id(p) in kernels) is decays], "weight_decay": w}
         for decays, w in ((True, WEIGHT_DECAY), (False, 0.0))
     ]
-    optimiser = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
     pixels = setting.tensor(batch["pixel_values"]).permute(0, 3, 1, 2).contiguous()
     targets = setting.tensor(batch["masks"][:, 0]).float()
     steps = itertools.count()
@@ -142,9 +142,9 @@ def torch_step(
             # A box is not ambiguous: the first mask is for it.
             first = (torch.arange(logits.shape[1], device=setting.device) == 0)[None]
             loss = torch_loss(logits.double(), scores.double(), targets.double(), first).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         return loss.detach()
 
     return run

@@ -66,6 +66,16 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None) -> N
         )
 
 
+def check_mask(mask: Any, name: str = "the mask") -> None:
+    """Raises ValueError for anything but one boolean mask, an array of two axes."""
+    dtype, shape = str(getattr(mask, "dtype", type(mask).__name__)), getattr(mask, "shape", "")
+    if dtype != "bool" or len(shape) != 2:
+        hint = "; compare logits with 0 first"
+        if dtype == "bool":
+            hint = "; one mask alone is mask[None]" if len(shape) == 1 else ""
+        raise ValueError(f"{name} is {dtype} {shape}, expected bool (h, w){hint}")
+
+
 def clip(name: str) -> str:
     """Shortens a name from a file for a message: some have megabytes."""
     return name if len(name) <= 200 else f"{name[:90]}...{name[-90:]}"

@@ -77,6 +77,9 @@ class SamPredictor(WithAdvice):
         # The state that `split` returns shares its variables with the model, so copy the tree (not
         # the arrays).
         self._graphdef, params = nnx.split(model)
+        device, *others = jax.tree.leaves(params)[0].devices()
+        if others:  # the model is spread over a mesh, and one image needs one device
+            params = jax.device_put(params, device)
         self._params = jax.tree.map(lambda array: array, params)
         self._dtype = model.mask_decoder.dtype
         self.reset_image()

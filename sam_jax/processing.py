@@ -19,6 +19,7 @@ from PIL import Image
 from sam_jax.arrays import ArrayLike, PromptsLike, as_numpy, on_accelerator
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, check_config, with_preprocessing
+from sam_jax.errors import NonFiniteError, check_bool, check_number
 from sam_jax.idioms import WithAdvice, unknown_attribute, with_advice
 from sam_jax.image import ImageInput, image_list, load_image
 from sam_jax.models.preprocessing import fit
@@ -229,17 +230,22 @@ class SamProcessor(WithAdvice):
             Masks [P, m, h, w] for each image.
 
         Raises:
-            ValueError: for other shapes, or if the numbers of masks and sizes differ.
+            TypeError: if `binarize` is not a bool.
+            ValueError: for other shapes, dtypes and sizes.
+            NonFiniteError: for NaN and infinity, which are not looked for on an accelerator.
         """
         masks = _by_image(masks)
         originals = check_sizes(original_sizes, len(masks), "original_sizes")
         inputs = check_sizes(reshaped_input_sizes, len(masks), "reshaped_input_sizes")
-        if max(max(size) for size in inputs) > self.config.image_size:
+        expected = [self.input_size(size) for size in originals]
+        if inputs != expected:
             raise ValueError(
-                f"reshaped_input_sizes are {inputs}, larger than the model's input of "
-                f"{self.config.image_size} pixels; are they the original_sizes?"
+                f"reshaped_input_sizes are {inputs}, expected {expected} for original_sizes "
+                f"{originals}, as the processor returns both: (h, w) after and before resizing"
             )
+        check_bool("binarize", binarize)
         threshold = self.config.mask_threshold if mask_threshold is None else mask_threshold
+        check_number("mask_threshold", threshold)
         side = self.config.mask_size
         results = []
         for i, (logits, original, reshaped) in enumerate(
@@ -247,6 +253,10 @@ class SamProcessor(WithAdvice):
         ):
             if not on_accelerator(logits):
                 logits = as_numpy(logits, f"masks[{i}]")
+                if logits.dtype.kind in "OSU" or not jnp.issubdtype(logits.dtype, jnp.floating):
+                    raise ValueError(f"masks[{i}] are {logits.dtype}, expected logits, floats")
+                if not np.isfinite(logits).all():
+                    raise NonFiniteError(f"masks[{i}] has logits that are NaN or infinite")
             if logits.ndim < 3 or logits.shape[-2:] != (side, side):
                 raise ValueError(
                     f"masks[{i}] has shape {logits.shape}, expected (prompts, masks, {side}, "
@@ -272,9 +282,9 @@ class SamProcessor(WithAdvice):
     ) -> Bool[np.ndarray, "n h w"] | Float[np.ndarray, "n h w"]:
         """Resizes low-resolution logits to one image's size; boolean, or logits without threshold.
 
-        If `count` is given, only the first `count` masks are computed; otherwise all, for which
-        XLA compiles once for each power of two. It also compiles once for each bucket of heights
-        and widths. JAX arrays are processed on their device.
+        If `count` is given, only the first `count` masks are computed. JAX arrays are processed on
+        their device. XLA compiles once for each bucket of heights and widths, and, without `count`,
+        for each power of two masks. (JAX arrays are padded to it by a small program of their own.)
         """
         side, image_size = masks.shape[-1], self.config.image_size
         rows, columns = (
@@ -401,8 +411,12 @@ def _by_image(masks: Any) -> list:
     """The masks of each image; an array on an accelerator stays there."""
     if isinstance(masks, (list, tuple)):
         return list(masks)
-    if not on_accelerator(masks) or not masks.ndim:
-        return list(as_numpy(masks, "masks"))
+    if not on_accelerator(masks):
+        masks = as_numpy(masks, "masks")
+    if not masks.ndim:
+        raise ValueError(f"masks are {masks}, expected the masks of each image")
+    if isinstance(masks, np.ndarray):
+        return list(masks)
     # An index on the device: a number would be part of the program.
     return [_entry(masks, jax.device_put(np.int32(i), masks.device)) for i in range(len(masks))]
 

@@ -89,7 +89,7 @@ def check_sizes(sizes: Any, images: int, where: str) -> list[tuple[int, int]]:
     if array.shape != (images, 2) or not whole:
         raise ValueError(
             f"{where} are {reprlib.repr(array.tolist())}, expected one positive (h, w) per image, "
-            f"{images} in all, of at most {_MOST_PIXELS} pixels"
+            f"{images} in all, each side at most {_MOST_PIXELS} pixels"
         )
     return [(int(height), int(width)) for height, width in array]
 
@@ -127,7 +127,7 @@ def to_numbers(values: Any, where: str) -> np.ndarray:
     try:
         array = as_numpy(values, where)
         if array.dtype.kind == "O":  # numpy would make NaN of None
-            hint = "; None is not a number: leave the prompt out" if None in array.flat else ""
+            hint = "; None is not a number" if None in array.flat else ""
             raise ValueError("objects")
         if array.dtype.kind in "USc":
             hint = "; convert strings with float" if array.dtype.kind in "US" else ""
@@ -136,8 +136,10 @@ def to_numbers(values: Any, where: str) -> np.ndarray:
     except DecoderError:
         raise
     except (ValueError, OverflowError) as error:
+        verb = "is" if where in ("the embedding", "box", "mask", "original_size") else "are"
         raise ValueError(
-            f"{where} are {reprlib.repr(values)}, expected numbers in lists of equal lengths{hint}"
+            f"{where} {verb} {reprlib.repr(values)}, expected numbers in lists of equal lengths"
+            f"{hint}"
         ) from error
 
 

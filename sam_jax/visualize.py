@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw
 
 from sam_jax.arrays import AnyArray, ArrayLike, as_numpy, is_array
+from sam_jax.errors import check_mask
 from sam_jax.image import ImageInput, load_image
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.validation import check_boxes, check_points
@@ -148,11 +149,7 @@ def draw(
 
 def _check_mask(mask: ArrayLike, where: str) -> np.ndarray:
     mask = as_numpy(mask, where)
-    if mask.dtype != bool or mask.ndim != 2:
-        raise ValueError(
-            f"{where} is {mask.dtype} of shape {mask.shape}, expected booleans of shape (h, w); "
-            "compare logits with 0 first"
-        )
+    check_mask(mask, where)
     return mask
 
 

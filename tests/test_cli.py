@@ -1,13 +1,8 @@
-import os
-import signal
 import sys
-import time
 
 import pytest
 
 from sam_jax import cli
-from sam_jax.commands.segment import Segment
-from sam_jax.files import temporary_folder
 
 
 @pytest.mark.parametrize("arguments", [[], ["segment"], ["segment", "a.png", "--points", "1,2"]])
@@ -37,23 +32,29 @@ def test_a_missing_file_is_named(monkeypatch):
         cli.main()
 
 
-def test_a_stopped_command_tidies_up(monkeypatch, tmp_path):
+STOPPED = """
+import sys, time
+from pathlib import Path
+from sam_jax import cli
+from sam_jax.files import temporary_folder
+
+def work(_):
+    with temporary_folder(Path(path)):
+        print("begun", flush=True)
+        time.sleep(60)
+
+sys.argv = ["sam-jax", "segment", "a.png"]
+cli._FUNCTIONS = {command: work for command in cli._FUNCTIONS}
+cli.main()
+"""
+
+
+def test_a_stopped_command_tidies_up(other_process, tmp_path):
     """SIGTERM, which `timeout` and schedulers send, ends it as an exception does."""
-
-    def work(_):
-        with temporary_folder(tmp_path):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(20)
-
-    monkeypatch.setitem(cli._FUNCTIONS, Segment, work)
-    monkeypatch.setattr(sys, "argv", ["sam-jax", "segment", "a.png", "--point", "1,2"])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert exit_info.value.code == 143
+    process = other_process(STOPPED, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    process.terminate()
+    assert process.wait(60) == 143
     assert list(tmp_path.iterdir()) == []
 
 

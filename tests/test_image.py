@@ -32,10 +32,10 @@ def modes():
     palette = rgb.quantize(16)
     transparent = palette.copy()
     transparent.info["transparency"] = bytes(range(0, 160, 10))
-    one_colour = palette.copy()
-    one_colour.info["transparency"] = 3
+    one_color = palette.copy()
+    one_color.info["transparency"] = 3
     images = {m: rgb.convert(m) for m in ("RGB", "L", "LA", "RGBA", "1", "CMYK", "YCbCr")}
-    return images | {"P": palette, "P_bytes": transparent, "P_int": one_colour}
+    return images | {"P": palette, "P_bytes": transparent, "P_int": one_color}
 
 
 @pytest.mark.parametrize("mode", modes())

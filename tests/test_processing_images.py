@@ -25,6 +25,7 @@ from reference import SMALL, assert_close, mask_iou
 
 from sam_jax import processing
 from sam_jax.config import lite_medsam, vit_b, with_preprocessing
+from sam_jax.errors import NonFiniteError
 from sam_jax.processing import SamProcessor
 
 
@@ -292,14 +293,36 @@ def test_the_models_threshold(small):
         ((2, 1, 3), (20, 30), (64, 96), r"original_sizes are \[20.0, 30.0\], expected one"),
         ((1, 1, 3), [(20, 0)], [(64, 96)], r"original_sizes are .*positive"),
         ((1, 1, 3), [(20, 30.5)], [(64, 96)], r"original_sizes are .*positive"),
-        ((1, 1, 3), [(20, 10**6)], [(64, 96)], r"original_sizes are .*of at most 65536 pixels"),
-        ((1, 1, 3), [(20, 30)], [(64, 97)], "larger than the model's input of 96 pixels"),
+        ((1, 1, 3), [(20, 10**6)], [(64, 96)], r"original_sizes are .*each side at most 65536"),
+        ((1, 1, 3), [(20, 30)], [(64, 97)], r"are \[\(64, 97\)\], expected \[\(64, 96\)\]"),
+        ((1, 1, 3), [(20, 30)], [(20, 30)], r"are \[\(20, 30\)\], expected \[\(64, 96\)\]"),
         ((1,), [(20, 30)], [(64, 96)], r"masks\[0\] has shape \(48, 48\), expected \(prompts"),
     ],
 )
 def test_bad_sizes_of_masks(small, shape, originals, inputs, message):
     with pytest.raises(ValueError, match=message):
         small.post_process_masks(np.zeros((*shape, 48, 48), np.float32), originals, inputs)
+
+
+LOW = np.zeros((1, 1, 3, 48, 48))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("masks", "options", "error", "message"),
+    [
+        (LOW * np.nan, {}, NonFiniteError, r"masks\[0\] has logits that are NaN or infinite"),
+        (LOW > 0, {}, ValueError, r"masks\[0\] are bool, expected logits, floats"),
+        (LOW * 1j, {}, ValueError, "are complex128, expected logits"),
+        (None, {}, ValueError, "masks are None, expected the masks of each image"),
+        (LOW, {"binarize": "no"}, TypeError, "binarize is 'no', expected a bool"),
+        (LOW, {"mask_threshold": "a"}, ValueError, "mask_threshold is 'a', expected a number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_masks_that_are_no_logits(small, masks, options, error, message):
+    with pytest.raises(error, match=message):
+        small.post_process_masks(masks, [(20, 30)], [(64, 96)], **options)
 
 
 def test_masks_of_the_images_size_are_refused(small):

@@ -67,10 +67,12 @@ class MaskGenerationOptions:
             raise ValueError(
                 f"stability_score_offset is {self.stability_score_offset}, expected 0 or more"
             )
-        for name in ("pred_iou_thresh", "stability_score_thresh"):
-            if getattr(self, name) > 1:
+        # Predicted IoUs may exceed 1 a little; stabilities may not.
+        for name, most in (("pred_iou_thresh", 2), ("stability_score_thresh", 1)):
+            if getattr(self, name) > most:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}, expected at most 1, the largest IoU"
+                    f"{name} is {getattr(self, name)}, expected at most {most}; IoUs are from 0 "
+                    "to 1, not percent"
                 )
         for name in ("box_nms_thresh", "crop_nms_thresh"):
             if not 0 <= getattr(self, name) <= 1:

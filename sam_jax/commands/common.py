@@ -35,7 +35,4 @@ def say(text: str) -> None:
 
 def say_compiling(how_often: str = "once") -> None:
     """Says why there are no results in the first seconds."""
-    say(
-        f"loading the compiled image encoder and mask decoder; the first run compiles them, "
-        f"{how_often} ..."
-    )
+    say(f"preparing the model; a first run compiles encoder and decoder, {how_often} ...")

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ from sam_jax.demo.session import (
     Session,
     add_box,
     add_point,
+    blank_sessions,
     choose,
     clear,
     draw_layer,
+    embed_blank,
     everything_json,
     find_everything,
     full_mask,
@@ -116,6 +119,21 @@ class Demo:
         handlers = {HTTPException: _tell, ClientDisconnect: _tell_nobody, Exception: _tell_failure}
         self._app = Starlette(routes=routes, exception_handlers=handlers)
         self._app.router.redirect_slashes = False
+
+    def warm_up(self) -> list[Future]:
+        """Begins to compile what visitors need, in the order in which they need it.
+
+        Requests for an image and a first click wait for it, and so does everything mode. Call this
+        before the page is served.
+        """
+        first, *others = blank_sessions(self.model.config)
+        begun = [
+            self._images.first(embed_blank, self.predictor),
+            self._clicks.first(predict, self.model, first),
+        ]
+        self._finder.first(wait, begun)
+        begun += [self._finder.first(predict, self.model, session) for session in others]
+        return [*begun, self._finder.first(find_everything, self.model, first.image, 1)]
 
     def close(self) -> None:
         """Ends the work of all threads."""

@@ -5,7 +5,7 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,10 @@ class Worker:
     def __init__(self):
         self._thread, self._turn = ThreadPoolExecutor(1), asyncio.Lock()
 
+    def first(self, work: Callable, *args: Any) -> Future:
+        """Begins work, for which that of `run` waits; call it before there is any."""
+        return self._thread.submit(work, *args)
+
     async def run(self, work: Callable, *args: Any) -> Any:
         """The work's result; work that has begun is finished even if this is canceled."""
         await self._turn.acquire()
@@ -93,8 +97,8 @@ class Worker:
         done.exception()  # marks it as retrieved if the client has left
 
     def close(self) -> None:
-        """Waits for the work in progress."""
-        self._thread.shutdown()
+        """Waits for the work in progress; what is pending is not done."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 class Shares:

@@ -22,7 +22,6 @@ from sam_jax.checkpoints import from_pretrained
 from sam_jax.compilation_cache import enable_compilation_cache
 from sam_jax.demo.app import Demo
 from sam_jax.demo.limits import Limits
-from sam_jax.demo.session import warm_up
 from sam_jax.predictor import SamPredictor
 from sam_jax.types import Runtime
 
@@ -68,17 +67,18 @@ def serve(
     with _listen(host, port) as listener:  # fails before compiling if the port is in use
         # SIGTERM, which stops services and containers, acts like Ctrl+C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        print("Compiling the model ...", flush=True)
         enable_compilation_cache()
         predictor = SamPredictor(from_pretrained(model, dtype=dtype), runtime=runtime)
-        warm_up(predictor)
-        # Garbage collection of the objects made so far would delay clicks by half a second.
-        gc.collect()
-        gc.freeze()
         hosts = host_names(host, port, allow_host)
         app = Demo(predictor, hosts, Limits(max_bytes=max_megabytes * 10**6))
+        begun = app.warm_up()
         with running(app, listener) as server:
             print(f"The page is at http://{host}:{port}/; press Ctrl+C to stop.", flush=True)
+            for work in begun:
+                work.result()
+            # Garbage collection of the objects made so far would delay clicks by half a second.
+            gc.freeze()
+            print("The model is compiled.", flush=True)
             server.result()
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from sam_jax.automatic.generator import SamAutomaticMaskGenerator
+from sam_jax.config import SamConfig
 from sam_jax.image import load_image, open_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import FOREGROUND
@@ -392,19 +393,23 @@ def everything_json(found: Found) -> dict[str, Any]:
     return {"width": width, "height": height, "masks": found.records}
 
 
-def warm_up(predictor: SamPredictor) -> None:
-    """Compiles the programs for images, clicks and everything mode, so that visitors never wait."""
-    model = predictor.model
-    side, low = model.config.image_size, model.config.mask_size
+def embed_blank(predictor: SamPredictor) -> None:
+    """Embeds an image without content, which compiles the encoder; the predictor has none then."""
+    side = predictor.config.image_size
     predictor.set_image(np.zeros((side, side, 3), np.uint8))
-    image = EmbeddedImage(predictor.get_image_embedding(), (side, side))
     predictor.reset_image()
+
+
+def blank_sessions(config: SamConfig) -> list[Session]:
+    """Sessions of a blank image, whose predictions need all programs that clicks need."""
+    side, low, grid = config.image_size, config.mask_size, config.image_embedding_size
+    embedding = np.zeros((1, config.image_embedding_channels, grid, grid), np.float32)
+    image = EmbeddedImage(embedding, (side, side))
     point, box = Step(Point(0, 0, FOREGROUND)), Step(Box(0, 0, side - 1, side - 1))
     refining = dataclasses.replace(point, refines=np.zeros((1, low, low), np.float32))
-    predict(model, Session(image, (point,)))
-    predict(model, Session(image, (box,)))
+    sessions = [Session(image, (point,)), Session(image, (box,))]
     # With the box's two corners these are powers of two, to which other numbers are padded.
     for points in (2, 6, 14, MARKS - 1):
-        predict(model, Session(image, (*[point] * points, box)))
-        predict(model, Session(image, (box, *[point] * (points - 1), refining)))
-    find_everything(model, image, 1)
+        sessions.append(Session(image, (*[point] * points, box)))
+        sessions.append(Session(image, (box, *[point] * (points - 1), refining)))
+    return sessions

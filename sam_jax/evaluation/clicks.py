@@ -7,7 +7,9 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
+from sam_jax.errors import check_whole
 from sam_jax.evaluation.metrics import iou
+from sam_jax.image import load_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops.boxes import mask_to_box
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
@@ -54,17 +56,18 @@ def evaluate(
         ValueError: if a number is below 1, if masks do not have their image's size, or if there are
             no objects.
     """
-    if not clicks or min(clicks) < 1:
-        raise ValueError(f"clicks is {clicks}, expected one number of clicks or more, each above 0")
-    if objects_chunk_size < 1:
-        raise ValueError(f"objects_chunk_size is {objects_chunk_size}, expected at least 1")
+    if not isinstance(clicks, Sequence) or not len(clicks):
+        raise ValueError(f"clicks is {clicks!r}, expected one number of clicks or more")
+    for number in clicks:
+        check_whole("clicks", number, 1)
+    check_whole("objects_chunk_size", objects_chunk_size, 1)
     names = [*(f"miou@{n}" for n in clicks), "miou@box"]
     found: dict[str, list[float]] = {name: [] for name in names}
     predictor = SamPredictor(model, runtime=runtime)
     for i in range(len(dataset)):
         example = dataset[i]
         if len(example["masks"]):
-            check_masks(example["image"], example["masks"])
+            check_masks(load_image(example["image"]), example["masks"])
             set_image(predictor, example)
         for start in range(0, len(example["masks"]), objects_chunk_size):
             masks = example["masks"][start : start + objects_chunk_size]
@@ -88,15 +91,22 @@ def draw_clicks(model: Sam, dataset: Dataset, *, count: int = 4) -> Image.Image:
     """Draws the first images side by side, with the best mask for a click at each object's center.
 
     At most 16 objects are drawn per image.
+
+    Raises:
+        TypeError: if masks are not bool.
+        ValueError: if `count` is below 1, if there is no image, or if masks do not have its size.
     """
+    check_whole("count", count, 1)
+    if not len(dataset):
+        raise ValueError("there are no images to draw")
     predictor, drawn = SamPredictor(model), []
     for i in range(min(count, len(dataset))):
         example = dataset[i]
-        check_masks(example["image"], example["masks"])
+        check_masks(load_image(example["image"]), example["masks"])
         targets = example["masks"][:_DRAWN]
         targets = targets[targets.any((-2, -1))]
         if not len(targets):
-            drawn.append(Image.fromarray(example["image"]))
+            drawn.append(Image.fromarray(load_image(example["image"])))
             continue
         points = np.array([[middle(mask)] for mask in targets])
         set_image(predictor, example)

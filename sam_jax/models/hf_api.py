@@ -1,5 +1,6 @@
 """Hugging Face's API of the model: `model(**inputs)` with what `SamProcessor` returns."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -312,6 +313,11 @@ class HuggingFaceAPI(WithAdvice):
 def first_prompts(array: Array, count: int) -> Array:
     """Without the padding prompts at the end; on the device, by a small program for each count."""
     if on_accelerator(array) or isinstance(array, Tracer):
-        return array[:, :count]
+        return _first_columns(array, count)
     # A CPU's memory is the host's, where no program is needed.
     return jax.device_put(jax.device_get(array)[:, :count], array.sharding)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first_columns(array, count):
+    return array[:, :count]

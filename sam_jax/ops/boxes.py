@@ -10,7 +10,7 @@ import math
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
-from sam_jax.errors import check_whole
+from sam_jax.errors import check_mask, check_whole
 
 # Distance in pixels to the edge of a crop below which a box counts as cut off.
 _EDGE_TOLERANCE = 20.0
@@ -97,7 +97,11 @@ def non_maximum_suppression(
 
     The result is that of `torchvision.ops.nms` on a CPU: of boxes with equal scores the first one
     wins, and a box is dropped if its IoU with a better one is larger than the threshold.
+
+    Raises ValueError unless there is one score for each box.
     """
+    if boxes.shape != (len(scores), 4):
+        raise ValueError(f"there are {len(scores)} scores, but boxes of shape {boxes.shape}")
     order = np.argsort(-scores, kind="stable")
     kept = []
     while len(order):
@@ -110,7 +114,11 @@ def non_maximum_suppression(
 
 
 def mask_to_box(mask: Bool[np.ndarray, "h w"]) -> Int[np.ndarray, "4"]:
-    """x0, y0, x1, y1, the last pixels included; zeros for an empty mask."""
+    """x0, y0, x1, y1, the last pixels included; zeros for an empty mask.
+
+    Raises ValueError if the mask is not bool (h, w).
+    """
+    check_mask(mask)
     xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     if not len(xs):
         return np.zeros(4, np.int64)

@@ -44,7 +44,7 @@ def join_prompts(
     * -10: padding, without effect.
 
     Raises:
-        TypeError: if something is not an array.
+        TypeError: if something is not an array of numbers, and labels of integers.
         ValueError: if there are neither points nor boxes, or shapes do not fit.
     """
     if points is None and boxes is None:
@@ -52,7 +52,7 @@ def join_prompts(
     arrays = [
         None if array is None else as_array(array, "prompts") for array in (points, labels, boxes)
     ]
-    _check_joinable(*(None if array is None else array.shape for array in arrays))
+    _check_joinable(*arrays)
     xp = _namespace([array for array in arrays if array is not None])
     # An explicit transfer, which `jax.transfer_guard` allows, in contrast to jnp.full's.
     put: Any = np.asarray if xp is np else jax.device_put
@@ -80,7 +80,13 @@ def join_prompts(
 
 
 def _check_joinable(points, labels, boxes) -> None:
-    """Raises ValueError if shapes of points, labels and boxes do not fit; None is not given."""
+    """Checks the dtypes and shapes of points, labels and boxes; None is not given."""
+    for name, array in (("points", points), ("labels", labels), ("boxes", boxes)):
+        kinds = ("integral",) if name == "labels" else ("real floating", "integral")
+        if array is not None and (array.dtype.kind in "OSU" or not jnp.isdtype(array.dtype, kinds)):
+            what = "integers" if name == "labels" else "numbers"
+            raise TypeError(f"{name} are {array.dtype}, expected {what}")
+    points, labels, boxes = (None if x is None else x.shape for x in (points, labels, boxes))
     given = f"points, labels and boxes have shapes {points}, {labels} and {boxes}"
     if points is not None and (len(points) < 2 or points[-1] != 2):
         raise ValueError(f"{given}, expected points (..., n, 2): x and y")

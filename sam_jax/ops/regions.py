@@ -5,6 +5,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Bool, Int
 
+from sam_jax.errors import check_mask, check_number
 from sam_jax.ops.boxes import mask_to_box
 
 
@@ -94,7 +95,12 @@ def remove_small_regions(
 
     Returns:
         The mask, and whether it was changed.
+
+    Raises:
+        ValueError: if the mask is not bool (h, w), or `min_area` is not a number.
     """
+    check_mask(mask)
+    check_number("min_area", min_area)
     labels, sizes = _regions(~mask)
     small = np.flatnonzero(sizes < min_area) + 1
     changed = len(small) > 0

@@ -8,6 +8,8 @@ import numpy as np
 import pycocotools.mask
 from jaxtyping import Bool
 
+from sam_jax.errors import check_mask
+
 
 def rle_encode(mask: Bool[np.ndarray, "h w"]) -> dict:
     """Encodes a mask as uncompressed COCO run lengths: column by column, zeros first.
@@ -16,10 +18,11 @@ def rle_encode(mask: Bool[np.ndarray, "h w"]) -> dict:
         `{"size": [h, w], "counts": [...]}` with Python integers.
 
     Raises:
-        ValueError: if the mask is not bool, or not of two axes, or empty.
+        ValueError: if the mask is not bool (h, w), or has no pixels.
     """
-    if mask.dtype != bool or mask.ndim != 2 or not mask.size:
-        raise ValueError(f"the mask is {mask.dtype} {mask.shape}, expected bool (h, w)")
+    check_mask(mask)
+    if not mask.size:
+        raise ValueError(f"the mask has shape {mask.shape}, expected one with pixels")
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
@@ -39,6 +42,8 @@ def rle_decode(rle: dict) -> Bool[np.ndarray, "h w"]:
 def check_rle(rle: dict) -> None:
     """Raises ValueError if uncompressed run lengths do not match their size."""
     (height, width), counts = rle["size"], rle["counts"]
+    if isinstance(counts, str | bytes):
+        raise ValueError("its run lengths are compressed; call rle_uncompress first")
     if not all(isinstance(count, numbers.Integral) for count in counts):
         raise ValueError("its run lengths do not fill the mask: expected whole numbers")
     if sum(counts) != height * width or min(counts, default=0) < 0:
@@ -49,7 +54,11 @@ def check_rle(rle: dict) -> None:
 
 
 def rle_compress(rle: dict) -> dict:
-    """Compresses run lengths to pycocotools' string: `{"size": [h, w], "counts": str}`."""
+    """Compresses run lengths to pycocotools' string: `{"size": [h, w], "counts": str}`.
+
+    Raises ValueError if the run lengths do not match their size.
+    """
+    check_rle(rle)
     height, width = rle["size"]
     # The stubs only allow compressed run lengths.
     compressed = pycocotools.mask.frPyObjects(rle, height, width)  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -65,6 +74,8 @@ def rle_uncompress(rle: Mapping[str, Any]) -> dict:
         ValueError: if the string is not valid, or ends within a number.
     """
     text = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
+    if not isinstance(text, bytes):
+        raise ValueError("its run lengths are a list, which is not compressed, expected a string")
     digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     (ends,) = np.nonzero(digits & 32 == 0)  # where it is set, more of the number follows
     starts = np.append(0, ends + 1)
@@ -83,5 +94,6 @@ def rle_uncompress(rle: Mapping[str, Any]) -> dict:
 
 
 def rle_area(rle: dict) -> int:
-    """The number of pixels in the mask."""
+    """The number of pixels in the mask; raises what `check_rle` raises."""
+    check_rle(rle)
     return sum(rle["counts"][1::2])

@@ -155,9 +155,12 @@ def layer_decay(config: SamConfig, decay: float) -> Table:
 
     Raises:
         TypeError: if `config` is not a SamConfig.
-        ValueError: if the encoder is not a ViT.
+        ValueError: if the encoder is not a ViT, or `decay` is not a number above 0.
     """
     check_config(config)
+    check_number("decay", decay)
+    if not 0 < decay < math.inf:
+        raise ValueError(f"decay is {decay}, expected above 0")
     if not isinstance(config.image_encoder, ViTConfig):
         raise ValueError("layer-wise decay is for ViT encoders, and this one is a TinyViT")
     depth = config.image_encoder.depth
@@ -192,8 +195,18 @@ def adamw(
 
     Raises:
         TypeError: if the table is not pairs of an expression and a scale.
+        ValueError: for anything but numbers, and a learning rate or scale below 0.
     """
     _check_pairs(table)
+    for name, value in (
+        ("learning_rate", 0 if callable(learning_rate) else learning_rate),
+        ("weight_decay", weight_decay),
+        *((f"the scale of {regex!r}", scale or 0) for regex, scale in table),
+    ):
+        if not isinstance(value, jax.Array):
+            check_number(name, value)
+            if value < 0:
+                raise ValueError(f"{name} is {value}, expected 0 or more")
     return optax.chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
         optax.scale_by_adam(b1, b2, eps),

@@ -7,6 +7,7 @@ state, metrics = train_step(state, rest, batch, key, tx=tx, config=TrainConfig()
 """
 
 import functools
+import math
 from collections.abc import Callable
 from reprlib import repr as short
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ class TrainConfig(NamedTuple):
     """Objects of an image that are computed together; fewer take less memory. None for all, except
     that `compile_step` on a CPU takes one, which fits its cache."""
     remat: bool = False
-    """Recompute activations of the image encoder in the backward pass, to take less memory."""
+    """Recompute activations of the image encoder in the backward pass, to take less memory. In
+    Python, also a policy of `jax.checkpoint_policies`, as for `Sam.encode_image`."""
     drop_path_rate: float = 0.0
     """Stochastic depth of a ViT."""
     accumulate: int = 1
@@ -153,6 +155,10 @@ def _check_batch(batch: dict[str, Any]) -> None:
         "boxes": (images, objects, 4),
         "valid": (images, objects),
     }
+    if len(batch[pixels]) != images:
+        raise ValueError(
+            f"the batch has {pixels} of {len(batch[pixels])} images, but masks of {images}"
+        )
     for name, shape in shapes.items():
         dtype = check_shape(name, batch[name], shape).dtype
         if not jnp.issubdtype(dtype, jnp.floating) and (name != "masks" or dtype != jnp.bool):
@@ -305,6 +311,12 @@ def check_train_config(config: TrainConfig) -> None:
     """
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config is {short(config)}, expected a sam_jax.training.TrainConfig")
+    if not isinstance(config.weights, LossWeights):
+        raise TypeError(f"weights are {short(config.weights)}, expected LossWeights")
+    for name, value in config.weights._asdict().items():
+        check_number(f"the weight {name}", value)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"the weight {name} is {value}, expected 0 or more")
     for name in ("num_rounds", "objects_chunk_size", "accumulate"):
         if name != "objects_chunk_size" or config.objects_chunk_size is not None:
             check_whole(name, getattr(config, name), 1)

@@ -1,6 +1,5 @@
 """Brings examples into fixed shapes: resizes, augments and pads them."""
 
-import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -12,10 +11,13 @@ from PIL import Image
 
 from sam_jax.config import SamConfig, check_config
 from sam_jax.errors import check_number, check_whole
+from sam_jax.image import load_image
 from sam_jax.ops.boxes import mask_to_box
 from sam_jax.ops.prompts import pad_axis
 from sam_jax.processing import SamProcessor
 from sam_jax.training.datasets import Example
+
+_LARGEST_SCALE = 10  # an image is resized before it is cropped; 0.3 GB for 1024 pixels
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class ExampleTransform:
     """Probability of mirroring an image."""
     scale_range: tuple[float, float] | None = None
     """Large-scale jitter: the image is scaled by a random factor in this range, relative to the
-    size that fits the model (the paper's range is 0.1 to 2.0), and cropped if it is too large."""
+    size that fits the model (the paper's range is 0.1 to 2.0), and cropped if it is too large. At
+    most 10."""
 
     def __post_init__(self):
         check_config(self.config)
@@ -62,7 +65,11 @@ class ExampleTransform:
                 f"a divisor of the model's input size {self.config.image_size}",
             ),
             ("flip", 0 <= self.flip <= 1, "0 to 1"),
-            ("scale_range", _are_scales(scales), "two numbers above 0, the smaller first"),
+            (
+                "scale_range",
+                _are_scales(scales),
+                f"two numbers above 0, the smaller first, at most {_LARGEST_SCALE}",
+            ),
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
@@ -71,11 +78,11 @@ class ExampleTransform:
         """Transforms an example, with random numbers from `rng`.
 
         Raises:
-            TypeError: if the masks are not bool.
+            TypeError: if the masks are not a bool array, or the image is none for `load_image`.
             ValueError: if the masks do not have the image's size, or if the image would be
                 augmented but its embedding is cached.
         """
-        image, masks = example["image"], example["masks"]
+        image, masks = load_image(example["image"]), example["masks"]
         check_masks(image, masks)
         chosen: Any = slice(None)
         if len(masks) > self.max_objects:
@@ -124,6 +131,8 @@ class ExampleTransform:
 
 def check_masks(image: np.ndarray, masks: Any) -> None:
     """Raises TypeError unless masks (an array or lazy) are bool, ValueError for another size."""
+    if not hasattr(masks, "dtype"):
+        raise TypeError(f"the masks are a {type(masks).__name__}, expected an array, bool")
     if masks.dtype != bool:
         raise TypeError(
             f"the masks are {masks.dtype}, expected bool; compare them, such as masks > 0"
@@ -172,7 +181,7 @@ def _to_grid(mask: Bool[np.ndarray, "h w"], size: int, side: int) -> Bool[np.nda
 def _are_scales(scales: Any) -> bool:
     are_two = isinstance(scales, Sequence) and len(scales) == 2
     are_numbers = are_two and all(isinstance(scale, numbers.Real) for scale in scales)
-    return are_numbers and 0 < scales[0] <= scales[1] < math.inf
+    return are_numbers and 0 < scales[0] <= scales[1] <= _LARGEST_SCALE
 
 
 def _stacked(arrays: list, count: int, shape: tuple[int, ...], dtype) -> np.ndarray:

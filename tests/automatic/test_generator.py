@@ -207,7 +207,7 @@ DEVICES = """
 import sys
 import jax, numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import everything as tests
 
 images = [tests.random_image(60 + 10 * i, 120 - 7 * i, i) for i in range(6)]
@@ -217,6 +217,15 @@ eight = tests.generator(crop_n_layers=1, mesh=mesh)
 assert len(jax.devices()) == 8
 for actual, image in zip(eight.generate_batch(images), images, strict=True):
     tests.assert_same_records(actual, one.generate(image), exact=True)
+
+# A predictor takes one device of a model that is spread over a mesh.
+everywhere = jax.device_put(tests.small()[1], NamedSharding(mesh, PartitionSpec()))
+predictor, expected = tests.SamPredictor(everywhere), tests.SamPredictor(tests.small()[1])
+found = []
+for some in (predictor, expected):
+    some.set_image(images[0])
+    found.append(some.predict([[5, 5]], [1]).logits)
+np.testing.assert_array_equal(*found)
 
 # A model on another device than the first does all its work there.
 there = jax.devices()[3]

@@ -35,7 +35,7 @@ def test_arguments_are_metas():
             "points_per_side 6 over crop_n_points_downscale_factor 4 leaves no points for layer 2",
         ),
         ({"pred_iou_thresh": float("nan")}, "pred_iou_thresh is nan, expected a number"),
-        ({"pred_iou_thresh": 88}, "pred_iou_thresh is 88, expected at most 1, the largest IoU"),
+        ({"pred_iou_thresh": 88}, "pred_iou_thresh is 88, expected at most 2; IoUs are from 0 to"),
         ({"stability_score_thresh": 95}, "stability_score_thresh is 95, expected at most 1"),
         ({"crop_nms_thresh": 1.5}, "crop_nms_thresh is 1.5, expected an IoU, from 0 to 1"),
         ({"crop_n_layers": 7}, "crop_n_layers is 7, expected .* at least 0 and at most 6"),

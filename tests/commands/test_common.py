@@ -9,6 +9,5 @@ def test_progress_is_not_output(capsys):
     assert printed.out == ""
     assert printed.err == (
         "one of two images\n"
-        "loading the compiled image encoder and mask decoder; the first run compiles them, once "
-        "for all images ...\n"
+        "preparing the model; a first run compiles encoder and decoder, once for all images ...\n"
     )

@@ -204,12 +204,12 @@ def test_scores_that_are_not_finite(run, model, tmp_path):
 def test_what_is_said_while_one_waits(run):
     _, printed = run("--format", "coco")
     lines = printed.err.replace("\r", "\n").splitlines()
-    assert lines[0].startswith("loading the compiled image encoder and mask decoder; the first")
+    assert lines[0].startswith("preparing the model; a first run compiles encoder and decoder")
     assert lines[1].startswith("the first image took ")
     assert "image/s" in printed.err
     assert any("3/3" in line for line in lines)
     _, printed = run("--format", "coco")
-    assert "loading" not in printed.err
+    assert "preparing" not in printed.err
 
 
 @pytest.mark.parametrize(

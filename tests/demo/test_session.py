@@ -13,6 +13,8 @@ from reference import SHALLOW, meta_sam, ours
 
 from sam_jax import SamAutomaticMaskGenerator, SamPredictor
 from sam_jax.demo import session as demo
+from sam_jax.demo.app import Demo
+from sam_jax.demo.limits import Limits
 from sam_jax.demo.session import Box, EmbeddedImage, Found, Point, Session, Step
 from sam_jax.visualize import COLORS
 
@@ -337,7 +339,10 @@ def test_nothing_found(embedded):
 
 
 def test_warm_up_compiles_what_clicks_need(model, image, compilations):
-    demo.warm_up(SamPredictor(model))
+    app = Demo(SamPredictor(model), set(), Limits())
+    for work in app.warm_up():
+        work.result()
+    app.close()
     photo = file(image.resize((80, 90)))
     compilations.clear()
     session = Session(demo.open_image_file(SamPredictor(model), photo)[0])

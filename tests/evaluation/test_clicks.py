@@ -164,13 +164,24 @@ def test_masks_that_are_none(model, dataset):
     ("options", "message"),
     [
         ({"clicks": ()}, r"clicks is \(\), expected one number of clicks or more"),
-        ({"clicks": (0, 2)}, r"clicks is \(0, 2\), expected .* each above 0"),
-        ({"objects_chunk_size": 0}, "objects_chunk_size is 0, expected at least 1"),
+        ({"clicks": 3}, "clicks is 3, expected one number of clicks or more"),
+        ({"clicks": (0, 2)}, "clicks is 0, expected a whole number of at least 1"),
+        ({"clicks": (1.5, 2)}, r"clicks is 1\.5, expected a whole number of at least 1"),
+        ({"objects_chunk_size": 0}, "objects_chunk_size is 0, expected a whole number of at lea"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_numbers_that_make_no_sense(model, dataset, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(model, dataset, **options)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_nothing_to_draw(model, dataset):
+    with pytest.raises(ValueError, match="count is 0, expected a whole number of at least 1"):
+        draw_clicks(model, dataset, count=0)
+    with pytest.raises(ValueError, match="there are no images to draw"):
+        draw_clicks(model, [])
 
 
 def test_images_of_clicks(model, dataset):

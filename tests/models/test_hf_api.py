@@ -32,7 +32,8 @@ def test_prompts_of_an_accelerator_lose_their_padding_there(model, embeddings, m
     points = np.float32([[[[30, 20]], [[50, 60]], [[9, 80]]]])
     expected = model(image_embeddings=embeddings[:1].numpy(), input_points=points)
     monkeypatch.setattr(hf_api, "on_accelerator", lambda x: isinstance(x, jax.Array))
-    found = model(image_embeddings=embeddings[:1].numpy(), input_points=points)
+    with jax.transfer_guard("disallow"):
+        found = model(image_embeddings=jax.device_put(embeddings[:1].numpy()), input_points=points)
     assert found.pred_masks.shape == (1, 3, 3, 48, 48)
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
@@ -184,7 +185,7 @@ def test_masks_must_fit_the_prompts(model, embeddings):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_pixels_must_be_normalised_floats(model):
+def test_pixels_must_be_normalized_floats(model):
     for call in (model, model.get_image_embeddings):
         with pytest.raises(TypeError, match="pixel_values are uint8, expected floats"):
             call(np.zeros((1, 96, 96, 3), np.uint8))

@@ -100,6 +100,14 @@ def test_equal_boxes_and_scores_keep_the_first():
     assert non_maximum_suppression(boxes, np.ones(5, np.float32), iou_threshold=0.7).tolist() == [0]
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_each_box_has_a_score():
+    with pytest.raises(ValueError, match=r"there are 1 scores, but boxes of shape \(2, 4\)"):
+        non_maximum_suppression(np.zeros((2, 4)), np.zeros(1), iou_threshold=0.5)
+    with pytest.raises(ValueError, match=r"the mask is bool \(2, 3, 4\), expected bool \(h, w\)"):
+        mask_to_box(np.zeros((2, 3, 4), bool))
+
+
 def test_nothing_and_empty_boxes():
     kept = non_maximum_suppression(np.zeros((0, 4)), np.zeros(0, np.float32), iou_threshold=0.7)
     assert kept.tolist() == []

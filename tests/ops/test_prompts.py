@@ -57,6 +57,21 @@ def test_shapes_that_cannot_be_joined(points, labels, boxes, message):
         join_prompts(points, labels, boxes)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ((POINTS, LABELS + 0.7, None), "labels are float64, expected integers"),
+        ((POINTS.astype(str), LABELS, None), "points are <U.*, expected numbers"),
+        ((None, None, BOXES + 1j), "boxes are complex128, expected numbers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_prompts_are_numbers(prompts, message):
+    with pytest.raises(TypeError, match=message):
+        join_prompts(*prompts)
+
+
 def test_boxes_alone():
     points, labels = join_prompts(None, None, BOXES)
     assert labels.tolist() == [[2, 3]] * 2

@@ -83,6 +83,15 @@ def test_small_regions_touch_by_corners():
     np.testing.assert_array_equal(found, mask)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_only_masks_have_regions():
+    for function in (mask_to_polygons, lambda mask: remove_small_regions(mask, 5)):
+        with pytest.raises(ValueError, match=r"the mask is uint8 \(3, 3\), expected bool \(h, w\)"):
+            function(np.eye(3, dtype=np.uint8))
+    with pytest.raises(ValueError, match="min_area is nan, expected a number"):
+        remove_small_regions(np.eye(3) > 0, float("nan"))
+
+
 @pytest.mark.parametrize("value", [True, False])
 def test_no_regions(value):
     mask = np.full((5, 6), value)

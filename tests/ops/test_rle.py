@@ -30,8 +30,19 @@ def test_run_lengths(seed):
 @pytest.mark.usefixtures("unchecked")
 def test_only_a_mask_has_run_lengths():
     for mask in (np.eye(3), np.zeros((2, 3, 4), bool), np.zeros((0, 3), bool)):
-        with pytest.raises(ValueError, match=r"expected bool \(h, w\)"):
+        with pytest.raises(ValueError, match=r"expected (bool \(h, w\)|one with pixels)"):
             rle_encode(mask)
+
+
+def test_the_other_form_is_named():
+    whole, text = rle_encode(np.eye(3) > 0), rle_compress(rle_encode(np.eye(3) > 0))
+    for function in (rle_decode, rle_area, rle_compress):
+        with pytest.raises(ValueError, match="are compressed; call rle_uncompress first"):
+            function(text)
+    with pytest.raises(ValueError, match="which is not compressed"):
+        rle_uncompress(whole)
+    with pytest.raises(ValueError, match="do not fill the mask"):
+        rle_compress({"size": [3, 3], "counts": [4]})
 
 
 @pytest.mark.parametrize("counts", ["\x00", "é", "o" * 40, b"\xff"])

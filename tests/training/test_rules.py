@@ -141,6 +141,19 @@ def test_a_model_is_not_a_configuration(model, call):
         call(model)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_adamw():
+    for options, message in (
+        ({"learning_rate": "a"}, "learning_rate is 'a', expected a number"),
+        ({"weight_decay": -1}, "weight_decay is -1, expected 0 or more"),
+        ({"table": [(".*", -1)]}, r"the scale of '\.\*' is -1, expected 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adamw(**{"learning_rate": 1e-3, "table": EVERYTHING, **options})
+    with pytest.raises(ValueError, match="decay is -3, expected above 0"):
+        layer_decay(SMALL, -3)
+
+
 def test_scales_decay_and_clipping(model):
     table = [(r"mask_decoder\.iou_.*", 0.1), (r"prompt_encoder\..*", 1.0), (".*", None)]
     trained, _ = partition(model, table)
@@ -198,7 +211,7 @@ def test_the_rate_rises_then_falls(steps, warmup):
         ({"clip_norm": 0.0}, "clip_norm is 0.0, expected above 0"),
     ],
 )
-def test_optimisers_that_make_no_sense(options, message):
+def test_optimizers_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**options).build(EVERYTHING, 10)
     with pytest.raises(ValueError, match="steps is 0, expected a whole number of at least 1"):

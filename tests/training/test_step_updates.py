@@ -57,7 +57,7 @@ def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
     kernels = [module.weight for module in sam.modules() if isinstance(module, kinds)]
     names = {id(kernel) for kernel in kernels}
     others = [p for p in sam.parameters() if id(p) not in names]
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": kernels, "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -89,12 +89,12 @@ def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
             candidates = (first if is_box else ~first)[None]
             losses.append(torch_loss(logits, scores, tensor(target).float()[None], candidates))
     loss = torch.cat(losses).mean()
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
     for parameter in sam.parameters():
         if parameter.grad is None:  # it has no part in this loss; PyTorch would leave it out
             parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
+    optimizer.step()
     return float(loss.detach())
 
 
@@ -304,6 +304,7 @@ def test_a_loop_of_ones_own(model):
         ({"objects_chunk_size": 0}, "objects_chunk_size is 0, expected a whole number"),
         ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0, expected 0 or more"),
         ({"accumulate": 0}, "accumulate is 0, expected a whole number of at least 1"),
+        ({"weights": LossWeights(focal=-1.0)}, "the weight focal is -1.0, expected 0 or more"),
         ({"ema_decay": 1.5}, "ema_decay is 1.5, expected 0 or more"),
     ],
 )
@@ -324,6 +325,7 @@ def test_configs_that_make_no_sense(model, options, message):
         ({"masks": None}, ValueError, "the batch lacks masks; sam_jax.training.ExampleTransform"),
         ({"pixel_values": None}, ValueError, "the batch lacks pixel_values"),
         ({"image_embedding": np.zeros((1, 1))}, ValueError, "image_embeddings have shape"),
+        ({"image_embedding": np.zeros((2, 1))}, ValueError, "of 2 images, but masks of 1"),
     ],
     ids=str,
 )

@@ -129,6 +129,7 @@ def test_augmented_masks_lie_on_their_objects(options, target_size):
         ({"scale_range": (0, 1)}, r"scale_range is \(0, 1\), expected two numbers above 0"),
         ({"scale_range": (2.0, 1.0)}, r"scale_range is \(2.0, 1.0\), expected two numbers"),
         ({"scale_range": (1,)}, r"scale_range is \(1,\), expected two numbers"),
+        ({"scale_range": (10, 200)}, r"scale_range is \(10, 200\), .* at most 10"),
         ({"scale_range": 2}, "scale_range is 2, expected two numbers"),
     ],
 )
@@ -147,11 +148,23 @@ def test_numbers_that_make_no_sense(options, message):
             r"shape \(2, 55, 71\), expected .* \[n, 55, 70\]",
         ),
         (np.zeros((H, W), bool), ValueError, r"shape \(55, 70\), expected .* \[n, 55, 70\]"),
+        ([[[True]]], TypeError, "the masks are a list, expected an array, bool"),
     ],
 )
 def test_masks_that_are_none_of_the_images(masks, error, message):
     with pytest.raises(error, match=message):
         transformed({"image": np.zeros((H, W, 3), np.uint8), "masks": masks})
+
+
+def test_an_image_is_read_as_the_predictor_reads_it(coco):
+    """One with transparency, too, of which only the colors are resized."""
+    example = dict(squares(3 * CELL))
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (*example["image"].shape[:2], 4), np.uint8)
+    found = transformed({**example, "image": rgba})["pixel_values"]
+    np.testing.assert_array_equal(found, SamProcessor(SMALL).preprocess(rgba))
+    with pytest.raises(TypeError, match="float64"):
+        transformed({**example, "image": rgba[..., :3] / 255})
 
 
 def test_objects_that_are_too_small_are_counted():
