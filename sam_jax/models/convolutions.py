@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sam_jax.models.layers import Buffer, align, rowwise
+from sam_jax.models.layers import Buffer, align, matmul, rowwise
+from sam_jax.ops.barrier import barrier_on_cpu
 from sam_jax.ops.operation import operation
 
 EPS = 1e-5  # of batch norms: PyTorch's default
@@ -61,7 +62,7 @@ def pointwise_conv(
     x: Float[Array, "b h w i"], kernel: Float[Array, "1 1 i o"], bias: Float[Array, " o"]
 ) -> Float[Array, "b h w o"]:
     """The convolution of one pixel, as a matmul."""
-    return rowwise(lambda rows: rows @ kernel[0, 0] + bias[None], x)
+    return rowwise(lambda rows: matmul(rows, kernel[0, 0]) + bias[None], x)
 
 
 @jax.custom_jvp
@@ -123,7 +124,9 @@ def depthwise_conv(
     x: Float[Array, "b h w c"], kernel: Float[Array, "n n 1 c"], stride: int
 ) -> Float[Array, "b h2 w2 c"]:
     """A depthwise convolution, ten times faster on a CPU than XLA's grouped convolution."""
-    return _shifted_sum(_pad(x, kernel), _taps(kernel), stride)
+    # The barrier: otherwise XLA reads the middle tap before padding, computes the activation before
+    # it twice, and keeps its inputs alive for the backward pass.
+    return _shifted_sum(barrier_on_cpu(_pad(x, kernel)), _taps(kernel), stride)
 
 
 @depthwise_conv.defjvp
@@ -131,16 +134,9 @@ def _depthwise_conv_jvp(stride, primals, tangents):
     """Written so that its transpose, which training needs, is fast on a CPU."""
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
     by_x = _padded_sum(x_dot, kernel) if stride == 1 else depthwise_conv(x_dot, kernel, stride)
-    padded = _barrier_on_cpu(_pad(x, kernel))
+    padded = barrier_on_cpu(_pad(x, kernel))  # as in the function
     by_kernel = _depthwise_conv_by_kernel(padded, kernel_dot, stride)
     return _shifted_sum(padded, _taps(kernel), stride), by_x + by_kernel
-
-
-@jax.jit
-def _barrier_on_cpu(padded):
-    """Otherwise XLA reads the middle tap before padding, and keeps its inputs alive."""
-    barrier = jax.lax.optimization_barrier
-    return jax.lax.platform_dependent(padded, cpu=barrier, default=lambda x: x)
 
 
 @functools.partial(jax.jit, static_argnums=2)

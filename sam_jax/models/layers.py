@@ -91,11 +91,42 @@ class Linear(nnx.Linear):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Array, "*batch i"]
     ) -> Float[Array, "*batch o"]:
-        return rowwise(super().__call__, x)
+        kernel = self.kernel[...].astype(self.dtype)
+        bias = None if self.bias is None else self.bias[...].astype(self.dtype)
+
+        def linear(rows):
+            y = matmul(rows.astype(self.dtype), kernel)
+            return y if bias is None else y + bias[None]
+
+        return rowwise(linear, x)
 
     def weight(self) -> Float[Array, "i o"]:
         """What the layer multiplies with; the two-way `Attention` multiplies with it directly."""
         return self.kernel[...]
+
+
+def matmul(x: Float[Array, "n i"], kernel: Float[Array, "i o"]) -> Float[Array, "n o"]:
+    """`x @ kernel`, in the form that is fast on a CPU, too.
+
+    Of bfloat16, XLA multiplies on a CPU's units for it (AMX) if the product is float32.
+    """
+    return x @ kernel if x.dtype != jnp.bfloat16 else _matmul_to_float32(x, kernel)
+
+
+@jax.custom_jvp
+@jax.jit
+def _matmul_to_float32(x, kernel):
+    def wide(x, kernel):
+        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=wide, default=jnp.matmul)
+
+
+@_matmul_to_float32.defjvp
+def _matmul_to_float32_jvp(primals, tangents):
+    """With products whose transposes have one dtype."""
+    (x, kernel), (x_dot, kernel_dot) = primals, tangents
+    return _matmul_to_float32(x, kernel), x_dot @ kernel + x @ kernel_dot
 
 
 def rowwise(function, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
@@ -139,7 +170,7 @@ class PatchConv(nnx.Module):
         x = jnp.swapaxes(x, -4, -3).reshape(*batch, h // p, w // p, p * p * i)
         kernel = self.kernel[...].astype(self.dtype).reshape(p * p * i, o)
         bias = self.bias[...].astype(self.dtype)
-        return rowwise(lambda patches: patches @ kernel + bias[None], x)
+        return rowwise(lambda patches: matmul(patches, kernel) + bias[None], x)
 
 
 class UpscaleConv(nnx.Module):
@@ -159,7 +190,7 @@ class UpscaleConv(nnx.Module):
     def __call__(self, x: Float[Array, "*pixels i"]) -> Float[Array, "*pixels 2 2 o"]:
         i, _, _, o = self.kernel.shape
         kernel = self.kernel[...].astype(self.dtype).reshape(i, 4 * o)
-        x = rowwise(lambda pixels: pixels.astype(self.dtype) @ kernel, x)
+        x = rowwise(lambda pixels: matmul(pixels.astype(self.dtype), kernel), x)
         x = x.reshape(*x.shape[:-1], 2, 2, o)
         return x + align(self.bias[...].astype(self.dtype), x)
 

@@ -30,6 +30,7 @@ from sam_jax.models.layers import (
     split_keys,
 )
 from sam_jax.ops.attention import Implementation, attention_weights, rel_pos_attention
+from sam_jax.ops.barrier import narrow
 
 
 class ImageEncoderViT(WithAdvice, nnx.Module):
@@ -173,7 +174,7 @@ class Attention(nnx.Module):
     def _heads(self, x):
         """Queries, keys and values [windows, heads, n, d], the tables, and (h, w) of a window."""
         c = x.shape[-1]
-        qkv = self.qkv(x)
+        qkv = narrow(self.qkv(x))
         if self.window:  # the reference pads its input with zeros
             bias = jnp.zeros(3 * c) if self.qkv.bias is None else self.qkv.bias[...]
             qkv = partition_windows(qkv, self.window, bias.astype(qkv.dtype))

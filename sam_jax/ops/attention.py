@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sam_jax.ops.barrier import narrow
 from sam_jax.ops.operation import operation
 from sam_jax.ops.resize import linear_resize_matrix
 
@@ -156,7 +157,7 @@ def _logits(q, k, tables, grid):
 
 
 def _folded(q, k, v, tables, grid):
-    q, k = fold_positions(q, k, tables)
+    q, k = map(narrow, fold_positions(q, k, tables))
     return _average(jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=jnp.float32), v)
 
 
@@ -206,9 +207,10 @@ def _average(
 ) -> Float[Array, "*batch q d"]:
     """The values averaged with softmax weights, in the values' dtype."""
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    weights = narrow(weights.astype(v.dtype))
     # Dividing the d columns of the result is cheaper than the k columns of the weights.
-    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
+    out = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
+    return (out / weights.astype(jnp.float32).sum(-1, keepdims=True)).astype(v.dtype)
 
 
 @_average.defjvp

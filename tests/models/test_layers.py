@@ -14,6 +14,7 @@ from sam_jax.models.layers import (
     gelu,
     join_pixels,
     join_windows,
+    matmul,
     partition_windows,
 )
 
@@ -84,6 +85,27 @@ def test_upscale_conv():
         to_torch(x)[None], kernel, tensor(conv.bias[...]), stride=2
     )
     assert_close(join_pixels(conv(x)), from_torch_image(expected)[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_matmul_is_rounded_once(dtype):
+    """As `@`, and so are its gradients, in the dtype of the factors."""
+    x, kernel, weight = (normal(shape, i) for i, shape in enumerate([(64, 48), (48, 40), (64, 40)]))
+    x, kernel, weight = (jnp.asarray(a, dtype) for a in (x, kernel, weight))
+
+    def weighted(multiply, *factors):
+        return (multiply(*factors) * weight).astype(jnp.float32).sum()
+
+    step = jnp.finfo(dtype).eps
+    for found, expected in zip(
+        (matmul(x, kernel), *jax.grad(weighted, (1, 2))(matmul, x, kernel)),
+        (x @ kernel, *jax.grad(weighted, (1, 2))(jnp.matmul, x, kernel)),
+        strict=True,
+    ):
+        assert found.dtype == dtype
+        np.testing.assert_allclose(
+            np.float32(found), np.float32(expected), rtol=step, atol=step * abs(expected).max()
+        )
 
 
 def test_gelu_is_exact():
