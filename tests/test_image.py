@@ -157,7 +157,7 @@ ROUTES = {
     "mask_inputs": lambda image: predict(mask_input=[image]),
     "nested": lambda image: SamProcessor(SHALLOW).mask_to_logits(collections.deque([(image,)])),
     "overlaid": lambda image: overlay(np.zeros((9, 9, 3), np.uint8), [image]),
-    "masks": lambda image: SamProcessor(SHALLOW).post_process_masks([image], [[9, 9]], [[9, 9]]),
+    "masks": lambda image: SamProcessor(SHALLOW).post_process_masks([image], [[9, 9]], [[96, 96]]),
     "points": lambda image: SamProcessor(SHALLOW)(
         np.zeros((9, 9, 3), np.uint8), input_points=[[[image]]]
     ),

@@ -56,7 +56,7 @@ def evaluate(
         ValueError: if a number is below 1, if masks do not have their image's size, or if there are
             no objects.
     """
-    if not isinstance(clicks, Sequence) or not len(clicks):
+    if not hasattr(clicks, "__len__") or not len(clicks):
         raise ValueError(f"clicks is {clicks!r}, expected one number of clicks or more")
     for number in clicks:
         check_whole("clicks", number, 1)
