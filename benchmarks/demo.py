@@ -47,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, begin = Path(name), time.perf_counter()
         with running_demo(folder) as address, open_browser(folder) as browser:
-            started = f"; the server took {time.perf_counter() - begin:.0f} s to start"
+            started = f"; the model was compiled after {time.perf_counter() - begin:.0f} s"
             table = Table("Waiting on the demo page", COLUMNS, machine_line() + started)
             for megapixels, load in PHOTOS.items():
                 path = folder / f"{megapixels}.jpg"

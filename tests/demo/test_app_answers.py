@@ -27,6 +27,23 @@ def site(small):
         yield address
 
 
+def test_an_image_waits_until_the_encoder_is_compiled(small, photo, monkeypatch):
+    """The page is served before that; what visitors need next is compiled meanwhile."""
+    order = []
+
+    def compile_slowly(_):
+        time.sleep(0.5)
+        order.append("compiled")
+
+    monkeypatch.setattr(app, "embed_blank", compile_slowly)
+    with launched(small, warm=True) as site:
+        guest = Visitor(site)
+        guest.open(photo)
+        order.append("opened")
+        assert "error" not in guest.send("point", **CLICK)
+    assert order == ["compiled", "opened"]
+
+
 @pytest.fixture
 def guest(site, photo, caplog):
     """A visitor who has opened an image; whatever is asked, no error is logged."""

@@ -72,12 +72,12 @@ def running_demo(folder: Path, *arguments: str, stop: int = signal.SIGINT) -> It
         )
     try:
         for _ in range(1200):
-            if "press Ctrl+C to stop" in log.read_text():
+            if "The model is compiled" in log.read_text():
                 break
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
         else:
-            pytest.fail(f"the page was not served in two minutes: {log.read_text()}")
+            pytest.fail(f"the page was not ready in two minutes: {log.read_text()}")
         yield f"http://127.0.0.1:{port}/"
         process.send_signal(stop)
         assert process.wait(30) == 130

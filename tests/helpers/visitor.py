@@ -22,13 +22,20 @@ def launched(
     model: Any,
     limits: Limits = _USUAL,
     others: tuple = (),
+    warm: bool = False,
     **timing: float,
 ) -> Iterator[str]:
-    """The address of a model's page, served by this process as `sam-jax demo` does."""
+    """The address of a model's page, served by this process as `sam-jax demo` does.
+
+    Unlike there, the model is not compiled first, unless it is to be `warm`.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         hosts = host_names("0.0.0.0" if others else "127.0.0.1", port, others)
-        with running(Demo(SamPredictor(model), hosts, limits), listener, **timing):
+        app = Demo(SamPredictor(model), hosts, limits)
+        if warm:
+            app.warm_up()
+        with running(app, listener, **timing):
             yield f"http://127.0.0.1:{port}/"
 
 
