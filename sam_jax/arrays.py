@@ -81,6 +81,28 @@ def on_accelerator(array: Any) -> bool:
     return not others and device.platform != "cpu"
 
 
+def entries(value: Any, name: str) -> list:
+    """What a list or an array holds along its first axis; an accelerator's array stays there.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    array = value if on_accelerator(value) else as_numpy(value, name)
+    if not array.ndim:
+        raise ValueError(f"{name} are {short(value)}, expected a list or an array")
+    if isinstance(array, np.ndarray):
+        return list(array)
+    # An index on the device: a number would be part of the program.
+    return [_entry(array, jax.device_put(np.int32(i), array.device)) for i in range(len(array))]
+
+
+@jax.jit
+def _entry(array, i):
+    return array[i]
+
+
 def check_mesh(mesh: Any) -> None:
     """Raises TypeError for anything but a mesh of JAX."""
     if not isinstance(mesh, Mesh):

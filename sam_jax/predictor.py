@@ -426,6 +426,8 @@ class Transform(WithAdvice):
     ) -> Float[np.ndarray, "*batch 4"]:
         """Scales boxes (x0, y0, x1, y1) from pixels of the image to pixels of the model's input."""
         boxes = to_numbers(boxes, "boxes")
+        if boxes.shape[-1:] != (4,):
+            raise ValueError(f"boxes have shape {boxes.shape}, expected (..., 4): x0, y0, x1, y1")
         return self.apply_coords(boxes.reshape(-1, 2, 2), original_size).reshape(boxes.shape)
 
     apply_coords_torch, apply_boxes_torch = apply_coords, apply_boxes

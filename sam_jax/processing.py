@@ -8,7 +8,6 @@ import math
 import os
 import reprlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 
-from sam_jax.arrays import ArrayLike, PromptsLike, as_numpy, on_accelerator
+from sam_jax.arrays import ArrayLike, PromptsLike, as_numpy, entries, on_accelerator
 from sam_jax.checkpoints import load_config
 from sam_jax.config import Preprocessing, SamConfig, check_config, with_preprocessing
 from sam_jax.errors import NonFiniteError, check_bool, check_number
@@ -175,12 +174,16 @@ class SamProcessor(WithAdvice):
         """Scales (x, y) from pixels of an image of size (h, w) to pixels of the model's input.
 
         Raises:
-            TypeError, ValueError: if the coordinates are not numbers, or the size is invalid.
+            TypeError, ValueError: if the coordinates are not numbers in pairs, or the size is
+                invalid.
         """
+        coords = to_numbers(coords, "coords")
+        if coords.shape[-1:] != (2,):
+            raise ValueError(f"coords have shape {coords.shape}, expected (..., 2): x and y")
         ((height, width),) = check_sizes([original_size], 1, "original_size")
         new_height, new_width = self.input_size((height, width))
         scale = np.array([new_width / width, new_height / height])
-        return (to_numbers(coords, "coords") * scale).astype(np.float32)
+        return (coords * scale).astype(np.float32)
 
     def preprocess(self, image: ImageInput) -> Float[np.ndarray, "size size 3"]:
         """Resizes, normalizes, then pads with zeros at the bottom and right; float32."""
@@ -195,10 +198,19 @@ class SamProcessor(WithAdvice):
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
     def normalize(self, image: ImageInput) -> Float[np.ndarray, "size size 3"]:
-        """Normalizes a resized image, then pads it with zeros at the bottom and right."""
+        """Normalizes a resized image, then pads it with zeros at the bottom and right.
+
+        Raises:
+            ValueError: if the image is larger than the model's input.
+        """
         image = load_image(image)
         height, width = image.shape[:2]
         size = self.config.image_size
+        if max(height, width) > size:
+            raise ValueError(
+                f"the image is {width} x {height} pixels, expected at most {size} x {size}: resize "
+                "it first, or call preprocess"
+            )
         if self.config.normalization == "min_max":
             mean, std = image.min(), max(np.ptp(image), 1)
         else:
@@ -234,7 +246,7 @@ class SamProcessor(WithAdvice):
             ValueError: for other shapes, dtypes and sizes.
             NonFiniteError: for NaN and infinity, which are not looked for on an accelerator.
         """
-        masks = _by_image(masks)
+        masks = entries(masks, "masks")
         originals = check_sizes(original_sizes, len(masks), "original_sizes")
         inputs = check_sizes(reshaped_input_sizes, len(masks), "reshaped_input_sizes")
         expected = [self.input_size(size) for size in originals]
@@ -405,25 +417,6 @@ class SamInputs(dict):
 def _pad_to_bucket(masks):
     masks = masks.reshape(-1, *masks.shape[-2:])
     return pad_axis(masks, count_bucket(len(masks)), 0, 0)
-
-
-def _by_image(masks: Any) -> list:
-    """The masks of each image; an array on an accelerator stays there."""
-    if isinstance(masks, (list, tuple)):
-        return list(masks)
-    if not on_accelerator(masks):
-        masks = as_numpy(masks, "masks")
-    if not masks.ndim:
-        raise ValueError(f"masks are {masks}, expected the masks of each image")
-    if isinstance(masks, np.ndarray):
-        return list(masks)
-    # An index on the device: a number would be part of the program.
-    return [_entry(masks, jax.device_put(np.int32(i), masks.device)) for i in range(len(masks))]
-
-
-@jax.jit
-def _entry(array, i):
-    return array[i]
 
 
 @jax.jit

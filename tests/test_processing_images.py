@@ -23,6 +23,7 @@ from processors import (
 )
 from reference import SMALL, assert_close, mask_iou
 
+from sam_jax import arrays as arrays_module
 from sam_jax import processing
 from sam_jax.config import lite_medsam, vit_b, with_preprocessing
 from sam_jax.errors import NonFiniteError
@@ -190,6 +191,14 @@ def test_segmentation_maps_up_to_int32(small, most):
     assert set(np.unique(labels)) == {0, most}  # 0 is the padding
 
 
+def test_coordinates_are_pairs_and_images_fit(small):
+    for coords in ([1, 2, 3], 5.0):
+        with pytest.raises(ValueError, match=r"coords have shape .*, expected \(\.\.\., 2\)"):
+            small.scale_coords(coords, (20, 30))
+    with pytest.raises(ValueError, match=r"the image is 97 x 20 pixels, expected at most 96 x 96"):
+        small.normalize(random_image(20, 97))
+
+
 def test_no_image(small):
     for images in ([], ()):
         with pytest.raises(ValueError, match="images is an empty list, expected at least one"):
@@ -260,7 +269,8 @@ def test_masks_on_an_accelerator_stay_there(small, monkeypatch):
     """Simulated: they are resized where they are, to the same masks."""
     low_res, sizes = logits(2, 3, 3, 48, 48), ([(20, 30), (9, 9)], [(64, 96), (96, 96)])
     expected = small.post_process_masks(low_res, *sizes)
-    monkeypatch.setattr(processing, "on_accelerator", lambda x: isinstance(x, jax.Array))
+    for module in (processing, arrays_module):
+        monkeypatch.setattr(module, "on_accelerator", lambda x: isinstance(x, jax.Array))
     arrays = jax.device_put(low_res)
     with jax.transfer_guard_host_to_device("disallow"):
         found = [small.post_process_masks(given, *sizes) for given in (arrays, list(arrays))]
@@ -314,7 +324,7 @@ LOW = np.zeros((1, 1, 3, 48, 48))
         (LOW * np.nan, {}, NonFiniteError, r"masks\[0\] has logits that are NaN or infinite"),
         (LOW > 0, {}, ValueError, r"masks\[0\] are bool, expected logits, floats"),
         (LOW * 1j, {}, ValueError, "are complex128, expected logits"),
-        (None, {}, ValueError, "masks are None, expected the masks of each image"),
+        (None, {}, ValueError, "masks are None, expected a list or an array"),
         (LOW, {"binarize": "no"}, TypeError, "binarize is 'no', expected a bool"),
         (LOW, {"mask_threshold": "a"}, ValueError, "mask_threshold is 'a', expected a number"),
     ],

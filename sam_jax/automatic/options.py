@@ -1,5 +1,6 @@
 """The options of automatic mask generation."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
@@ -63,10 +64,9 @@ class MaskGenerationOptions:
         for field in fields(self):
             if field.type is float:
                 check_number(field.name, getattr(self, field.name))
-        if self.stability_score_offset < 0:
-            raise ValueError(
-                f"stability_score_offset is {self.stability_score_offset}, expected 0 or more"
-            )
+        for name in ("stability_score_offset", "min_mask_region_area"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
         # Predicted IoUs may exceed 1 a little; stabilities may not.
         for name, most in (("pred_iou_thresh", 2), ("stability_score_thresh", 1)):
             if getattr(self, name) > most:

@@ -128,6 +128,8 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
     name = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and name in MODELS:
         return _locate_model(MODELS[name])
+    if "://" in name:
+        raise ValueError(f"{name} is an address; download it first. {_accepted_forms()}")
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:  # ~nobody

@@ -34,6 +34,7 @@ from sam_jax.ops.prompts import (
     check_logits,
     check_values,
     concrete,
+    is_numeric,
     join_prompts,
     pad_prompts,
     warn_outside,
@@ -241,7 +242,7 @@ class HuggingFaceAPI(WithAdvice):
         return encode_positions(*nnx.split(self))
 
     def _check_pixels(self, pixel_values):
-        if isinstance(pixel_values, (list, tuple)) and all(
+        if isinstance(pixel_values, (list, tuple)) and any(
             isinstance(image, dict) for image in pixel_values
         ):
             raise TypeError(
@@ -277,6 +278,9 @@ class HuggingFaceAPI(WithAdvice):
                 ("input_masks", masks),
             )
         )
+        for name, array in (("points", points), ("labels", labels), ("boxes", boxes)):
+            if array is not None and not is_numeric(array.dtype):
+                raise TypeError(f"input_{name} are {array.dtype}, expected numbers")
         if points is not None:
             check_shape("input_points", points, (None, None, None, 2))
         if boxes is not None:

@@ -83,7 +83,7 @@ def _check_joinable(points, labels, boxes) -> None:
     """Checks the dtypes and shapes of points, labels and boxes; None is not given."""
     for name, array in (("points", points), ("labels", labels), ("boxes", boxes)):
         kinds = ("integral",) if name == "labels" else ("real floating", "integral")
-        if array is not None and (array.dtype.kind in "OSU" or not jnp.isdtype(array.dtype, kinds)):
+        if array is not None and not is_numeric(array.dtype, kinds):
             what = "integers" if name == "labels" else "numbers"
             raise TypeError(f"{name} are {array.dtype}, expected {what}")
     points, labels, boxes = (None if x is None else x.shape for x in (points, labels, boxes))
@@ -96,6 +96,13 @@ def _check_joinable(points, labels, boxes) -> None:
         raise ValueError(f"{given}, expected boxes (..., 4): x0, y0, x1, y1")
     if points is not None and boxes is not None and points[:-2] != boxes[:-1]:
         raise ValueError(f"{given}, expected one box for the points of each prompt")
+
+
+def is_numeric(
+    dtype: np.dtype, kinds: tuple[str, ...] = ("bool", "real floating", "integral")
+) -> bool:
+    """Whether a dtype of numpy or JAX is one of these kinds of numbers, not text or objects."""
+    return dtype.kind not in "OSU" and jnp.isdtype(dtype, kinds)
 
 
 def check_values(

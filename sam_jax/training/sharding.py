@@ -4,6 +4,7 @@ The compiler adds the communication; a step is the same function on one device a
 """
 
 from collections.abc import Callable, Sequence
+from reprlib import repr as short
 from typing import Literal, get_args
 
 import jax
@@ -36,8 +37,14 @@ _MIN_SIZE = 2**12
 
 
 def make_mesh(devices: Sequence[Device] | None = None) -> Mesh:
-    """A mesh of the devices, by default all of all hosts, along one axis, `data`."""
+    """A mesh of the devices, by default all of all hosts, along one axis, `data`.
+
+    Raises:
+        TypeError: for anything but devices, such as their number.
+    """
     devices = jax.devices() if devices is None else devices
+    if not hasattr(devices, "__len__") or not all(isinstance(x, jax.Device) for x in devices):
+        raise TypeError(f"devices are {short(devices)}, expected some of jax.devices()")
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 

@@ -41,6 +41,8 @@ def test_arguments_are_metas():
         ({"crop_n_layers": 7}, "crop_n_layers is 7, expected .* at least 0 and at most 6"),
         ({"box_nms_thresh": None}, "box_nms_thresh is None, expected a number"),
         ({"stability_score_offset": -1.0}, "stability_score_offset is -1.0, expected 0 or more"),
+        ({"stability_score_offset": float("inf")}, "stability_score_offset is inf, expected 0 or"),
+        ({"min_mask_region_area": -5}, "min_mask_region_area is -5, expected 0 or more"),
         ({"points_per_side": True}, "points_per_side is True, expected a whole number"),
         ({"points_per_side": None, "point_grids": 5}, "point_grids are 5, expected a list of arr"),
         (

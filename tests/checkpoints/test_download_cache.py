@@ -97,6 +97,11 @@ def test_a_model_is_named_by_text():
         resolve(None)
 
 
+def test_an_address_is_not_a_path():
+    with pytest.raises(ValueError, match=r"https://a\.b/c\.pth is an address; download it first"):
+        resolve("https://a.b/c.pth")
+
+
 @pytest.mark.parametrize("name", ["vit_x", "", "owner/na me"])
 def test_an_unknown_name_lists_what_is_known(name):
     with pytest.raises(ValueError, match=r"Unknown model .*mobile_sam, vit_b, vit_l, vit_h.*owner"):

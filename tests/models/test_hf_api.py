@@ -195,6 +195,15 @@ def test_pixels_must_be_normalized_floats(model):
         model.image_encoder.hidden_states(np.zeros((1, 96, 96, 3), np.uint8))
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_prompts_are_numbers(model, embeddings):
+    given = {"image_embeddings": embeddings[:1].numpy()}
+    with pytest.raises(TypeError, match="input_points are complex128, expected numbers"):
+        model(**given, input_points=np.zeros((1, 1, 1, 2), complex))
+    with pytest.raises(TypeError, match=r"input_boxes are <U1, expected numbers"):
+        model(**given, input_boxes=np.full((1, 1, 4), "a"))
+
+
 def test_numpy_and_jax_prompts_may_be_mixed(model, embeddings):
     expected = model(image_embeddings=embeddings.numpy(), **PROMPTS["points_and_boxes"])
     for name in PROMPTS["points_and_boxes"]:

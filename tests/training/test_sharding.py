@@ -145,6 +145,12 @@ def test_a_batch_that_the_devices_cannot_share(unchecked):
         sharding.put_batch({"valid": np.ones((4, 2))}, Mesh())
 
 
+def test_a_mesh_is_of_devices(unchecked):
+    for devices in (9, ["cpu"]):
+        with pytest.raises(TypeError, match=r"devices are .*, expected some of jax"):
+            sharding.make_mesh(devices)
+
+
 def test_a_kind_of_parallelism_that_does_not_exist(unchecked):
     with pytest.raises(ValueError, match="parallelism is 'ddp', expected data or fsdp"):
         sharding.shard_tree({"a": np.ones(8)}, sharding.make_mesh(), parallelism="ddp")
