@@ -26,7 +26,7 @@ NOWHERE = Path("cells"), Path("model"), Path("run")
     ("options", "message"),
     [
         (("--steps", "0"), "--steps, --eval-every and --batch-size must be at least 1"),
-        (("--num-rounds", "0"), "num_rounds is 0, expected at least 1"),
+        (("--num-rounds", "0"), "num_rounds is 0, expected a whole number of at least 1"),
         (("--batch-size", "3"), "--batch-size is 3, expected a multiple of the 2 devices"),
         (("--accumulate", "4"), "--batch-size is 2, expected a multiple of the 4 parts of --acc"),
         (("--layer-decay", "0.5"), "--layer-decay is for --train everything"),
