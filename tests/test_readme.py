@@ -65,19 +65,20 @@ def test_everything(mobile_sam_file, tmp_path):
 def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):
     """Runs the blocks in one session, in order."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
+    meta, processor, transformers = blocks[0].partition("processor = ")
     Image.fromarray(skimage.data.astronaut()).save(tmp_path / "astronaut.png")
     monkeypatch.chdir(tmp_path)
 
     names = {}
     # A few of the 32 x 32 points, since all of them take half a minute.
-    exec(blocks[0].replace("Generator(model)", "Generator(model, points_per_side=4)"), names)
+    exec(meta.replace("Generator(model)", "Generator(model, points_per_side=4)"), names)
     masks = names["masks"]
     assert masks.shape == (3, 512, 512)
     assert masks[:, 300, 100].all()
     assert len(names["records"]) >= 2
     assert names["records"][0]["segmentation"].shape == (512, 512)
-    exec(blocks[1], names)
+    exec(processor + transformers, names)
     (same,) = names["masks"]
     assert np.array_equal(same[0], masks)
     assert names["scores"].shape == (1, 1, 3)
@@ -86,7 +87,7 @@ def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):
     small = ours(meta_sam(SMALL_TINY), SMALL_TINY)
     inputs = SamProcessor(small.config)("astronaut.png", input_points=[[[100, 300]]])
     names |= {"model": small, "inputs": inputs, "outputs": small(**inputs)}
-    exec(blocks[2], names)
+    exec(blocks[1], names)
     assert np.allclose(names["scores"], names["outputs"].iou_scores, atol=1e-5)
     gradients = names["gradients"]["mask_decoder"]["iou_token"][...]
     assert np.isfinite(gradients).all()
