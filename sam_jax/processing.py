@@ -25,6 +25,7 @@ from sam_jax.models.preprocessing import fit
 from sam_jax.ops.prompts import (
     PADDING,
     count_bucket,
+    is_numeric,
     pad_axis,
     warn_outside,
 )
@@ -265,7 +266,7 @@ class SamProcessor(WithAdvice):
         ):
             if not on_accelerator(logits):
                 logits = as_numpy(logits, f"masks[{i}]")
-                if logits.dtype.kind in "OSU" or not jnp.issubdtype(logits.dtype, jnp.floating):
+                if not is_numeric(logits.dtype, ("real floating",)):
                     raise ValueError(f"masks[{i}] are {logits.dtype}, expected logits, floats")
                 if not np.isfinite(logits).all():
                     raise NonFiniteError(f"masks[{i}] has logits that are NaN or infinite")
@@ -311,7 +312,7 @@ class SamProcessor(WithAdvice):
         )
         if count is None:
             count = math.prod(masks.shape[:-2])
-            pad = _pad_to_bucket if isinstance(masks, np.ndarray) else jax.jit(_pad_to_bucket)
+            pad = _pad_to_bucket if isinstance(masks, np.ndarray) else _pad_on_device
             masks = pad(masks)
         device = None if isinstance(masks, np.ndarray) else masks.device
         limit = None if threshold is None else np.float32(threshold)
@@ -417,6 +418,9 @@ class SamInputs(dict):
 def _pad_to_bucket(masks):
     masks = masks.reshape(-1, *masks.shape[-2:])
     return pad_axis(masks, count_bucket(len(masks)), 0, 0)
+
+
+_pad_on_device = jax.jit(_pad_to_bucket)
 
 
 @jax.jit

@@ -67,7 +67,8 @@ def evaluate(
     for i in range(len(dataset)):
         example = dataset[i]
         if len(example["masks"]):
-            check_masks(load_image(example["image"]), example["masks"])
+            example = {**example, "image": load_image(example["image"])}
+            check_masks(example["image"], example["masks"])
             set_image(predictor, example)
         for start in range(0, len(example["masks"]), objects_chunk_size):
             masks = example["masks"][start : start + objects_chunk_size]
@@ -102,11 +103,12 @@ def draw_clicks(model: Sam, dataset: Dataset, *, count: int = 4) -> Image.Image:
     predictor, drawn = SamPredictor(model), []
     for i in range(min(count, len(dataset))):
         example = dataset[i]
-        check_masks(load_image(example["image"]), example["masks"])
+        example = {**example, "image": load_image(example["image"])}
+        check_masks(example["image"], example["masks"])
         targets = example["masks"][:_DRAWN]
         targets = targets[targets.any((-2, -1))]
         if not len(targets):
-            drawn.append(Image.fromarray(load_image(example["image"])))
+            drawn.append(Image.fromarray(example["image"]))
             continue
         points = np.array([[middle(mask)] for mask in targets])
         set_image(predictor, example)

@@ -209,7 +209,7 @@ def check_logits(masks: Any, where: str) -> None:
         TypeError: for complex numbers and values that are not numbers.
         ValueError: for binary masks, and numbers that are not finite.
     """
-    if not jnp.isdtype(masks.dtype, ("bool", "real floating", "integral")):
+    if not is_numeric(masks.dtype):
         raise TypeError(f"{where} are {masks.dtype}, expected floats; {MASK_HINT}")
     values = np.zeros(0)
     traced = isinstance(masks, Tracer)

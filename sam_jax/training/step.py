@@ -317,12 +317,15 @@ def check_train_config(config: TrainConfig) -> None:
         check_number(f"the weight {name}", value)
         if not 0 <= value < math.inf:
             raise ValueError(f"the weight {name} is {value}, expected 0 or more")
-    for name in ("num_rounds", "objects_chunk_size", "accumulate"):
-        if name != "objects_chunk_size" or config.objects_chunk_size is not None:
-            check_whole(name, getattr(config, name), 1)
-    for name, highest in (("box_probability", 1), ("drop_path_rate", None), ("ema_decay", None)):
-        if name != "ema_decay" or config.ema_decay is not None:
-            check_number(name, value := getattr(config, name))
-            if not (0 <= value < 1 or value == highest):
-                expected = "0 to 1" if highest else "0 or more, and less than 1"
-                raise ValueError(f"{name} is {value}, expected {expected}")
+    check_whole("num_rounds", config.num_rounds, 1)
+    check_whole("accumulate", config.accumulate, 1)
+    if config.objects_chunk_size is not None:
+        check_whole("objects_chunk_size", config.objects_chunk_size, 1)
+    check_number("box_probability", config.box_probability)
+    if not 0 <= config.box_probability <= 1:
+        raise ValueError(f"box_probability is {config.box_probability}, expected 0 to 1")
+    decay = 0 if config.ema_decay is None else config.ema_decay
+    for name, value in (("drop_path_rate", config.drop_path_rate), ("ema_decay", decay)):
+        check_number(name, value)
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}, expected 0 or more, and less than 1")
