@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -15,6 +16,22 @@ import tyro
 SCRIPTS = [str(Path(__file__).parents[1] / folder) for folder in ("examples", "convert")]
 # Folders next to `docs/` whose pages are on the site, too; links are written as on GitHub.
 LINKED = ("examples/", "benchmarks/")
+
+
+def on_config(config) -> None:
+    """Links to the repository that this clone came from, if it has an address on the web."""
+    git = ["git", "-C", str(Path(__file__).parent), "remote", "get-url", "origin"]
+    with contextlib.suppress(OSError):  # without git, there is no link
+        origin = subprocess.run(git, capture_output=True, text=True, check=False).stdout
+        if url := web_address(origin.strip()):
+            config.repo_url, config.repo_name = url, "Repository"
+
+
+def web_address(origin: str) -> str | None:
+    """The page of a remote repository on the web, without a user's name or password in it."""
+    start, host = r"(?:https?://(?:[^/@]+@)?|(?:ssh://)?git@)", r"([\w.-]+)(?::\d+(?=/))?"
+    found = re.fullmatch(rf"{start}{host}[:/](.+?)(?:\.git)?", origin)
+    return f"https://{found[1]}/{found[2]}" if found else None
 
 
 def on_page_markdown(markdown: str, page, **_) -> str:

@@ -1,7 +1,6 @@
 """`SamPredictor`, with the API of Meta's: one image, many prompts."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,22 +16,15 @@ from sam_jax.image import ImageInput, load_image
 from sam_jax.models.checks import check_multimask
 from sam_jax.models.compiled import chunk_size_for, decode, encode_image
 from sam_jax.models.sam import Sam
-from sam_jax.ops.prompts import (
-    MASK_HINT,
-    PADDING,
-    check_logits,
-    join_prompts,
-    pad_prompts,
-    warn_outside,
-)
+from sam_jax.ops.prompts import PADDING, join_prompts, pad_prompts, warn_outside
 from sam_jax.processing import SamProcessor
 from sam_jax.types import Runtime
 from sam_jax.validation import (
-    check_boxes,
+    Prompts,
     check_embedding,
     check_model,
-    check_points,
     check_sizes,
+    parse_prompts,
     to_numbers,
 )
 
@@ -258,8 +250,15 @@ class SamPredictor(WithAdvice):
         Raises:
             RuntimeError, ValueError, NonFiniteError: see `predict`.
         """
-        prompts = point_coords, point_labels, boxes, mask_input
-        return self._predict(prompts, True, multimask_output, return_logits, hq_token_only)
+        prompts = parse_prompts(
+            point_coords, point_labels, boxes, mask_input, self.config.mask_size
+        )
+        return self._predict(
+            prompts,
+            multimask_output=multimask_output,
+            return_logits=return_logits,
+            hq_token_only=hq_token_only,
+        )
 
     def predict_torch(
         self,
@@ -276,23 +275,33 @@ class SamPredictor(WithAdvice):
         Takes and returns numpy arrays with the shapes of `predict_batch`. Scale coordinates with
         `SamProcessor.scale_coords`.
         """
-        prompts = point_coords, point_labels, boxes, mask_input
-        return self._predict(prompts, False, multimask_output, return_logits, hq_token_only)
+        prompts = parse_prompts(
+            point_coords, point_labels, boxes, mask_input, self.config.mask_size
+        )
+        return self._predict(
+            prompts,
+            in_image=False,
+            multimask_output=multimask_output,
+            return_logits=return_logits,
+            hq_token_only=hq_token_only,
+        )
 
     def _predict(
         self,
-        prompts: tuple[Any, Any, Any, Any],
-        in_image: bool,
-        multimask_output: bool,
-        return_logits: bool,
-        hq_token_only: bool,
+        prompts: Prompts,
+        *,
+        in_image: bool = True,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+        hq_token_only: bool = False,
     ) -> MaskPrediction:
+        # Not documented: it trusts the prompts' values.
         check_multimask(multimask_output)
         check_bool("return_logits", return_logits)
         check_bool("hq_token_only", hq_token_only)
         features, original_size = self._image()
-        points, labels, masks = self._prompts(*prompts, in_image)
-        count = len(labels)
+        points, labels = self._to_input(prompts, in_image)
+        masks, count = prompts.masks, prompts.num_prompts
         padded = pad_prompts(points[None], labels[None], None if masks is None else masks[None])
         low_res, scores = decode(
             self._graphdef,
@@ -316,83 +325,26 @@ class SamPredictor(WithAdvice):
         masks = full.reshape(*low_res.shape[:2], *original_size)
         return MaskPrediction(masks, scores, low_res)
 
-    def _prompts(self, point_coords, point_labels, boxes, mask_input, in_image):
-        """The prompts as labeled points [b, n, 2], [b, n], and masks [b, side, side] or None.
-
-        The points returned are in pixels of the model's input; those given are in pixels of the
-        image if `in_image`. One mask may be shared by all prompts.
-        """
-        if (point_coords is None) != (point_labels is None):
-            given, missing = "point_coords", "point_labels"
-            if point_coords is None:
-                given, missing = missing, given
-            raise ValueError(f"{given} are given without {missing}")
-        given = {
-            "point_coords": point_coords,
-            "point_labels": point_labels,
-            "boxes": boxes,
-            "mask_input": mask_input,
-        }
-        # Iterating over a JAX array would compile a slice for each shape.
-        given = {
-            name: as_numpy(value, name) if is_array(value) else value
-            for name, value in given.items()
-            if value is not None
-        }
-        counts = {}
-        for name, value in given.items():
-            if np.ndim(value) == 0 if is_array(value) else not isinstance(value, Sequence):
-                raise ValueError(f"{name} is {value!r}, expected one entry for each prompt")
-            counts[name] = len(value)
-        if len(counts) > 1 and counts.get("mask_input") == 1:
-            del counts["mask_input"]  # shared by all prompts
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"the numbers of prompts differ: {counts}; expected the same number")
-        count = next(iter(counts.values()), 1)
-        if count == 0:
-            raise ValueError(f"there are no prompts: {', '.join(counts)} are empty")
-
+    def _to_input(self, prompts: Prompts, in_image: bool):
+        """The prompts as labeled points [b, n, 2] and [b, n], in pixels of the model's input."""
         (_, size), frame = self._image(), "image"
         if not in_image:
             size, frame = self.input_size, "model's input (predict_batch takes the image's)"
 
-        def to_input(coords):
+        def scale(coords):
             return self.processor.scale_coords(coords, size) if in_image else np.float32(coords)
 
-        coords = labels = None
-        if point_coords is not None:
-            pairs = zip(given["point_coords"], given["point_labels"], strict=True)
-            checked = [check_points(c, k, "point_coords") for c, k in pairs]
-            length = max(len(c) for c, _ in checked)
-            coords = np.zeros((count, length, 2))
-            labels = np.full((count, length), PADDING, np.int32)
-            for i, (c, k) in enumerate(checked):
-                coords[i, : len(c)] = c
-                labels[i, : len(k)] = k
-            warn_outside(coords, labels, None, size, "point_coords", frame)
-            coords = to_input(coords)
-        if boxes is not None:
-            boxes = check_boxes(boxes, "boxes")
-            warn_outside(None, None, boxes, size, "boxes", frame)
-            boxes = to_input(boxes.reshape(count, 2, 2)).reshape(count, 4)
-        masks = None
-        if mask_input is not None:
-            masks = as_numpy(mask_input, "mask_input")
-            side = self.config.mask_size
-            if masks.shape[1:] != (1, side, side):
-                hint = MASK_HINT
-                if masks.shape[-2:] == (side, side):
-                    hint = "choose one, such as logits[scores.argmax()][None]"
-                raise ValueError(
-                    f"mask_input has shape {masks.shape[1:]}, expected (1, {side}, {side}): "
-                    f"low-resolution logits of an earlier prediction; {hint}"
-                )
-            check_logits(masks, "mask_input")
-            masks = masks[:, 0].astype(np.float32)
+        coords, labels, boxes, _ = prompts
+        count = prompts.num_prompts
         if coords is None and boxes is None:  # only a mask, or no prompt at all
-            coords = np.zeros((count, 1, 2), np.float32)
-            return coords, np.full((count, 1), PADDING, np.int32), masks
-        return *join_prompts(coords, labels, boxes), masks
+            return np.zeros((count, 1, 2), np.float32), np.full((count, 1), PADDING, np.int32)
+        if coords is not None:
+            warn_outside(coords, labels, None, size, "point_coords", frame)
+            coords = scale(coords)
+        if boxes is not None:
+            warn_outside(None, None, boxes, size, "boxes", frame)
+            boxes = scale(boxes.reshape(count, 2, 2)).reshape(count, 4)
+        return join_prompts(coords, labels, boxes)
 
     def _image(self) -> tuple[jax.Array, tuple[int, int]]:
         """The current image's embedding, and its size (h, w)."""

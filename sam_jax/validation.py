@@ -1,22 +1,111 @@
 """Checks of user input: prompts, sizes and embeddings, also as nested lists."""
 
 import reprlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from sam_jax.arrays import as_numpy
+from sam_jax.arrays import as_numpy, is_array
 from sam_jax.config import SamConfig
 from sam_jax.decoders import DecoderError
 from sam_jax.models.image_encoder import check_encoder
 from sam_jax.models.sam import Sam
 from sam_jax.ops.prompts import (
     FOREGROUND,
+    MASK_HINT,
+    PADDING,
+    check_logits,
     check_values,
 )
 
 _MOST_PIXELS = 2**16  # of a side: 4 GiB for a square mask
+
+
+class Prompts(NamedTuple):
+    """Prompts of one image, in numpy arrays whose values are checked."""
+
+    coords: Float[np.ndarray, "b n 2"] | None
+    labels: Int[np.ndarray, "b n"] | None
+    boxes: Float[np.ndarray, "b 4"] | None
+    masks: Float[np.ndarray, "#b side side"] | None
+    """Logits; one mask may be shared by all prompts."""
+
+    @property
+    def num_prompts(self) -> int:
+        """The number of prompts; one if nothing is given."""
+        given = (self.coords, self.boxes, self.masks)
+        return next((len(array) for array in given if array is not None), 1)
+
+
+def parse_prompts(
+    point_coords: Any, point_labels: Any, boxes: Any, mask_input: Any, mask_size: int
+) -> Prompts:
+    """Prompts as `SamPredictor.predict_batch` takes them; None is not given.
+
+    Raises:
+        TypeError: if an array cannot be read, or masks are not numbers.
+        ValueError: for wrong shapes or values, or if the numbers of prompts differ.
+    """
+    if (point_coords is None) != (point_labels is None):
+        given, missing = "point_coords", "point_labels"
+        if point_coords is None:
+            given, missing = missing, given
+        raise ValueError(f"{given} are given without {missing}")
+    given = {
+        "point_coords": point_coords,
+        "point_labels": point_labels,
+        "boxes": boxes,
+        "mask_input": mask_input,
+    }
+    # Iterating over a JAX array would compile a slice for each shape.
+    given = {
+        name: as_numpy(value, name) if is_array(value) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    _check_same_count(given)
+    coords = labels = masks = None
+    if point_coords is not None:
+        pairs = zip(given["point_coords"], given["point_labels"], strict=True)
+        checked = [check_points(c, k, "point_coords") for c, k in pairs]
+        length = max(len(c) for c, _ in checked)
+        coords = np.zeros((len(checked), length, 2))
+        labels = np.full((len(checked), length), PADDING, np.int32)
+        for i, (c, k) in enumerate(checked):
+            coords[i, : len(c)] = c
+            labels[i, : len(k)] = k
+    if boxes is not None:
+        boxes = check_boxes(boxes, "boxes")
+    if mask_input is not None:
+        masks = as_numpy(mask_input, "mask_input")
+        if masks.shape[1:] != (1, mask_size, mask_size):
+            hint = MASK_HINT
+            if masks.shape[-2:] == (mask_size, mask_size):
+                hint = "choose one, such as logits[scores.argmax()][None]"
+            raise ValueError(
+                f"mask_input has shape {masks.shape[1:]}, expected (1, {mask_size}, {mask_size}): "
+                f"low-resolution logits of an earlier prediction; {hint}"
+            )
+        check_logits(masks, "mask_input")
+        masks = masks[:, 0].astype(np.float32)
+    return Prompts(coords, labels, boxes, masks)
+
+
+def _check_same_count(given: dict[str, Any]) -> None:
+    """Raises ValueError unless all have one entry per prompt; one mask may be for all."""
+    counts = {}
+    for name, value in given.items():
+        if np.ndim(value) == 0 if is_array(value) else not isinstance(value, Sequence):
+            raise ValueError(f"{name} is {value!r}, expected one entry for each prompt")
+        counts[name] = len(value)
+    if len(counts) > 1 and counts.get("mask_input") == 1:
+        del counts["mask_input"]
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"the numbers of prompts differ: {counts}; expected the same number")
+    if 0 in counts.values():
+        raise ValueError(f"there are no prompts: {', '.join(counts)} are empty")
 
 
 def check_points(coords: Any, labels: Any, where: str) -> tuple[np.ndarray, np.ndarray]:

@@ -226,11 +226,33 @@ def test_pages_say_what_they_are_for():
         assert sentence.startswith("This page "), name
 
 
-def test_help_on_the_site():
-    """It has every option of the parser, in 80 columns, and no None."""
+def load_hooks() -> types.ModuleType:
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
+    return hooks
+
+
+@pytest.mark.parametrize(
+    ("origin", "address"),
+    [
+        ("https://example.org/team/sam_jax.git", "https://example.org/team/sam_jax"),
+        ("https://name:token@example.org/sam_jax", "https://example.org/sam_jax"),
+        ("git@example.org:team/sam_jax.git", "https://example.org/team/sam_jax"),
+        ("ssh://git@example.org:2222/sam_jax.git", "https://example.org/sam_jax"),
+        ("/srv/git/sam_jax.git", None),
+        ("../folder.d/sam_jax", None),
+        ("", None),
+    ],
+)
+def test_link_to_the_repository(origin, address):
+    """Where the clone came from; a token in its address is not published."""
+    assert load_hooks().web_address(origin) == address
+
+
+def test_help_on_the_site():
+    """It has every option of the parser, in 80 columns, and no None."""
+    hooks = load_hooks()
     text = (ROOT / "docs" / "commands.md").read_text()
     markers = re.findall(r"<!-- options of (\S+):(\S+) as .+ -->", text)
     page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="commands.md"))

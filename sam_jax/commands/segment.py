@@ -57,6 +57,7 @@ def segment(args: Segment) -> None:
     """
     from sam_jax.image import load_image
     from sam_jax.predictor import SamPredictor
+    from sam_jax.validation import Prompts
     from sam_jax.visualize import draw
 
     points, labels = _parse_points(args.point)
@@ -81,12 +82,13 @@ def segment(args: Segment) -> None:
     multimask = args.multimask
     if multimask is None:
         multimask = len(points) == 1 and len(boxes) == 0
-    masks, scores, _ = predictor.predict_batch(
+    prompts = Prompts(
         points[None] if len(points) else None,
         labels[None] if len(points) else None,
-        boxes=boxes if len(boxes) else None,
-        multimask_output=multimask,
+        boxes if len(boxes) else None,
+        None,
     )
+    masks, scores, _ = predictor._predict(prompts, multimask_output=multimask)
 
     images, records = {}, []
     for prompt in range(len(masks)):
