@@ -3,8 +3,9 @@
 
     python convert/torch_to_flax.py --checkpoint sam_vit_b_01ec64.pth --output sam_vit_b
 
-Accepts what `from_pretrained` accepts: Meta's `.pth` (shapes distinguish ViT-B, L and H),
-MobileSAM's `.pt`, Hugging Face folders and `.safetensors`, short names and hub repositories.
+Accepts what `from_pretrained` accepts:
+- Meta's `.pth` (shapes distinguish ViT-B, L and H) and MobileSAM's `.pt`;
+- Hugging Face folders, `.safetensors`, short names and hub repositories.
 """
 
 import dataclasses

@@ -70,8 +70,12 @@ def test_help_of_an_option_is_one_paragraph(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_options_that_may_be_left_out_show_no_none(command, monkeypatch, capsys):
+def test_help_of_each_command(command, monkeypatch, capsys):
+    """It fits 80 columns, and options that may be left out show no None."""
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "argv", ["sam-jax", command, "--help"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert "None" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "None" not in text
+    assert max(map(len, text.splitlines())) <= 80

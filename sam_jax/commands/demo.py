@@ -11,7 +11,7 @@ from sam_jax.types import DType, Runtime
 
 @dataclasses.dataclass
 class Demo:
-    """Serve a local web page: drop an image on it, click on an object, and see its mask."""
+    """Serve a local web page: drop an image, click on an object, see its mask."""
 
     model: str = "mobile_sam"
     """Short name, hub repository, file or folder."""

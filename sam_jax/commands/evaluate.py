@@ -13,7 +13,7 @@ from sam_jax.types import DType, OnBadAnnotation, Runtime
 
 @dataclasses.dataclass
 class Evaluate:
-    """Compare a model's masks with annotated objects, for 1, 2, 3 and 5 clicks and for a box.
+    """Compare masks with annotated objects, for 1, 2, 3 and 5 clicks and a box.
 
     Prints mean IoUs over all objects as JSON; see `sam_jax.evaluation`.
     """

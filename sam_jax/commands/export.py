@@ -13,7 +13,7 @@ from sam_jax.types import DType, Platform
 
 @dataclasses.dataclass
 class Export:
-    """Write the model for programs without sam_jax: as programs of jax.export, or as ONNX.
+    """Write a model for programs without sam_jax, with jax.export or as ONNX.
 
     `examples/load_export.py` and `examples/load_onnx.py` show how to use them.
     """

@@ -22,7 +22,7 @@ from sam_jax.types import DType, OutputMode, ResultsFormat, Runtime, Segmentatio
 class Generate(MaskGenerationOptions):
     """Find the masks of everything in images (automatic mask generation).
 
-    Rerun the same command to resume an interrupted run: images that have a result are skipped.
+    Rerun the same command to resume: images that have a result are skipped.
     """
 
     input: tyro.conf.Positional[tuple[Path, ...]]

@@ -20,8 +20,7 @@ from sam_jax.types import DType, Runtime
 class Segment:
     """Segment the objects marked by points or boxes.
 
-    All points belong to one object. Each box marks another object; points can be combined with at
-    most one box.
+    All points mark one object, each box another; points go with at most one box.
     """
 
     image: tyro.conf.Positional[Path]
