@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Converts a sam_jax folder to a PyTorch checkpoint, bit for bit, without PyTorch.
 
-    python convert/flax_to_torch.py --checkpoint sam_vit_b --output sam_vit_b.pth --format meta
+python convert/flax_to_torch.py --checkpoint sam_vit_b --output sam_vit_b.pth --format meta
 """
 
 import dataclasses
