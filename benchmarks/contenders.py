@@ -25,7 +25,7 @@ from PIL import Image
 from pycocotools.mask import frPyObjects
 
 from benchmarks.common import RANDOM_ENCODER, VITS, model_of, photos
-from benchmarks.contenders_training import training
+from benchmarks.contenders_training import decoder_training, training
 from benchmarks.setting import (
     Contenders,
     Setting,
@@ -381,6 +381,7 @@ PARTS = {
     "predict": predict,
     "everything": everything,
     "training": training,
+    "decoder_training": decoder_training,
 }
 LAYERS = {
     "global": layer,

@@ -110,7 +110,7 @@ def on_host(result) -> list[np.ndarray]:
 def output(part: str, run) -> list[np.ndarray] | list[dict]:
     if part == "everything":
         return run()
-    if part == "training":  # two steps: the second shows the effect of the first
+    if "training" in part:  # two steps: the second shows the effect of the first
         return [np.stack([on_host(run()) for _ in range(2)])]
     return on_host(run())
 
@@ -192,8 +192,8 @@ def race(part: str, contenders: Contenders, dtype: str, repeat: int) -> Raced:
     """Compares all contenders, then times those that agree with the first one."""
     failures = Failures()
     found = differences(part, contenders, dtype, failures)
-    tolerances = {"everything": MASKS_TOLERANCE, "training": TRAINING_TOLERANCE}
-    limit = tolerances.get(part, TOLERANCE)[dtype]
+    tolerance = TRAINING_TOLERANCE if "training" in part else TOLERANCE
+    limit = (MASKS_TOLERANCE if part == "everything" else tolerance)[dtype]
     agreeing = {who: contenders[who] for who, difference in found.items() if difference <= limit}
     times = seconds(agreeing, repeat, failures)
     peaks: dict[str, float] = {}
@@ -223,7 +223,7 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
         torch.set_grad_enabled(False)
         torch.backends.cudnn.allow_tf32 = False
     device = "cuda" if args.device == "gpu" else "cpu"
-    has_images = part in ("encoder", "training", *LAYERS)
+    has_images = part in ("encoder", "training", "decoder_training", *LAYERS)
     batch = args.batch if has_images else 1
     setting = Setting(
         name=name,

@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,6 +39,7 @@ from sam_jax.training import (
     TABLES,
     CachedEmbeddings,
     ExampleTransform,
+    Interrupts,
     MetricsLog,
     OptimizerConfig,
     TrainConfig,
@@ -55,6 +57,7 @@ from sam_jax.training import (
     read_metrics,
     save_lora,
     sharding,
+    summarize_metrics,
     too_small,
     updates_made,
 )
@@ -163,43 +166,47 @@ def run(config: Config) -> int:
         if start == 0 and held_out is not None:  # the model before training
             found = evaluate_and_log(merged(state.result, rest), held_out, log, 0)
             log.write(0, found, show=True)
-        updates, used, dropped = updates_made(state.opt_state), 0, 0
-        warned = stopped = False
+        progress, stopped = Progress(transform, schedule, updates_made(state.opt_state)), False
         steps = range(start + 1, config.steps + 1)
         bar = tqdm(steps, "compiling", initial=start, total=config.steps, disable=not is_first)
+        batches = (sharding.put_batch(batch, mesh) for batch in data)
+        batch = next(batches) if steps else {}
+        running = None  # the last step, while its metrics are not fetched
+
+        def finish(step, metrics, index) -> dict:
+            """Waits for a step; returns its line of the log."""
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not np.isfinite(list(metrics.values())).all():
+                images = [dataset.image_id(i) for i in sharding.fetch(index, mesh)]
+                raise checkpointing.non_finite_error(
+                    step, metrics, image_ids=images, checkpoints=checkpoints
+                )
+            if step == start + 1:  # the displayed rate excludes compilation
+                bar.set_description("training")
+                bar.unpause()
+            bar.set_postfix(loss=metrics["loss"], iou=metrics["iou_last"])
+            return progress.count(metrics)
+
         with Interrupts() as interrupts:
-            for step, batch in zip(bar, data, strict=False):
-                batch = sharding.put_batch(batch, mesh)
+            for step in bar:
                 state, metrics = train_step(state, rest, batch, key)
-                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                if not np.isfinite(list(metrics.values())).all():
-                    images = [dataset.image_id(i) for i in sharding.fetch(batch["index"], mesh)]
-                    raise checkpointing.non_finite_error(
-                        step, metrics, image_ids=images, checkpoints=checkpoints
-                    )
-                if step == start + 1:  # the displayed rate excludes compilation
-                    bar.set_description("training")
-                    bar.unpause()
-                bar.set_postfix(loss=metrics["loss"], iou=metrics["iou_last"])
-                counts = {k: int(v) for k, v in metrics.items() if k.startswith("objects_")}
-                metrics |= counts | {"learning_rate": float(schedule(updates))}
-                updates += counts["objects_used"] > 0
-                if not counts["objects_used"]:  # no training, so no loss
-                    metrics = dict.fromkeys(metrics) | counts
-                used, dropped = used + counts["objects_used"], dropped + counts["objects_dropped"]
-                if not warned and dropped >= max(5, (used + dropped) / 10):
-                    warned = True
-                    say(
-                        f"warning: {dropped} of {used + dropped} objects have been left out so "
-                        f"far: {too_small(transform)}"
-                    )
-                due = step % config.eval_every == 0 or step == config.steps
-                if due and held_out is not None:
-                    metrics |= evaluate_and_log(merged(state.result, rest), held_out, log, step)
-                log.write(step, metrics, show=due)
+                # While it runs, the host finishes the step before and prepares the next one.
+                if running:
+                    log.write(running[0], finish(*running))
+                running = step, metrics, batch["index"]
+                if step < config.steps:
+                    batch = next(batches)
+                due, found = step % config.eval_every == 0 or step == config.steps, {}
+                if due:
+                    line, running = finish(*running), None
+                    if held_out is not None:
+                        found = evaluate_and_log(merged(state.result, rest), held_out, log, step)
+                    log.write(step, line | found, show=True)
                 stopped = sharding.any_host(interrupts.received is not None)
+                if stopped and running:
+                    log.write(step, finish(*running))
                 if due or stopped:
-                    checkpointing.save_state(checkpoints, state, miou=metrics.get("miou@1"))
+                    checkpointing.save_state(checkpoints, state, miou=found.get("miou@1"))
                 if stopped:
                     break
         bar.close()
@@ -210,8 +217,8 @@ def run(config: Config) -> int:
             f"same command to resume from step {step}"
         )
         return 128 + (interrupts.received or signal.SIGINT)
-    if not updates:
-        why = f": {too_small(transform)}" if dropped else ""
+    if not progress.updates:
+        why = f": {too_small(transform)}" if progress.dropped else ""
         raise ValueError(
             f"none of the {config.steps} steps had an object to train on, so no model is "
             f"written{why}"
@@ -230,32 +237,36 @@ def run(config: Config) -> int:
                 save_lora(tuned, adapters)
             save_pretrained(merge_lora(tuned), output / name)
     if is_first:
-        summary = summarize(read_metrics(output / "metrics.jsonl"))
+        summary = summarize_metrics(read_metrics(output / "metrics.jsonl"))
         text = json.dumps({"steps": config.steps, **summary}, indent=2, allow_nan=False)
         (output / SUMMARY).write_text(text + "\n")
         print(*describe(summary, transform), output / "model", sep="\n")
     return 0
 
 
-class Interrupts:
-    """Notes Ctrl-C and SIGTERM, so that a step can end and be saved; a second one kills."""
+class Progress:
+    """What the steps have trained on so far."""
 
-    received: int | None = None
+    def __init__(self, transform: ExampleTransform, schedule: Callable, updates: int):
+        self._transform, self._schedule, self.updates = transform, schedule, updates
+        self.used, self.dropped, self._warned = 0, 0, False
 
-    def __enter__(self):
-        caught = signal.SIGINT, signal.SIGTERM
-        self._before = {number: signal.signal(number, self._note) for number in caught}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _):
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-        # Not `print`, which the signal may have interrupted.
-        os.write(2, b"\nfinetune: stopping after this step; press again to stop immediately\n")
+    def count(self, metrics: dict[str, float]) -> dict[str, float | None]:
+        """Counts a step's objects; returns its metrics with the learning rate."""
+        counts = {k: int(v) for k, v in metrics.items() if k.startswith("objects_")}
+        metrics = metrics | counts | {"learning_rate": float(self._schedule(self.updates))}
+        self.updates += counts["objects_used"] > 0
+        self.used += counts["objects_used"]
+        self.dropped += counts["objects_dropped"]
+        if not self._warned and self.dropped >= max(5, (self.used + self.dropped) / 10):
+            self._warned = True
+            say(
+                f"warning: {self.dropped} of {self.used + self.dropped} objects have been left out "
+                f"so far: {too_small(self._transform)}"
+            )
+        if not counts["objects_used"]:  # no training, so no loss
+            return dict.fromkeys(metrics) | counts
+        return metrics
 
 
 def say(text: str) -> None:
@@ -271,27 +282,6 @@ def is_written(output: Path, name: str, steps: int) -> bool:
         return (output / name).exists() and summary["steps"] == steps
     except (OSError, ValueError, TypeError, KeyError):  # killed before it was written, or damaged
         return False
-
-
-def summarize(lines: list[dict]) -> dict:
-    """Summarizes the lines of `metrics.jsonl`: numbers of objects, and metrics before and after.
-
-    With held-out images, these are the first and the last evaluation; otherwise, the means over the
-    first and the last tenth of the steps.
-    """
-    evaluated = [line for line in lines if "miou@1" in line]
-    learned = [line for line in lines if line.get("loss") is not None]
-    if evaluated:
-        ends = evaluated[0], evaluated[-1]
-        names = [name for name in evaluated[0] if name.startswith("miou@")]
-    else:
-        tenth = -(-len(learned) // 10)
-        names = ["loss", "iou_last"]
-        parts = learned[:tenth], learned[-tenth:]
-        ends = [{n: float(np.mean([line[n] for line in part])) for n in names} for part in parts]
-    totals = {n: sum(x.get(n) or 0 for x in lines) for n in ("objects_used", "objects_dropped")}
-    before, after = ({name: end[name] for name in names} for end in ends)
-    return {**totals, "before": before, "after": after}
 
 
 def describe(summary: dict, transform: ExampleTransform) -> list[str]:

@@ -7,10 +7,12 @@ from .datasets import fingerprint as fingerprint
 from .datasets import open_annotations as open_annotations
 from .embeddings import CachedEmbeddings as CachedEmbeddings
 from .interactive import interactive_losses as interactive_losses
+from .interrupts import Interrupts as Interrupts
 from .loader import check_objects as check_objects
 from .loader import make_loader as make_loader
 from .log import MetricsLog as MetricsLog
 from .log import read_metrics as read_metrics
+from .log import summarize_metrics as summarize_metrics
 from .lora import add_lora as add_lora
 from .lora import load_lora as load_lora
 from .lora import merge_lora as merge_lora

@@ -96,3 +96,27 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
         if isinstance(value, dict) and isinstance(value.get("step"), int):
             found.append(value)
     return found
+
+
+def summarize_metrics(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """A run's numbers of objects, and its metrics `before` and `after`.
+
+    With held-out images, these are the first and the last evaluation; otherwise, the means over the
+    first and the last tenth of the steps.
+
+    Args:
+        lines: from `read_metrics`, of a run that has trained.
+    """
+    evaluated = [line for line in lines if "miou@1" in line]
+    learned = [line for line in lines if line.get("loss") is not None]
+    if evaluated:
+        ends = evaluated[0], evaluated[-1]
+        names = [name for name in evaluated[0] if name.startswith("miou@")]
+    else:
+        tenth = -(-len(learned) // 10)
+        names = ["loss", "iou_last"]
+        parts = learned[:tenth], learned[-tenth:]
+        ends = [{n: float(np.mean([line[n] for line in part])) for n in names} for part in parts]
+    totals = {n: sum(x.get(n) or 0 for x in lines) for n in ("objects_used", "objects_dropped")}
+    before, after = ({name: end[name] for name in names} for end in ends)
+    return {**totals, "before": before, "after": after}

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from sam_jax.training import MetricsLog, read_metrics
+from sam_jax.training import MetricsLog, read_metrics, summarize_metrics
 
 
 def lines(folder):
@@ -94,3 +94,26 @@ def test_tensorboard_has_the_same_values(tmp_path):
     write(tmp_path, [1, 2, 3]).close()
     values = {e.step: v.simple_value for e in events(tmp_path) for v in e.summary.value}
     assert values == {step: pytest.approx(step / 3) for step in (1, 2, 3)}
+
+
+def test_summary_of_a_run():
+    """The ends are means of a tenth of the steps that trained or, if there are any, evaluations."""
+    steps = [
+        {"step": i, "loss": 20.0 - i, "iou_last": i / 20, "objects_used": 2, "objects_dropped": 1}
+        for i in range(1, 21)
+    ]
+    idle = {"step": 21, "loss": None, "iou_last": None, "objects_used": 0, "objects_dropped": 3}
+    assert summarize_metrics([*steps, idle]) == {
+        "objects_used": 40,
+        "objects_dropped": 23,
+        "before": {"loss": 18.5, "iou_last": pytest.approx(0.075)},
+        "after": {"loss": 0.5, "iou_last": pytest.approx(0.975)},
+    }
+    first = {"step": 0, "miou@1": 0.5, "miou@box": 0.75}
+    last = steps[-1] | {"miou@1": 0.625, "miou@box": 0.875}
+    assert summarize_metrics([first, *steps[:-1], last]) == {
+        "objects_used": 40,
+        "objects_dropped": 20,
+        "before": {"miou@1": 0.5, "miou@box": 0.75},
+        "after": {"miou@1": 0.625, "miou@box": 0.875},
+    }
