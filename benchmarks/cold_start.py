@@ -4,9 +4,9 @@
 
 Each run is a process of its own that reads MobileSAM's checkpoint and a photo of 512 x 512 pixels,
 and writes the masks of one point: `sam-jax segment` with an empty cache of compiled programs, with
-a full one and with none, and a script of a few lines with MobileSAM's own code in PyTorch. They
-take turns. The second table has the parts of `sam-jax segment`, each timed until its result is
-there (in the command the decoder's program is made while the encoder runs).
+a full one and with none, the same with `--runtime openvino`, and a script of a few lines with
+MobileSAM's own code in PyTorch. They take turns. The second table has the parts of `sam-jax
+segment`, each timed until its result is there (in the command the decoder's program is made while the encoder runs).
 """
 
 import argparse
@@ -94,13 +94,16 @@ def measure(folder: Path, repeat: int) -> None:
     ours += ["--output", folder / "ours"]
     theirs = [sys.executable, "-c", THEIRS, checkpoint, photo, folder, *POINT]
     parts = [sys.executable, "-c", PARTS, checkpoint, photo, folder, *POINT]
+    in_openvino = [*ours, "--runtime", "openvino"]
     empty, full = folder / "empty", folder / "full"
-    run(ours, full)  # compiles, and has the files of all packages in memory
-    run(theirs, full)
+    for command in (ours, in_openvino, theirs):
+        run(command, full)  # compiles, and has the files of all packages in memory
     contenders = {
         "`sam-jax segment`, nothing compiled yet": (ours, empty, {}),
         "`sam-jax segment`, compiled by an earlier run": (ours, full, {}),
         "`sam-jax segment`, without a cache": (ours, full, {"JAX_ENABLE_COMPILATION_CACHE": "0"}),
+        "`sam-jax segment --runtime openvino`, nothing compiled yet": (in_openvino, empty, {}),
+        "`sam-jax segment --runtime openvino`, by an earlier run": (in_openvino, full, {}),
         "MobileSAM's own code, PyTorch": (theirs, full, {}),
     }
     taken = {name: [] for name in contenders}

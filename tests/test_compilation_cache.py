@@ -10,6 +10,8 @@ SCRIPT = """
 import json, sys, warnings
 import jax
 from sam_jax import enable_compilation_cache
+
+pytestmark = pytest.mark.slow
 with warnings.catch_warnings(record=True) as found:
     warnings.simplefilter("always")
     folder = enable_compilation_cache(*sys.argv[1:])

@@ -16,6 +16,8 @@ from reference import SHALLOW, random_sam
 import sam_jax
 from sam_jax.training.rules import DECODER_ONLY, partition
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
 ROWS = re.findall(r"^\| (`.+`) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
 # Errors of other libraries' objects, which cannot say what to write here.

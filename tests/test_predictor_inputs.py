@@ -365,6 +365,7 @@ def test_predictors_and_generators_travel(predictor, copy_of):
         assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_arrays_of_other_libraries(predictor):
     """Everywhere, as numpy's."""

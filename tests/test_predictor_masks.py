@@ -87,6 +87,7 @@ def test_number_of_compilations(compilations):
     assert len(shapes) < len(set(sizes)) == 10
 
 
+@pytest.mark.slow
 def test_number_of_compilations_of_the_rest(compilations):
     """After the first call, nothing compiles for another image or prompt of the same buckets."""
 

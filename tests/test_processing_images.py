@@ -100,6 +100,7 @@ def test_medsams_images():
     assert not processor(np.full((8, 8, 3), 7, np.uint8))["pixel_values"].any()
 
 
+@pytest.mark.slow
 def test_medsams_resampling_is_as_close_as_we_say():
     """PIL's bilinear filter compared with the authors' own inference, on a photo."""
     image = skimage.data.coffee()

@@ -163,6 +163,7 @@ def drawn(axes):
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
+@pytest.mark.slow
 def test_the_module_chooses_no_backend():
     """That is up to the caller, in notebooks and in scripts."""
     program = (

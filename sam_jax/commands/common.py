@@ -15,14 +15,16 @@ if TYPE_CHECKING:  # imports JAX, which would slow down `--help`
 
 
 def load_model(name: str, dtype: str) -> "Sam":
-    """The model, in a process that keeps compiled programs for the next one.
+    """The model, in a process that keeps its memory, and compiled programs for the next one.
 
     Raises:
         ValueError, OSError: as `from_pretrained`.
     """
     from sam_jax.checkpoints import from_pretrained
+    from sam_jax.commands.heap import keep_heap
     from sam_jax.compilation_cache import enable_compilation_cache
 
+    keep_heap()
     enable_compilation_cache()
     return from_pretrained(name, dtype=dtype)
 

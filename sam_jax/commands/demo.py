@@ -41,8 +41,10 @@ def demo(args: Demo) -> None:
         MissingExtra: without the extra `demo`.
     """
     with needs_extra("demo"):
+        from sam_jax.commands.heap import keep_heap
         from sam_jax.demo.server import serve
 
+    keep_heap()
     serve(
         *(args.model, args.dtype, args.runtime),
         *(args.host, args.port, args.max_megabytes, args.allow_host),

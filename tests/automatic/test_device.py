@@ -1,6 +1,8 @@
 import pytest
 from everything import as_on_a_gpu, assert_same_records, generator, random_image
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("points_per_batch", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_points_per_batch_changes_nothing(points_per_batch):
@@ -10,7 +12,6 @@ def test_points_per_batch_changes_nothing(points_per_batch):
     assert_same_records(actual, expected, exact=True)
 
 
-@pytest.mark.slow
 def test_the_schedule_of_accelerators_changes_nothing():
     image = random_image(100, 75)
     expected = generator(points_per_side=9).generate(image)

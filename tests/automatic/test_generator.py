@@ -305,6 +305,7 @@ def test_a_saved_embedding_serves_for_the_image():
         generator().generate_from_embedding(np.zeros((1, 2)), (70, 110))
 
 
+@pytest.mark.slow
 def test_what_on_batch_raises_ends_the_work(monkeypatch):
     """No other batch is computed."""
     predictor = SamPredictor(small()[1])
@@ -391,6 +392,7 @@ def test_masks_at_a_limit():
     assert values("stability_score", stability_score_thresh=stabilities[1]) == stabilities[1:]
 
 
+@pytest.mark.slow
 def test_blank_and_tiny_images():
     for size in ((64, 64), (1, 1), (1, 40), (3, 2)):
         records = generator(crop_n_layers=1).generate(np.zeros((*size, 3), np.uint8))
@@ -407,6 +409,7 @@ def test_empty_masks_are_valid_json():
     json.dumps(records, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_bfloat16():
     model = ours(small()[0], SHALLOW, dtype=jax.numpy.bfloat16)
     image = random_image(50, 80)

@@ -13,6 +13,8 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 import sam_jax
 from sam_jax.automatic.hf_pipeline import pipeline
 
+pytestmark = pytest.mark.slow
+
 HF = dataclasses.replace(
     SHALLOW, mask_decoder=dataclasses.replace(SHALLOW.mask_decoder, layer_norm_eps=1e-6)
 )

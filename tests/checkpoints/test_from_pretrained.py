@@ -228,6 +228,7 @@ def test_a_preprocessor_that_is_none_is_named(hf, tmp_path, name):
         from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prefix", "left_out"),
     [
@@ -289,6 +290,7 @@ def test_a_pipe_is_not_waited_for(hf, tmp_path, name):
         from_pretrained(path)
 
 
+@pytest.mark.slow
 def test_hugging_face_loads_what_we_write(meta, tmp_path):
     """Meta's weights in Hugging Face's names, and the same masks from its model."""
     torch.save(meta.state_dict(), tmp_path / "sam.pth")
@@ -344,6 +346,7 @@ def test_a_forged_index_is_left_over(meta, tmp_path, name):
         from_pretrained(tmp_path / "sam.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "part", "name", "value", "message"),
     [

@@ -161,6 +161,7 @@ def test_every_tensor_that_does_not_fit_is_listed(tmp_path, params):
         assert problem in str(error.value)
 
 
+@pytest.mark.slow
 def test_parameters_that_are_damaged_or_missing(tmp_path, saved):
     folders = []
     for part in ("data", "manifest.ocdbt", "_METADATA"):
@@ -379,6 +380,7 @@ native.save(sys.argv[1], {"x": np.zeros(3)}, SamConfig())
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_save_leaves_is_removed_by_the_next(tmp_path, params):
     subprocess.run([sys.executable, "-c", KILLED, tmp_path / "model"], check=False)
     assert len(list(tmp_path.iterdir())) == 1

@@ -11,6 +11,8 @@ import pytest
 from sam_jax.checkpoints import package_index
 from sam_jax.errors import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 CONTENT = b"the weights"
 
 

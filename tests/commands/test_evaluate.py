@@ -49,6 +49,7 @@ def run(folder, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_prints_the_mean_ious_as_json(run, folder, capsys):
     run("--images", folder)
     dataset = open_annotations(folder / "coco.json", folder)

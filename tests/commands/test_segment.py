@@ -141,6 +141,7 @@ def test_points_and_a_box(run, predictor, tmp_path):
     assert summary["masks"][0]["box"] == [12, 8, 90, 66]
 
 
+@pytest.mark.slow
 def test_multimask_can_be_chosen(run, tmp_path):
     run("--point", "60,30", "--no-multimask", "--output", "one")
     assert len(results(tmp_path / "one")[1]) == 1
@@ -187,6 +188,7 @@ def test_the_image_is_not_overwritten(fails, folder, tmp_path):
     assert image.read_bytes() == (folder / "photo.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_in_bfloat16(run, tmp_path):
     scores = []
     for dtype in ("float32", "bfloat16"):
@@ -257,6 +259,7 @@ def test_a_full_disk_is_one_line(fails, monkeypatch):
     assert "No space left on device" in fails("--point", "60,30")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed", [1, 3, 6])
 def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed):
     """Wherever it was stopped, the next one knows all files as ours."""

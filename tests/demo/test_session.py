@@ -18,6 +18,8 @@ from sam_jax.demo.limits import Limits
 from sam_jax.demo.session import Box, EmbeddedImage, Found, Point, Session, Step
 from sam_jax.visualize import COLORS
 
+pytestmark = pytest.mark.slow
+
 SIZE = (71, 113)
 
 

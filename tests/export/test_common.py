@@ -29,6 +29,7 @@ def test_the_config_says_how_to_preprocess(model, tmp_path):
     assert {"image_size", "resize", "normalization", "pixel_mean", "pixel_std"} < written.keys()
 
 
+@pytest.mark.slow
 def test_another_attention_is_a_copy_s(model):
     before = [block.attn.implementation for block in vit_blocks(model)]
     chosen = [block.attn.implementation for block in vit_blocks(with_attention(model, "xla"))]

@@ -16,6 +16,8 @@ import sam_jax
 from sam_jax import MissingExtra
 from sam_jax.export import export_jax, export_onnx
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):

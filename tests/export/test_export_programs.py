@@ -91,6 +91,7 @@ def test_jax_encoder(jax_folder, model):
         assert_close(program(jax_folder, "encoder")(pixels), encode_image(graphdef, state, pixels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("b", "p", "n", "with_masks"), [(2, 3, 2, False), (1, 2, 13, True)])
 def test_jax_decoder(jax_folder, model, b, p, n, with_masks):
     grid, side = CONFIG.image_embedding_size, CONFIG.mask_size
@@ -114,6 +115,7 @@ def test_jax_decoder(jax_folder, model, b, p, n, with_masks):
     assert_close(scores, expected_scores)
 
 
+@pytest.mark.slow
 def test_jax_programs_in_bfloat16(tmp_path):
     """The decoder takes the embeddings that the encoder gives; a platform alone can be named."""
     model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16)
@@ -344,6 +346,7 @@ runpy.run_path(example, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("example", "folder", "blocked"),
     [
@@ -365,6 +368,7 @@ def test_example(example, folder, blocked, request, model, photo, tmp_path):
     assert result.stdout == f"mask.png  predicted IoU {scores.max():.3f}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("example", "name"),
     [

@@ -47,8 +47,12 @@ def pixels_of(config, count=1):
 
 @pytest.mark.parametrize(
     "config",
-    [SMALL, SMALL_TINY, dataclasses.replace(SMALL, hq=True), dataclasses.replace(TINIEST, hq=True)],
-    ids=["vit", "tiny_vit", "vit_hq", "tiny_vit_hq"],
+    [
+        pytest.param(SMALL, id="vit"),
+        pytest.param(SMALL_TINY, id="tiny_vit", marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(SMALL, hq=True), id="vit_hq", marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(TINIEST, hq=True), id="tiny_vit_hq"),
+    ],
 )
 def test_embeddings_are_jaxs(config):
     model, pixels = random_sam(config), pixels_of(config, 2)
@@ -57,6 +61,7 @@ def test_embeddings_are_jaxs(config):
     assert_close(found, in_jax(model, pixels), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
 def test_low_precision(config, dtype):
@@ -74,6 +79,7 @@ def test_low_precision(config, dtype):
     assert 0 < error(found) < 1.5 * error(in_jax(low, pixels))
 
 
+@pytest.mark.slow
 def test_parameters_in_half_precision(cache):
     model = jax.tree.map(lambda x: x.astype(jnp.float16), random_sam(SHALLOW))
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), model)
@@ -81,6 +87,7 @@ def test_parameters_in_half_precision(cache):
     assert_close(OpenVinoEncoder(model)(pixels), in_jax(exact, pixels), 1e-4)
 
 
+@pytest.mark.slow
 def test_predictor_and_generator():
     model, image = random_sam(SMALL), random_image(50, 70)
     found, expected = (SamPredictor(model, runtime=runtime) for runtime in ("openvino", "jax"))
@@ -187,6 +194,7 @@ def test_what_cannot_run(monkeypatch):
     assert encoder_for(model, "jax") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -64,6 +64,7 @@ def test_gradients_with_an_open_batch(name):
         assert_close(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVS)
 def test_forward_mode_and_vmap(name):
     conv, channels = CONVS[name]

@@ -48,6 +48,7 @@ def test_pixels_to_masks(hf, model, pixels):
     assert_close(actual.iou_scores, expected.iou_scores)
 
 
+@pytest.mark.slow
 def test_personalisation(hf, model, embeddings):
     # `transformers` changes the tokens in place when a target is given: no gradients, then.
     similarity, target = normal((1, 1, 1, 144), seed=2), normal((1, 1, 32), seed=3)
@@ -146,6 +147,7 @@ def test_guidance_must_broadcast(model, embeddings, name, shape):
         call()
 
 
+@pytest.mark.slow
 def test_number_of_compilations(compilations):
     """Any number of images' prompts and points of the same buckets: no new program."""
     model, rng = ours(hf_sam(SMALL_HF), SMALL_HF), np.random.default_rng(0)

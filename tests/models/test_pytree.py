@@ -42,6 +42,7 @@ def expected(model, arrays):
 VIT_ALONE = pytest.mark.parametrize("model", [SHALLOW], ids=["vit"], indirect=True)
 
 
+@pytest.mark.slow
 @VIT_ALONE
 def test_without_jit(model, arrays, expected):
     assert_close(scores_of(model, *arrays), expected)
@@ -75,6 +76,7 @@ def test_a_combined_model_shares_no_variables(model):
         np.testing.assert_array_equal(other.mask_decoder.iou_token, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [pytest.param(SHALLOW, id="vit"), pytest.param(TINIEST, id="tiny_vit", marks=pytest.mark.slow)],
@@ -109,6 +111,7 @@ def test_a_donated_step(model, arrays):
     assert losses[0] > losses[1] > losses[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_by_device_put(model, arrays, expected, axes):
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (axes,))
@@ -119,6 +122,7 @@ def test_sharded_by_device_put(model, arrays, expected, axes):
     assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_a_mesh_with_explicit_axes(model, arrays):
     """Of eight devices, which tracing needs none of: types say how arrays are spread."""
     mesh = AbstractMesh((8,), ("data",), (AxisType.Explicit,))

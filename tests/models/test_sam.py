@@ -81,6 +81,7 @@ def test_prompts_at_once_change_nothing(model, embeddings, masks, chunk_sizes):
         model.decode(*arguments, prompts_chunk_size=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images", "together"), [(1, 64), (4, 16), (100, 2)])
 def test_memory_of_many_prompts_off_a_cpu(model, images, together):
     """However many there are, those that are upscaled together are 64, or two of each image."""
@@ -165,7 +166,14 @@ def test_what_depends_on_the_image_alone_is_computed_once(model):
     assert products(jnp.asarray(MASKS)) == 0
 
 
-@pytest.mark.parametrize("masks", [None, MASKS[:, :1], MASKS], ids=["none", "shared", "own"])
+@pytest.mark.parametrize(
+    "masks",
+    [
+        pytest.param(None, id="none", marks=pytest.mark.slow),
+        pytest.param(MASKS[:, :1], id="shared", marks=pytest.mark.slow),
+        pytest.param(MASKS, id="own"),
+    ],
+)
 def test_embeddings_in_the_place_of_prompts(model, embeddings, masks):
     """What `get_prompt_embeddings` returns fits; and tokens may follow those of the points."""
     image_embeddings = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)

@@ -47,6 +47,7 @@ def test_block(pair, index, tokens, shared):
         assert_close(a, e[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [4, 30])
 @pytest.mark.parametrize("keys", [4, 30, 144])
 def test_attention_at_every_size(pair, tokens, keys):
@@ -105,6 +106,7 @@ def test_padding_tokens_change_nothing(pair):
     assert_close(actual[1], expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["similarity", "target", "both"])
 def test_personalisation_inputs_are_as_in_hf(given):
     config = dataclasses.replace(

@@ -81,6 +81,7 @@ def test_hidden_states_and_attention_match_hf():
     assert_close(run(encoder, states, method="embed"), run(encoder, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [True, jax.checkpoint_policies.dots_saveable])
 def test_remat(pair, policy):
     """The same gradient, and other residuals."""
@@ -98,6 +99,7 @@ def test_remat(pair, policy):
     assert saved(True) <= saved(policy) < saved(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "encoder",
     [

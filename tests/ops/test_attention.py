@@ -110,6 +110,7 @@ def test_what_cudnn_is_given(grid):
         jax.tree.map(lambda a, e: assert_close(a, e, 1e-4), found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nvidia")
 @pytest.mark.parametrize(
     ("implementation", "grid", "d"),

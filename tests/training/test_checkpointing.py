@@ -93,6 +93,7 @@ def quiet_orbax(monkeypatch):
     gc.collect()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quiet_orbax")
 @pytest.mark.parametrize(
     ("pattern", "how"),
@@ -167,6 +168,7 @@ def test_what_reading_would_not_end_at_is_passed_over(tmp_path, pattern, put, me
         assert_same(last(tmp_path), state_of(4, 4 / 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -204,6 +206,7 @@ def test_a_damaged_description_takes_no_state_along(tmp_path, name, content):
     assert_same(last(tmp_path), state_of(9, 1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quiet_orbax")
 def test_a_full_disk(tmp_path):
     """A limit of file sizes stands for it; what was written before is still there."""

@@ -66,6 +66,7 @@ def test_nothing_stale_is_found(model, dataset, tmp_path):
     assert CachedEmbeddings([], medsam, folder=tmp_path).folder != cached.folder
 
 
+@pytest.mark.slow
 def test_every_weight_of_the_encoder_counts(model, tmp_path):
     """And no other: a mask decoder that is trained shares the files."""
     params = flat_params(model)

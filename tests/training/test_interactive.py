@@ -60,7 +60,10 @@ def step_by_step(model, embedding, target, key, rounds, is_box):
     return jax.tree.map(lambda *x: np.stack(x), *losses), len(prompt)
 
 
-@pytest.mark.parametrize(("is_box", "side", "rounds"), [(False, SIDE, 5), (True, SIZE, 4)])
+@pytest.mark.parametrize(
+    ("is_box", "side", "rounds"),
+    [(False, SIDE, 5), pytest.param(True, SIZE, 4, marks=pytest.mark.slow)],
+)
 def test_rounds_are_calls_of_the_model(model, embedding, is_box, side, rounds):
     key = jax.random.key(5)
     expected, prompts = step_by_step(model, embedding, target(side), key, rounds, is_box)
@@ -86,6 +89,7 @@ def test_schedule_is_the_papers():
     assert np.asarray(click_schedule(jax.random.key(0), 3)).tolist() == [True, True, False]
 
 
+@pytest.mark.slow
 def test_box_and_point_are_as_likely(model, embedding):
     """Losses that are not the point's are the box's."""
     keys = jax.random.split(jax.random.key(1), 8)

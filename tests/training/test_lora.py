@@ -59,6 +59,7 @@ def test_new_adapters_change_nothing(plain):
     assert not any("lora" in name for name in flat_params(plain))
 
 
+@pytest.mark.slow
 def test_merged_is_applied(plain, adapted):
     expected = predict(adapted)
     assert np.abs(np.asarray(expected[0]) - np.asarray(predict(plain)[0])).max() > 0.05

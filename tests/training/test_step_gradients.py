@@ -98,6 +98,7 @@ def test_remat_changes_no_gradient():
     assert_same_gradients(gradient(params, True), gradient(params, False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [DEEP, TINIEST], ids=["vit", "tiny_vit"])
 def test_remat_keeps_less_for_the_backward_pass(config):
     loss, params = encoder_loss(config)

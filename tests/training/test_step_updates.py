@@ -158,6 +158,7 @@ def test_steps_draw_anew_keep_what_is_frozen_and_the_moving_average(model):
             assert not same, name
 
 
+@pytest.mark.slow
 def test_invalid_objects_change_nothing(model):
     batch, keys = batch_of(2), jax.random.split(jax.random.key(0), 2)
     run = jax.jit(
