@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # Compiles two programs, and prints the folder in use, how many of them were in it, and warnings.
 SCRIPT = """
 import json, sys, warnings
 import jax
 from sam_jax import enable_compilation_cache
-
-pytestmark = pytest.mark.slow
 with warnings.catch_warnings(record=True) as found:
     warnings.simplefilter("always")
     folder = enable_compilation_cache(*sys.argv[1:])

@@ -24,6 +24,7 @@ from sam_jax.config import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "count"),
     [(vit_b, 93_735_472), (vit_l, 312_342_832), (vit_h, 641_090_608)],
@@ -166,6 +167,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 def test_a_configuration_is_built_or_refused(unchecked):
     """Mutated at random: ValueError alone may come out, and what is taken can be built."""
     rng = random.Random(0)

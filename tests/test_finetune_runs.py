@@ -192,12 +192,12 @@ def test_other_settings_are_refused_and_a_finished_run_stays(whole, cells, model
 
 
 def stop_at(monkeypatch, step, number):
-    """Sends a signal when the step is in the log."""
+    """Sends a signal while the step runs: when the one before is in the log."""
     write = MetricsLog.write
 
     def write_and_signal(log, at, *args, **options):
         write(log, at, *args, **options)
-        if at == step:
+        if at == step - 1:
             signal.raise_signal(number)
 
     monkeypatch.setattr(MetricsLog, "write", write_and_signal)
@@ -249,7 +249,8 @@ def test_a_stopped_script_prints_no_traceback(cells, model, tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     assert found.returncode == 143, found.stderr
     assert "Traceback" not in found.stderr
-    assert "rerun the same command to resume from step 5\n" in found.stderr
+    # The line of step 5 is written while step 6 runs.
+    assert "rerun the same command to resume from step 6\n" in found.stderr
 
 
 def test_one_run_in_a_folder(cells, model, tmp_path):

@@ -58,6 +58,7 @@ def test_an_embedding_saved_and_set_again(predictor, tmp_path):
     assert np.array_equal(again.get_image_embedding(), embedding)
 
 
+@pytest.mark.slow
 def test_an_embedding_of_a_bfloat16_model_can_be_saved(tmp_path, compilations):
     """NumPy has no bfloat16: the file would hold bytes without a meaning."""
     predictor = SamPredictor(ours(torch_model(), SHALLOW, dtype=jnp.bfloat16))

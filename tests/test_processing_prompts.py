@@ -46,6 +46,7 @@ def test_coordinates_are_metas_and_hfs(processor, transforms, hf, size):
 POINT, POINTS, BOX = [450, 100], [[450, 100], [20.5, 3]], [10, 20, 300.25, 200]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompts",
     [
@@ -271,6 +272,7 @@ def disk(height, width):
     return ((y / height - 0.6) ** 2 + (x / width - 0.7) ** 2) < 0.07
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "resize", "image_size"),
     [

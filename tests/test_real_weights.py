@@ -32,7 +32,9 @@ def predictors(mobile_sam_file):
     return reference, SamPredictor(from_pretrained(mobile_sam_file))
 
 
-@pytest.fixture(scope="module", params=["astronaut", "coffee"])
+@pytest.fixture(
+    scope="module", params=["astronaut", pytest.param("coffee", marks=pytest.mark.slow)]
+)
 def photo(request, predictors):
     """Both predictors with a photo set: 512 x 512, and 600 x 400."""
     image = getattr(skimage.data, request.param)()
@@ -51,7 +53,7 @@ POINTS = {
     ("kind", "multimask"),
     [
         ("point", True),
-        ("box", False),
+        pytest.param("box", False, marks=pytest.mark.slow),
         *(
             pytest.param(kind, True, marks=pytest.mark.slow)
             for kind in ("box", "everything", "points", "points_and_box", "mask", "mask_and_point")

@@ -142,7 +142,10 @@ def torch_decode(original, embedding, early, points, labels, boxes, masks, multi
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(x, marks=() if x == "points" else pytest.mark.slow) for x in PROMPTS],
+)
 def test_masks_are_the_originals(original, model, kind):
     pixels = normal((1, 96, 96, 3), seed=2)
     prompts = PROMPTS[kind]
@@ -228,6 +231,7 @@ def test_other_encoders(config):
     assert_close(found.iou_scores[0], scores)
 
 
+@pytest.mark.slow
 def test_hugging_faces_folder(tmp_path):
     """Weights, scores and the best one first; the masks are the original's with its weights."""
     reference = hf_sam(HQ_HF)

@@ -86,16 +86,21 @@ def test_records_are_metas(mobile, name, options):
     assert_same_records(actual, expected)
 
 
+FURTHER_OPTIONS = (
+    {},
+    {"crop_n_layers": 2, "crop_n_points_downscale_factor": 2, "crop_overlap_ratio": 0.1},
+    {"box_nms_thresh": 0.5, "output_mode": "uncompressed_rle"},
+    {"stability_score_thresh": 0.2, "stability_score_offset": 0.05},
+    {"min_mask_region_area": 40},
+    {"points_per_side": None, "point_grids": [GRID, GRID[:5]], "crop_n_layers": 1},
+)
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"crop_n_layers": 1, "crop_nms_thresh": 0.99},
-        {"crop_n_layers": 2, "crop_n_points_downscale_factor": 2, "crop_overlap_ratio": 0.1},
-        {"box_nms_thresh": 0.5, "output_mode": "uncompressed_rle"},
-        {"stability_score_thresh": 0.2, "stability_score_offset": 0.05},
-        {"min_mask_region_area": 40},
-        {"points_per_side": None, "point_grids": [GRID, GRID[:5]], "crop_n_layers": 1},
+        *(pytest.param(options, marks=pytest.mark.slow) for options in FURTHER_OPTIONS),
     ],
     ids=str,
 )

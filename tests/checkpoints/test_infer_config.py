@@ -16,6 +16,7 @@ from sam_jax.checkpoints.params import param_shapes
 from sam_jax.config import lite_medsam, mobile_sam, vit_b, vit_h, vit_l
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [vit_b, vit_l, vit_h, mobile_sam], ids=["vit_b", "vit_l", "vit_h", "mobile_sam"]
 )

@@ -70,6 +70,7 @@ def test_code_is_named_and_not_run(tmp_path, function, name, protocol):
     assert not marker.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("opcodes", "message"),
     [

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_damaged_images_are_not_logged():
     """Neither by Pillow nor by libtiff, which prints without Python: hence another process."""
     program = r"""if True:

@@ -63,6 +63,7 @@ def plain_click(predicted, target):
     return (x, y), 1 - kind
 
 
+@pytest.mark.slow
 def test_later_clicks_are_the_farthest_from_the_boundary_of_an_error(model, dataset, monkeypatch):
     calls = []
     predict = SamPredictor.predict_batch

@@ -83,6 +83,7 @@ def program(folder, name):
 # `jax.export`
 
 
+@pytest.mark.slow
 def test_jax_encoder(jax_folder, model):
     size = CONFIG.image_size
     for b in (1, 3):
@@ -167,6 +168,7 @@ def test_jax_programs_with_a_gradient(tmp_path):
         assert_close(of_params[name], leaf[...])
 
 
+@pytest.mark.slow
 def test_jax_programs_without_a_gradient(jax_folder):
     """The documented limits: gradients only on request, and no vmap."""
     encoder, (pixels,) = (

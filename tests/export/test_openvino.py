@@ -51,7 +51,9 @@ def pixels_of(config, count=1):
         pytest.param(SMALL, id="vit"),
         pytest.param(SMALL_TINY, id="tiny_vit", marks=pytest.mark.slow),
         pytest.param(dataclasses.replace(SMALL, hq=True), id="vit_hq", marks=pytest.mark.slow),
-        pytest.param(dataclasses.replace(TINIEST, hq=True), id="tiny_vit_hq"),
+        pytest.param(
+            dataclasses.replace(TINIEST, hq=True), id="tiny_vit_hq", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_embeddings_are_jaxs(config):

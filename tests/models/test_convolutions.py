@@ -28,7 +28,7 @@ def assert_like_torch(conv, x, kernel, **options):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("hw", [(7, 9), (34, 4)], ids=str)
+@pytest.mark.parametrize("hw", [(7, 9), pytest.param((34, 4), marks=pytest.mark.slow)], ids=str)
 def test_depthwise_conv(hw, stride, platform):
     """The kernel's gradient goes by rows on a CPU, at once elsewhere."""
     conv = functools.partial(depthwise_conv, stride=stride)

@@ -18,7 +18,13 @@ from sam_jax.ops.prompts import join_prompts
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("inputs", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        pytest.param(inputs, id=name, marks=() if name == "points" else pytest.mark.slow)
+        for name, inputs in PROMPTS.items()
+    ],
+)
 def test_surface_is_hugging_faces(hf, model, embeddings, inputs):
     with torch.no_grad():
         expected = hf(image_embeddings=embeddings, **torch_inputs(inputs))
@@ -120,6 +126,7 @@ def test_values_that_mean_nothing(model, embeddings, inputs, message, asarray):
         model.get_prompt_embeddings(**inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

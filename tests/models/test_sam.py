@@ -46,6 +46,7 @@ def model():
     return random_sam(SHALLOW)
 
 
+@pytest.mark.slow
 def test_mask_per_prompt(model, embeddings):
     """One mask for each prompt is as one prompt at a time with its own mask."""
     points = {"input_points": POINTS, "input_labels": LABELS}

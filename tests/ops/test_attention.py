@@ -99,6 +99,7 @@ def cudnn_by_xla(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cudnn_by_xla")
 @pytest.mark.parametrize("grid", [(7, 5), (2, 4), (14, 14)])
 def test_what_cudnn_is_given(grid):
@@ -135,6 +136,7 @@ def test_flash_attention_lowers_for_cuda(implementation, grid, d):
     assert not re.search(rf"x{n}x{n}x|x{n}x{grid[0]}x{grid[1]}x|x256x224x", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nvidia", "dtype", "grid", "d", "supported"),
     [
@@ -165,6 +167,7 @@ def test_what_cudnn_supports(dtype, grid, d, supported):
             lowered_for_cuda(run, q, q, q, tables)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nvidia")
 @pytest.mark.parametrize("grid", [(64, 64), (14, 14)], ids=str)
 def test_the_default_on_a_gpu_runs_everywhere(grid):

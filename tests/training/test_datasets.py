@@ -133,6 +133,7 @@ def square(coco):
     change(coco, lambda i, a: [a.pop(2), a.pop(1)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [None, "ignored", "applied"])
 @pytest.mark.parametrize("is_square", [False, True])
 @pytest.mark.parametrize("suffix", ["png", "tif"])

@@ -53,6 +53,7 @@ def assert_same(actual, expected, tolerance):
         assert np.abs(np.asarray(a) - np.asarray(e)).max() <= tolerance * np.abs(e).max()
 
 
+@pytest.mark.slow
 def test_new_adapters_change_nothing(plain):
     model = add_lora(plain, PATTERN, rank=2, rngs=nnx.Rngs(0))
     assert_same(predict(model), predict(plain), 1e-6)
@@ -89,6 +90,7 @@ def test_unmerge_is_the_opposite(plain, adapted):
         unmerge_lora(adapted, adapted)
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_written(plain, adapted, tmp_path):
     save_lora(adapted, tmp_path / "lora.safetensors")
     loaded = load_lora(plain, tmp_path / "lora.safetensors")
