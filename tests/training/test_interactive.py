@@ -11,6 +11,7 @@ from reference import SHALLOW, normal
 
 from sam_jax.training.interactive import click_schedule, interactive_losses
 from sam_jax.training.losses import mask_losses, resize_logits
+from sam_jax.training.rules import combine, partition
 from sam_jax.training.simulate import next_click
 
 SIZE, SIDE = SHALLOW.image_size, SHALLOW.mask_size
@@ -76,6 +77,27 @@ def test_rounds_are_calls_of_the_model(model, embedding, is_box, side, rounds):
         # An IoU may differ by a pixel.
         atol = 1e-3 if name == "mask_iou" else 1e-6
         np.testing.assert_allclose(values, getattr(expected, name), rtol=1e-4, atol=atol)
+
+
+def test_the_previous_mask_is_a_constant(model, embedding):
+    """A later round does not train what only the first one uses: masks for an ambiguous prompt."""
+    masks_1_to_3 = (r"mask_decoder\.output_hypernetworks_mlps\.[1-3]\..*", 1.0), (".*", None)
+    params, rest = partition(model, masks_1_to_3)
+
+    def total(params):
+        return interactive_losses(
+            combine(params, rest),
+            embedding,
+            target(SIDE),
+            BOX,
+            jax.random.key(5),
+            num_rounds=2,
+            box_probability=0.0,
+        ).total
+
+    gradients = jax.tree.leaves(jax.jit(jax.jacrev(total))(params))
+    assert any(first.any() for first, _ in gradients)
+    assert not any(second.any() for _, second in gradients)
 
 
 def test_schedule_is_the_papers():
