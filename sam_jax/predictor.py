@@ -295,7 +295,7 @@ class SamPredictor(WithAdvice):
         return_logits: bool = False,
         hq_token_only: bool = False,
     ) -> MaskPrediction:
-        # Not documented: it trusts the prompts' values.
+        """`predict_batch` of prompts that are checked already."""
         check_multimask(multimask_output)
         check_bool("return_logits", return_logits)
         check_bool("hq_token_only", hq_token_only)
