@@ -19,6 +19,7 @@ from .config import TinyViTConfig as TinyViTConfig
 from .config import ViTConfig as ViTConfig
 from .errors import CheckpointError as CheckpointError
 from .errors import MissingExtra as MissingExtra
+from .errors import NonFiniteError as NonFiniteError
 from .image import load_image as load_image
 from .models.image_encoder import ImageEncoder as ImageEncoder
 from .models.preprocessing import preprocess as preprocess

@@ -20,7 +20,7 @@ from sam_jax.ops.prompts import PADDING, join_prompts, pad_prompts, warn_outside
 from sam_jax.processing import SamProcessor
 from sam_jax.types import Runtime
 from sam_jax.validation import (
-    Prompts,
+    ImagePrompts,
     check_embedding,
     check_model,
     check_sizes,
@@ -288,7 +288,7 @@ class SamPredictor(WithAdvice):
 
     def _predict(
         self,
-        prompts: Prompts,
+        prompts: ImagePrompts,
         *,
         in_image: bool = True,
         multimask_output: bool = True,
@@ -325,7 +325,7 @@ class SamPredictor(WithAdvice):
         masks = full.reshape(*low_res.shape[:2], *original_size)
         return MaskPrediction(masks, scores, low_res)
 
-    def _to_input(self, prompts: Prompts, in_image: bool):
+    def _to_input(self, prompts: ImagePrompts, in_image: bool):
         """The prompts as labeled points [b, n, 2] and [b, n], in pixels of the model's input."""
         (_, size), frame = self._image(), "image"
         if not in_image:

@@ -23,7 +23,7 @@ from sam_jax.ops.prompts import (
 _MOST_PIXELS = 2**16  # of a side: 4 GiB for a square mask
 
 
-class Prompts(NamedTuple):
+class ImagePrompts(NamedTuple):
     """Prompts of one image, in numpy arrays whose values are checked."""
 
     coords: Float[np.ndarray, "b n 2"] | None
@@ -41,7 +41,7 @@ class Prompts(NamedTuple):
 
 def parse_prompts(
     point_coords: Any, point_labels: Any, boxes: Any, mask_input: Any, mask_size: int
-) -> Prompts:
+) -> ImagePrompts:
     """Prompts as `SamPredictor.predict_batch` takes them; None is not given.
 
     Raises:
@@ -90,7 +90,7 @@ def parse_prompts(
             )
         check_logits(masks, "mask_input")
         masks = masks[:, 0].astype(np.float32)
-    return Prompts(coords, labels, boxes, masks)
+    return ImagePrompts(coords, labels, boxes, masks)
 
 
 def _check_same_count(given: dict[str, Any]) -> None:

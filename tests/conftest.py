@@ -16,8 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, _cores[_worker % len(_cores) :: _count])
 
-# What one of the tests' processes has compiled, the others need not: two that run tests side by
-# side, those that they start, and those of the next run (not in CI). Set before JAX is imported.
+# All processes share what one of them has compiled: the two that run tests side by side, those that
+# they start, and those of the next run (not in CI). Set before JAX is imported.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = str(Path(__file__).parents[1] / ".cache" / "tests")
     if "CI" in os.environ:
@@ -33,7 +33,7 @@ os.environ.setdefault(
     "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=30000000000",
 )
 
-# JAX writes an entry in place. Who reads it half-written is warned and compiles the program itself.
+# JAX writes an entry in place. A process that reads it half-written warns and compiles it itself.
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry:UserWarning"
 
 # Most programs here run once and on little: without LLVM's optimizations and XLA's new emitters

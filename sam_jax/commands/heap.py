@@ -16,6 +16,6 @@ def keep_heap() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    mallopt(_ARENA_MAX, 1)  # the only one that can hold large buffers
+    mallopt(_ARENA_MAX, 1)  # only the first arena can hold large buffers
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, -1)  # never

@@ -56,7 +56,7 @@ def segment(args: Segment) -> None:
     """
     from sam_jax.image import load_image
     from sam_jax.predictor import SamPredictor
-    from sam_jax.validation import Prompts
+    from sam_jax.validation import ImagePrompts
     from sam_jax.visualize import draw
 
     points, labels = _parse_points(args.point)
@@ -81,7 +81,7 @@ def segment(args: Segment) -> None:
     multimask = args.multimask
     if multimask is None:
         multimask = len(points) == 1 and len(boxes) == 0
-    prompts = Prompts(
+    prompts = ImagePrompts(
         points[None] if len(points) else None,
         labels[None] if len(points) else None,
         boxes if len(boxes) else None,

@@ -57,7 +57,7 @@ class Rest(NamedTuple):
 
 
 def partition(model: nnx.Module, table: Table = EVERYTHING) -> tuple[PyTree, Rest]:
-    """Splits a model into the parameters that train and the rest; `combine` joins them again.
+    r"""Splits a model into the parameters that train and the rest; `combine` joins them again.
 
     Differentiate with respect to the first only, so that gradients of frozen parameters and buffers
     do not take memory:
@@ -68,7 +68,9 @@ def partition(model: nnx.Module, table: Table = EVERYTHING) -> tuple[PyTree, Res
     Args:
         model: a `Sam`, or another `nnx.Module`. It is not modified, and shares its arrays with the
             result.
-        table: which parameters train; see the top of this file.
+        table: which parameters train: pairs of a regular expression and a learning-rate scale, such
+            as `((r"mask_decoder\..*", 1.0), (".*", None))`. The first expression that matches a
+            parameter's whole path counts; the scale None freezes it.
 
     Raises:
         TypeError: if the model is not an `nnx.Module`, or the table is not pairs of an expression
@@ -186,7 +188,7 @@ def adamw(
 
     Args:
         learning_rate: the learning rate at scale 1, or a schedule.
-        table: see the top of this file.
+        table: as for `partition`.
         weight_decay: the paper's is 0.1.
         clip_norm: largest global norm of the gradients.
         b1: decay of the gradients' mean.
