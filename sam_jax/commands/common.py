@@ -1,14 +1,30 @@
 """Helpers of several commands."""
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 from tqdm import tqdm
 
+from sam_jax.types import DType, Runtime
+
 T = TypeVar("T")
 IfGiven = tyro.conf.DisallowNone[Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]]
 """Type of an option that may be left out, of which `--help` does not say "None"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model a command runs, and how it computes."""
+
+    model: str = "mobile_sam"
+    """Short name, hub repository, file or folder."""
+    dtype: DType = "float32"
+    """Compute dtype. bfloat16 is faster on GPU and TPU."""
+    runtime: Runtime = "jax"
+    """What runs the image encoder. openvino is the fastest on a CPU (extra: openvino)."""
+
 
 if TYPE_CHECKING:  # imports JAX, which would slow down `--help`
     from sam_jax.models.sam import Sam

@@ -5,20 +5,14 @@ from typing import Annotated
 
 import tyro
 
+from sam_jax.commands.common import ModelOptions
 from sam_jax.errors import needs_extra
-from sam_jax.types import DType, Runtime
 
 
-@dataclasses.dataclass
-class Demo:
+@dataclasses.dataclass(frozen=True)
+class Demo(ModelOptions):
     """Serve a local web page: drop an image, click on an object, see its mask."""
 
-    model: str = "mobile_sam"
-    """Short name, hub repository, file or folder."""
-    dtype: DType = "float32"
-    """Compute dtype. bfloat16 is faster on GPU and TPU."""
-    runtime: Runtime = "jax"
-    """What runs the image encoder. openvino is the fastest on a CPU (extra: openvino)."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 makes the page reachable from other machines."""
     port: int = 7860

@@ -7,12 +7,12 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from sam_jax.commands.common import IfGiven, load_model, say_compiling
-from sam_jax.types import DType, OnBadAnnotation, Runtime
+from sam_jax.commands.common import IfGiven, ModelOptions, load_model, say_compiling
+from sam_jax.types import OnBadAnnotation
 
 
-@dataclasses.dataclass
-class Evaluate:
+@dataclasses.dataclass(frozen=True)
+class Evaluate(ModelOptions):
     """Compare masks with annotated objects, for 1, 2, 3 and 5 clicks and a box.
 
     Prints mean IoUs over all objects as JSON; see `sam_jax.evaluation`.
@@ -24,12 +24,6 @@ class Evaluate:
     """Folder of the COCO file's images."""
     on_bad_annotation: OnBadAnnotation = "raise"
     """raise: list what is wrong with the annotations and stop; skip: leave bad annotations out."""
-    model: str = "mobile_sam"
-    """Short name, hub repository, file or folder."""
-    dtype: DType = "float32"
-    """Compute dtype. bfloat16 is faster on GPU and TPU."""
-    runtime: Runtime = "jax"
-    """What runs the image encoder. openvino is the fastest on a CPU (extra: openvino)."""
 
 
 def evaluate(args: Evaluate) -> None:

@@ -12,14 +12,14 @@ import tyro
 from tqdm import tqdm
 
 from sam_jax.automatic.options import MaskGenerationOptions
-from sam_jax.commands.common import IfGiven, load_model, say, say_compiling
+from sam_jax.commands.common import IfGiven, ModelOptions, load_model, say, say_compiling
 from sam_jax.files import read_json
 from sam_jax.runs import lock_folder
-from sam_jax.types import DType, OutputMode, ResultsFormat, Runtime, Segmentation
+from sam_jax.types import OutputMode, ResultsFormat, Segmentation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(MaskGenerationOptions):
+class Generate(ModelOptions, MaskGenerationOptions):
     """Find the masks of everything in images (automatic mask generation).
 
     Rerun the same command to resume: images that have a result are skipped.
@@ -29,12 +29,6 @@ class Generate(MaskGenerationOptions):
     """Images, and folders of images without their subfolders."""
     output: Path
     """Folder for the results."""
-    model: str = "mobile_sam"
-    """Short name, hub repository, file or folder."""
-    dtype: DType = "float32"
-    """Compute dtype. bfloat16 is faster on GPU and TPU."""
-    runtime: Runtime = "jax"
-    """What runs the image encoder. openvino is the fastest on a CPU (extra: openvino)."""
     format: ResultsFormat = "png"
     """png: for each image a folder of PNG masks with metadata.csv; coco: one annotations.json in
     COCO's format for all results in the output folder."""

@@ -10,14 +10,13 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from sam_jax.commands.common import IfGiven, load_model, say_compiling
+from sam_jax.commands.common import IfGiven, ModelOptions, load_model, say_compiling
 from sam_jax.files import read_json, temporary_folder, write_json
 from sam_jax.runs import lock_folder
-from sam_jax.types import DType, Runtime
 
 
-@dataclasses.dataclass
-class Segment:
+@dataclasses.dataclass(frozen=True)
+class Segment(ModelOptions):
     """Segment the objects marked by points or boxes.
 
     All points mark one object, each box another; points go with at most one box.
@@ -33,12 +32,6 @@ class Segment:
         dataclasses.field(default_factory=list)
     )
     """A box in pixels."""
-    model: str = "mobile_sam"
-    """Short name, hub repository, file or folder."""
-    dtype: DType = "float32"
-    """Compute dtype. bfloat16 is faster on GPU and TPU."""
-    runtime: Runtime = "jax"
-    """What runs the image encoder. openvino is the fastest on a CPU (extra: openvino)."""
     output: IfGiven[Path] = None
     """Folder for the results, `<image>_masks` if left out. Results of an earlier run are
     replaced."""
