@@ -90,7 +90,6 @@ def test_vmap_over_two_models(model, arrays, expected):
     assert_close(found[1], jax.jit(scores_of)(other, *arrays))
 
 
-@pytest.mark.slow
 @VIT_ALONE
 def test_a_donated_step(model, arrays):
     params, rest = partition(jax.tree.map(jnp.array, model))
