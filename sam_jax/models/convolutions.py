@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sam_jax.models.layers import Buffer, align, matmul, rowwise
+from sam_jax.models.layers import Buffer, align, lecun_normal, matmul, rowwise
 from sam_jax.ops.barrier import barrier_on_cpu
 from sam_jax.ops.operation import operation
 
@@ -29,7 +29,7 @@ class ConvBN(nnx.Module):
 
     def __init__(self, in_chans, out_chans, size=1, stride=1, *, depthwise=False, dtype, rngs):
         shape = (size, size, 1 if depthwise else in_chans, out_chans)
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
+        self.kernel = nnx.Param(lecun_normal(rngs.params(), shape))
         self.scale = nnx.Param(jnp.ones(out_chans))
         self.bias = nnx.Param(jnp.zeros(out_chans))
         self.mean = Buffer(jnp.zeros(out_chans))

@@ -25,6 +25,23 @@ class Buffer(nnx.Variable):
     """
 
 
+def random_init(init: nnx.Initializer) -> nnx.Initializer:
+    """The initializer, which without a key gives zeros.
+
+    Where only shapes matter, as in `from_pretrained`, half of the time would be spent on tracing
+    random numbers.
+    """
+
+    def initialize(key, shape, dtype=jnp.float32):
+        return jnp.zeros(shape, dtype) if key is None else init(key, shape, dtype)
+
+    return initialize
+
+
+lecun_normal = random_init(nnx.initializers.lecun_normal())
+normal = random_init(nnx.initializers.normal(1.0))
+
+
 class LayerNorm(nnx.Module):
     """Layer norm over the channels (the reference's `LayerNorm` and `LayerNorm2d`).
 
@@ -86,6 +103,9 @@ def _normalize_jvp(eps, primals, tangents):
 
 class Linear(nnx.Linear):
     """`nnx.Linear`, by `rowwise`."""
+
+    def __init__(self, in_features: int, out_features: int, **options):
+        super().__init__(in_features, out_features, kernel_init=lecun_normal, **options)
 
     # Without the sharding of its result: rows are joined.
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -155,8 +175,7 @@ class PatchConv(nnx.Module):
     """A convolution whose stride is its kernel size: one matmul over non-overlapping patches."""
 
     def __init__(self, in_chans: int, out_chans: int, patch: int, *, dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (patch, patch, in_chans, out_chans)))
+        self.kernel = nnx.Param(lecun_normal(rngs.params(), (patch, patch, in_chans, out_chans)))
         self.bias = nnx.Param(jnp.zeros(out_chans))
         self.patch = patch
         self.dtype = dtype
@@ -182,7 +201,7 @@ class UpscaleConv(nnx.Module):
     """
 
     def __init__(self, in_chans: int, out_chans: int, *, dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=3)
+        init = random_init(nnx.initializers.lecun_normal(in_axis=0, out_axis=3))
         self.kernel = nnx.Param(init(rngs.params(), (in_chans, 2, 2, out_chans)))
         self.bias = nnx.Param(jnp.zeros(out_chans))
         self.dtype = dtype
@@ -208,9 +227,10 @@ class Neck(nnx.Module):
     """1x1 and 3x3 convolution with norms: encoder width to embedding width."""
 
     def __init__(self, in_chans: int, out_chans: int, *, dtype, rngs: nnx.Rngs):
-        self.conv1 = nnx.Conv(in_chans, out_chans, (1, 1), use_bias=False, dtype=dtype, rngs=rngs)
+        options = {"use_bias": False, "kernel_init": lecun_normal, "dtype": dtype, "rngs": rngs}
+        self.conv1 = nnx.Conv(in_chans, out_chans, (1, 1), **options)
         self.norm1 = LayerNorm(out_chans, eps=1e-6, dtype=dtype)
-        self.conv2 = nnx.Conv(out_chans, out_chans, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+        self.conv2 = nnx.Conv(out_chans, out_chans, (3, 3), **options)
         self.norm2 = LayerNorm(out_chans, eps=1e-6, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:

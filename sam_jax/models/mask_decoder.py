@@ -3,6 +3,7 @@
 Written for one prompt of one image, without batch axes: `jax.vmap` adds them.
 """
 
+import functools
 import itertools
 
 import jax.numpy as jnp
@@ -12,7 +13,17 @@ from jaxtyping import Array, Bool, Float
 
 from sam_jax.config import SamConfig
 from sam_jax.idioms import WithAdvice
-from sam_jax.models.layers import LayerNorm, Linear, UpscaleConv, align, gelu, join_pixels, relu
+from sam_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    UpscaleConv,
+    align,
+    gelu,
+    join_pixels,
+    lecun_normal,
+    normal,
+    relu,
+)
 from sam_jax.models.two_way_transformer import TwoWayTransformer
 
 
@@ -22,9 +33,8 @@ class MaskDecoder(WithAdvice, nnx.Module):
     def __init__(self, config: SamConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         dim, decoder = config.prompt_embed_dim, config.mask_decoder
         num_mask_tokens = decoder.num_multimask_outputs + 1
-        embed = nnx.initializers.normal(1.0)
-        self.iou_token = nnx.Param(embed(rngs.params(), (1, dim)))
-        self.mask_tokens = nnx.Param(embed(rngs.params(), (num_mask_tokens, dim)))
+        self.iou_token = nnx.Param(normal(rngs.params(), (1, dim)))
+        self.mask_tokens = nnx.Param(normal(rngs.params(), (num_mask_tokens, dim)))
         self.transformer = TwoWayTransformer(config, dtype=dtype, rngs=rngs)
         self.output_upscaling = Upscaling(dim, dim // 4, dim // 8, dtype=dtype, rngs=rngs)
         self.output_hypernetworks_mlps = nnx.List(
@@ -218,14 +228,15 @@ class HQ(nnx.Module):
 
     def __init__(self, config: SamConfig, *, dtype, rngs):
         dim, options = config.prompt_embed_dim, {"dtype": dtype, "rngs": rngs}
-        self.token = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (1, dim)))
+        self.token = nnx.Param(normal(rngs.params(), (1, dim)))
         self.mlp = Head(dim, dim, dim // 8, 3, **options)
         early_dim = config.image_encoder.early_dim
         self.compress_vit_feat = Upscaling(early_dim, dim, dim // 8, **options)
         self.embedding_encoder = Upscaling(dim, dim // 4, dim // 8, **options)
-        self.conv1 = nnx.Conv(dim // 8, dim // 4, (3, 3), **options)
+        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), kernel_init=lecun_normal, **options)
+        self.conv1 = conv(dim // 8, dim // 4)
         self.norm = LayerNorm(dim // 4, eps=1e-6, dtype=dtype)
-        self.conv2 = nnx.Conv(dim // 4, dim // 8, (3, 3), **options)
+        self.conv2 = conv(dim // 4, dim // 8)
 
     def features(
         self, image_embedding: Float[Array, "g g c"], early: Float[Array, "g g e"]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sam_jax.config import SamConfig
 from sam_jax.idioms import WithAdvice
-from sam_jax.models.layers import Buffer, LayerNorm, PatchConv, align, gelu
+from sam_jax.models.layers import Buffer, LayerNorm, PatchConv, align, gelu, normal
 from sam_jax.ops.prompts import NOT_A_POINT, PADDING
 
 
@@ -26,13 +26,12 @@ class PromptEncoder(WithAdvice, nnx.Module):
 
     def __init__(self, config: SamConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         dim = config.prompt_embed_dim
-        embed = nnx.initializers.normal(1.0)
         self.pe_layer = PositionEmbeddingRandom(dim // 2, rngs=rngs)
         self.point_embeddings = nnx.List(
-            nnx.Param(embed(rngs.params(), (1, dim))) for _ in range(4)
+            nnx.Param(normal(rngs.params(), (1, dim))) for _ in range(4)
         )
-        self.not_a_point_embed = nnx.Param(embed(rngs.params(), (1, dim)))
-        self.no_mask_embed = nnx.Param(embed(rngs.params(), (1, dim)))
+        self.not_a_point_embed = nnx.Param(normal(rngs.params(), (1, dim)))
+        self.no_mask_embed = nnx.Param(normal(rngs.params(), (1, dim)))
         self.mask_downscaling = MaskDownscaling(config, dtype=dtype, rngs=rngs)
         self.image_size = config.image_size
         self.grid = config.image_embedding_size
@@ -78,8 +77,7 @@ class PositionEmbeddingRandom(nnx.Module):
     """Random Fourier features of positions in [0, 1]^2, always float32."""
 
     def __init__(self, num_pos_feats: int, *, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(1.0)
-        self.positional_encoding_gaussian_matrix = Buffer(init(rngs.params(), (2, num_pos_feats)))
+        self.positional_encoding_gaussian_matrix = Buffer(normal(rngs.params(), (2, num_pos_feats)))
 
     def __call__(self, coords: Float[Array, "*batch 2"]) -> Float[Array, "*batch c"]:
         # Multiplied and added, not a matmul: float32 on every device.
