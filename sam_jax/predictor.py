@@ -253,12 +253,7 @@ class SamPredictor(WithAdvice):
         prompts = parse_prompts(
             point_coords, point_labels, boxes, mask_input, self.config.mask_size
         )
-        return self._predict(
-            prompts,
-            multimask_output=multimask_output,
-            return_logits=return_logits,
-            hq_token_only=hq_token_only,
-        )
+        return self._predict(prompts, multimask_output, return_logits, hq_token_only)
 
     def predict_torch(
         self,
@@ -279,21 +274,17 @@ class SamPredictor(WithAdvice):
             point_coords, point_labels, boxes, mask_input, self.config.mask_size
         )
         return self._predict(
-            prompts,
-            in_image=False,
-            multimask_output=multimask_output,
-            return_logits=return_logits,
-            hq_token_only=hq_token_only,
+            prompts, multimask_output, return_logits, hq_token_only, in_image=False
         )
 
     def _predict(
         self,
         prompts: ImagePrompts,
-        *,
-        in_image: bool = True,
-        multimask_output: bool = True,
+        multimask_output: bool,
         return_logits: bool = False,
         hq_token_only: bool = False,
+        *,
+        in_image: bool = True,
     ) -> MaskPrediction:
         """`predict_batch` of prompts that are checked already."""
         check_multimask(multimask_output)
