@@ -9,13 +9,12 @@ from PIL import Image
 
 from sam_jax.errors import check_whole
 from sam_jax.evaluation.metrics import iou
-from sam_jax.image import load_image
 from sam_jax.models.sam import Sam
 from sam_jax.ops.boxes import mask_to_box
 from sam_jax.ops.prompts import BACKGROUND, FOREGROUND
 from sam_jax.predictor import SamPredictor
 from sam_jax.training.datasets import Dataset
-from sam_jax.training.transform import check_masks
+from sam_jax.training.transform import checked_example
 from sam_jax.types import Runtime
 from sam_jax.visualize import overlay
 
@@ -66,12 +65,12 @@ def evaluate(
     predictor = SamPredictor(model, runtime=runtime)
     for i in range(len(dataset)):
         example = dataset[i]
-        if len(example["masks"]):
-            example = {**example, "image": load_image(example["image"])}
-            check_masks(example["image"], example["masks"])
-            set_image(predictor, example)
-        for start in range(0, len(example["masks"]), objects_chunk_size):
-            masks = example["masks"][start : start + objects_chunk_size]
+        targets = example["masks"]
+        if len(targets):
+            image, targets = checked_example(example)
+            set_image(predictor, {**example, "image": image})
+        for start in range(0, len(targets), objects_chunk_size):
+            masks = targets[start : start + objects_chunk_size]
             masks = masks[masks.any((-2, -1))]  # an empty mask cannot be clicked
             if not len(masks):
                 continue
@@ -103,19 +102,18 @@ def draw_clicks(model: Sam, dataset: Dataset, *, count: int = 4) -> Image.Image:
     predictor, drawn = SamPredictor(model), []
     for i in range(min(count, len(dataset))):
         example = dataset[i]
-        example = {**example, "image": load_image(example["image"])}
-        check_masks(example["image"], example["masks"])
-        targets = example["masks"][:_DRAWN]
+        image, targets = checked_example(example)
+        pixels, targets = np.asarray(image), targets[:_DRAWN]
         targets = targets[targets.any((-2, -1))]
         if not len(targets):
-            drawn.append(Image.fromarray(example["image"]))
+            drawn.append(Image.fromarray(pixels))
             continue
         points = np.array([[middle(mask)] for mask in targets])
-        set_image(predictor, example)
+        set_image(predictor, {**example, "image": pixels})
         masks, scores, _ = predictor.predict_batch(points, np.ones(points.shape[:2]))
         best = masks[np.arange(len(masks)), scores.argmax(1)]
         marks = {"point_coords": points[:, 0], "point_labels": np.ones(len(points), int)}
-        drawn.append(overlay(example["image"], best, **marks))
+        drawn.append(overlay(pixels, best, **marks))
     sheet = Image.new("RGB", (sum(d.width for d in drawn), max(d.height for d in drawn)))
     for i, image in enumerate(drawn):
         sheet.paste(image, (sum(d.width for d in drawn[:i]), 0))

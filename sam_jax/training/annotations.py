@@ -14,7 +14,7 @@ _FAR = 16
 
 
 def coco_entries(images: list, annotations: list, folder: Path) -> tuple[list[tuple], list[str]]:
-    """The arguments of `_example` for each image with objects, and the problems found."""
+    """Id, path, size and objects of each image that has objects, and the problems found."""
     infos: dict[int | str, tuple[Path, tuple[int, int]] | None] = {}  # None for a bad entry
     problems = []
     for i, info in enumerate(images):

@@ -4,9 +4,10 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 import numpy as np
+from jaxtyping import Bool
 
 from sam_jax.files import read_json
 from sam_jax.image import read_stored, turn
@@ -33,7 +34,8 @@ class Dataset(Protocol):
     """Examples by index.
 
     An example has an `image`, uint8 [h, w, 3], and `masks`, bool [n, h, w] or `LazyMasks`, one for
-    each object. A method `image_id(index)`, if there is one, names the image in messages.
+    each object. Two more methods are optional: `image_id(index)` names the image in messages, and
+    `masks(index)` returns the masks without reading the image.
     """
 
     def __len__(self) -> int: ...
@@ -68,6 +70,27 @@ class LazyMasks:
         return self[:].astype(dtype or bool, copy=False)
 
 
+class LazyImage:
+    """A dataset's image, uint8 [h, w, 3], that is read only by `np.asarray`."""
+
+    dtype, ndim = np.dtype(np.uint8), 3
+
+    def __init__(self, dataset: Dataset, index: int, shape: tuple[int, int, int]):
+        self._dataset, self._index, self.shape = dataset, index, shape
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self._dataset[self._index]["image"].astype(dtype or np.uint8, copy=False)
+
+
+class _Entry(NamedTuple):
+    """What is annotated of an image."""
+
+    image_id: int | str
+    path: Path
+    size: tuple[int, int]
+    objects: list[tuple]  # (id, index, segmentation), the first two for messages
+
+
 class _AnnotatedImages:
     """Image files and their objects; the common part of `CocoInstances` and `SegmentAnything1B`.
 
@@ -91,28 +114,41 @@ class _AnnotatedImages:
         self.exif_orientation, self._way_out = exif_orientation, way_out
         self._has_warned = False
 
-    def _example(
-        self, image_id: Any, path: Path, size: tuple[int, int], objects: list[tuple]
-    ) -> Example:
-        """The example; `objects` are (id, index, segmentation), the first two for messages."""
+    def _entry(self, index: int) -> _Entry | None:
+        """The entry; None if it was bad and reported."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Example:
+        entry = self._entry(index)
+        if entry is None:
+            return _blank()
         try:
-            image = self._pixels(image_id, path, size)
+            image = self._pixels(entry)
         except (OSError, TypeError, ValueError) as error:
-            problem = f"image {label_of(image_id)}: {path}: {error}"
+            problem = f"image {label_of(entry.image_id)}: {entry.path}: {error}"
             _report([problem], "a bad image", self.on_bad_annotation)
             return _blank()
-        rles, problems = [], []
-        for annotation_id, number, segmentation in objects:
-            try:
-                rles.append(segmentation_rle(segmentation, size))
-            except ValueError as error:
-                name = f"image {label_of(image_id)}: {annotation_name(annotation_id, number)}"
-                problems.append(f"{name}: its segmentation cannot be read: {error}")
-        _report(problems, f"{path} has bad annotations", self.on_bad_annotation)
-        return {"image": image, "masks": LazyMasks(rles, size)}
+        return {"image": image, "masks": self._masks(entry)}
 
-    def _pixels(self, image_id: Any, path: Path, size: tuple[int, int]) -> np.ndarray:
+    def masks(self, index: int) -> Bool[np.ndarray, "n h w"] | LazyMasks:
+        """The masks of an example; the image file is not read."""
+        entry = self._entry(index)
+        return _blank()["masks"] if entry is None else self._masks(entry)
+
+    def _masks(self, entry: _Entry) -> LazyMasks:
+        rles, problems = [], []
+        for annotation_id, number, segmentation in entry.objects:
+            try:
+                rles.append(segmentation_rle(segmentation, entry.size))
+            except ValueError as error:
+                name = f"image {label_of(entry.image_id)}: {annotation_name(annotation_id, number)}"
+                problems.append(f"{name}: its segmentation cannot be read: {error}")
+        _report(problems, f"{entry.path} has bad annotations", self.on_bad_annotation)
+        return LazyMasks(rles, entry.size)
+
+    def _pixels(self, entry: _Entry) -> np.ndarray:
         """The image that the annotations refer to, upright or as stored."""
+        image_id, path, size, _ = entry
         stored, orientation = read_stored(path)
         turned = turn(stored, orientation)
         image = turned if self.exif_orientation == "applied" else stored
@@ -201,8 +237,8 @@ class CocoInstances(_AnnotatedImages):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> Example:
-        return self._example(*self.entries[index])
+    def _entry(self, index: int) -> _Entry:
+        return _Entry(*self.entries[index])
 
     def image_id(self, index: int) -> int | str:
         """The image's id in the file."""
@@ -236,7 +272,7 @@ class SegmentAnything1B(_AnnotatedImages):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Example:
+    def _entry(self, index: int) -> _Entry | None:
         file = self.files[index]
         try:
             content = read_json(file)
@@ -245,7 +281,7 @@ class SegmentAnything1B(_AnnotatedImages):
         except ValueError as error:
             problem = f"image {label_of(file.stem)}: {file} is not a file of SA-1B: {error}"
             _report([problem], "a bad image", self.on_bad_annotation)
-            return _blank()
+            return None
         objects, problems = [], []
         for i, annotation in enumerate(annotations):
             try:
@@ -255,7 +291,7 @@ class SegmentAnything1B(_AnnotatedImages):
                 name = f"image {label_of(file.stem)}: {annotation_name(id_of(annotation), i)}"
                 problems.append(f"{name}: {error}")
         _report(problems, f"{file} has bad annotations", self.on_bad_annotation)
-        return self._example(file.stem, path, size, objects)
+        return _Entry(file.stem, path, size, objects)
 
     def image_id(self, index: int) -> str:
         """The name of the image's file."""

@@ -16,13 +16,14 @@ from sam_jax.files import atomic_write
 from sam_jax.models.compiled import encode_image
 from sam_jax.models.sam import Sam
 from sam_jax.processing import SamProcessor
-from sam_jax.training.datasets import Dataset
+from sam_jax.training.datasets import Dataset, LazyImage
 
 
 class CachedEmbeddings:
     """A dataset whose examples also have `image_embedding`, float32 [g, g, c].
 
-    The constructor computes all embeddings. File names are hashes of the image's pixels, in a
+    Their images are lazy: training needs the embedding and the masks alone, so an image is read
+    again only where `np.asarray` asks for its pixels. The constructor computes all embeddings. File names are hashes of the image's pixels, in a
     folder named by a hash of the encoder's weights, compute dtype and configuration, so another
     image or encoder never finds a stale embedding.
 
@@ -45,11 +46,12 @@ class CachedEmbeddings:
         self.folder = Path(folder) / _encoder_key(model)
         self.folder.mkdir(parents=True, exist_ok=True)
         processor, split = SamProcessor(model.config), nnx.split(model)
-        self._files = {}
+        self._files, self._shapes = {}, {}
         # Hosts that share the folder start at different images, so that each encodes a part.
         first = jax.process_index() * len(dataset) // jax.process_count()
         for i in np.roll(np.arange(len(dataset)), -first).tolist():
             image = dataset[i]["image"]
+            self._shapes[i] = image.shape
             digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes())
             self._files[i] = file = self.folder / f"{digest.hexdigest()}.npy"
             if not _is_whole(file, model.config):
@@ -71,7 +73,14 @@ class CachedEmbeddings:
                 f"the cached embedding {file} cannot be read ({error}); restart the run to compute "
                 "it again"
             ) from error
-        return {**self.dataset[index], "image_embedding": embedding}
+        shape = self._shapes[index]
+        masks = getattr(self.dataset, "masks", lambda _: None)(index)
+        # An image that could not be read became a blank one without masks, of another size.
+        if masks is None or masks.shape[1:] != shape[:2]:
+            example = self.dataset[index]
+        else:
+            example = {"image": LazyImage(self.dataset, index, shape), "masks": masks}
+        return {**example, "image_embedding": embedding}
 
     def image_id(self, index: int) -> Any:
         """The dataset's id of the image; the index if it does not have ids."""

@@ -15,7 +15,7 @@ from sam_jax.image import load_image
 from sam_jax.ops.boxes import mask_to_box
 from sam_jax.ops.prompts import pad_axis
 from sam_jax.processing import SamProcessor
-from sam_jax.training.datasets import Example
+from sam_jax.training.datasets import Example, LazyImage
 
 _LARGEST_SCALE = 10  # an image is resized before it is cropped; 0.3 GB for 1024 pixels
 
@@ -82,8 +82,7 @@ class ExampleTransform:
             ValueError: if the masks do not have the image's size, or if the image would be
                 augmented but its embedding is cached.
         """
-        image, masks = load_image(example["image"]), example["masks"]
-        check_masks(image, masks)
+        image, masks = checked_example(example)
         chosen: Any = slice(None)
         if len(masks) > self.max_objects:
             chosen = np.sort(rng.choice(len(masks), self.max_objects, replace=False))
@@ -129,8 +128,16 @@ class ExampleTransform:
         return self.flip > 0 or self.scale_range is not None
 
 
-def check_masks(image: np.ndarray, masks: Any) -> None:
-    """Raises TypeError unless masks (an array or lazy) are bool, ValueError for another size."""
+def checked_example(example: Example) -> tuple[Any, Any]:
+    """The image of an example, loaded unless it is a `LazyImage`, and its masks.
+
+    Raises:
+        TypeError: if the masks are not a bool array, or the image is none for `load_image`.
+        ValueError: if the masks do not have the image's size.
+    """
+    image, masks = example["image"], example["masks"]
+    if not isinstance(image, LazyImage):
+        image = load_image(image)
     if not hasattr(masks, "dtype"):
         raise TypeError(f"the masks are a {type(masks).__name__}, expected an array, bool")
     if masks.dtype != bool:
@@ -142,6 +149,7 @@ def check_masks(image: np.ndarray, masks: Any) -> None:
             f"the masks have shape {masks.shape}, expected masks of the image's size, "
             f"[n, {image.shape[0]}, {image.shape[1]}]"
         )
+    return image, masks
 
 
 def too_small(transform: ExampleTransform) -> str:

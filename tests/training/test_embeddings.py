@@ -6,7 +6,9 @@ from reference import SHALLOW, meta_sam, ours
 
 from sam_jax.checkpoints.params import build_model, flat_params
 from sam_jax.config import with_preprocessing
+from sam_jax.evaluation import draw_clicks, evaluate
 from sam_jax.predictor import SamPredictor
+from sam_jax.training.datasets import CocoInstances
 from sam_jax.training.embeddings import CachedEmbeddings
 from sam_jax.training.transform import ExampleTransform
 
@@ -46,6 +48,26 @@ def test_what_is_there_is_not_made_again(model, dataset, tmp_path):
     assert len(before) == 3
     CachedEmbeddings(dataset, model, folder=tmp_path)
     assert files(tmp_path) == before
+
+
+def test_images_are_not_read_again(model, coco, tmp_path):
+    """Training reads the embeddings and the masks alone; pixels are read where they are asked for."""
+    dataset = CocoInstances(coco / "coco.json", coco, on_bad_annotation="skip")
+    whole, unreadable = dataset[0], coco / "2.png"
+    unreadable.write_bytes(unreadable.read_bytes()[:60])
+    with pytest.warns(UserWarning, match="left out"):
+        cached = CachedEmbeddings(dataset, model, folder=tmp_path / "cache")
+    transform = ExampleTransform(SHALLOW, 4, target_size=SHALLOW.mask_size)
+    expected = transform(whole, np.random.default_rng(0))
+    np.testing.assert_array_equal(cached[0]["image"], whole["image"])
+    np.testing.assert_array_equal(draw_clicks(model, cached, count=1), draw_clicks(model, [whole]))
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(cached[2]["masks"]) == 0  # the embedding is a blank image's
+    (coco / "0.png").unlink()
+    actual = transform(cached[0], np.random.default_rng(0))
+    for name in ("masks", "boxes", "valid"):
+        np.testing.assert_array_equal(actual[name], expected[name])
+    assert evaluate(model, [cached[0]], clicks=(1,)) == evaluate(model, [whole], clicks=(1,))
 
 
 def test_nothing_stale_is_found(model, dataset, tmp_path):
