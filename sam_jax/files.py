@@ -221,21 +221,18 @@ def map_file(file: BinaryIO) -> memoryview:
 def require_absent(path: str | os.PathLike) -> None:
     """Raises FileExistsError if the path exists already."""
     if os.path.lexists(Path(path).expanduser()):
-        raise FileExistsError(f"{path} exists already; choose another folder or remove it first")
+        raise FileExistsError(f"{path} exists already; choose another path or remove it first")
 
 
 @contextmanager
 def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a folder to write to, which becomes `path` unless an exception is raised.
+    """`atomic_write` of a new folder, which is yielded.
 
     Raises:
         FileExistsError: if the path exists already.
     """
-    path = Path(path).expanduser().absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        folder = Path(temporary, path.name)
+    require_absent(path)
+    with atomic_write(Path(path).expanduser().absolute()) as folder:
         folder.mkdir()
         yield folder
         require_absent(path)
-        folder.rename(path)

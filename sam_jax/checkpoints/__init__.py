@@ -38,7 +38,7 @@ from sam_jax.checkpoints.tensor_files import read_tensors
 from sam_jax.checkpoints.torch_write import write_torch
 from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
 from sam_jax.errors import CheckpointError, clip
-from sam_jax.files import atomic_write, read_json
+from sam_jax.files import atomic_write, read_json, require_absent
 from sam_jax.models.sam import ENCODERS, Sam
 from sam_jax.ops.attention import Implementation
 
@@ -206,8 +206,7 @@ def write_checkpoint(
     else:
         _warn_of_lost_settings(config, tensors)
     for file in (path, *texts):
-        if file.exists():
-            raise FileExistsError(f"{file} exists already; choose another folder or remove it")
+        require_absent(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The files appear together: a partly written folder would block the next run.
     with contextlib.ExitStack() as stack:

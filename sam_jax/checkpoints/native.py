@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from sam_jax.checkpoints.params import check_depth, check_tensors, param_shapes
 from sam_jax.config import SamConfig
 from sam_jax.errors import CheckpointError, clip
-from sam_jax.files import atomic_write, folder_size, read_json
+from sam_jax.files import atomic_write, folder_size, read_json, require_absent
 
 CONFIG, PARAMS = "config.json", "params"
 _BATCH_BYTES = 128 << 20
@@ -66,8 +66,7 @@ def save(
             behind.
     """
     path = Path(path).expanduser().absolute()
-    if path.exists():
-        raise FileExistsError(f"{path} exists already; choose another folder or remove it first")
+    require_absent(path)
     with contextlib.ExitStack() as stack:
         is_first = jax.process_index() == 0
         temporary = stack.enter_context(atomic_write(path)) if is_first else None

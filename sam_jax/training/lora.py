@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from sam_jax.checkpoints.safetensors import write_safetensors
 from sam_jax.errors import check_number, check_whole
-from sam_jax.files import read_json
+from sam_jax.files import read_json, require_absent
 from sam_jax.models.checks import check_rngs
 from sam_jax.models.layers import Linear, rowwise
 from sam_jax.models.sam import Sam
@@ -146,8 +146,7 @@ def save_lora(model: Sam, path: str | os.PathLike) -> None:
     path, adapters = Path(path), _adapted(model)
     if not adapters:
         raise ValueError("the model has no adapters to save")
-    if path.exists():
-        raise FileExistsError(f"{path} exists already; choose another file or remove it first")
+    require_absent(path)
     tensors = {
         f"{name}.{part}": np.asarray(factor)
         for name, linear in adapters.items()
