@@ -21,6 +21,7 @@ from .errors import CheckpointError as CheckpointError
 from .errors import MissingExtra as MissingExtra
 from .errors import NonFiniteError as NonFiniteError
 from .image import load_image as load_image
+from .models.hf_api import SamImageSegmentationOutput as SamImageSegmentationOutput
 from .models.image_encoder import ImageEncoder as ImageEncoder
 from .models.preprocessing import preprocess as preprocess
 from .models.sam import Decoded as Decoded
@@ -28,7 +29,9 @@ from .models.sam import Sam as Sam
 from .ops.prompts import join_prompts as join_prompts
 from .predictor import MaskPrediction as MaskPrediction
 from .predictor import SamPredictor as SamPredictor
+from .processing import SamInputs as SamInputs
 from .processing import SamProcessor as SamProcessor
+from .training.rules import Rest as Rest
 from .training.rules import combine as combine
 from .training.rules import partition as partition
 

@@ -1,3 +1,4 @@
+from .attention import Implementation as Implementation
 from .attention import attention_weights as attention_weights
 from .attention import rel_pos_attention as rel_pos_attention
 from .boxes import box_iou as box_iou

@@ -20,6 +20,7 @@ from sam_jax.ops.operation import operation
 from sam_jax.ops.resize import linear_resize_matrix
 
 Implementation = Literal["portable", "xla", "folded", "chunked", "cudnn", "pallas"]
+"""How attention is computed; "portable" chooses by platform. See the design notes on attention."""
 
 # Rows of logits in one step of the chunked implementation: 512 x 4096 in float32 is 8 MB, which
 # fits in a CPU's cache.

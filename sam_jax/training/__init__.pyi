@@ -2,6 +2,8 @@ from . import checkpointing as checkpointing
 from . import sharding as sharding
 from .datasets import CocoInstances as CocoInstances
 from .datasets import Dataset as Dataset
+from .datasets import LazyImage as LazyImage
+from .datasets import LazyMasks as LazyMasks
 from .datasets import SegmentAnything1B as SegmentAnything1B
 from .datasets import fingerprint as fingerprint
 from .datasets import open_annotations as open_annotations
@@ -19,12 +21,14 @@ from .lora import merge_lora as merge_lora
 from .lora import save_lora as save_lora
 from .lora import unmerge_lora as unmerge_lora
 from .losses import LossWeights as LossWeights
+from .losses import MaskLosses as MaskLosses
 from .rules import DECODER_ONLY as DECODER_ONLY
 from .rules import EVERYTHING as EVERYTHING
 from .rules import HQ_ONLY as HQ_ONLY
 from .rules import LORA_ONLY as LORA_ONLY
 from .rules import TABLES as TABLES
 from .rules import OptimizerConfig as OptimizerConfig
+from .rules import Table as Table
 from .rules import adamw as adamw
 from .rules import layer_decay as layer_decay
 from .rules import updates_made as updates_made

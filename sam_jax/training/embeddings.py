@@ -22,10 +22,10 @@ from sam_jax.training.datasets import Dataset, LazyImage
 class CachedEmbeddings:
     """A dataset whose examples also have `image_embedding`, float32 [g, g, c].
 
-    Their images are lazy: training needs the embedding and the masks alone, so an image is read
-    again only where `np.asarray` asks for its pixels. The constructor computes all embeddings. File names are hashes of the image's pixels, in a
-    folder named by a hash of the encoder's weights, compute dtype and configuration, so another
-    image or encoder never finds a stale embedding.
+    Their images are lazy: training needs only embeddings and masks, so an image is read again only
+    by `np.asarray`. The constructor computes all embeddings. File names are hashes of the image's
+    pixels, in a folder named by a hash of the encoder's weights, compute dtype and configuration,
+    so another image or encoder never finds a stale embedding.
 
     Args:
         dataset: the examples; see `sam_jax.training.datasets`.

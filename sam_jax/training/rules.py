@@ -23,6 +23,10 @@ from sam_jax.config import SamConfig, ViTConfig, check_config
 from sam_jax.errors import check_number, check_whole
 
 Table = Sequence[tuple[str, float | None]]
+"""Which parameters train: pairs of a regular expression and a learning-rate scale.
+
+The first expression that matches a parameter's whole path counts; the scale None freezes it.
+"""
 
 DECODER_ONLY: Table = ((r"mask_decoder\..*", 1.0), (".*", None))
 """Trains the mask decoder."""
@@ -68,9 +72,8 @@ def partition(model: nnx.Module, table: Table = EVERYTHING) -> tuple[PyTree, Res
     Args:
         model: a `Sam`, or another `nnx.Module`. It is not modified, and shares its arrays with the
             result.
-        table: which parameters train: pairs of a regular expression and a learning-rate scale, such
-            as `((r"mask_decoder\..*", 1.0), (".*", None))`. The first expression that matches a
-            parameter's whole path counts; the scale None freezes it.
+        table: which parameters train, such as `((r"mask_decoder\..*", 1.0), (".*", None))`; see
+            `sam_jax.training.Table`.
 
     Raises:
         TypeError: if the model is not an `nnx.Module`, or the table is not pairs of an expression

@@ -51,7 +51,7 @@ def test_what_is_there_is_not_made_again(model, dataset, tmp_path):
 
 
 def test_images_are_not_read_again(model, coco, tmp_path):
-    """Training reads the embeddings and the masks alone; pixels are read where they are asked for."""
+    """Training needs the embeddings and the masks; pixels are read on access."""
     dataset = CocoInstances(coco / "coco.json", coco, on_bad_annotation="skip")
     whole, unreadable = dataset[0], coco / "2.png"
     unreadable.write_bytes(unreadable.read_bytes()[:60])
