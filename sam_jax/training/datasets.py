@@ -75,7 +75,7 @@ class LazyImage:
 
     dtype, ndim = np.dtype(np.uint8), 3
 
-    def __init__(self, dataset: Dataset, index: int, shape: tuple[int, int, int]):
+    def __init__(self, dataset: Dataset, index: int, *, shape: tuple[int, int, int]):
         self._dataset, self._index, self.shape = dataset, index, shape
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:

@@ -79,7 +79,7 @@ class CachedEmbeddings:
         if masks is None or masks.shape[1:] != shape[:2]:
             example = self.dataset[index]
         else:
-            example = {"image": LazyImage(self.dataset, index, shape), "masks": masks}
+            example = {"image": LazyImage(self.dataset, index, shape=shape), "masks": masks}
         return {**example, "image_embedding": embedding}
 
     def image_id(self, index: int) -> Any:
