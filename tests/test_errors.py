@@ -26,7 +26,7 @@ def test_a_missing_package_names_its_extra(monkeypatch, extra, package):
     assert found.value.name == package
 
 
-def test_another_missing_module_is_no_extra():
+def test_another_missing_module_is_not_an_extra():
     with pytest.raises(ModuleNotFoundError, match="no_such_module"), needs_extra("onnx"):
         import no_such_module  # noqa: F401
 

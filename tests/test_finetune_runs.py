@@ -160,7 +160,7 @@ def test_a_run_leaves_what_it_says(whole, model):
     assert any(not np.array_equal(last[name], average[name]) for name in average)
 
 
-def test_a_run_that_is_killed_goes_on_bit_for_bit(whole, cells, model, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(whole, cells, model, tmp_path):
     output = tmp_path / "run"
     code, _, errors = finish(start(cells, model, output, *RANDOM, killed=True))
     assert code == -signal.SIGKILL, errors
@@ -374,7 +374,7 @@ def test_two_hosts_then_one(whole, cells, model, tmp_path):
         assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5), line["step"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(cells, model, tmp_path):
+def test_a_loss_that_is_not_a_number_stops_the_run(cells, model, tmp_path):
     code, _, errors = finish(start(cells, model, tmp_path / "run", "--learning-rate", "1e30"))
     assert code == 1
     message = errors.splitlines()[-1]

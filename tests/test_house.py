@@ -7,6 +7,7 @@ import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 
@@ -119,9 +120,9 @@ def public_callables():
         for name in names or [n for n in vars(module) if n[0] != "_"]:
             value = getattr(module, name)
             is_own = names or getattr(value, "__module__", "") == module.__name__
-            is_data = hasattr(value, "_fields")
-            is_error = inspect.isclass(value) and issubclass(value, Exception)
-            if not callable(value) or not is_own or is_data or is_error:
+            is_data = hasattr(value, "_fields") or get_origin(value) is not None
+            is_builtin = inspect.isclass(value) and issubclass(value, (Exception, dict))
+            if not callable(value) or not is_own or is_data or is_builtin:
                 continue
             yield name, value
             for method, function in vars(value).items() if inspect.isclass(value) else ():

@@ -35,26 +35,28 @@ _PHRASES = {re.compile(rf"\b{phrase}\b"): better for phrase, better in BANNED.it
 
 
 def prose(path: Path) -> list[tuple[int, str]]:
-    """The lines of a page, or of a module's strings and comments, with their numbers."""
+    """The lines of a text, or of a module's names, strings and comments, with their numbers."""
     text = path.read_text()
     if path.suffix != ".py":
         return list(enumerate(text.splitlines(), start=1))
     return [
-        (token.start[0] + i, line)
+        (token.start[0] + i, line.replace("_", " ") if token.type == tokenize.NAME else line)
         for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type in (tokenize.COMMENT, tokenize.STRING)
+        if token.type in (tokenize.COMMENT, tokenize.STRING, tokenize.NAME)
         for i, line in enumerate(token.string.splitlines())
     ]
 
 
 def test_plain_english():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")]
-    folders = ("sam_jax", "convert", "examples", "benchmarks", "tests")
-    modules = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    pages += [*ROOT.glob("*.toml"), *ROOT.glob("*.yml"), ROOT / ".ci" / "run"]
+    folders = ("sam_jax", "convert", "examples", "benchmarks", "tests", "docs")
+    suffixes = {".py", ".pyi", ".js", ".css", ".html", ".sh"}
+    files = (path for folder in folders for path in (ROOT / folder).rglob("*"))
     found = []
-    for path in {*pages, *modules} - {Path(__file__)}:
+    for path in {*pages, *(file for file in files if file.suffix in suffixes)} - {Path(__file__)}:
         text = path.read_text().lower()
-        if phrases := [phrase for phrase in _PHRASES if phrase.search(text)]:
+        if phrases := [p for p in _PHRASES if p.search(text) or p.search(text.replace("_", " "))]:
             found += [
                 f"{path.relative_to(ROOT)}:{line}: {match[0]!r}; write: {_PHRASES[phrase]}"
                 for line, text in prose(path)

@@ -331,7 +331,7 @@ LOW = np.zeros((1, 1, 3, 48, 48))
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_masks_that_are_no_logits(small, masks, options, error, message):
+def test_masks_that_are_not_logits(small, masks, options, error, message):
     with pytest.raises(error, match=message):
         small.post_process_masks(masks, [(20, 30)], [(64, 96)], **options)
 

@@ -70,7 +70,7 @@ def test_a_mask_to_the_edge_has_no_outline_there(image):
     assert not (pixels == 255).all(-1).any()
 
 
-def test_more_masks_than_colours(image):
+def test_more_masks_than_colors(image):
     masks = [square(5 * i, 0, 5 * i + 4, 80) for i in range(len(COLORS) + 1)]
     pixels = np.asarray(overlay(image, masks))
     assert pixels[1, 40].tolist() == pixels[5 * len(COLORS) + 1, 40].tolist()

@@ -151,7 +151,7 @@ def test_a_batch_is_as_one_at_a_time():
     assert list(some.generate_batch([])) == []
 
 
-def test_a_batch_is_taken_and_given_as_the_work_goes_on():
+def test_batches_are_read_and_yielded_one_by_one():
     taken = []
 
     def images():
@@ -345,7 +345,7 @@ def test_another_image_compiles_nothing(compilations):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_checkpoint_s_name_is_no_model():
+def test_a_checkpoint_s_name_is_not_a_model():
     with pytest.raises(TypeError, match="model is 'mobile_sam', expected a Sam, such as"):
         SamAutomaticMaskGenerator("mobile_sam")
 
@@ -432,7 +432,7 @@ def test_bfloat16():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_one_image_is_no_list():
+def test_one_image_is_not_a_list():
     for image in (random_image(5, 5), "photo.jpg", Image.fromarray(random_image(5, 5))):
         with pytest.raises(TypeError, match=r"expected a list of images.*generate takes one"):
             generator().generate_batch(image)

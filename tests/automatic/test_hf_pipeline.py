@@ -136,7 +136,7 @@ def test_bad_values_are_named_as_they_were_given(model, options, message):
         pipeline(model=model)(random_image(4, 5), **options)
 
 
-def test_help_tells_how_hugging_faces_pipeline_differs():
+def test_help_says_how_hugging_faces_pipeline_differs():
     text = inspect.getdoc(sam_jax.pipeline)
     for word in ("crops", "batch_size", "num_workers", "timeout", "max_hole_area", "device"):
         assert word in text

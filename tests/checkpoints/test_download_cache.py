@@ -212,11 +212,11 @@ def test_of_a_download_that_broke_off_it_is_told_what_is_kept(toy, origins):
 
 
 def test_of_two_downloads_at_once_one_waits_for_the_other(toy, origins, cache):
-    started, go_on = threading.Event(), threading.Event()
+    started, proceed = threading.Event(), threading.Event()
 
     def slow(incomplete):
         started.set()
-        assert go_on.wait(30)
+        assert proceed.wait(30)
         incomplete.write_bytes(CONTENT)
 
     origins.hub = slow
@@ -224,7 +224,7 @@ def test_of_two_downloads_at_once_one_waits_for_the_other(toy, origins, cache):
         first = pool.submit(resolve, "toy")
         assert started.wait(30)
         second = pool.submit(resolve, "toy")
-        go_on.set()
+        proceed.set()
         assert first.result(30) == second.result(30) == cached_path(toy)
     assert origins.asked == ["hub"]
     assert files_below(cache) == [cached_path(toy)]

@@ -159,7 +159,7 @@ def test_unknown_names(name, error, message):
         (b"PK\x03\x04 cut off", "unfinished download"),
     ],
 )
-def test_files_that_are_no_checkpoints(tmp_path, content, message):
+def test_files_that_are_not_checkpoints(tmp_path, content, message):
     file = tmp_path / "sam.pth"
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -181,7 +181,7 @@ def test_another_model(tmp_path):
         from_pretrained(tmp_path / "linear.pth")
 
 
-def test_folders_that_are_no_checkpoints(hf, tmp_path):
+def test_folders_that_are_not_checkpoints(hf, tmp_path):
     with pytest.raises(CheckpointError, match="does not have a checkpoint"):
         from_pretrained(tmp_path)
     hf.save_pretrained(tmp_path)

@@ -136,7 +136,7 @@ def test_the_folder_has_the_permissions_of_a_new_folder(saved):
     assert saved.stat().st_mode == other.stat().st_mode
 
 
-def test_the_folder_tells_nothing_of_this_machine(tmp_path, params):
+def test_the_folder_has_nothing_of_this_machine(tmp_path, params):
     folder = tmp_path / "a-secret-place" / "model"
     native.save(folder, {**params, BIAS: jnp.asarray(params[BIAS])}, SMALL)
     for file in files(folder):
@@ -388,7 +388,7 @@ def test_what_a_killed_save_leaves_is_removed_by_the_next(tmp_path, params):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_parameters_that_are_no_flat_dictionary(tmp_path):
+def test_parameters_that_are_not_a_flat_dictionary(tmp_path):
     ocp.save(tmp_path / "params", {"encoder": {"kernel": np.zeros(3)}})
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict()))
     with pytest.raises(CheckpointError, match="params cannot be read: expected a flat dict"):

@@ -188,7 +188,7 @@ def test_reads_tensors_with_attributes(tmp_path):
     assert_same(read_tensors(tmp_path / "x.pth"), torch.load(tmp_path / "x.pth", weights_only=True))
 
 
-def test_names_the_entry_that_is_no_tensor(tmp_path):
+def test_names_the_entry_that_is_not_a_tensor(tmp_path):
     torch.save({3: torch.ones(2)}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="a key is int"):
         read_tensors(tmp_path / "x.pth")

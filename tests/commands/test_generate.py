@@ -39,7 +39,7 @@ def test_in_bfloat16(run, model, tmp_path, expected):
 
 
 @pytest.mark.parametrize("kind", ["png", "coco"])
-def test_what_is_finished_is_passed_over(run, tmp_path, kind):
+def test_finished_images_are_skipped(run, tmp_path, kind):
     run("--format", kind)
     before = {
         p: (p.stat().st_mtime_ns, p.read_bytes())
@@ -116,7 +116,7 @@ def test_bad_images_do_not_stop_the_rest(run, photos, tmp_path, kind):
         assert [image["file_name"] for image in images] == ["small.png", "tall.png", "wide.png"]
 
 
-def test_what_is_no_image_and_what_lies_deeper(run, photos, tmp_path):
+def test_other_files_and_subfolders(run, photos, tmp_path):
     """Only readable images count, and folders are not skipped silently."""
     for name in ("notes.pdf", "data.h5", "vector.eps", "film.mpg", "plot.svg", "list.fits"):
         (photos / name).touch()
@@ -230,7 +230,7 @@ def test_crops_are_estimated_before_they_start(run, photos, options, said):
     assert said in line
 
 
-def test_a_run_that_is_killed_goes_on(model, photos, tmp_path, run, expected):
+def test_a_killed_run_resumes(model, photos, tmp_path, run, expected):
     """A process killed while it works leaves nothing half, and the next run does the rest."""
     for i in range(30):
         Image.fromarray(random_image(40, 50, seed=i)).save(photos / f"more_{i:02}.png")

@@ -111,7 +111,7 @@ def check(page, predictor, *places, labels=()):
     prompt = saved["prompt"]
     given = [*prompt.get("point_coords", []), *np.reshape(prompt.get("box", []), (-1, 2))]
     pixel = width / page.find(".stage").size["width"]
-    # Of the screen, half a pixel is rounded here, and one of the stage's middle by WebDriver.
+    # Half a pixel of the screen is rounded here, and WebDriver rounds the stage's middle.
     assert np.abs(np.array(given) - np.array(places) * (width, height)).max() <= 1 + 1.5 * pixel
     assert prompt.get("point_labels", []) == list(labels)
     mask, score = replay(predictor, saved["steps"])
@@ -248,9 +248,9 @@ def by_keyboard(page):
     # From the middle (256, 256): steps are of 3 pixels, and of 30.
     far = Keys.SHIFT, *[Keys.ARROW_UP] * 4, Keys.NULL
     page.keys(*far, Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_DOWN)
-    centre, inside = cross.rect, stage.rect
-    assert centre["x"] + 16 == pytest.approx(inside["x"] + 250.5 / 512 * inside["width"], abs=1.5)
-    assert centre["y"] + 16 == pytest.approx(inside["y"] + 139.5 / 512 * inside["height"], abs=1.5)
+    center, inside = cross.rect, stage.rect
+    assert center["x"] + 16 == pytest.approx(inside["x"] + 250.5 / 512 * inside["width"], abs=1.5)
+    assert center["y"] + 16 == pytest.approx(inside["y"] + 139.5 / 512 * inside["height"], abs=1.5)
     with page.change():
         page.keys(Keys.ENTER)
     one = page.layer()
@@ -259,7 +259,7 @@ def by_keyboard(page):
     with page.change():
         page.keys(Keys.BACKSPACE)
     assert np.array_equal(page.layer(), one)
-    # Of a box the first corner may be taken back.
+    # Backspace also removes the first corner of a box.
     with page.change():
         page.keys("x", Keys.ESCAPE, *[Keys.ARROW_RIGHT] * 2, "x", *[Keys.ARROW_LEFT] * 9)
         assert page.find(".pending").is_displayed()

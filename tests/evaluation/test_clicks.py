@@ -86,7 +86,7 @@ def test_later_clicks_are_the_farthest_from_the_boundary_of_an_error(model, data
         assert (points[k][1], labels[k][1]) == plain_click(predicted[k], mask)
 
 
-def test_a_thin_rim_is_no_large_error(model, monkeypatch):
+def test_a_thin_rim_is_not_a_large_error(model, monkeypatch):
     """A click is in a blob, even if a rim around it has more pixels; as in a plain reference."""
     target = rectangle(2, 2, 58, 38)
     rim = target & ~rectangle(4, 4, 56, 36)
@@ -128,7 +128,7 @@ def test_the_middle():
     assert middle(rectangle(0, 0, W, H))[1] in (H // 2 - 1, H // 2)
 
 
-def test_an_empty_mask_is_no_object(model, dataset):
+def test_an_empty_mask_is_not_an_object(model, dataset):
     masks = np.insert(dataset[0]["masks"], 1, False, axis=0)
     expected = evaluate(model, dataset[:1], clicks=(2,))
     assert evaluate(model, [{**dataset[0], "masks": masks}], clicks=(2,)) == pytest.approx(expected)

@@ -25,7 +25,7 @@ from sam_jax.ops.prompts import join_prompts
         for name, inputs in PROMPTS.items()
     ],
 )
-def test_surface_is_hugging_faces(hf, model, embeddings, inputs):
+def test_the_api_is_hugging_faces(hf, model, embeddings, inputs):
     with torch.no_grad():
         expected = hf(image_embeddings=embeddings, **torch_inputs(inputs))
     actual = model(image_embeddings=embeddings.numpy(), **inputs)

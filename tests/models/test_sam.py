@@ -175,7 +175,7 @@ def test_what_depends_on_the_image_alone_is_computed_once(model):
         pytest.param(MASKS, id="own"),
     ],
 )
-def test_embeddings_in_the_place_of_prompts(model, embeddings, masks):
+def test_embeddings_instead_of_prompts(model, embeddings, masks):
     """What `get_prompt_embeddings` returns fits; and tokens may follow those of the points."""
     image_embeddings = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
     points, labels = map(jnp.asarray, join_prompts(POINTS, LABELS, None))

@@ -46,7 +46,7 @@ def test_the_other_form_is_named():
 
 
 @pytest.mark.parametrize("counts", ["\x00", "é", "o" * 40, b"\xff"])
-def test_strings_that_are_no_run_lengths(counts):
+def test_strings_that_are_not_run_lengths(counts):
     with pytest.raises(ValueError, match="is not a string of COCO's run lengths"):
         rle_uncompress({"size": [5, 7], "counts": counts})
 

@@ -131,7 +131,7 @@ def as_float(entry, *names):
         lambda i, a: i[0].update(file_name=os.path.abspath(i[0]["folder"] + "/0.png")),
     ],
 )
-def test_whole_numbers_are_taken_and_what_is_not_used_is_not_looked_at(coco, edit):
+def test_whole_numbers_are_taken_and_unused_entries_ignored(coco, edit):
     expected = [3, 1, 2]
     change(coco, edit)
     assert list(counts_of(CocoInstances(coco / "coco.json", coco)).values()) == expected

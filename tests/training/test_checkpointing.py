@@ -106,7 +106,7 @@ def quiet_orbax(monkeypatch):
         ("state/array_metadatas/process_0", b""),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, pattern, how):
+def test_a_damaged_checkpoint_is_skipped(tmp_path, pattern, how):
     with open_checkpoints(tmp_path) as checkpoints:
         for step in (4, 8):
             save_state(checkpoints, state_of(step, step / 7), miou=step / 10)
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, pattern, how):
         assert all(f"{tmp_path / step} is damaged: " in str(error.value) for step in ("4", "8"))
 
 
-def test_a_forged_chunk_is_passed_over_before_it_is_allocated(tmp_path):
+def test_a_forged_chunk_is_skipped_before_it_is_allocated(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         for step in (4, 8):
             save_state(checkpoints, state_of(step, step / 7))
@@ -157,7 +157,7 @@ def test_the_devices_that_a_state_was_on_do_not_matter(tmp_path):
         (lambda file: file.touch() or os.truncate(file, 1 << 40), "is a sparse file"),
     ],
 )
-def test_what_reading_would_not_end_at_is_passed_over(tmp_path, pattern, put, message):
+def test_endless_files_are_skipped(tmp_path, pattern, put, message):
     with open_checkpoints(tmp_path) as checkpoints:
         for step in (4, 8):
             save_state(checkpoints, state_of(step, step / 7))

@@ -49,7 +49,7 @@ def many():
 TRANSFORM = ExampleTransform(SMALL, 2, target_size=SIDE, flip=0.5, scale_range=(0.5, 1.5))
 
 
-def test_batches_can_go_on_anywhere(many):
+def test_batches_can_resume_anywhere(many):
     options = {"batch_size": 4, "seed": 3}
     whole = take(make_loader(many, TRANSFORM, **options), 6)
     assert whole[0]["pixel_values"].shape == (4, SIZE, SIZE, 3)

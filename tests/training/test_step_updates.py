@@ -131,7 +131,7 @@ def test_a_step_on_every_parameter_is_pytorchs():
 
 
 @pytest.mark.slow
-def test_steps_draw_anew_keep_what_is_frozen_and_the_moving_average(model):
+def test_random_draws_frozen_parameters_and_the_moving_average(model):
     batch, key, decay = batch_of(2), jax.random.key(0), 0.75
     before = {name: np.asarray(value) for name, value in flat_params(model).items()}
     tx = adamw(1e-2, DECODER_ONLY)
@@ -174,7 +174,7 @@ def test_invalid_objects_change_nothing(model):
 
 
 @pytest.mark.slow
-def test_a_batch_without_objects_is_no_step(model):
+def test_a_batch_without_objects_updates_nothing(model):
     """Momentum, weight decay, the schedule and the moving average stay as they are."""
     tx, _ = OptimizerConfig(warmup=0, weight_decay=0.1).build(DECODER_ONLY, 10)
     trained, rest = partition(model, DECODER_ONLY)

@@ -25,7 +25,7 @@ from sam_jax.training.loader import make_loader
 from sam_jax.training.transform import ExampleTransform
 
 
-def test_a_prepared_example(coco):
+def test_a_transformed_example(coco):
     example = CocoInstances(coco / "coco.json", coco)[0]
     result = transformed(example)
     assert {name: x.shape for name, x in result.items()} == {
