@@ -75,7 +75,7 @@ def attention_with_bias(q, k, v, tables, grid):
     An alternative to "cudnn" of `sam_jax.ops.attention`, which avoids the bias, for head widths
     that cuDNN supports on all current GPUs.
     """
-    rel_h, rel_w = attention._position_terms(q, tables)
+    rel_h, rel_w = attention.position_terms(q, tables)
     bias = (rel_h[..., :, None] + rel_w[..., None, :]).astype(q.dtype)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     bias = bias.reshape(*bias.shape[:3], -1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.setting import Contenders, Setting, torch, torch_loss
 from sam_jax.models.layers import split_keys
-from sam_jax.training.interactive import _first_prompt
+from sam_jax.training.interactive import first_prompt
 from sam_jax.training.rules import DECODER_ONLY, EVERYTHING, Table, adamw, partition
 from sam_jax.training.step import TrainConfig, compile_step, init_state
 
@@ -150,7 +150,7 @@ def torch_step(
         keys = jax.random.split(jax.random.fold_in(key, step), setting.batch)
 
         def one_object(key, mask, box):
-            return _first_prompt(jax.random.split(key, 3)[0], mask, box, 1024, 1.0)[0].reshape(4)
+            return first_prompt(jax.random.split(key, 3)[0], mask, box, 1024, 1.0)[0].reshape(4)
 
         def one_image(key, masks, boxes):
             return jax.vmap(one_object)(jax.random.split(key, len(masks)), masks, boxes)

@@ -20,7 +20,7 @@ from flax import nnx
 
 from benchmarks.common import Table, machine_line, timed
 from sam_jax import SamAutomaticMaskGenerator, SamProcessor, from_pretrained
-from sam_jax.automatic.device import _attend, chunk_sizes
+from sam_jax.automatic.device import chunk_sizes, run_transformer
 from sam_jax.models.compiled import encode_image
 from sam_jax.models.mask_decoder import output_slice
 from sam_jax.ops.boxes import build_point_grid
@@ -55,7 +55,7 @@ def main() -> None:
     coords = processor.scale_coords(grid, photo.shape[:2])
 
     def of_points(params, coords):
-        return _attend(nnx.merge(graphdef, params), embedding, coords, outputs)
+        return run_transformer(nnx.merge(graphdef, params), embedding, coords, outputs)
 
     def upscale(params, tokens, keys):
         decoder = nnx.merge(graphdef, params).mask_decoder

@@ -41,6 +41,7 @@ from sam_jax.training import (
     ExampleTransform,
     Interrupts,
     MetricsLog,
+    OnBadAnnotation,
     OptimizerConfig,
     TrainConfig,
     add_lora,
@@ -81,7 +82,7 @@ class Config:
     eval_images: Path | None = None  # folder of the held-out COCO file's images
     eval_every: int = 100  # steps between evaluations, each with a checkpoint
     # raise: list what is wrong with the annotations and stop; skip: leave bad annotations out
-    on_bad_annotation: Literal["raise", "skip"] = "raise"
+    on_bad_annotation: OnBadAnnotation = "raise"
     model: str = "mobile_sam"  # short name, hub repository, file or folder
     seed: int = 0  # seed of the order of images and of all random numbers
     # what trains; hq: SAM-HQ's additions to SAM; lora: the decoder and adapters of the encoder
@@ -223,19 +224,13 @@ def run(config: Config) -> int:
             f"none of the {config.steps} steps had an object to train on, so no model is "
             f"written{why}"
         )
-    with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
-        best = checkpointing.load_state(checkpoints, state, best=True)
-    for name, chosen in {"model": state, "best": best if held_out else None}.items():
+    results = {"model": state}
+    if held_out is not None:
+        with checkpointing.open_checkpoints(output / "checkpoints") as checkpoints:
+            results["best"] = checkpointing.load_state(checkpoints, state, best=True)
+    for name, chosen in results.items():
         if chosen and not is_written(output, name, config.steps):
-            tuned = merged(chosen.result, rest)
-            if is_first:  # remove a result of fewer steps
-                shutil.rmtree(output / name, ignore_errors=True)
-            multihost_utils.sync_global_devices(f"may write {name}")
-            if is_first and config.train == "lora":
-                adapters = output / f"{name}.adapters.safetensors"
-                adapters.unlink(missing_ok=True)
-                save_lora(tuned, adapters)
-            save_pretrained(merge_lora(tuned), output / name)
+            write_model(merged(chosen.result, rest), name, config)
     if is_first:
         summary = summarize_metrics(read_metrics(output / "metrics.jsonl"))
         text = json.dumps({"steps": config.steps, **summary}, indent=2, allow_nan=False)
@@ -282,6 +277,19 @@ def is_written(output: Path, name: str, steps: int) -> bool:
         return (output / name).exists() and summary["steps"] == steps
     except (OSError, ValueError, TypeError, KeyError):  # killed before it was written, or damaged
         return False
+
+
+def write_model(tuned, name: str, config: Config) -> None:
+    """Writes a result, with its adapters for --train lora; one of fewer steps is replaced."""
+    is_first, output = jax.process_index() == 0, config.output
+    if is_first:
+        shutil.rmtree(output / name, ignore_errors=True)
+    multihost_utils.sync_global_devices(f"may write {name}")
+    if is_first and config.train == "lora":
+        adapters = output / f"{name}.adapters.safetensors"
+        adapters.unlink(missing_ok=True)
+        save_lora(tuned, adapters)
+    save_pretrained(merge_lora(tuned), output / name)
 
 
 def describe(summary: dict, transform: ExampleTransform) -> list[str]:

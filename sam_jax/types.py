@@ -9,3 +9,4 @@ OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]  # of a reco
 ResultsFormat = Literal["png", "coco"]
 Segmentation = Literal["rle", "polygons"]  # of COCO's annotations
 OnBadAnnotation = Literal["raise", "skip"]
+"""Whether bad annotations stop a run, or are left out with a warning."""

@@ -112,7 +112,7 @@ def measure(
         return _for_each_wanted(measure, wanted, (masks,), chunks.measured)
 
     def some_points(real, coords):
-        iou_token, mask_tokens, keys = _attend(model, embedding, coords, outputs)
+        iou_token, mask_tokens, keys = run_transformer(model, embedding, coords, outputs)
         iou = jax.vmap(decoder.predict_iou)(iou_token)[:, outputs]
         wanted = real[:, None] & ((iou > iou_limit) | (iou_limit <= 0))
         statistics = _for_each_wanted(
@@ -140,7 +140,7 @@ def decode(
         return decoder.predict_masks(mask_tokens, keys, outputs, hq_features)[mask_index]
 
     def some_points(real, coords, mask_index):
-        _, mask_tokens, keys = _attend(model, embedding, coords, outputs)
+        _, mask_tokens, keys = run_transformer(model, embedding, coords, outputs)
         arrays = mask_tokens, keys, mask_index
         return _for_each_wanted(mask_of_point, real, arrays, chunks.upscaled)
 
@@ -148,7 +148,7 @@ def decode(
     return _for_some_at_a_time(some_points, arrays, points.real, chunks.points)
 
 
-def _attend(
+def run_transformer(
     model: Sam,
     image_embedding: Float[Array, "g g c"],
     coords: Float[Array, "n 2"],

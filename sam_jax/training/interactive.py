@@ -55,7 +55,7 @@ def interactive_losses(
     image_pe = model.prompt_encoder.get_dense_pe()
     first_key, idle_key, click_key = jax.random.split(key, 3)
     inside = target > 0.5
-    points, labels, is_box = _first_prompt(first_key, inside, box, size, box_probability)
+    points, labels, is_box = first_prompt(first_key, inside, box, size, box_probability)
     # Slots for all later clicks; padding is exact, so they have no effect until they are used.
     points = jnp.pad(points, ((0, num_rounds - 1), (0, 0)))
     labels = jnp.pad(labels, (0, num_rounds - 1), constant_values=PADDING)
@@ -83,7 +83,7 @@ def interactive_losses(
     return losses
 
 
-def _first_prompt(key, inside, box, image_size, box_probability):
+def first_prompt(key, inside, box, image_size, box_probability):
     """Two labeled points, a box's corners or a point and the end token, and whether it is a box."""
     choice, point_key, box_key = jax.random.split(key, 3)
     is_box = jax.random.bernoulli(choice, box_probability)

