@@ -103,9 +103,13 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Joins each host's part of a batch to the global batch, sharded over the devices.
 
     Raises:
-        ValueError: if the batch cannot be split among the devices.
+        ValueError: if the batch cannot be split among the devices, or its arrays do not have the
+            same number of entries.
     """
-    size, count = len(batch["valid"]), len(mesh.local_devices)
+    sizes, count = {name: len(array) for name, array in batch.items()}, len(mesh.local_devices)
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"the batch's arrays have {sizes} entries, expected one number of images")
+    (size,) = set(sizes.values())
     if size % count:
         raise ValueError(
             f"a batch of {size} cannot be split among {count} devices; choose a batch size that is "

@@ -8,7 +8,7 @@ state, metrics = train_step(state, rest, batch, key, tx=tx, config=TrainConfig()
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
@@ -96,7 +96,7 @@ def batch_losses(
         config: see `TrainConfig`.
 
     Raises:
-        TypeError: if an array of the batch has another dtype.
+        TypeError: if the batch is not a dictionary, or an array of it has another dtype.
         ValueError: if the batch lacks an array, or one has another shape, if the config's numbers
             are invalid, or if it has `remat` or a `drop_path_rate` and the batch has image
             embeddings.
@@ -143,6 +143,8 @@ def batch_losses(
 
 
 def _check_batch(batch: dict[str, Any]) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"the batch is a {type(batch).__name__}, expected a dictionary of arrays")
     pixels = "image_embedding" if "image_embedding" in batch else "pixel_values"
     if missing := [name for name in (pixels, "masks", "boxes", "valid") if name not in batch]:
         raise ValueError(

@@ -141,6 +141,9 @@ def test_a_batch_that_the_devices_cannot_share(unchecked):
     class Mesh:
         size, local_devices = 6, [None] * 3
 
+    entries = {"masks": np.zeros((4, 1)), "valid": np.zeros((3, 1))}
+    with pytest.raises(ValueError, match=r"arrays have {'masks': 4, 'valid': 3} entries, expected"):
+        sharding.put_batch(entries, Mesh())
     with pytest.raises(ValueError, match="a batch of 4 cannot be split among 3 devices; choose a"):
         sharding.put_batch({"valid": np.ones((4, 2))}, Mesh())
 

@@ -335,6 +335,8 @@ def test_batches_that_make_no_sense(model, changes, error, message):
     batch = {name: array for name, array in batch.items() if array is not None}
     with pytest.raises(error, match=message):
         batch_losses(model, batch, KEYS[:1])
+    with pytest.raises(TypeError, match="the batch is a list, expected a dictionary"):
+        batch_losses(model, list(batch), KEYS[:1])
 
 
 @pytest.mark.parametrize(
