@@ -31,7 +31,6 @@ from PIL import Image
 from sam_jax.arrays import ArrayLike, check_mesh, is_array
 from sam_jax.automatic.device import (
     Frame,
-    Measured,
     Points,
     chunk_sizes,
     decode,
@@ -41,27 +40,15 @@ from sam_jax.automatic.device import (
 )
 from sam_jax.automatic.options import MaskGenerationOptions
 from sam_jax.automatic.overlap import one_ahead, one_behind
-from sam_jax.automatic.records import (
-    Crop,
-    MaskRecord,
-    Survivors,
-    without_small_regions,
-    xywh,
-)
+from sam_jax.automatic.records import Crop, MaskRecord, full_size_rle
+from sam_jax.automatic.selection import select, without_small_regions
 from sam_jax.export.openvino import encoder_for
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
 from sam_jax.models.sam import Sam
-from sam_jax.ops.boxes import (
-    box_area,
-    generate_crop_boxes,
-    is_box_near_crop_edge,
-    non_maximum_suppression,
-)
+from sam_jax.ops.boxes import box_area, generate_crop_boxes
 from sam_jax.ops.mask_statistics import make_upsampler
 from sam_jax.ops.prompts import pad_axis
-from sam_jax.ops.rle import rle_area, rle_compress, rle_decode, rle_encode
-from sam_jax.predictor import check_scores
 from sam_jax.processing import SamProcessor
 from sam_jax.types import Runtime
 from sam_jax.validation import check_embedding, check_model, check_sizes
@@ -306,7 +293,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
         for i, crop in enumerate(crops):
             mine = [jax.tree.map(lambda x, i=i: x[i], batch) for batch in measured]
             mine = jax.tree.map(lambda *parts: np.concatenate(parts), *mine)
-            chosen.append(self._choose(crop, mine))
+            chosen.append(select(crop, mine, self.options))
 
         size = self._decode_batch_size
         wanted = [(masks.point, masks.mask_index) for masks in chosen]
@@ -319,7 +306,8 @@ class SamAutomaticMaskGenerator(WithAdvice):
             masks_of = zip(crops, frames, chosen, jax.device_get(low_res), strict=False)
             for crop, frame, masks, logits in masks_of:
                 for k in range(start, min(start + size, len(masks.point))):
-                    rle = host.submit(self._rle, crop, frame, masks.box[k], logits[k - start])
+                    mask = crop, frame.full, masks.box[k], logits[k - start], self.mask_threshold
+                    rle = host.submit(full_size_rle, *mask)
                     crop.found.append(MaskRecord.of(crop, masks, k, rle))
             if on_batch is not None:
                 on_batch(total, total)
@@ -364,78 +352,11 @@ class SamAutomaticMaskGenerator(WithAdvice):
                 batch.append(Points(pad_axis(coords, size, 0, 0), mask_index, count))
             yield self._spread(batch)
 
-    def _choose(self, crop: "Crop", measured: "Measured") -> "Survivors":
-        """The masks of a crop that are kept, in the order of the result."""
-        count = len(crop.grid)
-        iou, box, intersection, union = (
-            np.asarray(array[:count]).reshape(-1, *array.shape[2:])
-            for array in (measured.iou, *measured.statistics)
-        )
-        check_scores(iou)
-        with np.errstate(invalid="ignore"):
-            stability = intersection.astype(np.float32) / union.astype(np.float32)
-        x0, y0, _, _ = crop.box
-        box = box + np.array([x0, y0, x0, y0])
-        keep = ~is_box_near_crop_edge(box, crop.box, crop.image_size)
-        if self.options.pred_iou_thresh > 0:
-            keep &= iou > np.float32(self.options.pred_iou_thresh)
-        if self.options.stability_score_thresh > 0:
-            keep &= stability >= np.float32(self.options.stability_score_thresh)
-        (index,) = np.nonzero(keep)
-        kept = non_maximum_suppression(
-            box[index], iou[index], iou_threshold=self.options.box_nms_thresh
-        )
-        index = index[kept]
-        if self.options.crop_n_layers:
-            # Masks of earlier crops come first, then this crop's in their order.
-            boxes = np.concatenate(
-                [np.array([m.box for m in crop.found]).reshape(-1, 4), box[index]]
-            )
-            kept = non_maximum_suppression(
-                boxes,
-                -np.arange(len(boxes), dtype=np.float32),
-                iou_threshold=self.options.crop_nms_thresh,
-            )
-            index = index[kept[kept >= len(crop.found)] - len(crop.found)]
-        point, mask_index = np.divmod(index, measured.iou.shape[1])
-        return Survivors(point, mask_index, iou[index], np.nan_to_num(stability[index]), box[index])
-
-    def _rle(self, crop: "Crop", frame: "Frame", box: np.ndarray, logits: np.ndarray) -> dict:
-        """Run lengths of a mask at full size."""
-        x0, y0, x1, y1 = box
-        left, top, _, _ = crop.box
-        # Outside its box the mask is empty.
-        rows, columns = (
-            frame.full.rows[y0 - top : y1 - top + 1],
-            frame.full.columns[x0 - left : x1 - left + 1],
-        )
-        height, width = crop.image_size
-        # Column by column in memory, like run lengths.
-        mask = np.zeros((width, height), bool).T
-        mask[y0 : y1 + 1, x0 : x1 + 1] = rows @ logits @ columns.T > self.mask_threshold
-        return rle_encode(mask)
-
     def _records(self, found: "list[MaskRecord]") -> list[dict[str, Any]]:
         found = [dataclasses.replace(mask, rle=mask.rle.result()) for mask in found]
         if self.options.min_mask_region_area > 0 and found:
             found = without_small_regions(found, self.options)
-        return [
-            {
-                "segmentation": self._segmentation(mask.rle),
-                "area": rle_area(mask.rle),
-                "bbox": xywh(mask.box),
-                "predicted_iou": mask.predicted_iou,
-                "point_coords": [mask.point],
-                "stability_score": mask.stability_score,
-                "crop_box": xywh(mask.crop_box),
-            }
-            for mask in found
-        ]
-
-    def _segmentation(self, rle: dict) -> Any:
-        if self.options.output_mode == "binary_mask":
-            return rle_decode(rle)
-        return rle_compress(rle) if self.options.output_mode == "coco_rle" else rle
+        return [mask.as_dict(self.options.output_mode) for mask in found]
 
 
 # `help` and notebooks would otherwise show *args and **options.

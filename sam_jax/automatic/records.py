@@ -1,15 +1,16 @@
 """Crops of an image, and the masks found in them."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
-from sam_jax.automatic.options import MaskGenerationOptions
-from sam_jax.ops.boxes import mask_to_box, non_maximum_suppression
-from sam_jax.ops.regions import remove_small_regions
-from sam_jax.ops.rle import rle_decode, rle_encode
+from sam_jax.ops.mask_statistics import MaskUpsampler
+from sam_jax.ops.rle import rle_area, rle_compress, rle_decode, rle_encode
+from sam_jax.types import OutputMode
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,23 @@ class MaskRecord:
             crop_box=crop.box,
         )
 
+    def as_dict(self, output_mode: OutputMode) -> dict[str, Any]:
+        """What `SamAutomaticMaskGenerator.generate` returns of it."""
+        forms: dict[str, Callable[[dict], Any]] = {
+            "binary_mask": rle_decode,
+            "uncompressed_rle": lambda rle: rle,
+            "coco_rle": rle_compress,
+        }
+        return {
+            "segmentation": forms[output_mode](self.rle),
+            "area": rle_area(self.rle),
+            "bbox": xywh(self.box),
+            "predicted_iou": self.predicted_iou,
+            "point_coords": [self.point],
+            "stability_score": self.stability_score,
+            "crop_box": xywh(self.crop_box),
+        }
+
 
 class Survivors(NamedTuple):
     """The masks that passed the filters."""
@@ -76,21 +94,23 @@ class Survivors(NamedTuple):
     box: np.ndarray  # in pixels of the image
 
 
-def without_small_regions(
-    found: list[MaskRecord], options: MaskGenerationOptions
-) -> list[MaskRecord]:
-    """Fills holes, removes islands, and drops changed masks that duplicate others."""
-    masks, scores = [], []
-    for one in found:
-        mask, changed = remove_small_regions(rle_decode(one.rle), options.min_mask_region_area)
-        if changed:
-            one = replace(one, rle=rle_encode(mask), box=mask_to_box(mask))
-        masks.append(one)
-        scores.append(float(not changed))
-    threshold = max(options.box_nms_thresh, options.crop_nms_thresh)
-    boxes = np.array([mask.box for mask in masks])
-    kept = non_maximum_suppression(boxes, np.array(scores), iou_threshold=threshold)
-    return [masks[i] for i in kept]
+def full_size_rle(
+    crop: Crop,
+    full: MaskUpsampler,
+    box: np.ndarray,
+    logits: Float[np.ndarray, "side side"],
+    threshold: float,
+) -> dict[str, Any]:
+    """Run lengths of a mask of a crop, at the size of the image."""
+    x0, y0, x1, y1 = box
+    left, top, _, _ = crop.box
+    # Outside its box the mask is empty.
+    rows, columns = full.rows[y0 - top : y1 - top + 1], full.columns[x0 - left : x1 - left + 1]
+    height, width = crop.image_size
+    # Column by column in memory, like run lengths.
+    mask = np.zeros((width, height), bool).T
+    mask[y0 : y1 + 1, x0 : x1 + 1] = rows @ logits @ columns.T > threshold
+    return rle_encode(mask)
 
 
 def xywh(box: Any) -> list[int]:
