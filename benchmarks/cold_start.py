@@ -1,13 +1,13 @@
-"""How long a click at the shell takes, from Enter to the prompt, and where its seconds go.
+"""Times a click with `sam-jax segment`, from Enter to the prompt, and the parts of this time.
 
     python -m benchmarks.cold_start
 
-Each run is a process of its own that reads MobileSAM's checkpoint and a photo of 512 x 512 pixels,
+Each run is a separate process that reads MobileSAM's checkpoint and a photo of 512 x 512 pixels,
 and writes the masks of one point: `sam-jax segment` with an empty cache of compiled programs, with
-a full one and with none, the same with `--runtime openvino`, and a script of a few lines with
+a full one and without one, the same with `--runtime openvino`, and a script of a few lines with
 MobileSAM's own code in PyTorch. They take turns. The second table has the parts of
-`sam-jax segment`, each timed until its result is there (in the command the decoder's program is
-made while the encoder runs).
+`sam-jax segment`, each timed until its result is there (the command itself compiles or loads the
+decoder's program while the encoder runs).
 """
 
 import argparse

@@ -3,12 +3,12 @@
 PyTorch's contenders are Meta's code, `transformers` with its fused attention ("SDPA"), and the two
 parts of segment-anything-fast, its compiled encoder and everything mode; on request also the others
 under torch.compile, and Meta's encoder and decoder in ONNX Runtime and OpenVINO
-(`benchmarks.rivals`). If a package of theirs is missing, only sam_jax runs. The extra `test` has
-all packages except segment-anything-fast, without which only its contenders are left out. (It is
-pytorch-labs' project on GitHub; PyPI has another one of this name.)
+(`benchmarks.rivals`). If a package that they need is missing, only sam_jax runs. The extra `test`
+has all packages except segment-anything-fast, without which only its contenders are left out. (It
+is pytorch-labs' project on GitHub; PyPI has another one of this name.)
 
 All contenders have the same weights and inputs, which are random for encoder and decoder. Below
-float32, the first contender is in float32; the outputs of all others are compared with its.
+float32, the first contender still computes in float32; all other outputs are compared with its.
 """
 
 import copy

@@ -50,7 +50,7 @@ if wants layers; then
 fi
 if wants encoder; then
     benchmark --models vit_h vit_b --batch 8 --parts encoder --attention xla folded pallas cudnn --repeat 20
-    # Alone, to measure the memory of the default.
+    # Without other attentions, to measure the memory of the default.
     benchmark --models vit_h --batch 8 --parts encoder --repeat 20
 fi
 if wants accuracy; then

@@ -1,7 +1,7 @@
-"""PyTorch's encoder and decoder in the fastest runtimes of a CPU: ONNX Runtime and OpenVINO.
+"""PyTorch's encoder and decoder in the fastest CPU runtimes: ONNX Runtime and OpenVINO.
 
-`in_runtime` exports a module by PyTorch's own exporter and returns one that runs the export, so
-that it can take the place of the original in Meta's predictor and mask generator.
+`in_runtime` exports a module with PyTorch's own exporter and returns one that runs the export. It
+can replace the original in Meta's predictor and mask generator.
 """
 
 import tempfile
@@ -37,10 +37,10 @@ class InRuntime(torch.nn.Module):
     def __init__(self, run: Callable[..., list[np.ndarray]], like: torch.nn.Module):
         super().__init__()
         self.run = run
-        self.img_size = getattr(like, "img_size", None)  # which Meta's `Sam` reads
+        self.img_size = getattr(like, "img_size", None)  # Meta's `Sam` reads it
 
     def forward(self, *tensors: torch.Tensor, **named: Any) -> Any:
-        """The exported function's outputs, float32; other arguments than tensors are fixed."""
+        """The exported function's outputs in float32; arguments that are not tensors are fixed."""
         given = [*tensors, *(x for x in named.values() if isinstance(x, torch.Tensor))]
         outputs = self.run(*(x.float().numpy() for x in given))
         found = tuple(map(torch.from_numpy, outputs))
@@ -56,7 +56,7 @@ def in_runtime(
     batched: Sequence[int] = (),
     **fixed: Any,
 ) -> InRuntime:
-    """The module in a runtime.
+    """Exports a module, and returns one that runs the export in a runtime.
 
     Args:
         module: to export.
@@ -77,7 +77,7 @@ def in_runtime(
 
     names = [f"input_{i}" for i in range(len(examples))]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about tracing and the exporter's age
+        warnings.simplefilter("ignore")  # warnings about tracing and the old exporter
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
             Fixed().eval(),
@@ -86,6 +86,6 @@ def in_runtime(
             input_names=names,
             dynamic_axes={names[i]: {0: "count"} for i in batched},
             opset_version=17,
-            dynamo=False,  # whose graphs of these modules are slower, and need a further package
+            dynamo=False,  # dynamo's graphs are slower here, and need another package
         )
         return InRuntime(run_file(path, runtime, dtype), module)

@@ -207,7 +207,7 @@ def race(part: str, contenders: Contenders, dtype: str, repeat: int) -> Raced:
 
 
 def ours_fails(rows: list[dict]) -> bool:
-    """Whether the contender is one that may be unable to run: PyTorch's, or a chosen attention."""
+    """Whether sam_jax differs or its default cannot run. Other contenders may be unable to run."""
     return any(
         r["Who"].startswith("ours")
         and (r["Time"] == "differs" or (r["Who"] == "ours" and r["Time"] == "none"))
@@ -244,7 +244,7 @@ def measure(part: str, name: str, args: argparse.Namespace) -> list[dict]:
         cached = timed(ours)[1]
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()
-    del ours  # and its memory
+    del ours  # frees its memory
     contenders = contenders_of(setting)  # new ones, since a training step changes the weights
     raced = race(part, contenders, args.dtype, args.repeat)
     rate = matrix_rate(args.dtype)
@@ -322,7 +322,7 @@ def main() -> None:
         parser.error(f"{', '.join(layers)}: of ViTs alone; name them with --models")
 
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[args.device]
-    # Share memory with PyTorch.
+    # JAX shares the GPU's memory with PyTorch.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     failed = False
     machine, slug = alone(describe, args.dtype)

@@ -47,7 +47,7 @@ class Setting:
     batch: int  # images
     compiled: bool  # also run PyTorch's contenders under torch.compile
     attention: tuple[str, ...]  # further attentions of sam_jax
-    runtimes: tuple[str, ...] = ()  # of `rivals`, to run Meta's model and ours in, too
+    runtimes: tuple[str, ...] = ()  # of `rivals`: also run Meta's model and sam_jax's in these
 
     def with_ours(
         self,
@@ -133,10 +133,10 @@ class Setting:
 
     @property
     def variants(self) -> tuple[bool, ...]:
-        """Whether to run PyTorch's contenders under torch.compile: no, and on request yes."""
+        """PyTorch's contenders run without torch.compile and, if asked for, also with it."""
         return (False, True) if self.compiled else (False,)
 
     @property
     def is_vit(self) -> bool:
-        """Whether the model is MobileSAM, which `transformers` does not have."""
+        """Whether the model is a ViT, and not MobileSAM, which `transformers` does not have."""
         return self.name != "mobile_sam"

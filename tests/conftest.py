@@ -8,16 +8,16 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-# Tests that run side by side each have cores of their own: PyTorch's threads and XLA's spin while
-# they wait, which takes the others' time.
+# Parallel test workers each get their own cores: the threads of PyTorch and XLA spin while they
+# wait, which would slow down the other workers.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
     _count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, _cores[_worker % len(_cores) :: _count])
 
-# All processes share what one of them has compiled: the two that run tests side by side, those that
-# they start, and those of the next run (not in CI). Set before JAX is imported.
+# All processes share one compilation cache: the test workers, the processes that they start, and
+# those of the next run (not in CI). It must be set before JAX is imported.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = str(Path(__file__).parents[1] / ".cache" / "tests")
     if "CI" in os.environ:
@@ -26,22 +26,22 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# A fifth of the time would be spent on returning memory to the system and taking it again: the
-# workers, which start after this, and what they start keep theirs.
+# Otherwise a fifth of the run time goes into returning memory to the system and taking it again.
+# With these settings the workers, which start later, and their child processes keep their memory.
 os.environ.setdefault(
     "GLIBC_TUNABLES",
     "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=30000000000",
 )
 
-# JAX writes an entry in place. A process that reads it half-written warns and compiles it itself.
+# JAX writes cache entries in place. A process that reads a half-written one warns, then compiles.
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry:UserWarning"
 
-# Most programs here run once and on little: without LLVM's optimizations and XLA's new emitters
-# they compile in a quarter of the time. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests nearly
-# all as users compile them. (XLA stops at a flag that it does not know: for versions that do.)
+# Most programs here run once, on small inputs. Without LLVM's optimizations and XLA's new emitters
+# they compile in a quarter of the time. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` compiles nearly
+# all of them as for users. (XLA aborts on unknown flags, so they are set for known versions only.)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jax").startswith("0.10."):
-    # One module of LLVM's for each program: splitting it is for compilers with more than one core.
+    # One LLVM module per program: splitting it helps only compilers with more than one core.
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("XLA_FLAGS", "")
@@ -52,8 +52,8 @@ import pytest
 from jaxtyping import install_import_hook
 from network import needs_package_index
 
-# Shapes and dtypes in the signatures are checked while the tests run, and only then.
-# (An int is a float, as everywhere in Python's typing.)
+# Only the tests check shapes and dtypes against the signatures.
+# (An int counts as a float, as everywhere in Python's typing.)
 install_import_hook(
     "sam_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
@@ -73,7 +73,7 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", os.environ["PYTHONWARNINGS"])
 
 
-# Minutes each: begun last, one would run alone at the end.
+# These take minutes each, so they start first: otherwise one would run alone at the end.
 LONG = (
     *("test_notebooks", "test_readme", "test_sharding", "test_finetune_runs", "test_generator"),
     *("test_real_weights", "test_sam", "test_step_updates", "test_generate", "test_platforms"),
@@ -96,7 +96,7 @@ def mobile_sam_file():
 
 @pytest.fixture(autouse=True)
 def _optimized_at_full_size(request, monkeypatch):
-    """Optimized code for the real model, and others that run for longer than they compile."""
+    """Enables optimizations for the real model, and for tests that run longer than they compile."""
     before = jax.config.read("jax_disable_most_optimizations")
     if "mobile_sam_file" in request.fixturenames or request.node.get_closest_marker("full_size"):
         jax.config.update("jax_disable_most_optimizations", False)
@@ -107,7 +107,7 @@ def _optimized_at_full_size(request, monkeypatch):
 
 @pytest.fixture
 def compilations():
-    """A list to which the name of every event of XLA's compiler is added."""
+    """A list that gets one entry for each program that XLA compiles."""
     events = []
 
     def listen(event, *_args, **_kwargs):
@@ -121,7 +121,7 @@ def compilations():
 
 @pytest.fixture
 def other_process():
-    """Runs Python code with a `path` in another process, up to its first line of output."""
+    """Starts Python code with a variable `path` in another process; waits for its first line."""
     processes = []
 
     def start(code, path):
@@ -140,13 +140,13 @@ def other_process():
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Without the tests' type checks, as users run it, so that our own errors are seen."""
+    """Disables the tests' type checks, as for users, so that sam_jax's own errors are raised."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module", params=["cpu", "other"])
 def platform(request):
-    """Programs for another platform run on the CPU."""
+    """Runs a test on the CPU with programs for CPUs, then with programs for other platforms."""
     if request.param == "cpu":
         yield
         return
@@ -160,7 +160,7 @@ def platform(request):
 @pytest.fixture
 def nvidia(request, monkeypatch):
     """Simulates an NVIDIA GPU (an H100) as JAX's default device: programs are lowered for it."""
-    jax.clear_caches()  # of programs traced without one
+    jax.clear_caches()  # drops programs that were traced without a GPU
     capability = getattr(request, "param", "9.0")
     of_gpu = float(capability)
     from jax._src.cudnn import fused_attention_stablehlo

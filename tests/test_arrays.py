@@ -43,7 +43,7 @@ def test_arrays_of_any_library(value):
         assert np.array_equal(as_array(value, "numbers"), NUMBERS)
 
 
-def test_what_cannot_be_read_is_named():
+def test_unreadable_values_are_named():
     with pytest.raises(TypeError, match=r"points is a torch.Tensor .*.*Sparse"):
         as_numpy(torch.eye(3).to_sparse(), "points")
     with pytest.raises(TypeError, match="points are a str, expected an array"):

@@ -1,4 +1,4 @@
-"""`benchmarks/` without measuring: its commands, and who gets a time."""
+"""Tests `benchmarks/` without measuring: its commands, and which contenders get a time."""
 
 import argparse
 import importlib
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def commands():
-    """The modules and arguments in README and gpu.sh."""
+    """The modules and arguments of the commands in README and gpu.sh."""
     readme = (ROOT / "benchmarks" / "README.md").read_text()
     found = re.findall(r"`python -m (benchmarks\.\w+)([^`]*)`", readme)
     script = (ROOT / "benchmarks" / "gpu.sh").read_text().replace("\\\n", " ")
@@ -32,12 +32,12 @@ def commands():
 
 
 class Parsed(Exception):
-    """Replaces the benchmark."""
+    """Ends a benchmark after it has parsed its arguments."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def imported():
-    """All modules, and what their import sets taken back."""
+    """Imports all modules, and undoes the settings that they change on import."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
         patch.setenv("JAX_PLATFORMS", "cpu")
@@ -50,13 +50,13 @@ def imported():
 
 @pytest.fixture(autouse=True)
 def results(monkeypatch, tmp_path):
-    """The folder of results, so that tests write into none that is committed."""
+    """Redirects the results to a temporary folder, since the real one is committed."""
     common = importlib.import_module("benchmarks.common")
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     return common.RESULTS
 
 
-def test_commands_are_what_their_modules_take(monkeypatch):
+def test_documented_commands_are_valid(monkeypatch):
     parse = argparse.ArgumentParser.parse_args
     assert len(commands()) > 20
     for name, text in commands():
@@ -76,12 +76,12 @@ def run():
     return importlib.import_module("benchmarks.run")
 
 
-def test_who_is_wrong_or_fails_gets_no_time(run):
+def test_wrong_and_failing_contenders_get_no_time(run):
     expected = np.arange(6.0)
     left = iter([expected])
 
     def ends():
-        return next(left)  # when it is timed there is nothing
+        return next(left)  # works once, and fails when it is timed
 
     contenders = {
         "first": lambda: expected,
@@ -100,7 +100,7 @@ def test_who_is_wrong_or_fails_gets_no_time(run):
     assert rows["ends"]["Time"] == "none"
 
 
-def test_scores_are_compared_as_masks_are(run):
+def test_scores_are_compared_like_masks(run):
     masks, scores = np.ones(1000), np.ones(2)
     contenders = {"first": lambda: (masks, scores), "ours": lambda: (masks, 1.01 * scores)}
     raced = run.race("decoder", contenders, "float32", 1)
@@ -116,7 +116,7 @@ def test_scores_are_compared_as_masks_are(run):
         ("accuracy", ["--photos", "small", "b"], "--photos is b, but photos are: landscape"),
     ],
 )
-def test_arguments_that_make_no_sense(name, arguments, message, monkeypatch, capsys):
+def test_bad_arguments(name, arguments, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [name, *arguments])
     with pytest.raises(SystemExit):
         importlib.import_module(f"benchmarks.{name}").main()
@@ -156,7 +156,7 @@ def test_a_gpu_names_its_results():
 
 
 def test_the_page_and_readme_show_the_newest_results():
-    """`docs/performance.md` and its figure are those of `benchmarks.plot`; README has the table."""
+    """`benchmarks.plot` makes the table of `docs/performance.md` and README, and the figure."""
     plot = importlib.import_module("benchmarks.plot")
     _, found = plot.newest(ROOT / "benchmarks" / "results")
     rows = plot.table(found).splitlines()[2:]
@@ -168,7 +168,7 @@ def test_the_page_and_readme_show_the_newest_results():
         assert f"<!-- {seconds} s -->" in figure
 
 
-def test_a_process_that_dies_takes_no_other_with_it(run):
+def test_a_crash_does_not_affect_the_next_process(run):
     with pytest.raises(BrokenProcessPool):
         run.alone(os._exit, 1)
     assert run.alone(abs, -1) == 1
@@ -192,7 +192,7 @@ ENTRY %main (p: bf16[500000000]) -> f32[250000000] {
 """
 
 
-def test_what_is_seen_in_a_program():
+def test_traffic_and_arrays_of_a_program():
     compiled = importlib.import_module("benchmarks.compiled")
     found = compiled.look(HLO, logits=10**9)
     assert found == {
@@ -210,7 +210,7 @@ def test_what_is_seen_in_a_program():
     assert compiled.look(backward, logits=10**9) == found | {"Flash": "0, 1"}
 
 
-def test_masks_that_are_missing(run):
+def test_share_of_missing_masks(run):
     def record(rows):
         mask = np.zeros((20, 20), np.uint8, order="F")
         mask[rows] = 1

@@ -59,7 +59,7 @@ def test_a_stopped_command_tidies_up(other_process, tmp_path):
 
 
 def test_help_of_an_option_is_one_paragraph(monkeypatch, capsys):
-    """Wrapped at the width of the terminal, wherever its docstring has lines."""
+    """Help is wrapped at the terminal's width, not where the docstring has line breaks."""
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setattr(sys, "argv", ["sam-jax", "generate", "--help"])
     with pytest.raises(SystemExit):
@@ -71,7 +71,7 @@ def test_help_of_an_option_is_one_paragraph(monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_each_command(command, monkeypatch, capsys):
-    """It fits 80 columns, and options that may be left out show no None."""
+    """Help fits 80 columns, and optional arguments do not show None."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "argv", ["sam-jax", command, "--help"])
     with pytest.raises(SystemExit):

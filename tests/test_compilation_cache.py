@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-# Compiles two programs, and prints the folder in use, how many of them were in it, and warnings.
+# Compiles two programs, then prints the folder, how many programs it already had, and warnings.
 SCRIPT = """
 import json, sys, warnings
 import jax
@@ -48,7 +48,7 @@ def test_the_second_process_compiles_nothing(run, tmp_path):
     assert run() == [str(folder), 0, []]
     assert folder.stat().st_mode & 0o777 == 0o700
     assert run() == [str(folder), 2, []]
-    # What a killed process leaves: an entry without its time, which is written last.
+    # A killed process may leave half an entry, without its time, which is written last.
     entries = sorted(folder.glob("*-cache"))
     entries[0].write_bytes(entries[0].read_bytes()[:10])
     entries[0].with_name(entries[0].name.replace("-cache", "-atime")).unlink()
@@ -56,7 +56,7 @@ def test_the_second_process_compiles_nothing(run, tmp_path):
     assert run() == [str(folder), 2, []]
 
 
-def test_choices_of_the_user_stay(run, tmp_path):
+def test_user_settings_are_kept(run, tmp_path):
     assert run(tmp_path / "mine")[0] == str(tmp_path / "mine")
     elsewhere = str(tmp_path / "elsewhere")
     assert run(JAX_COMPILATION_CACHE_DIR=elsewhere)[0] == elsewhere
@@ -64,7 +64,7 @@ def test_choices_of_the_user_stay(run, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_folders_that_are_not_used(run, tmp_path):
+def test_unsafe_and_unusable_folders(run, tmp_path):
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
     folder, _, (warning,) = run(tmp_path / "shared")

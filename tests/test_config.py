@@ -56,7 +56,7 @@ def test_json_round_trip(config):
     assert hash(again) == hash(config)
 
 
-def test_parts_that_are_left_out_take_their_defaults():
+def test_missing_parts_get_their_defaults():
     assert SamConfig.from_dict({"image_encoder_type": "vit"}) == vit_b()
     assert SamConfig.from_dict({"image_encoder_type": "tiny_vit"}) == mobile_sam()
     values = {"image_encoder_type": "vit", "mask_decoder": {"mlp_dim": 64}, "image_size": 512}
@@ -78,7 +78,7 @@ def test_parts_that_are_left_out_take_their_defaults():
     ],
     ids=str,
 )
-def test_from_dict_refuses_what_it_does_not_know(change, message):
+def test_from_dict_refuses_unknown_values(change, message):
     values = vit_b().to_dict() | change if isinstance(change, dict) else change
     with pytest.raises(ValueError, match=re.escape(message)):
         SamConfig.from_dict(values)
@@ -131,7 +131,7 @@ FOUR = "for each of the four stages"
     ],
     ids=str,
 )
-def test_what_cannot_be_built(part, values, message):
+def test_bad_values(part, values, message):
     with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):
         part(**values)
 
@@ -169,7 +169,7 @@ HOSTILE = [
 
 @pytest.mark.slow
 def test_a_configuration_is_built_or_refused(unchecked):
-    """Mutated at random: ValueError alone may come out, and what is taken can be built."""
+    """Random mutations raise only ValueError, and accepted configurations can be built."""
     rng = random.Random(0)
     processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
     bases = [
@@ -198,7 +198,7 @@ def test_a_configuration_is_built_or_refused(unchecked):
 
 
 @pytest.mark.parametrize("field", ["resize", "normalization"])
-def test_unknown_ways_to_prepare_images(field, unchecked):
+def test_unknown_preprocessing(field, unchecked):
     with pytest.raises(ValueError, match=f"{field} is 'other', expected "):
         SamConfig(**{field: "other"})
     with pytest.raises(ValueError, match="preprocessing is 'sam', expected 'medsam' or None"):

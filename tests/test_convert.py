@@ -86,8 +86,8 @@ def test_bfloat16(tmp_path):
         assert torch.equal(tensor, expected), name
 
 
-def test_the_configuration_goes_to_hf_and_back(tmp_path):
-    """The decoder's heads and epsilon, and the statistics of pixels, which no tensor tells."""
+def test_config_round_trip_through_hf(tmp_path):
+    """Keeps the decoder's heads and epsilon, and the pixel statistics, which no tensor shows."""
     config = dataclasses.replace(HF, pixel_mean=(25.5, 51.0, 76.5), pixel_std=(51.0, 102.0, 153.0))
     save_pretrained(ours(hf_sam(HF), config), tmp_path / "ours")
     to_torch(tmp_path / "ours", tmp_path / "hf/model.safetensors", "hf")
@@ -97,7 +97,7 @@ def test_the_configuration_goes_to_hf_and_back(tmp_path):
     assert processor.size["longest_edge"] == processor.pad_size["height"] == 96
 
 
-def test_what_metas_format_cannot_say_is_said(tmp_path):
+def test_warns_of_values_that_metas_format_lacks(tmp_path):
     save_pretrained(ours(hf_sam(HF), HF), tmp_path / "ours")
     with pytest.warns(UserWarning, match=r"mask_decoder.num_heads is 4, inferred as 8$"):
         to_torch(tmp_path / "ours", tmp_path / "sam.pth", "meta")
@@ -120,7 +120,7 @@ def test_verify(tmp_path, capsys, fmt):
 
 
 @pytest.mark.parametrize("missing", ["torch", "segment_anything"])
-def test_nothing_is_written_if_the_reference_cannot_be_imported(tmp_path, monkeypatch, missing):
+def test_verify_needs_the_reference(tmp_path, monkeypatch, missing):
     torch.save(meta_sam(VIT).state_dict(), tmp_path / "sam.pth")
     monkeypatch.delitem(sys.modules, "torch_reference")
     monkeypatch.setitem(sys.modules, missing, None)
@@ -129,7 +129,7 @@ def test_nothing_is_written_if_the_reference_cannot_be_imported(tmp_path, monkey
     assert not (tmp_path / "ours").exists()
 
 
-def test_medsams_preprocessing_goes_with_the_weights(tmp_path):
+def test_medsam_preprocessing_is_kept(tmp_path):
     torch.save(meta_sam(VIT).state_dict(), tmp_path / "medsam.pth")
     to_ours(tmp_path / "medsam.pth", tmp_path / "ours", preprocessing="medsam")
     assert load_config(tmp_path / "ours") == with_preprocessing(VIT, "medsam")
@@ -182,7 +182,7 @@ def test_a_file_that_does_not_fit_leaves_nothing(tmp_path):
 
 
 def test_no_torch_is_needed(tmp_path):
-    """Both scripts, from the shell, where importing torch fails."""
+    """Both scripts run from the shell in an environment where importing torch fails."""
     torch.save(meta_sam(VIT).state_dict(), tmp_path / "sam.pth")
     block = """
 import importlib.abc, runpy, sys

@@ -37,7 +37,7 @@ SCRIPTS = {
     "convert/flax_to_torch.py": "Args",
     "convert/torch_to_flax.py": "Args",
 }
-# Shapes do not tell the number of the decoder's heads: 8.
+# Shapes do not determine the decoder's number of heads; sam_jax assumes 8.
 SMALL_VIT = dataclasses.replace(
     SHALLOW, mask_decoder=dataclasses.replace(SHALLOW.mask_decoder, num_heads=8)
 )
@@ -55,7 +55,7 @@ def blocks(text, language):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """With photos, and a small model that stands for MedSAM."""
+    """A folder with photos, and a small model that stands in for MedSAM."""
     photo = Image.fromarray(skimage.data.coffee()).resize((1800, 1200))
     photo.save(tmp_path / "photo.jpg")
     Image.fromarray(skimage.data.astronaut()).save(tmp_path / "astronaut.png")
@@ -69,10 +69,10 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("mobile_sam_file")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
 def test_python(page, folder):
-    """Runs a whole page in one session, in order; everything mode with few points."""
+    """Runs a page's code in one session, in order, with few points in everything mode."""
     code = "\n".join(blocks(page.read_text(), "python"))
     code = re.sub(r"(points_per_(?:side|crop))=8", r"\1=3", code)
-    if "optimizer" in code:  # compiling which takes longer than running it
+    if "optimizer" in code:  # compiling it takes longer than running it
         jax.config.update("jax_disable_most_optimizations", True)
     if "cells/" in code:
         command = [sys.executable, ROOT / "examples" / "cells.py", "--output", "cells"]
@@ -82,7 +82,7 @@ def test_python(page, folder):
 
 @pytest.fixture
 def small(folder, monkeypatch):
-    """A small model that stands for MobileSAM and ViT-B, and three images with annotations."""
+    """A small model that stands in for MobileSAM and ViT-B, and three annotated images."""
     resolve = sam_jax.checkpoints.resolve
     weights = (folder / "medsam_vit_b.pth").rename(folder / "sam_vit_b_01ec64.pth")
     names = {"mobile_sam": weights}
@@ -103,10 +103,10 @@ def small(folder, monkeypatch):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("page", WITH_BASH, ids=lambda page: str(page.relative_to(ROOT)))
 def test_bash(page, monkeypatch):
-    """All commands of a page in their order; two steps of training, and few points of everything.
+    """Runs a page's commands in order, with two training steps and few points of everything mode.
 
-    Other programs' are left out. Those that need other machines, and the one that runs until it is
-    stopped, are only parsed: their arguments must be valid.
+    Commands of other programs are skipped. Commands that need other machines, and the one that runs
+    until it is stopped, are only parsed: their arguments must be valid.
     """
     text = "\n".join(blocks(page.read_text(), "bash")).replace("\\\n", " ")
     if "run/model" in text and "finetune.py" not in text:
@@ -139,7 +139,7 @@ def test_bash(page, monkeypatch):
 
 
 def test_options(capsys):
-    """Every option that a text names is one of a command's (or, where listed here, another's)."""
+    """Every option that a page names belongs to a command (or to a program listed here)."""
     others = {"--return-single-mask", "--input"}
     known = set(others)
     sys.path.extend(str(ROOT / folder) for folder in ("examples", "convert"))
@@ -157,7 +157,7 @@ def test_options(capsys):
 
 
 def public(module=sam_jax, path="sam_jax"):
-    """Paths and values of the public names: those of `__all__`, in it those of modules."""
+    """Paths and values of the names in `__all__`, and of those in its modules' `__all__`."""
     for name in module.__all__:
         value, inner = getattr(module, name), f"{path}.{name}"
         if isinstance(value, types.ModuleType):
@@ -166,7 +166,7 @@ def public(module=sam_jax, path="sam_jax"):
             yield inner, value
 
 
-def test_the_reference_has_the_public_names_and_no_others():
+def test_reference_lists_exactly_the_public_names():
     """Each public name is listed once, by the shortest import path."""
     shortest = {}
     for path, value in public():
@@ -180,7 +180,7 @@ def test_the_reference_has_the_public_names_and_no_others():
 
 
 def test_pages_and_examples_import_public_names():
-    """None imports from where only sam_jax itself does."""
+    """Pages and examples do not import internal names."""
     names = {path for path, _ in public()}
     known = names | {name.rpartition(".")[0] for name in names}
     pages = (*PAGES, *(ROOT / "docs").glob("design/*.md"), ROOT / "README.md")
@@ -206,7 +206,7 @@ def test_pages_and_examples_import_public_names():
 
 
 def test_links_between_folders():
-    """Links out of `docs/`, which GitHub and, by `docs/hooks.py`, the site follow."""
+    """Links out of `docs/` work on GitHub and, by `docs/hooks.py`, on the site."""
     pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")]
     for page in pages:
         for path in re.findall(r"\]\((\.\./[^)#]+)", page.read_text()):
@@ -215,7 +215,7 @@ def test_links_between_folders():
 
 
 def test_pages_say_what_they_are_for():
-    """In their first sentence; a page is one of the site's navigation."""
+    """The first sentence says so. The site's navigation lists every page."""
     nav = (ROOT / "mkdocs.yml").read_text()
     pages = [*PAGES, *(ROOT / "docs").glob("*/*.md")]
     for page in pages:
@@ -246,12 +246,12 @@ def load_hooks() -> types.ModuleType:
     ],
 )
 def test_link_to_the_repository(origin, address):
-    """Where the clone came from; a token in its address is not published."""
+    """The link leads to the clone's origin, without a token that its address may have."""
     assert load_hooks().web_address(origin) == address
 
 
 def test_help_on_the_site():
-    """It has every option of the parser, in 80 columns, and no None."""
+    """The page has every option of the parser, in 80 columns, and no None."""
     hooks = load_hooks()
     text = (ROOT / "docs" / "commands.md").read_text()
     markers = re.findall(r"<!-- options of (\S+):(\S+) as .+ -->", text)
@@ -271,7 +271,7 @@ def test_help_on_the_site():
 
 
 def test_parameters_of_each_part():
-    """The table of docs/checkpoints.md."""
+    """Checks the table in docs/checkpoints.md."""
     names = {"MobileSAM": "mobile_sam", "LiteMedSAM": "lite_medsam"}
     names |= {f"SAM ViT-{size}": f"vit_{size.lower()}" for size in "BLH"}
     text = (ROOT / "docs" / "checkpoints.md").read_text()
@@ -288,7 +288,10 @@ def test_parameters_of_each_part():
 
 
 def test_contributing():
-    """All that CONTRIBUTING names exists. Its commands need a fresh clone and the whole suite."""
+    """Everything that CONTRIBUTING names exists.
+
+    Its commands are not run: they need a fresh clone and the whole suite.
+    """
     text = (ROOT / "CONTRIBUTING.md").read_text()
     paths = set(re.findall(r"(?<![\w/.-])(?:\.?\w[\w-]*/)+[\w.-]*\w", text))
     modules = set(re.findall(r"`(\w+\.py|\w+/)`", text))

@@ -11,7 +11,7 @@ from sam_jax.errors import EXTRAS, MissingExtra, clip, listed, needs_extra
 PACKAGES = [(extra, package) for extra, packages in EXTRAS.items() for package in packages]
 
 
-def test_names_of_megabytes_are_cut_in_the_middle():
+def test_long_names_are_cut_in_the_middle():
     assert clip("a" * 200) == "a" * 200
     assert clip("a" * 10**6 + "b" * 90) == "a" * 90 + "..." + "b" * 90
 

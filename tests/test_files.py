@@ -8,7 +8,7 @@ from sam_jax import files
 from sam_jax.files import atomic_write, read_json, temporary_folder, write_json
 
 
-def test_a_file_takes_the_place_of_another(tmp_path):
+def test_a_file_is_replaced(tmp_path):
     path = tmp_path / "new" / "file"
     for text in ("one", "two"):
         with atomic_write(path) as temporary:
@@ -34,7 +34,7 @@ def test_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
-def test_nothing_is_left_of_what_was_not_finished(tmp_path, is_folder):
+def test_unfinished_writes_leave_nothing(tmp_path, is_folder):
     def write():
         with atomic_write(tmp_path / "path") as temporary:
             if is_folder:
@@ -73,14 +73,14 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path, other_process):
     assert (tmp_path / "alive").read_text() == "half"
 
 
-def test_a_temporary_folder_is_its_own(tmp_path):
+def test_temporary_folders_are_separate(tmp_path):
     with temporary_folder(tmp_path) as first, temporary_folder(tmp_path) as second:
         assert sorted(tmp_path.iterdir()) == sorted([first, second])
         (second / "file").touch()
     assert os.listdir(tmp_path) == []
 
 
-def test_leftovers_of_a_relative_folder_are_those_of_this_one(tmp_path, monkeypatch):
+def test_leftovers_in_relative_folders(tmp_path, monkeypatch):
     for place in ("first", "second"):
         (tmp_path / place / "out" / ".sam_jax-killed").mkdir(parents=True)
         monkeypatch.chdir(tmp_path / place)
@@ -109,8 +109,8 @@ def test_json_that_is_refused(tmp_path, content, message):
             read_json(source, max_bytes=limit)
 
 
-def test_json_that_is_taken(tmp_path):
-    # Brackets in strings do not count, escaped quotes and unfinished ones either.
+def test_json_that_is_accepted(tmp_path):
+    # Brackets in strings do not count as nesting, also after escaped quotes and backslashes.
     value = {"a" + "[" * 500: ['"' + "{" * 500, "\\", 1.5, None], "b": [[[]]]}
     write_json(tmp_path / "file.json", value)
     assert read_json(tmp_path / "file.json") == value

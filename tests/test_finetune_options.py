@@ -37,8 +37,8 @@ NOWHERE = Path("cells"), Path("model"), Path("run")
         (("--train", "hq", "--drop-path-rate", "0.1"), "--drop-path-rate requires a trained"),
     ],
 )
-def test_options_that_cannot_be(options, message, monkeypatch):
-    """Said before anything is read: there is neither a model nor an image."""
+def test_bad_options(options, message, monkeypatch):
+    """Errors come before anything is read: neither the model nor the images exist here."""
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=message):
         finetune.main(config_of(*NOWHERE, *options))
@@ -60,7 +60,7 @@ def test_options_of_the_model_and_the_images(monkeypatch):
     )
 
 
-def test_what_trains(model):
+def test_trained_parts(model):
     plain = from_pretrained(model)
     options = "--train", "everything", "--layer-decay", "0.5"
     found, table = finetune.build_trainable(plain, config_of(*NOWHERE, *options))
@@ -75,7 +75,7 @@ def test_what_trains(model):
         assert (found, table) == (plain, finetune.TABLES[name])
 
 
-def test_the_extra_is_named_that_is_missing(monkeypatch):
+def test_missing_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "finetune")
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(SystemExit, match=r"^finetune: tensorboardX is not installed; run: "):

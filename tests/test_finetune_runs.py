@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(finetune.__file__).parent
 
-# Runs a script that is killed when step 7 is in its log and the checkpoint of step 4 on the disk.
+# Runs a script that kills itself once it has logged step 7 and saved the checkpoint of step 4.
 KILLED = """
 import os, runpy, signal, sys, time
 from pathlib import Path
@@ -95,7 +95,7 @@ def finish(process):
 
 
 def evaluated(printed):
-    """The steps whose lines are printed."""
+    """The steps whose evaluations were printed."""
     return [json.loads(line)["step"] for line in printed.splitlines() if line.startswith("{")]
 
 
@@ -121,13 +121,13 @@ def saved(output, step, part):
     return found
 
 
-# All that is random: drawn prompts, the order, and mirrored images.
+# Everything random: the drawn prompts, the order, and mirrored images.
 RANDOM = ["--train", "everything", "--flip", "0.5", "--ema-decay", "0.9"]
 
 
 @pytest.fixture(scope="module")
 def whole(cells, model, tmp_path_factory):
-    """A run that nobody stopped."""
+    """An uninterrupted run."""
     output = tmp_path_factory.mktemp("run") / "run"
     code, printed, errors = finish(start(cells, model, output, *RANDOM))
     assert code == 0, errors
@@ -136,7 +136,7 @@ def whole(cells, model, tmp_path_factory):
     return output
 
 
-def test_a_run_leaves_what_it_says(whole, model):
+def test_outputs_of_a_run(whole, model):
     found = lines(whole)
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     assert all(np.isfinite(line["loss"]) for line in found)
@@ -151,7 +151,7 @@ def test_a_run_leaves_what_it_says(whole, model):
     )
     assert tuned.keys() == before.keys()
     assert any(not np.array_equal(tuned[name], before[name]) for name in tuned)
-    # The model is the moving average.
+    # The saved model is the moving average.
     average, last = (saved(whole, STEPS, part) for part in ("ema", "params"))
     buffer = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
     assert average.keys() == tuned.keys() - {buffer}
@@ -175,7 +175,7 @@ def test_a_killed_run_resumes_bit_for_bit(whole, cells, model, tmp_path):
         np.testing.assert_array_equal(value, expected[name])
 
 
-def test_other_settings_are_refused_and_a_finished_run_stays(whole, cells, model):
+def test_a_finished_run_does_not_change(whole, cells, model):
     before = (whole / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"settings: seed was '0', now '1'\. Choose another"):
         finetune.main(config_of(cells, model, whole, *RANDOM, "--seed", "1"))
@@ -185,14 +185,14 @@ def test_other_settings_are_refused_and_a_finished_run_stays(whole, cells, model
     with pytest.raises(ValueError, match=r"different settings: data was '\w{64}', now '\w{64}'\. "):
         finetune.main(config_of(cells, model, whole, *RANDOM))
     annotations.write_text(content)
-    # Paths are the same from wherever they are said.
+    # Relative and absolute paths count as the same setting.
     near = [Path(os.path.relpath(path)) for path in (cells, model)]
     finetune.main(config_of(*near, whole, *RANDOM))
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
 def stop_at(monkeypatch, step, number):
-    """Sends a signal while the step runs: when the one before is in the log."""
+    """Sends a signal while the step runs, as soon as the previous step is logged."""
     write = MetricsLog.write
 
     def write_and_signal(log, at, *args, **options):
@@ -203,8 +203,8 @@ def stop_at(monkeypatch, step, number):
     monkeypatch.setattr(MetricsLog, "write", write_and_signal)
 
 
-def test_a_run_that_is_stopped_or_extended_is_as_one(cells, model, tmp_path, monkeypatch, capfd):
-    """By Ctrl-C and by SIGTERM, each of which saves its step; and by more steps."""
+def test_stopped_and_extended_runs_match(cells, model, tmp_path, monkeypatch, capfd):
+    """Ctrl-C and SIGTERM stop one run, each after saving its step; more steps extend the other."""
     options = "--schedule", "constant", "--num-rounds", "1", "--eval-every", "100"
     stopped, extended = tmp_path / "stopped", tmp_path / "extended"
     config = config_of(cells, model, stopped, *options)
@@ -240,7 +240,7 @@ def test_a_run_that_is_stopped_or_extended_is_as_one(cells, model, tmp_path, mon
 
 
 def test_a_stopped_script_prints_no_traceback(cells, model, tmp_path):
-    """Like a scheduler, which also signals the reading processes."""
+    """Signals the reading processes, too, as a scheduler does."""
     script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.killpg(0, signal.SIGTERM)")
     script = script.replace("step == 7", "step == 5")
     command = [sys.executable, "-c", script, EXAMPLES / "finetune.py", tmp_path / "run"]
@@ -266,7 +266,7 @@ def test_one_run_in_a_folder(cells, model, tmp_path):
 
 
 def write_squares(folder, *sides):
-    """A COCO file of images four times the model's input, each with a square of this side."""
+    """Writes a COCO file of images 4 times the model's input, each with a square of this side."""
     size = 4 * SHALLOW.image_size
     images, annotations = [], []
     for k, side in enumerate(sides):
@@ -287,7 +287,7 @@ def test_objects_that_are_too_small(model, tmp_path, capfd):
     assert not (run / "metrics.jsonl").exists()
     assert not (run / "embeddings").exists()
 
-    # The one object that is large enough is not the first's step.
+    # One object is large enough, but the first step does not use it.
     options = write_squares(tmp_path, 80, *[4] * 6)
     with pytest.raises(
         ValueError, match=r"none of the 1 steps had an object .*no model is written"
@@ -301,10 +301,10 @@ def test_objects_that_are_too_small(model, tmp_path, capfd):
     found, captured = lines(run), capfd.readouterr()
     assert [x["objects_used"] + x["objects_dropped"] for x in found] == [1] * STEPS
     useful = [line for line in found if line["objects_used"]]
-    assert len(useful) == 2  # of two epochs
+    assert len(useful) == 2  # one in each of two epochs
     assert all(np.isfinite(line["loss"]) for line in useful)
     assert all(x["loss"] is x["learning_rate"] is None for x in found if x["objects_dropped"])
-    # The schedule counts the steps that were made.
+    # The schedule counts only the steps that updated the model.
     _, rate = OptimizerConfig(learning_rate=1e-3).build(EVERYTHING, STEPS)
     assert [x["learning_rate"] for x in useful] == pytest.approx([float(rate(k)) for k in (0, 1)])
     assert captured.err.count("warning: 5 of ") == 1
@@ -326,7 +326,7 @@ def test_adapters_and_evaluation(cells, model, tmp_path, monkeypatch, capsys):
     assert {p.name for p in (output / "images").iterdir()} == {
         f"{step:06}.png" for step in (0, 4, 8, 12, 14)
     }
-    # Before the first step it is the model that was given.
+    # The evaluation before the first step is of the given model.
     expected = evaluate(
         from_pretrained(model), open_annotations(cells / "test.json", cells / "images")
     )
@@ -338,7 +338,7 @@ def test_adapters_and_evaluation(cells, model, tmp_path, monkeypatch, capsys):
     assert len(decoder) > 50
     for name, value in decoder.items():
         np.testing.assert_array_equal(parameters[name], value)
-    # The adapters alone are of use with the model that they were made for and its new decoder.
+    # The adapters alone can be loaded into the original model; they also need the new decoder.
     adapted = flat_params(load_lora(from_pretrained(model), output / "model.adapters.safetensors"))
     assert sum(name.endswith("lora_a") for name in adapted) == 2
     tuned = flat_params(from_pretrained(output / "model"))
@@ -355,7 +355,7 @@ def test_adapters_and_evaluation(cells, model, tmp_path, monkeypatch, capsys):
 
 
 def test_two_hosts_then_one(whole, cells, model, tmp_path):
-    """The script itself on two hosts, both killed, and its run gone on with on one."""
+    """Runs the script on two hosts, kills both, and resumes the run on one host."""
     output, hosts = tmp_path / "run", []
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -374,7 +374,7 @@ def test_two_hosts_then_one(whole, cells, model, tmp_path):
         assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5), line["step"]
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(cells, model, tmp_path):
+def test_nan_loss_stops_the_run(cells, model, tmp_path):
     code, _, errors = finish(start(cells, model, tmp_path / "run", "--learning-rate", "1e30"))
     assert code == 1
     message = errors.splitlines()[-1]
@@ -401,14 +401,14 @@ def test_bad_input(cells, model, tmp_path):
         ("", [5, 2]),
         ("--train hq", [5, 2]),
         ("--no-cache", []),
-        ("--train lora", []),  # whose encoder changes
-        # Of the images to train on each is read once, or is another each time.
+        ("--train lora", []),  # the encoder changes
+        # Each training image is read only once, or is augmented differently each time.
         ("--steps 2", [2]),
         ("--flip 0.5", [2]),
         ("--scale-range 0.5 1", [2]),
     ],
 )
-def test_images_that_come_again_are_encoded_once(cells, model, monkeypatch, options, cached):
+def test_repeated_images_are_encoded_once(cells, model, monkeypatch, options, cached):
     made = []
     monkeypatch.setattr(finetune, "CachedEmbeddings", lambda s, *_, **__: made.append(len(s)) or s)
     held_out = "--eval-annotations", cells / "test.json", "--eval-images", cells / "images"

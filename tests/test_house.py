@@ -1,4 +1,4 @@
-"""The house: imports point one way, are light, and a file holds one subject."""
+"""Structure: imports point one way and are light, files are short, and arguments have names."""
 
 import ast
 import importlib
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sam_jax"
-# A room imports from rooms of earlier lines.
+# A room (a module or subpackage) imports only from rooms of earlier lines.
 LINES = (
     ("errors", "files", "idioms", "decoders", "types"),
     ("config", "arrays", "runs", "compilation_cache"),
@@ -33,7 +33,7 @@ LINE = {room: number for number, rooms in enumerate(LINES) for room in rooms}
 
 
 def imports(path):
-    """The modules of sam_jax that a file imports, wherever in it."""
+    """The sam_jax modules that a file imports, at its top or inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -64,9 +64,9 @@ def test_imports_point_down(name):
             assert LINE[room(other)] < LINE[room(name)], f"{name} imports {other}"
 
 
-def test_no_circle():
+def test_no_import_cycles():
     graph = {name: set(imports(path)) - {"sam_jax"} for name, path in MODULES.items()}
-    # A package is there before its modules, whatever it imports of them.
+    # A module may import from its own package, which is initialized first.
     for name, others in graph.items():
         graph[name] = {other for other in others if not f"{name}.".startswith(f"{other}.")}
     try:
@@ -83,7 +83,7 @@ def test_no_file_is_long():
 
 
 @pytest.mark.parametrize("program", ["import sam_jax", "import sam_jax.cli"])
-def test_neither_the_package_nor_help_waits_for_jax(program):
+def test_package_and_help_do_not_import_jax(program):
     """PEP 562: a public name is imported when it is first used."""
     check = f"import sys; {program}; sys.exit(1 if 'jax' in sys.modules else 0)"
     subprocess.run([sys.executable, "-c", check], check=True)
@@ -99,8 +99,8 @@ def test_public_names():
         sam_jax.nothing  # noqa: B018
 
 
-# By position: the arguments of Meta's and Hugging Face's API, and arrays that `jax.jit`, `jax.grad`
-# and `jax.vmap` number.
+# Exceptions: arguments of Meta's and Hugging Face's APIs, and arrays that `jax.jit`, `jax.grad` and
+# `jax.vmap` refer to by position.
 POSITIONAL = {
     *("Sam.decode", "Sam.decoder_attention", "SamPredictor.predict", "SamPredictor.predict_torch"),
     *("SamProcessor.__call__", "SamProcessor.post_process_masks", "SamAutomaticMaskGenerator"),
@@ -130,7 +130,7 @@ def public_callables():
                     yield f"{name}.{method}", function
 
 
-def test_from_the_third_on_arguments_have_names():
+def test_at_most_two_arguments_are_positional():
     found = set()
     for name, value in public_callables():
         kinds = [p.kind for n, p in inspect.signature(value).parameters.items() if n != "self"]

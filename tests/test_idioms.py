@@ -1,4 +1,4 @@
-"""Every row of `docs/migrating.md`: the idiom works or says what to write, and that works."""
+"""Every idiom in `docs/migrating.md` works, or fails with a hint; its replacement works."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
 ROWS = re.findall(r"^\| (`.+`) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
-# Errors of other libraries' objects, which cannot say what to write here.
+# Idioms that fail inside other libraries, whose errors cannot say what to write here.
 THEIRS = r"\.cpu\(\)$|^from segment_anything|^sam_model_registry|^torch\."
 
 

@@ -51,7 +51,7 @@ def test_pil_modes(mode, tmp_path):
     assert found.shape == (12, 17, 3)
     assert found.flags.c_contiguous
     assert np.array_equal(found, expected[..., :3])
-    if image.mode not in ("CMYK", "YCbCr"):  # which PNG does not have
+    if image.mode not in ("CMYK", "YCbCr"):  # PNG lacks these modes
         image.save(tmp_path / "image.png")
         assert np.array_equal(load_image(tmp_path / "image.png"), found)
         assert np.array_equal(load_image(str(tmp_path / "image.png")), found)
@@ -74,7 +74,7 @@ def test_deep_pil_modes_are_refused(mode):
 
 @pytest.mark.parametrize("kind", [*NARROWED, *UNREAD])
 def test_files_of_more_than_8_bits_are_refused(kind, tmp_path):
-    """With one hint, whether Pillow would read the high byte, clip or fail."""
+    """The hint is the same whether Pillow would read the high byte, clip, or fail."""
     path = write_deep(tmp_path / "image.jpg", kind)
     with pytest.raises((TypeError, ValueError), match=rf"8 bits per channel.*{REMEDY}"):
         load_image(path)
@@ -86,7 +86,7 @@ def test_files_of_more_than_8_bits_are_refused(kind, tmp_path):
             load_image(image)
 
 
-@pytest.mark.parametrize("file_format", sorted({*FORMATS} - {"PSD"}))  # which Pillow only reads
+@pytest.mark.parametrize("file_format", sorted({*FORMATS} - {"PSD"}))  # Pillow cannot write it
 def test_formats_by_content(file_format, tmp_path):
     expected = np.zeros((32, 32, 3), np.uint8)
     expected[:16, 16:] = 200, 120, 40
@@ -98,7 +98,7 @@ def test_formats_by_content(file_format, tmp_path):
     assert abs(found.astype(int) - expected).mean() < 2
 
 
-def test_the_first_of_several_frames_or_the_one_that_is_chosen(tmp_path):
+def test_frames_of_a_file(tmp_path):
     first, second = (Image.fromarray(random_image(9, 8, seed)) for seed in (0, 1))
     first.save(tmp_path / "pages.tif", save_all=True, append_images=[second])
     assert np.array_equal(load_image(tmp_path / "pages.tif"), first)
@@ -122,7 +122,7 @@ def canary(tmp_path, monkeypatch):
     program.write_text(f"#!/bin/sh\necho gs ran >> '{written}'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # else where it was found before
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # forgets where it was found
     return written
 
 
@@ -187,7 +187,7 @@ def test_no_image_runs_a_program(route, name, tmp_path, canary):
     assert re.search("format is EPS|not an image of a known format", str(error.value))
     with contextlib.suppress(Exception), Image.open(path) as opened:
         opened.load()
-    assert canary.exists()  # as it would have been
+    assert canary.exists()  # Pillow alone runs the program
 
 
 def test_arrays():
@@ -280,7 +280,7 @@ def test_bad_files(tmp_path):
         load_image(tmp_path / "pipe.png")
 
 
-def test_a_file_of_far_too_many_pixels(tmp_path, monkeypatch):
+def test_a_file_with_too_many_pixels(tmp_path, monkeypatch):
     Image.fromarray(random_image(64, 64)).save(tmp_path / "image.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"cannot be read as an image: .*4096 pixels"):

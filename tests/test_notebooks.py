@@ -1,4 +1,4 @@
-"""The notebooks of `examples/`, run from clean."""
+"""Runs the notebooks of `examples/` from a clean state."""
 
 import base64
 import shutil
@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICKLY = 'jax.config.update("jax_disable_most_optimizations", True)\n'
 THOROUGHLY = QUICKLY.replace("True", "False")
-# How many images each shows, and what makes it small; and where compiling takes longer than
-# running.
+# For each notebook, the number of its images, and replacements that make it small, or that turn
+# off optimizations where compiling takes longer than running.
 NOTEBOOKS = {
     "predictor": (6, {}),
     "automatic_masks": (5, {"SIDE = 16": "SIDE = 4"}),
@@ -54,7 +54,7 @@ def test_notebook(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["predictor", "research_loop"])
-def test_readmes_image_is_the_notebooks_first(name):
+def test_readme_shows_the_notebooks_first_image(name):
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     first = next(
         o.data["image/jpeg"] for o in outputs(notebook) if "image/jpeg" in o.get("data", {})

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_object_is_found(mobile_sam_file, tmp_path):
-    """Finds the same as a box around it in the second image."""
+    """PerSAM finds the same mask in the second image as a box around the object."""
     found, points = persam.main(tmp_path / "persam.png")
     with Image.open(tmp_path / "persam.png") as image:
         assert image.size[0] > 1000
@@ -32,8 +32,8 @@ def test_the_object_is_found(mobile_sam_file, tmp_path):
     assert not seat[0][other_y, other_x]
 
 
-def test_similarity_is_pytorchs(mobile_sam_file):
-    """The original's lines: cosines, enlarged by 4 and then as masks are."""
+def test_similarity_matches_pytorch(mobile_sam_file):
+    """Repeats the original's code: cosine similarities, enlarged by 4, then resized like masks."""
     rng = np.random.default_rng(0)
     embedding = rng.normal(size=(64, 64, 256)).astype(np.float32)
     target = rng.normal(size=256).astype(np.float32)

@@ -66,7 +66,7 @@ def test_encoder_of_no_images(model):
     assert out.shape == (0, grid, grid, model.config.prompt_embed_dim)
 
 
-# The attention is the encoder's alone, and lowered above; a step of training lowers slowly.
+# The attention matters only in the encoder, which is lowered above; training steps lower slowly.
 OF_EACH_KIND = pytest.mark.parametrize("model", ["xla", "tiny_vit"], indirect=True)
 
 
@@ -89,7 +89,7 @@ def test_decoder(model, with_masks):
 
 
 def training_step(model):
-    """A function of (state, rest, batch, key data), and the shapes of these."""
+    """A training step as a function of (state, rest, batch, key data), and their shapes."""
     tx = adamw(1e-4, EVERYTHING, clip_norm=1.0)
     trained, rest = partition(model, EVERYTHING)
     state = jax.eval_shape(lambda trained: init_state(trained, tx, ema=True), trained)
@@ -119,7 +119,7 @@ def test_training_step(model):
 
 @OF_EACH_KIND
 def test_training_step_with_64_bits(model):
-    """`jax_enable_x64` is for what else a program computes: parameters keep their dtypes."""
+    """Parameters keep their dtypes: `jax_enable_x64` is for a program's other computations."""
     step, arguments = training_step(model)
     with jax.enable_x64(True):
         state, _ = jax.eval_shape(step, *arguments)
@@ -128,7 +128,7 @@ def test_training_step_with_64_bits(model):
 
 @pytest.mark.parametrize(("config", "attention"), MODELS.values(), ids=MODELS)
 def test_gradients_with_64_bits(config, attention):
-    """They are computed in float32 all the same, but for single numbers."""
+    """Gradients are still computed in float32, except for scalars."""
     model = nnx.eval_shape(lambda: Sam(config, attention=attention, rngs=nnx.Rngs(0)))
     graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
     pixels = shape(1, config.image_size, config.image_size, 3)
@@ -142,7 +142,7 @@ def test_gradients_with_64_bits(config, attention):
     assert not re.search(r"f64\[\d", text)
 
 
-# A layer of windows, and one of a grid of 32 x 32, which is large enough to compute in chunks.
+# A window layer, and a global layer whose grid of 32 x 32 is large enough to compute in chunks.
 LARGER = dataclasses.replace(
     SMALL,
     image_encoder=dataclasses.replace(SMALL.image_encoder, window_size=14),
@@ -160,7 +160,7 @@ def lowered_encoder(config, platform):
 
 @ENCODERS
 def test_each_platform_has_its_own_program(config, request):
-    """Whatever devices the process has: a GPU changes no platform's program."""
+    """It does not depend on the process's devices: a GPU changes no platform's program."""
     before = {platform: lowered_encoder(config, platform) for platform in PLATFORMS}
     assert before["cpu"] != before["cuda"]
     assert before["cpu"] != before["tpu"]
@@ -170,8 +170,8 @@ def test_each_platform_has_its_own_program(config, request):
 
 
 @ENCODERS
-def test_a_model_on_the_cpu_of_a_machine_with_a_gpu(config, request):
-    """Eager and compiled, its encoder, its decoder and its training are a CPU's."""
+def test_cpu_results_do_not_change_with_a_gpu(config, request):
+    """Encoder, decoder and gradients give a CPU's results, both eager and compiled."""
     model = Sam(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     size = config.image_size
@@ -195,7 +195,7 @@ def test_a_model_on_the_cpu_of_a_machine_with_a_gpu(config, request):
 
 
 def vit(attention):
-    """With a layer of windows and one of a grid of 64 x 64; in bfloat16."""
+    """A bfloat16 model with a window layer and a global layer, whose grid is 64 x 64."""
     config = dataclasses.replace(LARGER, image_size=512)
     build = lambda: Sam(config, dtype=jnp.bfloat16, attention=attention, rngs=nnx.Rngs(0))  # noqa: E731
     return nnx.eval_shape(build)
@@ -204,7 +204,7 @@ def vit(attention):
 @pytest.mark.usefixtures("nvidia")
 @pytest.mark.parametrize(("attention", "bits"), [("cudnn", 32), ("pallas", 64)])
 def test_flash_attention_in_the_encoder(attention, bits):
-    """In all layers, in the encoder of everything mode."""
+    """All layers of everything mode's encoder use it."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("images",))
     with jax.enable_x64(bits == 64):
         pixels = shape(1, 512, 512, 3)
@@ -228,7 +228,7 @@ def test_flash_attention_in_training(attention, remat):
     step = jax.jit(train_step, static_argnames=("tx", "config"))
     key, config = jax.eval_shape(lambda: jax.random.key(0)), TrainConfig(remat=remat)
     text = lowered_for_cuda(step, state, rest, batch, key, tx=tx, config=config)
-    # With remat once more on the way back.
+    # With remat, the backward pass repeats the forward pass.
     forward = 2 if remat else 1
     assert flash_attentions(text) == {attention: (2 * forward, 2)}
     assert "x4096x4096x" not in text

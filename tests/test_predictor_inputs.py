@@ -43,7 +43,7 @@ MIGRATING = Path(__file__).parents[1] / "docs" / "migrating.md"
 # --- state --------------------------------------------------------------------------------------
 
 
-def test_an_embedding_saved_and_set_again(predictor, tmp_path):
+def test_embeddings_can_be_saved_and_set(predictor, tmp_path):
     expected = predictor.predict(POINTS, LABELS)
     embedding = predictor.get_image_embedding()
     assert embedding.shape == (1, 32, 12, 12)
@@ -60,7 +60,7 @@ def test_an_embedding_saved_and_set_again(predictor, tmp_path):
 
 @pytest.mark.slow
 def test_an_embedding_of_a_bfloat16_model_can_be_saved(tmp_path, compilations):
-    """NumPy has no bfloat16: the file would hold bytes without a meaning."""
+    """NumPy lacks bfloat16, so the file would hold raw bytes without a dtype."""
     predictor = SamPredictor(ours(torch_model(), SHALLOW, dtype=jnp.bfloat16))
     predictor.set_image(random_image())
     embedding = predictor.get_image_embedding()
@@ -82,8 +82,8 @@ def test_an_embedding_of_the_reference_can_be_set(reference):
     assert_same(predictor.predict(POINTS, LABELS), reference.predict(POINTS, LABELS))
 
 
-def test_set_torch_image_as_the_guide_migrates_it():
-    """The row of docs/migrating.md, run."""
+def test_migration_of_set_torch_image():
+    """Runs the code of the row in docs/migrating.md."""
     reference, predictor, size = reference_predictor(), SamPredictor(model()), SIZE
     pixels = reference.transform.apply_image(random_image())
     reference.set_torch_image(torch.tensor(pixels).permute(2, 0, 1)[None], size)
@@ -106,7 +106,7 @@ def test_set_torch_image_as_the_guide_migrates_it():
 def test_bad_embeddings(predictor, shape, size, message):
     with pytest.raises(ValueError, match=message):
         predictor.set_image_embedding(np.zeros(shape, np.float32), size)
-    assert predictor.original_size == SIZE  # the former image stays
+    assert predictor.original_size == SIZE  # the previous image stays
 
 
 def test_without_an_image():
@@ -128,14 +128,14 @@ def test_without_an_image():
 
 
 def test_models_and_images_do_not_share_state():
-    """Two models of one shape run the same compiled programs; nothing may stick to them."""
+    """Two models of the same shape share compiled programs, which must not keep any state."""
     predictors = [(SamPredictor(model(seed)), reference_predictor(seed)) for seed in (0, 1)]
     results = []
     for image in (random_image(), random_image(seed=1)):
         for ours_, theirs in predictors:
             ours_.set_image(image)
             theirs.set_image(image)
-        # Only now, so that each predictor must have kept its own image and parameters.
+        # Only now, so each predictor must have kept its own image and parameters.
         for ours_, theirs in predictors:
             found = ours_.predict(POINTS, LABELS, return_logits=True)
             assert_same(found, theirs.predict(POINTS, LABELS, return_logits=True), logits=True)
@@ -152,12 +152,12 @@ def test_one_model_with_two_images(predictor):
     second = other.predict(POINTS / 2, LABELS)
     assert first[0].shape[1:] == SIZE
     assert second[0].shape[1:] == (50, 60)
-    other.set_image(random_image())  # replaces the former
+    other.set_image(random_image())  # replaces the previous image
     for part, expected in zip(other.predict(POINTS, LABELS), first, strict=True):
         assert np.array_equal(part, expected)
 
 
-def test_an_image_that_cannot_be_read_leaves_the_former(predictor):
+def test_bad_images_keep_the_previous_image(predictor):
     expected = predictor.predict(POINTS, LABELS)
     with pytest.raises(TypeError, match="float64"):
         predictor.set_image(random_image() / 255)
@@ -167,7 +167,7 @@ def test_an_image_that_cannot_be_read_leaves_the_former(predictor):
         assert np.array_equal(part, array)
 
 
-def test_images_that_know_their_channels_are_not_swapped(predictor, tmp_path):
+def test_image_format_applies_only_to_arrays(predictor, tmp_path):
     image = Image.fromarray(random_image())
     image.save(tmp_path / "image.png")
     for given in (image, tmp_path / "image.png"):
@@ -177,7 +177,7 @@ def test_images_that_know_their_channels_are_not_swapped(predictor, tmp_path):
         assert np.array_equal(swapped, predictor.get_image_embedding())
 
 
-def test_parameters_are_those_of_when_it_was_made():
+def test_later_changes_of_the_model_have_no_effect():
     sam = ours(torch_model(), SHALLOW)
     predictor = SamPredictor(sam)
     predictor.set_image(random_image())
@@ -321,14 +321,14 @@ def test_prompts_that_look_like_something_else(predictor, prompt, message):
         ({"point_coords": [[[0.4, 0.5]]], "point_labels": [[1]]}, "are they fractions?"),
         ({"boxes": [[0.1, 0.2, 0.4, 0.5]]}, "are they fractions?"),
         ({"point_coords": [[[9, 9]]], "point_labels": [[-1]]}, "label -1, which is not a point"),
-        # By rounding, or of padding.
+        # Outside only by rounding, or because of padding.
         ({"boxes": [[-0.6, 0, 113.4, 71.9]]}, None),
         ({"point_coords": [[[1, 1], [0, 0]]], "point_labels": [[1, -1]]}, None),
         ({"point_coords": [[[1, 1], [900, 900]]], "point_labels": [[1, -10]]}, None),
     ],
     ids=str,
 )
-def test_coordinates_that_are_hardly_meant_are_warned_of_once(predictor, prompt, message):
+def test_implausible_coordinates_warn_once(predictor, prompt, message):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         predictor.predict_batch(**prompt)
@@ -337,7 +337,7 @@ def test_coordinates_that_are_hardly_meant_are_warned_of_once(predictor, prompt,
         assert re.search(message, str(told[0].message))
 
 
-def test_the_model_s_own_coordinates_are_warned_of_too(predictor):
+def test_implausible_model_coordinates_warn(predictor):
     with pytest.warns(UserWarning, match=r"\(112, 9\), outside; .*model's input .*width 96"):
         predictor.predict_torch([[[112, 9]]], [[1]])
 
@@ -348,7 +348,7 @@ def test_the_model_s_own_coordinates_are_warned_of_too(predictor):
     [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))],
     ids=["copy", "pickle"],
 )
-def test_predictors_and_generators_travel(predictor, copy_of):
+def test_predictors_and_generators_can_be_copied(predictor, copy_of):
     """Copies keep the image that is set."""
     predictor.set_image(random_image())
     again = copy_of(predictor)
@@ -369,7 +369,7 @@ def test_predictors_and_generators_travel(predictor, copy_of):
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_arrays_of_other_libraries(predictor):
-    """Everywhere, as numpy's."""
+    """All functions accept them like numpy's arrays."""
     image, model = torch.tensor(random_image()), predictor.model
     predictor.set_image(random_image())
     expected = predictor.predict(POINTS, LABELS, BOX)

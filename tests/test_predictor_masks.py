@@ -1,4 +1,4 @@
-"""Predictions of `SamPredictor`, compared with those of Meta's, and how often it compiles."""
+"""Compares predictions of `SamPredictor` with Meta's, and counts compilations."""
 
 import dataclasses
 
@@ -60,11 +60,11 @@ PROMPTS = {
 
 
 def test_number_of_compilations(compilations):
-    """Many sizes of images and numbers of points: a few programs, whatever the size."""
+    """Many image sizes and numbers of points need only a few programs."""
     rng = np.random.default_rng(0)
     sizes = [tuple(int(n) for n in rng.integers(20, 500, 2)) for _ in range(10)]
     counts = 1, 2, 3, 7, 8, 10
-    # No other test's model is of this size, so that none of its programs is compiled before.
+    # No other test has a model of this size, so none of its programs is compiled yet.
     config = dataclasses.replace(SHALLOW, image_size=80)
     sam, images = ours(meta_sam(config), config), [random_image(*size) for size in sizes]
     compilations.clear()
@@ -79,7 +79,7 @@ def test_number_of_compilations(compilations):
             masks, _, _ = predictor.predict(coords, np.ones(count, int))
             assert masks.shape == (3, *size)
 
-    # With the point labeled -1 that ends every list without a box.
+    # Plus 1, since every list without a box ends with a point labeled -1.
     lengths = {count_bucket(count + 1) for count in counts}
     shapes = {tuple(map(size_bucket, size)) for size in sizes}
     assert len(compilations) == 1 + len(lengths) + len(shapes)
@@ -88,7 +88,7 @@ def test_number_of_compilations(compilations):
 
 
 @pytest.mark.slow
-def test_number_of_compilations_of_the_rest(compilations):
+def test_number_of_compilations_of_other_methods(compilations):
     """After the first call, nothing compiles for another image or prompt of the same buckets."""
 
     def everything(size, count, points):
@@ -155,7 +155,7 @@ def test_a_stretched_image():
         assert_close(a, e[0], TOLERANCE)
 
 
-def test_lists_serve_as_arrays(predictor):
+def test_lists_work_like_arrays(predictor):
     points, labels = POINTS[1:], LABELS[1:]
     expected = predictor.predict(points, labels, BOX)
     for box in (BOX.tolist(), tuple(BOX), BOX[None]):
@@ -192,13 +192,13 @@ def test_results_have_names(predictor):
         assert masks.shape[:-2] == scores.shape == logits.shape[:-2]
 
 
-def test_results_may_be_written_to(predictor):
+def test_results_are_writable(predictor):
     for result in predictor.predict(POINTS, LABELS):
         assert result.flags.writeable
         assert result.base is None or result.base.size == result.size  # holds no padding
 
 
-def test_jax_arrays_compile_as_numpy_s(predictor, compilations):
+def test_jax_arrays_compile_no_other_programs(predictor, compilations):
     points, labels = np.tile(POINTS[:, None], (1, 3, 1)), np.tile(LABELS[:, None], (1, 3))
     expected = predictor.predict_batch(points, labels)
     given = jnp.asarray(points), jnp.asarray(labels)
@@ -272,7 +272,7 @@ def test_predict_batch(predictor, reference, kind, count):
         scaled["boxes"] = reference.transform.apply_boxes_torch(scaled["boxes"], SIZE)
     expected = reference.predict_torch(**scaled)
     assert_same(found, expected)
-    # The same in pixels of the model's input.
+    # The same, with coordinates in pixels of the model's input.
     arrays = {k: None if v is None else v.numpy() for k, v in scaled.items()}
     assert_same(predictor.predict_torch(**arrays), expected)
 

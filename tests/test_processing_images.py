@@ -1,4 +1,4 @@
-"""Images and segmentation maps as the model takes them, and masks in the size of the images."""
+"""Preprocessing of images and segmentation maps, and resizing of masks to the images' sizes."""
 
 import dataclasses
 import os
@@ -43,7 +43,7 @@ def meta():
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_pixels_are_metas(processor, transforms, meta, size):
+def test_pixels_match_meta(processor, transforms, meta, size):
     image = random_image(*size)
     resized = transforms.ResizeLongestSide(1024).apply_image(image)
     expected = meta.preprocess(torch.tensor(resized).permute(2, 0, 1)).permute(1, 2, 0).numpy()
@@ -56,7 +56,7 @@ def test_pixels_are_metas(processor, transforms, meta, size):
 
 
 @pytest.mark.parametrize("size", [s for s in SIZES if min(s) > 3], ids=str)
-def test_pixels_are_hfs(processor, hf, size):
+def test_pixels_match_hf(processor, hf, size):
     image = Image.fromarray(random_image(*size))
     expected = hf(image, return_tensors="np")
     inputs = processor(image)
@@ -78,7 +78,7 @@ def test_another_image_size_and_statistics(transforms):
 
 
 def test_medsams_images():
-    """Its lines: a square, then the smallest value to 0 and the largest to 1."""
+    """MedSAM resizes to a square, then maps the smallest value to 0 and the largest to 1."""
     config = with_preprocessing(SMALL, "medsam")
     processor = SamProcessor(config)
     image = skimage.data.coffee()[:, :300] // 2 + 20
@@ -101,8 +101,8 @@ def test_medsams_images():
 
 
 @pytest.mark.slow
-def test_medsams_resampling_is_as_close_as_we_say():
-    """PIL's bilinear filter compared with the authors' own inference, on a photo."""
+def test_medsam_resampling_error_is_as_documented():
+    """Compares PIL's bilinear filter with the authors' own inference on a photo."""
     image = skimage.data.coffee()
     medsam = skimage.transform.resize(
         image, (1024, 1024), order=3, preserve_range=True, anti_aliasing=True
@@ -136,7 +136,7 @@ def test_a_hair_thin_image_keeps_a_pixel(small):
 
 
 @pytest.mark.parametrize("size", [(300, 451), (451, 300), (256, 256), (700, 1500), (5, 9)], ids=str)
-def test_segmentation_maps_are_hfs(processor, hf, size):
+def test_segmentation_maps_match_hf(processor, hf, size):
     rng = np.random.default_rng(0)
     image, labels = random_image(*size), rng.integers(0, 200, size, dtype=np.uint8)
     expected = hf(Image.fromarray(image), segmentation_maps=labels, return_tensors="np")["labels"]
@@ -147,7 +147,7 @@ def test_segmentation_maps_are_hfs(processor, hf, size):
 
 
 def test_segmentation_maps_of_stretched_images():
-    """They lie on the model's masks, whose image lost its proportions."""
+    """The maps are stretched like the image, so that they align with the model's masks."""
     labels = np.zeros((300, 451), np.uint8)
     labels[100:200, 150:] = 7
     processor = SamProcessor(with_preprocessing(vit_b(), "medsam"))
@@ -156,7 +156,7 @@ def test_segmentation_maps_of_stretched_images():
     assert np.array_equal(found, np.asarray(expected))
 
 
-def test_segmentation_maps_of_booleans_and_large_numbers(small):
+def test_boolean_and_large_segmentation_maps(small):
     side = small.config.mask_size
     image = random_image(side // 4, side)
     truth = np.zeros(image.shape[:2], bool)
@@ -217,12 +217,12 @@ def test_inputs_are_a_dictionary_with_attributes(small):
 
 # --- masks --------------------------------------------------------------------------------------
 
-# Scaled up and down, not square, odd; a hair.
+# Scaled up and down, not square, odd, one pixel wide.
 MASK_SIZES = [(300, 451), (451, 301), (1024, 1024), (1365, 2047), (77, 33), (1, 60), (255, 513)]
 
 
 def logits(*shape, seed=0):
-    """Smooth logits of scale 10, of either sign, whose edges cross pixels anywhere."""
+    """Smooth logits of scale 10 and either sign, whose edges cross pixels anywhere."""
     coarse = np.random.default_rng(seed).normal(size=(*shape[:-2], shape[-2] // 8, shape[-1] // 8))
     smooth = torch.nn.functional.interpolate(
         torch.tensor(coarse, dtype=torch.float32).reshape(1, -1, *coarse.shape[-2:]),
@@ -233,7 +233,7 @@ def logits(*shape, seed=0):
 
 
 @pytest.mark.parametrize("size", MASK_SIZES, ids=str)
-def test_masks_are_metas_and_hfs(processor, hf, meta, size):
+def test_masks_match_meta_and_hf(processor, hf, meta, size):
     low_res = logits(2, 3, 256, 256)
     sizes = [size], [processor.input_size(size)]
     expected = meta.postprocess_masks(torch.tensor(low_res), sizes[1][0], size).numpy()
@@ -267,7 +267,7 @@ def test_masks_of_several_images(processor, hf):
 
 
 def test_masks_on_an_accelerator_stay_there(small, monkeypatch):
-    """Simulated: they are resized where they are, to the same masks."""
+    """On a simulated accelerator, they are resized where they are, with the same result."""
     low_res, sizes = logits(2, 3, 3, 48, 48), ([(20, 30), (9, 9)], [(64, 96), (96, 96)])
     expected = small.post_process_masks(low_res, *sizes)
     for module in (processing, arrays_module):

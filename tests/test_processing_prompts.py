@@ -25,7 +25,7 @@ from sam_jax.processing import SamProcessor
 
 @pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 @pytest.mark.parametrize("size", [*SIZES, (333, 1023), (1365, 767)], ids=str)
-def test_coordinates_are_metas_and_hfs(processor, transforms, hf, size):
+def test_coordinates_match_meta_and_hf(processor, transforms, hf, size):
     rng = np.random.default_rng(0)
     coords = rng.uniform(-5, 1500, (7, 2))
     boxes = np.sort(rng.uniform(0, 1500, (3, 2, 2)), axis=1).reshape(3, 4)
@@ -66,7 +66,7 @@ POINT, POINTS, BOX = [450, 100], [[450, 100], [20.5, 3]], [10, 20, 300.25, 200]
 )
 @pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
 @pytest.mark.parametrize("count", [1, 2])
-def test_nesting_is_hfs(processor, hf, prompts, count):
+def test_nesting_matches_hf(processor, hf, prompts, count):
     """Equals the reference with return_tensors="pt", for one image and for two."""
     images = [Image.fromarray(random_image(*size)) for size in [(300, 451), (200, 100)][:count]]
     prompts = {name: value * count for name, value in prompts.items()}
@@ -102,7 +102,7 @@ def test_arrays_tuples_and_tensors_nest_as_lists(small):
 
 
 def test_ragged_points_of_two_images(processor, hf):
-    """The one ragged case that the reference knows; it gives the padding coordinates of -10."""
+    """The only ragged case that the reference supports; it pads coordinates with -10."""
     images = [Image.fromarray(random_image(300, 451)), Image.fromarray(random_image(64, 64))]
     points, labels = [POINTS, [[30, 40]]], [[1, 0], [1]]
     expected = hf(
@@ -167,7 +167,7 @@ def test_ragged_boxes(small):
 
 
 @pytest.mark.filterwarnings("ignore:input_.* outside", "ignore:.*label -1")
-def test_a_point_on_the_edge_and_a_box_without_area_are_fine(small):
+def test_edge_points_and_empty_boxes_are_accepted(small):
     prompts = {"input_points": [[[96, 96], [-3, 200]]], "input_boxes": [[[5] * 4]]}
     inputs = small(random_image(96, 96), **prompts)
     assert inputs["input_points"].tolist() == [[[[96, 96], [-3, 200]]]]
@@ -244,8 +244,8 @@ def test_bad_prompts(small, prompts, message):
         small(random_image(300, 451), **prompts)
 
 
-def test_different_numbers_of_prompts_in_one_of_two_images(small):
-    """Padding to the largest number must not hide it."""
+def test_mismatched_prompts_of_one_of_two_images(small):
+    """Padding to the largest number must not hide the mismatch."""
     with pytest.raises(ValueError, match=r"input_points\[0\] are 2 prompts, but there are 1 boxes"):
         small(
             [random_image(30, 40)] * 2,
@@ -292,7 +292,7 @@ def test_a_mask_becomes_logits_and_back(size, resize, image_size):
     assert logits.dtype == np.float32
     assert (logits.min(), logits.max()) == (-20, 20)
     (back,) = processor.post_process_masks([logits[None]], [size], [processor.input_size(size)])
-    # Smaller masks have more of an edge for their area.
+    # Smaller masks have more edge pixels relative to their area.
     assert mask_iou(back[0, 0], mask) > (0.98 if image_size == 1024 else 0.95)
     for same in (mask.astype(np.uint8), 255 * mask.astype(np.uint8), mask.astype(np.float32)):
         assert np.array_equal(processor.mask_to_logits(same), logits)
@@ -303,7 +303,7 @@ def test_a_mask_becomes_logits_and_back(size, resize, image_size):
 
 
 @pytest.mark.parametrize(("size", "cell"), [((256, 256), 4), ((120, 256), 4), ((512, 248), 8)])
-def test_a_pixel_of_a_mask_prompt_is_the_mean_of_what_it_covers(size, cell):
+def test_mask_prompts_are_averaged(size, cell):
     processor = SamProcessor(dataclasses.replace(vit_b(), image_size=256))
     mask = np.random.default_rng(0).random(size) < 0.5
     h, w = (side // cell for side in size)
@@ -325,6 +325,6 @@ def test_a_pixel_of_a_mask_prompt_is_the_mean_of_what_it_covers(size, cell):
         ([[1, 2], [3]], "expected numbers in lists of equal lengths"),
     ],
 )
-def test_what_is_not_a_mask(small, mask, message):
+def test_bad_masks(small, mask, message):
     with pytest.raises(ValueError, match=message):
         small.mask_to_logits(mask)

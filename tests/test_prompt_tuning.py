@@ -15,7 +15,7 @@ import prompt_tuning
 pytestmark = pytest.mark.slow
 
 
-def test_tokens_learn_what_is_annotated(tmp_path, monkeypatch):
+def test_tokens_learn_the_annotations(tmp_path, monkeypatch):
     model = random_sam(SHALLOW)
     cells = prompt_tuning.draw_cells(model, 2, seed=0)
     tokens, losses = prompt_tuning.tune(model, cells, jax.random.key(0), steps=40)

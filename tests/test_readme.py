@@ -20,7 +20,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_quickstart(mobile_sam_file, tmp_path):
-    """It makes README's figure, but for how another matplotlib might draw it, and the photo."""
+    """Makes README's figure, up to differences between matplotlib versions, and the photo."""
     main = runpy.run_path(str(EXAMPLES / "quickstart.py"))["main"]
     main(tmp_path / "quickstart.png")
     made, shown = (
@@ -34,7 +34,7 @@ def test_quickstart(mobile_sam_file, tmp_path):
 
 
 def test_every_point_is_within_the_photo():
-    """README's commands and code are for the photo that comes with it, 512 x 512."""
+    """README's commands and code use the photo that comes with it, 512 x 512 pixels."""
     text = README.read_text()
     points = re.findall(r"--(?:point|box) ([\d,]+)", text) + re.findall(r"\[\[+([\d, ]+)\]\]", text)
     assert len(points) == 6
@@ -71,7 +71,7 @@ def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     names = {}
-    # A few of the 32 x 32 points, since all of them take half a minute.
+    # Uses 4 x 4 points, since the default of 32 x 32 takes half a minute.
     exec(meta.replace("Generator(model)", "Generator(model, points_per_side=4)"), names)
     masks = names["masks"]
     assert masks.shape == (3, 512, 512)
@@ -82,7 +82,7 @@ def test_python_blocks(mobile_sam_file, tmp_path, monkeypatch):
     (same,) = names["masks"]
     assert np.array_equal(same[0], masks)
     assert names["scores"].shape == (1, 1, 3)
-    # Gradients of the whole model take long to compile: a small one stands for MobileSAM.
+    # Gradients of the whole model compile slowly: a small model stands in for MobileSAM.
     jax.config.update("jax_disable_most_optimizations", True)
     small = ours(meta_sam(SMALL_TINY), SMALL_TINY)
     inputs = SamProcessor(small.config)("astronaut.png", input_points=[[[100, 300]]])

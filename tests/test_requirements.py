@@ -1,4 +1,4 @@
-"""Packages of which sam_jax uses internal or unstable parts are capped to a minor version."""
+"""Packages whose internal or unstable parts sam_jax uses are capped to a minor version."""
 
 import re
 import tomllib

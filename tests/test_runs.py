@@ -20,7 +20,7 @@ def test_one_run_works_in_a_folder(tmp_path, other_process):
     message = rf"another run is working in .*new \(process {run.pid} on .+, since \d{{4}}-.*:\d\d\)"
     with pytest.raises(FolderInUseError, match=message), lock_folder(folder):
         pass
-    # Its lock ends with it, even if it cannot clean up.
+    # A killed process loses its lock, although it cannot clean up.
     run.kill()
     run.wait()
     assert len(os.listdir(folder)) == 1
@@ -34,7 +34,7 @@ def test_one_run_works_in_a_folder(tmp_path, other_process):
     assert os.listdir(folder) == []
 
 
-def test_where_the_system_has_no_locks(tmp_path, monkeypatch):
+def test_systems_without_locks(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(95, "Operation not supported")
 
@@ -44,7 +44,7 @@ def test_where_the_system_has_no_locks(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_settings_are_those_of_the_results(tmp_path):
+def test_settings_must_match_the_results(tmp_path):
     file = tmp_path / "settings.json"
     check_or_write_settings(file, {"size": 1, "sides": (2, 3)}, has_results=False)
     check_or_write_settings(file, {"size": 1, "sides": [2, 3]}, has_results=True)

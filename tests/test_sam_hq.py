@@ -1,8 +1,8 @@
 """SAM-HQ: sam_jax against the original (`segment-anything-hq`) and Hugging Face's `SamHQModel`.
 
-Hugging Face's masks are compared by way of the original: the decoder of its `SamHQModel` (5.23)
-upscales the embedding from before the transformer, with rows and columns exchanged. Its weights,
-its encoder and its scores are sound.
+Masks from Hugging Face's weights are compared with the original's, because the decoder of
+`SamHQModel` (5.23) upscales the embedding from before the transformer, with rows and columns
+exchanged. Its weights, encoder and scores are correct.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ HQ = dataclasses.replace(
 HQ_HF = dataclasses.replace(
     HQ, mask_decoder=dataclasses.replace(HQ.mask_decoder, layer_norm_eps=1e-6)
 )
-# Its reference has a grid of 64 written down.
+# The reference hardcodes a grid of 64.
 HQ_TINY = dataclasses.replace(SMALL_TINY, hq=True, image_size=1024)
 WIDE = dataclasses.replace(
     vit_b(),
@@ -65,7 +65,7 @@ PROMPTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def segment_anything_hq(tmp_path_factory):
-    """The original's code, imported from its wheel as it is."""
+    """The original's code, imported from its unmodified wheel."""
     package = PackageMember(
         requirement="segment-anything-hq==0.3",
         sha256="722d6cb9157074f84d83144401216f0dd2ab1ca972a2d1c491c73b20d689d006",
@@ -89,7 +89,7 @@ def model(original):
     return ours(original, HQ)
 
 
-def test_epsilons_are_the_originals(original, model):
+def test_epsilons_match_the_original(original, model):
     assert_same_epsilons(model, original)
 
 
@@ -99,7 +99,7 @@ def encode(model, pixels):
     return embedding[..., :dim], embedding[..., dim:]
 
 
-def test_embeddings_are_the_originals(original, model):
+def test_embeddings_match_the_original(original, model):
     pixels = normal((2, 96, 96, 3), seed=1)
     with torch.no_grad():
         expected, early = original.image_encoder(to_torch(pixels))
@@ -117,7 +117,7 @@ def test_embeddings_are_the_originals(original, model):
 
 
 def torch_decode(original, embedding, early, points, labels, boxes, masks, multimask, **options):
-    """Of one image."""
+    """Decodes one image with the original."""
     prompts = None if points is None else (torch.tensor(points[0]), torch.tensor(labels[0]))
     sparse, dense = original.prompt_encoder(
         points=prompts,
@@ -131,7 +131,7 @@ def torch_decode(original, embedding, early, points, labels, boxes, masks, multi
         "sparse_prompt_embeddings": sparse,
         "dense_prompt_embeddings": dense,
     }
-    if multimask is None:  # all of SAM's masks and its own, apart
+    if multimask is None:  # SAM's masks and the HQ mask, separately
         features = decoder.embedding_encoder(embedding) + decoder.compress_vit_feat(
             early.permute(0, 3, 1, 2)
         )
@@ -146,7 +146,7 @@ def torch_decode(original, embedding, early, points, labels, boxes, masks, multi
     "kind",
     [pytest.param(x, marks=() if x == "points" else pytest.mark.slow) for x in PROMPTS],
 )
-def test_masks_are_the_originals(original, model, kind):
+def test_masks_match_the_original(original, model, kind):
     pixels = normal((1, 96, 96, 3), seed=2)
     prompts = PROMPTS[kind]
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_masks_are_the_originals(original, model, kind):
 
 
 @pytest.mark.slow
-def test_gradients_are_the_originals(original, model):
+def test_gradients_match_the_original(original, model):
     pixels, weights = normal((1, 96, 96, 3), seed=4), normal((2, 4, 48, 48), seed=5)
     for parameter in original.parameters():
         parameter.grad = None
@@ -208,7 +208,7 @@ def test_gradients_are_the_originals(original, model):
 
 
 def ours_of(tensors):
-    """Gradients by our paths."""
+    """A sam_jax model that holds the original's gradients."""
     return build_model(from_torch(tensors, HQ, param_shapes(HQ)), HQ)
 
 
@@ -233,7 +233,7 @@ def test_other_encoders(config):
 
 @pytest.mark.slow
 def test_hugging_faces_folder(tmp_path):
-    """Weights, scores and the best one first; the masks are the original's with its weights."""
+    """Weights and sorted scores match; the masks match the original's with these weights."""
     reference = hf_sam(HQ_HF)
     reference.save_pretrained(tmp_path / "hf")
     model = from_pretrained(tmp_path / "hf")
@@ -256,7 +256,7 @@ def test_hugging_faces_folder(tmp_path):
     original = meta_sam(config)
     original.load_state_dict(torch.load(tmp_path / "meta.pth", weights_only=True))
     for module in original.mask_decoder.transformer.modules():
-        # Of the blocks: the final one's is 1e-5 with Hugging Face, too.
+        # Only in the blocks: the final norm's epsilon is 1e-5 in Hugging Face's model, too.
         for i in (1, 2, 3, 4):
             if hasattr(module, f"norm{i}"):
                 getattr(module, f"norm{i}").eps = 1e-6
@@ -311,7 +311,7 @@ def test_everything_mode_has_the_originals_masks(original, model):
     """The original has one mask per point; sam_jax has that and two more."""
     amg = import_reference("segment_anything_hq").automatic_mask_generator
     options = {"points_per_side": 4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
-    options["box_nms_thresh"] = 1.0  # all stay
+    options["box_nms_thresh"] = 1.0  # keeps every mask
     image = np.random.default_rng(0).integers(0, 256, (64, 90, 3), dtype=np.uint8)
     expected = amg.SamAutomaticMaskGenerator(original, **options).generate(image)
     found = SamAutomaticMaskGenerator(model, **options).generate(image)
@@ -325,7 +325,7 @@ def test_everything_mode_has_the_originals_masks(original, model):
         assert (best["bbox"], best["area"]) == (record["bbox"], record["area"])
 
 
-def test_other_models_have_no_token_of_their_own():
+def test_hq_token_needs_a_sam_hq_model():
     plain = dataclasses.replace(HQ, hq=False)
     with pytest.raises(ValueError, match="hq_token_only is True, but the model is not a SAM-HQ"):
         ours(meta_sam(plain), plain)(
@@ -334,7 +334,7 @@ def test_other_models_have_no_token_of_their_own():
 
 
 @pytest.mark.slow
-def test_its_own_parameters_train(model):
+def test_hq_parameters_train(model):
     trained, rest = partition(model, HQ_ONLY)
     batch = {
         "pixel_values": normal((1, 96, 96, 3), seed=9),

@@ -45,7 +45,7 @@ HQ = dataclasses.replace(SMALL, mask_decoder=SHALLOW.mask_decoder, hq=True)
 
 @pytest.fixture(params=[SHALLOW, TINIEST, HQ], ids=["vit", "tiny_vit", "hq"])
 def model(request):
-    return Sam(request.param, rngs=nnx.Rngs(0))  # Flax's own initializers do not pass
+    return Sam(request.param, rngs=nnx.Rngs(0))  # Flax's own initializers fail under the switches
 
 
 def test_inference(model, strict):
@@ -54,7 +54,7 @@ def test_inference(model, strict):
 
 @pytest.mark.parametrize("model", [SHALLOW], ids=["vit"], indirect=True)
 def test_inference_leaks_no_tracer(model, leaks):
-    """Of one kind: JAX keeps no cache while it looks for leaks, which takes long."""
+    """Only one kind of model: JAX caches nothing while it checks for leaks, which is slow."""
     infer(model)
 
 
@@ -107,7 +107,7 @@ def infer(model):
 
 
 def test_models_leak_no_tracer(model):
-    """What differs from kind to kind, traced alone."""
+    """Traces only the parts that differ between kinds of models."""
     size = model.config.image_size
     prompts = join_prompts(np.ones((1, 3, 1, 2), np.float32), np.ones((1, 3, 1), np.int32), None)
     pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)

@@ -87,7 +87,7 @@ def test_points(image):
     )
     assert tuple(pixels[15, 20]) == GREEN
     assert tuple(pixels[40, 60]) == RED
-    assert tuple(pixels[30, 40]) == (100, 100, 100)  # no point of the image
+    assert tuple(pixels[30, 40]) == (100, 100, 100)  # padding is not drawn
     assert tuple(pixels[59, 79]) == GREEN
     ring = pixels[15, 10:31]
     assert (ring == 255).all(-1).sum() == 2
@@ -139,7 +139,7 @@ def test_an_image_of_one_pixel():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_does_not_fit_is_refused(image, options, message):
+def test_bad_inputs(image, options, message):
     with pytest.raises(ValueError, match=message):
         overlay(image, **options)
 
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused(image, options, message):
 
 @pytest.fixture
 def axes(image):
-    """Axes that fill a figure of the image's size, so that pixels are pixels."""
+    """Axes that fill a figure of the image's size, so that its pixels are the image's."""
     figure = Figure(figsize=(8, 6), dpi=10)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -164,8 +164,8 @@ def drawn(axes):
 
 
 @pytest.mark.slow
-def test_the_module_chooses_no_backend():
-    """That is up to the caller, in notebooks and in scripts."""
+def test_import_chooses_no_backend():
+    """The caller chooses it, in notebooks and in scripts."""
     program = (
         "import sys, sam_jax.visualize as v; v.show_box([0, 0, 1, 1], type('Axes', (), {"
         "'add_patch': print})()); assert 'matplotlib.pyplot' not in sys.modules"
@@ -217,6 +217,6 @@ def test_show_box(axes):
         (lambda axes: show_box([3, 2, 1, 4], axes), r"box have \[3.0, 2.0, 1.0, 4.0\]"),
     ],
 )
-def test_axes_refuse_what_does_not_fit(axes, draw, message):
+def test_axes_refuse_bad_inputs(axes, draw, message):
     with pytest.raises(ValueError, match=message):
         draw(axes)

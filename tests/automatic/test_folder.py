@@ -7,11 +7,11 @@ def test_two_images_of_one_name(photos):
     (photos / "wide.jpg").write_bytes((photos / "wide.png").read_bytes())
     with pytest.raises(ValueError, match=r"would both be written as 'wide'"):
         find_images([photos])
-    # The same file twice is one.
+    # The same file, given twice, counts once.
     assert find_images([photos / "tall.png"] * 2) == [photos / "tall.png"]
 
 
-def test_a_folder_with_folders_alone(tmp_path):
+def test_a_folder_with_only_folders(tmp_path):
     (tmp_path / "inner").mkdir()
     with pytest.raises(ValueError, match=r"no image in .*; skipped subfolders, which"):
         find_images([tmp_path])

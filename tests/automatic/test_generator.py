@@ -32,7 +32,7 @@ amg = torch_reference.import_reference("segment_anything")
 
 
 class Remembered(torch.nn.Module):
-    """An image encoder that encodes no image twice: PyTorch takes seconds for each."""
+    """Caches the embeddings of an image encoder: PyTorch takes seconds for each."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -77,7 +77,7 @@ def photo(name):
     ],
     ids=str,
 )
-def test_records_are_metas(mobile, name, options):
+def test_records_match_meta(mobile, name, options):
     options = {"points_per_side": 4, **options}
     torch_sam, model = mobile
     expected = amg.SamAutomaticMaskGenerator(torch_sam, **options).generate(photo(name))
@@ -105,7 +105,7 @@ FURTHER_OPTIONS = (
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
-def test_options_are_metas(options):
+def test_options_match_meta(options):
     torch_sam, model = small()
     options = {**ALL, "points_per_side": 6, **options}
     image = random_image(120, 160)
@@ -120,7 +120,7 @@ def test_options_are_metas(options):
 
 @pytest.mark.slow
 def test_a_stretched_image():
-    """MedSAM's preprocessing, also of crops: the masks are the predictor's."""
+    """With MedSAM's preprocessing, the masks match the predictor's, also in crops."""
     model = ours(small()[0], with_preprocessing(SHALLOW, "medsam"))
     image, predictor = random_image(70, 110), SamPredictor(model)
     grids = [np.array([[0.3, 0.6]]), np.array([[0.5, 0.5]])]
@@ -143,7 +143,7 @@ def test_a_stretched_image():
 
 
 @pytest.mark.slow
-def test_a_batch_is_as_one_at_a_time():
+def test_a_batch_matches_single_images():
     images = [random_image(50, 200, 1), random_image(130, 90, 2), random_image(96, 96, 3)]
     some = generator(crop_n_layers=1)
     for actual, image in zip(some.generate_batch(images), images, strict=True):
@@ -162,7 +162,7 @@ def test_batches_are_read_and_yielded_one_by_one():
     some = generator()
     for i, records in enumerate(some.generate_batch(images())):
         assert_same_records(records, some.generate(random_image(40, 50, i)), exact=True)
-        # One is worked on, and one read ahead.
+        # One image is being processed, and one is read ahead.
         assert len(taken) <= i + 3
     assert taken == [*range(6)]
 
@@ -171,8 +171,8 @@ def test_batches_are_read_and_yielded_one_by_one():
     ("layers", "expected"),
     [(0, "found found given found given given"), (1, "found given found given found given")],
 )
-def test_an_image_is_told_before_it_is_given(layers, expected):
-    """Once each, crops or not: progress is shown while the masks of the next are looked for."""
+def test_the_callback_comes_before_the_records(layers, expected):
+    """Once per image, with or without crops: progress shows while the next image is processed."""
     events = []
     images = (random_image(40, 50, i) for i in range(3))
     some = generator(crop_n_layers=layers, points_per_side=2)
@@ -190,7 +190,7 @@ def test_an_error_comes_after_the_images_before_it():
         next(batch)
 
 
-def test_a_batch_that_is_not_wanted_to_its_end_stops():
+def test_a_batch_can_be_closed_early():
     batch = generator().generate_batch(random_image(40, 50) for _ in range(10**9))
     assert next(batch)
     batch.close()
@@ -256,7 +256,7 @@ print("same")
 
 
 @pytest.mark.slow
-def test_eight_devices_are_as_one():
+def test_eight_devices_match_one():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     assert printed(DEVICES, XLA_FLAGS=flags, JAX_PLATFORMS="cpu") == "same\n"
 
@@ -280,7 +280,7 @@ print(json.dumps([jax.config.jax_enable_x64, sorted(new), tests.found_in_an_imag
 
 
 @pytest.mark.slow
-def test_with_64_bits_all_is_the_same():
+def test_64_bits_change_nothing():
     enabled, new, (dtypes, scores, records) = json.loads(printed(X64, JAX_ENABLE_X64="1"))
     assert enabled
     assert new == ["float32", "int32"]  # the latter counts a batch norm's batches
@@ -291,7 +291,7 @@ def test_with_64_bits_all_is_the_same():
     assert_same_records(records, expected, exact=True)
 
 
-def test_a_saved_embedding_serves_for_the_image():
+def test_a_saved_embedding_replaces_the_image():
     image = random_image(70, 110)
     predictor = SamPredictor(small()[1])
     predictor.set_image(image)
@@ -301,7 +301,7 @@ def test_a_saved_embedding_serves_for_the_image():
         embedding, (70, 110), on_batch=lambda *step: steps.append(step)
     )
     assert_same_records(actual, generator().generate(image), exact=True)
-    # 36 points are one batch; then their masks come, 16 at a time.
+    # 36 points fit into one batch; their masks follow, 16 at a time.
     assert steps[0] == (1, 1)
     assert steps[1:] == [(1, 1)] * -(-len(actual) // 16)
     with pytest.raises(ValueError, match="crop_n_layers is 1, and crops need the image"):
@@ -311,7 +311,7 @@ def test_a_saved_embedding_serves_for_the_image():
 
 
 @pytest.mark.slow
-def test_what_on_batch_raises_ends_the_work(monkeypatch):
+def test_an_error_in_on_batch_stops_the_work(monkeypatch):
     """No other batch is computed."""
     predictor = SamPredictor(small()[1])
     predictor.set_image(random_image(70, 110))
@@ -345,7 +345,7 @@ def test_another_image_compiles_nothing(compilations):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_checkpoint_s_name_is_not_a_model():
+def test_a_name_is_not_a_model():
     with pytest.raises(TypeError, match="model is 'mobile_sam', expected a Sam, such as"):
         SamAutomaticMaskGenerator("mobile_sam")
 
@@ -359,7 +359,7 @@ def test_other_kinds_of_images(tmp_path):
 
 
 def with_ious(scale, bias):
-    """The small model with other predicted IoUs; random ones are not from 0 to 1."""
+    """The small model with changed predicted IoUs, which random weights do not keep in 0 to 1."""
     model = nnx.clone(small()[1])
     last = model.mask_decoder.iou_prediction_head.layers[-1]
     last.kernel[...] *= scale
@@ -383,7 +383,7 @@ def test_nothing_survives(options):
 
 
 def test_masks_at_a_limit():
-    """As in Meta's code: a predicted IoU must be larger, a stability may be equal."""
+    """As in Meta's code, a predicted IoU must exceed its limit; a stability may equal it."""
     model = with_ious(0.1, 0.5)
 
     def values(name, **limits):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 HF = dataclasses.replace(
     SHALLOW, mask_decoder=dataclasses.replace(SHALLOW.mask_decoder, layer_norm_eps=1e-6)
 )
-# Random weights: all masks pass.
+# With these thresholds, all masks of random weights pass.
 ALL = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_crop": 5}
 
 
@@ -43,7 +43,7 @@ def reference():
     ],
     ids=str,
 )
-def test_results_are_hugging_faces(model, reference, options):
+def test_results_match_hugging_face(model, reference, options):
     image = Image.fromarray(random_image(80, 120))
     options = {**ALL, **options, "output_rle_mask": True, "output_bboxes_mask": True}
     expected = reference(image, **options)
@@ -60,7 +60,7 @@ def test_results_are_hugging_faces(model, reference, options):
         assert type(rle["counts"]) is list
 
 
-def test_an_image_is_turned_as_its_exif_says(model, reference):
+def test_exif_orientation_is_applied(model, reference):
     image = Image.fromarray(random_image(80, 120))
     image.getexif()[ExifTags.Base.Orientation] = 6
     expected = reference(image, **ALL)
@@ -70,7 +70,7 @@ def test_an_image_is_turned_as_its_exif_says(model, reference):
         np.testing.assert_allclose(actual["scores"], expected["scores"], atol=1e-4)
 
 
-def test_an_opened_file_of_more_than_8_bits_is_refused_before_it_is_turned(model, tmp_path):
+def test_opened_files_of_more_than_8_bits_are_refused(model, tmp_path):
     with (
         Image.open(write_deep(tmp_path / "deep.png", "png_color")) as image,
         pytest.raises(TypeError, match="more than 8 bits per channel"),
@@ -100,7 +100,7 @@ def test_nothing_survives(model):
     assert result["bounding_boxes"].shape == (0, 4)
 
 
-def test_what_cannot_be(model):
+def test_bad_arguments(model):
     with pytest.raises(ValueError, match="task is 'depth-estimation', expected 'mask-generation'"):
         pipeline("depth-estimation")
     with pytest.raises(TypeError, match=r"unknown options points_per_side; known: points_per_batc"):
@@ -136,7 +136,7 @@ def test_bad_values_are_named_as_they_were_given(model, options, message):
         pipeline(model=model)(random_image(4, 5), **options)
 
 
-def test_help_says_how_hugging_faces_pipeline_differs():
+def test_help_lists_differences_from_hugging_face():
     text = inspect.getdoc(sam_jax.pipeline)
     for word in ("crops", "batch_size", "num_workers", "timeout", "max_hole_area", "device"):
         assert word in text

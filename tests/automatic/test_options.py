@@ -6,9 +6,9 @@ from everything import GRID, amg, generator
 from sam_jax import SamAutomaticMaskGenerator
 
 
-def test_arguments_are_metas():
-    """Their names, order and defaults, also as `help` and notebooks show them."""
-    ours = ("mesh", "runtime")  # by name only
+def test_arguments_match_meta():
+    """Names, order and defaults match, also in the signature that `help` and notebooks show."""
+    ours = ("mesh", "runtime")  # keyword-only
 
     def arguments(generator):
         parameters = inspect.signature(generator).parameters
@@ -67,6 +67,6 @@ def test_arguments_are_metas():
     ],
     ids=str,
 )
-def test_arguments_that_cannot_be(options, message):
+def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         generator(**options)

@@ -6,7 +6,7 @@ from sam_jax.automatic.overlap import one_ahead, one_behind
 
 
 def test_one_ahead():
-    """An item is produced while the one before is worked on."""
+    """An item is produced while the previous one is processed."""
     with ThreadPoolExecutor(1) as host:
         assert list(one_ahead(iter("abc"), host)) == ["a", "b", "c"]
         assert list(one_ahead(iter(()), host)) == []

@@ -22,7 +22,7 @@ from sam_jax.automatic.results import Results
 pytestmark = pytest.mark.slow
 
 
-# In a process of its own, since starting nodes forks it, which JAX does not bear.
+# Runs in its own process, since starting nodes forks it, which JAX does not support.
 CLUSTER = """
 from ray.cluster_utils import Cluster
 
@@ -34,7 +34,7 @@ cluster.shutdown()
 """
 
 
-# What kills its worker, and an error of Python's: a `Results` of its own, which Ray pickles.
+# `Results`, which Ray pickles, that kill their worker at one image, or raise a Python error.
 POISONED = """
 import os, sys
 from pathlib import Path
@@ -69,7 +69,7 @@ for names, breaks in ((names, False), (names[-1:], True)):
 
 
 def ray_workers():
-    """The processes of Ray's actors, by what they call themselves."""
+    """Process ids of Ray's workers, found by their process titles."""
     workers = []
     for status in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -82,8 +82,8 @@ def ray_workers():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
-    """Ray Data on a cluster of two nodes: every image once, though a worker is lost."""
+def test_two_machines_with_a_killed_worker(model, photos, tmp_path):
+    """A Ray cluster of two nodes writes every image once, although a worker is killed."""
     for i in range(20):
         Image.fromarray(random_image(40, 50, seed=i)).save(photos / f"more_{i:02}.png")
     (photos / "bad.png").write_text("no image")
@@ -128,7 +128,7 @@ def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
     names = [image["file_name"] for image in coco["images"]]
     assert len(names) == len(set(names)) == 23
 
-    # An image that kills its worker is tried three times; the others and the causes are there.
+    # An image that kills its worker is tried three times. The others succeed; errors have causes.
     lines = [line for line in outcome.splitlines() if line != "image" and "raylet" not in line]
     assert outcome.splitlines().count("image") == 4
     (bad,) = (line for line in lines if line.startswith(f"{photos / 'bad.png'} "))
@@ -154,7 +154,7 @@ def test_two_machines_of_which_a_worker_is_killed(model, photos, tmp_path):
     assert json.loads((parts / "wide.json").read_text()) == expected
 
 
-def test_ray_is_asked_for_by_one_address(run):
+def test_ray_takes_one_address(run):
     assert "--ray is 'a b', expected one address or none" in run("--ray", "a", "b")[0]
 
 

@@ -8,14 +8,14 @@ IMAGE = np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)
 CROP = Crop((20, 30), (4, 5, 14, 17), np.array([[0.5, 0.25], [1, 0]]), IMAGE, None, [])
 
 
-def test_a_crop_s_pixels_and_points():
+def test_pixels_and_points_of_a_crop():
     """Boxes are x0, y0, x1, y1, sizes (h, w), and points (x, y) in the crop."""
     assert CROP.size == (12, 10)
     np.testing.assert_array_equal(CROP.pixels, IMAGE[5:17, 4:14])
     np.testing.assert_array_equal(CROP.points, [[5, 3], [10, 0]])
 
 
-def test_a_record_s_point_is_in_the_image():
+def test_points_are_in_the_images_coordinates():
     survivors = Survivors(
         point=np.array([1, 0]),
         mask_index=np.array([2, 1]),

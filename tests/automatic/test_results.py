@@ -71,7 +71,7 @@ def test_coco(run, expected, tmp_path):
             assert annotation["iscrowd"] == 0
             np.testing.assert_array_equal(coco.annToMask(annotation), record["segmentation"])
     assert len(coco.getImgIds()) == 3
-    # Scores and segments are results to pycocotools, too.
+    # pycocotools can also load the annotations as results, with scores.
     assert len(coco.loadRes(coco.dataset["annotations"]).anns) == masks
 
 
@@ -98,7 +98,7 @@ def test_polygons(run, expected, tmp_path):
 
 
 def test_small_and_empty_masks(photos, tmp_path):
-    """A mask of one pixel is one pixel wide; of an empty one there is no polygon."""
+    """A mask of one pixel is one pixel wide; an empty mask has no polygon."""
     masks = np.zeros((2, *SIZES["small"]), bool)
     masks[0, 7, 9] = True
     image = np.zeros((*SIZES["small"], 3), np.uint8)
@@ -118,7 +118,7 @@ def test_small_and_empty_masks(photos, tmp_path):
 
 
 def test_all_parts_are_joined(run, photos, tmp_path):
-    """Also those of earlier runs, with the same ids."""
+    """Parts of earlier runs are included, and keep their ids."""
     run("--format", "coco", inputs=[photos / "wide.png", photos / "small.png"])
     file = tmp_path / "out/annotations.json"
     first = json.loads(file.read_text())
@@ -133,7 +133,7 @@ def test_all_parts_are_joined(run, photos, tmp_path):
     ids = [annotation["id"] for annotation in second["annotations"]]
     assert ids == list(range(1, len(ids) + 1))
 
-    # Of what is damaged or gone the ids are given to nothing else, and it is said.
+    # A warning names a damaged part. Its ids are not reused.
     (tmp_path / "out/parts/small.json").write_text("{")
     message, printed = run("--format", "coco", inputs=[photos / "tall.png"])
     assert message is None
@@ -149,7 +149,7 @@ def test_all_parts_are_joined(run, photos, tmp_path):
 @pytest.mark.parametrize(
     "ids", ["[", "5", '[["small"]]', '[["small", -5], ["wide", 0]]', "[" * 500], ids=str
 )
-def test_damaged_ids_are_made_again(run, tmp_path, ids):
+def test_damaged_ids_are_recreated(run, tmp_path, ids):
     run("--format", "coco")
     before = (tmp_path / "out/annotations.json").read_bytes()
     (tmp_path / "out/ids.json").write_text(ids)
@@ -195,7 +195,7 @@ def test_other_settings_are_refused(run, tmp_path):
     )
     message, _ = run("--format", "coco")
     assert "format was 'png', now 'coco'" in message
-    assert run("--points-per-batch", "5")[0] is None  # which changes no result
+    assert run("--points-per-batch", "5")[0] is None  # changes no result
     (tmp_path / "out/sam_jax.json").write_text("[")
     assert "has results, but their sam_jax.json cannot be read" in run()[0]
 

@@ -1,4 +1,4 @@
-"""Paths and short names, and the cache of downloads, without a network."""
+"""Paths, short names, and the download cache, without a network."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ from sam_jax.checkpoints.download import MODELS, cached_path, resolve
 
 @pytest.fixture
 def origins(monkeypatch):
-    """Stands for the network: what each origin does, and a list of those that were asked."""
+    """Replaces the network: sets what each origin does, and lists the origins that were asked."""
 
     def gives(content):
         def fetch(incomplete):
@@ -67,7 +67,7 @@ def test_existing_paths_are_returned_as_they_are(tmp_path, monkeypatch):
     assert resolve("~/x.pth") == tmp_path / "x.pth"
 
 
-def test_a_short_name_is_the_model_whatever_folders_there_are(tmp_path, monkeypatch, toy, origins):
+def test_short_names_take_precedence_over_folders(tmp_path, monkeypatch, toy, origins):
     (tmp_path / "toy").mkdir()
     monkeypatch.chdir(tmp_path)
     origins.hub = origins.gives(CONTENT)
@@ -103,7 +103,7 @@ def test_an_address_is_not_a_path():
 
 
 @pytest.mark.parametrize("name", ["vit_x", "", "owner/na me"])
-def test_an_unknown_name_lists_what_is_known(name):
+def test_unknown_names_list_the_known_ones(name):
     with pytest.raises(ValueError, match=r"Unknown model .*mobile_sam, vit_b, vit_l, vit_h.*owner"):
         resolve(name)
 
@@ -150,7 +150,7 @@ def test_when_every_origin_fails(toy, origins, cache):
     assert not cached_path(toy).exists()
 
 
-def test_another_file_than_the_registered_one(toy, origins, cache):
+def test_a_wrong_sha256_is_refused(toy, origins, cache):
     origins.hub = origins.gives(b"other weigh")
     other = hashlib.sha256(b"other weigh").hexdigest()
     with pytest.raises(ConnectionError, match=f"sha256 is {other}, expected {toy.sha256}"):
@@ -160,7 +160,7 @@ def test_another_file_than_the_registered_one(toy, origins, cache):
     assert resolve("toy").read_bytes() == CONTENT
 
 
-def test_an_interrupted_download_leaves_nothing_that_looks_whole(toy, origins, cache):
+def test_interrupted_downloads_stay_incomplete(toy, origins, cache):
     origins.hub = origins.raises(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         resolve("toy")
@@ -187,7 +187,7 @@ def test_a_cached_file_is_checked_when_it_has_changed(toy, origins, capsys, monk
     damaged, fetched = capsys.readouterr().err.splitlines()
     assert damaged == f"sam_jax: {path} is damaged; downloading it again"
     assert fetched.startswith("sam_jax: downloading toy.pt")
-    path.write_bytes(CONTENT)  # a copy by hand
+    path.write_bytes(CONTENT)  # copied by hand
     assert resolve("toy") == path
     assert origins.asked == ["hub", "hub"]
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
@@ -197,7 +197,7 @@ def test_a_cached_file_is_checked_when_it_has_changed(toy, origins, capsys, monk
         resolve("toy")
 
 
-def test_of_a_download_that_broke_off_it_is_told_what_is_kept(toy, origins):
+def test_failed_downloads_say_what_is_kept(toy, origins):
     origins.hub = origins.index = origins.raises(
         type("ReadTimeout", (Exception,), {})("timed\nout")
     )
@@ -211,7 +211,7 @@ def test_of_a_download_that_broke_off_it_is_told_what_is_kept(toy, origins):
     ]
 
 
-def test_of_two_downloads_at_once_one_waits_for_the_other(toy, origins, cache):
+def test_second_download_waits_for_the_first(toy, origins, cache):
     started, proceed = threading.Event(), threading.Event()
 
     def slow(incomplete):
@@ -230,7 +230,7 @@ def test_of_two_downloads_at_once_one_waits_for_the_other(toy, origins, cache):
     assert files_below(cache) == [cached_path(toy)]
 
 
-def test_a_model_that_no_hub_has(cache, toy, monkeypatch, origins):
+def test_a_model_that_is_not_on_the_hub(cache, toy, monkeypatch, origins):
     monkeypatch.setitem(MODELS, "toy", dataclasses.replace(toy, hub_repository=None, hub_path=None))
     origins.index = origins.gives(CONTENT)
     assert resolve("toy").read_bytes() == CONTENT

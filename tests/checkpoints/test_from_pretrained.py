@@ -18,7 +18,7 @@ from sam_jax import CheckpointError, SamProcessor, from_pretrained, save_pretrai
 from sam_jax.checkpoints import load_config, load_params, write_checkpoint
 from sam_jax.checkpoints.params import flat_params
 
-# Shapes do not tell the number of the decoder's heads; files without a configuration have 8.
+# Shapes do not determine the decoder's number of heads; without a configuration, it is 8.
 META = dataclasses.replace(SMALL, mask_decoder=dataclasses.replace(SMALL.mask_decoder, num_heads=8))
 HF = dataclasses.replace(
     META, mask_decoder=dataclasses.replace(META.mask_decoder, layer_norm_eps=1e-6)
@@ -75,7 +75,7 @@ def test_hugging_face_folder(hf, tmp_path, kind):
 
 
 def test_hugging_face_file(hf, tmp_path):
-    """With a config.json next to it, and without: then the shapes determine it."""
+    """Without a config.json next to it, the shapes determine the configuration."""
     hf.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     assert_same_model(from_pretrained(file), ours(hf, HF))
@@ -83,7 +83,7 @@ def test_hugging_face_file(hf, tmp_path):
     assert_same_model(from_pretrained(file), ours(hf, HF))
 
 
-def test_preprocessor_of_a_folder(hf, tmp_path):
+def test_preprocessor_in_a_folder(hf, tmp_path):
     hf.save_pretrained(tmp_path)
     values = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 1.0]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
@@ -93,8 +93,8 @@ def test_preprocessor_of_a_folder(hf, tmp_path):
 
 
 @pytest.mark.parametrize("files", ["processor", "preprocessor", "both"])
-def test_what_transformers_saves_of_images(hf, tmp_path, files):
-    """In a file of the processor's, or one of the image processor's; in both, as it reads them."""
+def test_preprocessors_saved_by_transformers(hf, tmp_path, files):
+    """In the processor's file, the image processor's, or both, as transformers reads them."""
     hf.save_pretrained(tmp_path)
     size = {"size": {"longest_edge": 96}, "pad_size": {"height": 96, "width": 96}}
     image_processor = SamImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.25] * 3, **size)
@@ -111,7 +111,7 @@ def test_what_transformers_saves_of_images(hf, tmp_path, files):
 
 
 def test_pruned_hugging_face_model(tmp_path):
-    """SlimSAM: an MLP that is not a multiple of the width, narrow heads."""
+    """SlimSAM has narrow heads, and an MLP size that is not a multiple of the width."""
     encoder = dataclasses.replace(HF.image_encoder, embed_dim=42, num_heads=3, mlp_dim=174)
     config = dataclasses.replace(HF, image_encoder=encoder)
     model = hf_sam(config)
@@ -201,7 +201,7 @@ def test_folders_that_are_not_checkpoints(hf, tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"learning_rate": 0.1}, {"model_type": "bert"}, {}])
-def test_a_config_of_something_else_next_to_a_file_is_left_alone(hf, tmp_path, values):
+def test_an_unrelated_config_next_to_a_file_is_ignored(hf, tmp_path, values):
     hf.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": "other"}))
@@ -209,9 +209,7 @@ def test_a_config_of_something_else_next_to_a_file_is_left_alone(hf, tmp_path, v
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "{", "", "[" * 1000, " " * (2**20 + 1)])
-def test_a_config_that_is_invalid_next_to_a_file_is_left_alone_with_a_warning(
-    hf, tmp_path, content
-):
+def test_an_invalid_config_next_to_a_file_warns(hf, tmp_path, content):
     hf.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(content)
     with pytest.warns(UserWarning, match=r"config\.json .*; the configuration is inferred"):
@@ -221,7 +219,7 @@ def test_a_config_that_is_invalid_next_to_a_file_is_left_alone_with_a_warning(
 
 
 @pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
-def test_a_preprocessor_that_is_none_is_named(hf, tmp_path, name):
+def test_a_bad_preprocessor_is_named(hf, tmp_path, name):
     hf.save_pretrained(tmp_path)
     (tmp_path / name).write_text("[1, 2]")
     with pytest.raises(CheckpointError, match=rf"{name} is \[1, 2\], expected names and values"):
@@ -240,7 +238,7 @@ def test_a_preprocessor_that_is_none_is_named(hf, tmp_path, name):
     ],
 )
 @pytest.mark.parametrize("kind", ["pth", "safetensors", "hf"])
-def test_a_common_prefix_is_left_out(meta, hf, tmp_path, kind, prefix, left_out):
+def test_a_common_prefix_is_removed(meta, hf, tmp_path, kind, prefix, left_out):
     source, config, path = meta, META, tmp_path / f"sam.{kind}"
     if kind == "hf":
         source, config, path = hf, HF, tmp_path
@@ -260,7 +258,7 @@ def test_a_common_prefix_is_left_out(meta, hf, tmp_path, kind, prefix, left_out)
         np.testing.assert_array_equal(params[name], value, err_msg=name)
 
 
-def test_weights_with_nan_or_infinity_are_refused_by_name(meta, tmp_path):
+def test_weights_with_nan_or_infinity_are_refused(meta, tmp_path):
     tensors = {name: tensor.clone() for name, tensor in meta.state_dict().items()}
     tensors["image_encoder.neck.0.weight"][0, 0] = float("nan")
     tensors["mask_decoder.iou_token.weight"][0, 1] = float("-inf")
@@ -282,7 +280,7 @@ def test_a_pipe_is_not_waited_for(hf, tmp_path, name):
         index = {"weight_map": {"w": name}}
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     os.mkfifo(tmp_path / name)
-    if name == "config.json":  # as if there were none
+    if name == "config.json":  # ignored
         assert load_config(tmp_path) == HF
         return
     path = tmp_path / name if name.startswith("sam") else tmp_path
@@ -291,12 +289,12 @@ def test_a_pipe_is_not_waited_for(hf, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_hugging_face_loads_what_we_write(meta, tmp_path):
-    """Meta's weights in Hugging Face's names, and the same masks from its model."""
+def test_hugging_face_loads_written_checkpoints(meta, tmp_path):
+    """Hugging Face's model gives the same masks with Meta's weights, renamed."""
     torch.save(meta.state_dict(), tmp_path / "sam.pth")
     params, config = load_params(tmp_path / "sam.pth")
     write_checkpoint(tmp_path / "hf/model.safetensors", params, config=config, fmt="hf")
-    # The decoder's heads stand in the configuration, and Meta's epsilon too.
+    # The configuration has the decoder's number of heads and Meta's epsilon.
     theirs, report = transformers.SamModel.from_pretrained(
         tmp_path / "hf", output_loading_info=True
     )
@@ -325,7 +323,7 @@ def test_a_write_that_fails_leaves_nothing(meta, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             write_checkpoint(tmp_path / "hf/model.safetensors", params, config=config, fmt="hf")
     assert list((tmp_path / "hf").iterdir()) == []
-    # What a kill would have left there is in nobody's way.
+    # What a killed process left there does not block a new write.
     write_checkpoint(tmp_path / "killed/model.safetensors", params, config=config, fmt="hf")
     assert load_config(tmp_path / "killed") == config
 
@@ -338,8 +336,8 @@ def test_a_write_that_fails_leaves_nothing(meta, tmp_path, monkeypatch):
         "mask_decoder.iou_prediction_head.layers.100000000.weight",
     ],
 )
-def test_a_forged_index_is_left_over(meta, tmp_path, name):
-    """It does not make a model of so many layers."""
+def test_a_forged_layer_index_is_refused(meta, tmp_path, name):
+    """A forged index does not make a model of that many layers."""
     torch.save({**meta.state_dict(), name: torch.zeros(1)}, tmp_path / "sam.pth")
     message = rf"\(1 problems\):\n  unexpected: {re.escape(name)} \(1,\)$"
     with pytest.raises(CheckpointError, match=message):
@@ -376,7 +374,7 @@ def test_a_configuration_of_too_many_layers(hf, tmp_path, kind, part, name, valu
 
 
 def test_model_and_processor_agree_on_a_folder(meta, tmp_path):
-    """Both infer it from the shapes of Meta's tensors, whatever file is next to them."""
+    """Both infer it from the shapes of Meta's tensors, whatever config.json says."""
     save_file(meta.state_dict(), tmp_path / "model.safetensors")
     transformers.SamConfig().save_pretrained(tmp_path)
     assert load_config(tmp_path) == load_params(tmp_path)[1]
@@ -401,7 +399,7 @@ def test_nothing_is_overwritten(meta, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "sam.pth"]
 
 
-def test_medsams_preprocessing_is_asked_for_and_kept(tmp_path, meta, unchecked):
+def test_medsam_preprocessing_is_kept(tmp_path, meta, unchecked):
     torch.save(meta.state_dict(), tmp_path / "medsam.pth")
     model = from_pretrained(tmp_path / "medsam.pth", preprocessing="medsam")
     assert (model.config.resize, model.config.normalization) == ("square", "min_max")

@@ -21,12 +21,12 @@ PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
 
 
 def with_hf_norm(config):
-    """The same, with the epsilon that Hugging Face's mask decoder has by default."""
+    """The configuration with the default epsilon of Hugging Face's mask decoder."""
     decoder = dataclasses.replace(config.mask_decoder, layer_norm_eps=1e-6)
     return dataclasses.replace(config, mask_decoder=decoder)
 
 
-def test_hugging_face_has_no_place_for_medsams_preprocessing():
+def test_hf_configs_cannot_hold_medsam_preprocessing():
     config = with_preprocessing(vit_b(), "medsam")
     assert with_preprocessing(vit_b(), None) == vit_b()
     assert SamConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -37,7 +37,7 @@ def test_hugging_face_has_no_place_for_medsams_preprocessing():
 # --- Hugging Face -------------------------------------------------------------------------------
 
 
-def test_defaults_are_hfs():
+def test_defaults_match_hf():
     expected = with_hf_norm(vit_b())
     assert from_hf(transformers.SamConfig().to_dict()) == expected
     assert from_hf({}) == expected
@@ -52,13 +52,13 @@ def test_hf_round_trip(make):
 
 
 def hf_values(config: SamConfig) -> dict:
-    """`transformers` understands sam_jax's `config.json` and writes the same."""
+    """The values after `transformers` has read and written sam_jax's."""
     values = {name: part for name, part in to_hf(config).items() if name in PARTS}
     return transformers.SamConfig(**values).to_dict()
 
 
 @pytest.mark.parametrize("config", [vit_b(), vit_l(), vit_h(), SMALL], ids=["b", "l", "h", "small"])
-def test_round_trip_by_way_of_transformers(config):
+def test_round_trip_through_transformers(config):
     theirs = hf_values(config)
     assert from_hf(json.loads(json.dumps(theirs))) == config
     for part in PARTS:
@@ -66,7 +66,7 @@ def test_round_trip_by_way_of_transformers(config):
             assert theirs[part][name] == value
 
 
-def test_config_of_a_real_size_is_the_references():
+def test_full_size_config_matches_the_reference():
     """`SamVisionConfig`'s fields of facebook/sam-vit-huge."""
     vision = transformers.models.sam.SamVisionConfig(
         hidden_size=1280,
@@ -91,7 +91,7 @@ def test_nearly_empty_config_of_slim_sam():
 
 
 def test_global_blocks_beyond_the_last_layer():
-    """The default has some; transformers takes no notice of them."""
+    """The default has such blocks, and transformers ignores them."""
     theirs = transformers.models.sam.SamVisionConfig(num_hidden_layers=6)
     assert tuple(theirs.global_attn_indexes) == (2, 5, 8, 11)
     config = from_hf({"vision_config": theirs.to_dict()})
@@ -143,7 +143,7 @@ def test_statistics_of_pixels():
     ],
     ids=str,
 )
-def test_preprocessors_that_cannot_be(preprocessor, message):
+def test_bad_preprocessors(preprocessor, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         from_hf({}, preprocessor)
 
@@ -178,17 +178,17 @@ def test_preprocessors_that_cannot_be(preprocessor, message):
     ],
     ids=str,
 )
-def test_from_hf_refuses_what_sam_does_not_have(values, message):
+def test_from_hf_refuses_unsupported_values(values, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         from_hf(values)
 
 
-def test_a_threshold_of_masks_has_no_place_in_hf():
+def test_hf_configs_cannot_hold_a_mask_threshold():
     with pytest.raises(ValueError, match=r"mask_threshold is 0\.5"):
         to_hf(dataclasses.replace(vit_b(), mask_threshold=0.5))
 
 
-def test_all_that_is_wrong_is_listed():
+def test_all_problems_are_listed():
     values = {"vision_config": {"hidden_act": "relu", "num_channels": 4}}
     with pytest.raises(ValueError, match=r"hidden_act is 'relu'.*; vision_config.num_channels"):
         from_hf(values)

@@ -20,7 +20,7 @@ from sam_jax.config import lite_medsam, mobile_sam, vit_b, vit_h, vit_l
 @pytest.mark.parametrize(
     "make", [vit_b, vit_l, vit_h, mobile_sam], ids=["vit_b", "vit_l", "vit_h", "mobile_sam"]
 )
-def test_published_sizes_are_recognised_and_complete(make):
+def test_published_sizes_are_recognized_and_complete(make):
     expected = make()
     # TinyViT's constructor reads numbers, which "meta" tensors do not have.
     with torch.device("cpu" if make is mobile_sam else "meta"):
@@ -30,7 +30,7 @@ def test_published_sizes_are_recognised_and_complete(make):
     assert params.keys() == param_shapes(expected).keys()
 
 
-def test_lite_medsam_is_told_by_its_stem():
+def test_lite_medsam_is_recognized_by_its_stem():
     config = lite_medsam()
     shapes = param_shapes(config)
     params = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
@@ -41,7 +41,7 @@ def test_lite_medsam_is_told_by_its_stem():
 
 
 @pytest.mark.parametrize("make", [vit_b, vit_h], ids=["vit_b", "vit_h"])
-def test_hugging_faces_sizes_are_recognised_and_complete(make):
+def test_hf_sizes_are_recognized_and_complete(make):
     expected = from_hf({**to_hf(make()), "mask_decoder_config": {}})
     with torch.device("meta"):
         tensors = shapes_only(torch_reference.hf_sam(expected))
@@ -93,7 +93,7 @@ def test_prefixes_that_are_not_common(names, message):
         strip_prefix(dict.fromkeys(names, np.zeros(3)))
 
 
-def test_the_counter_of_an_average_is_left_out():
+def test_the_counter_of_an_average_is_ignored():
     names = ["module.image_encoder.patch_embed.x", "n_averaged"]
     plain, left_out = strip_prefix(dict.fromkeys(names, np.zeros(3)))
     assert (list(plain), left_out) == (["image_encoder.patch_embed.x"], ["module."])
@@ -110,15 +110,15 @@ def test_a_second_model_is_named_by_its_prefix():
     assert len(str(caught.value)) < 1000
 
 
-def test_configuration_that_cannot_be_told():
+def test_configuration_that_cannot_be_inferred():
     tensors = state_dict(meta_sam(SMALL))
     del tensors["image_encoder.blocks.0.attn.rel_pos_h"]
     with pytest.raises(CheckpointError, match=r"missing: .*rel_pos_h.*config.json"):
         infer_config(tensors)
 
 
-def test_small_configurations_are_inferred_but_for_heads():
-    """The number of the decoder's heads stands in no shape: 8, as in every published model."""
+def test_small_configurations_are_inferred_except_heads():
+    """No shape shows the decoder's number of heads: it is 8, as in every published model."""
     inferred = infer_config(state_dict(meta_sam(SMALL)))
     values, expected = (json.loads(json.dumps(c.to_dict())) for c in (inferred, SMALL))
     assert values["mask_decoder"].pop("num_heads") == 8

@@ -13,7 +13,7 @@ from sam_jax.checkpoints.params import param_shapes
 
 @pytest.mark.parametrize("small", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
 def test_round_trip_through_meta_names(small):
-    """Through JAX arrays, as in a model: PyTorch's int64 is restored too."""
+    """The values become JAX arrays, as in a model; PyTorch's int64 is restored, too."""
     tensors = state_dict(meta_sam(small))
     params = jax.tree.map(jnp.asarray, from_torch(tensors, small, param_shapes(small)))
     back = to_torch(params, small, "meta")
@@ -32,7 +32,7 @@ def test_round_trip_through_hugging_faces_names():
         np.testing.assert_array_equal(tensor, tensors[name], err_msg=name)
 
 
-def test_every_name_is_there_once():
+def test_names_are_unique():
     for fmt in ("meta", "hf"):
         names = [torch_name(path, SMALL, fmt)[0] for path in param_shapes(SMALL)]
         assert len(set(names)) == len(names)
@@ -51,7 +51,7 @@ def test_either_name_of_the_tied_tensor():
         from_torch({**tensors, alias: tensors[alias] + 1}, SMALL, param_shapes(SMALL))
 
 
-def test_everything_that_does_not_fit_is_listed():
+def test_all_mismatches_are_listed():
     tensors = state_dict(meta_sam(SMALL))
     del tensors["image_encoder.neck.0.weight"], tensors["mask_decoder.iou_token.weight"]
     tensors["image_encoder.pos_embed"] = np.zeros((1, 11, 12, 48), np.float32)
@@ -90,7 +90,7 @@ def test_hugging_face_has_no_tiny_vit():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("small", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
-def test_any_one_tensor_missing_or_misshapen_is_a_checkpoint_error(small):
+def test_any_missing_or_misshapen_tensor_is_an_error(small):
     tensors = state_dict(meta_sam(small))
     shapes = param_shapes(small)
     for name, tensor in tensors.items():

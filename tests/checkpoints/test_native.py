@@ -35,7 +35,7 @@ for folder in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def params():
-    """Random bits, so NaNs too, in three types and in the layouts of views."""
+    """Random bits, including NaNs, in three dtypes and in the layouts of views."""
     rng = np.random.default_rng(0)
     result = {}
     for i, (name, shape) in enumerate(param_shapes(SMALL).items()):
@@ -47,7 +47,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, params):
-    """A folder to read."""
+    """A saved model."""
     path = tmp_path_factory.mktemp("saved") / "model"
     native.save(path, params, SMALL)
     return path
@@ -71,7 +71,7 @@ def files(folder):
     return {file for file in folder.rglob("*") if file.is_file()}
 
 
-def test_load_gives_what_was_saved_to_the_bit(saved, params):
+def test_load_is_bit_exact(saved, params):
     for path in (saved, saved / ".." / saved.name):
         loaded, config = native.load(path)
         assert_same(loaded, params)
@@ -136,7 +136,7 @@ def test_the_folder_has_the_permissions_of_a_new_folder(saved):
     assert saved.stat().st_mode == other.stat().st_mode
 
 
-def test_the_folder_has_nothing_of_this_machine(tmp_path, params):
+def test_the_folder_does_not_identify_this_machine(tmp_path, params):
     folder = tmp_path / "a-secret-place" / "model"
     native.save(folder, {**params, BIAS: jnp.asarray(params[BIAS])}, SMALL)
     for file in files(folder):
@@ -145,7 +145,7 @@ def test_the_folder_has_nothing_of_this_machine(tmp_path, params):
     assert {child.name for child in folder.iterdir()} == {"config.json", "params"}
 
 
-def test_every_tensor_that_does_not_fit_is_listed(tmp_path, params):
+def test_all_mismatches_are_listed(tmp_path, params):
     values = dict(params)
     del values[BIAS]
     values[KERNEL] = values[KERNEL].T
@@ -169,7 +169,7 @@ def test_parameters_that_are_damaged_or_missing(tmp_path, saved):
             folders.append(folder := tmp_path / f"{part} {keep}")
             shutil.copytree(saved, folder)
             state = folder / "params" / "state"
-            # All data files: the end of one may hold nothing that is still referred to.
+            # Damages all data files, since the end of a single one may no longer be in use.
             data = [file for file in files(state) if file.parent.name == "d"]
             for file in data if part == "data" else [state / part]:
                 content = file.read_bytes()
@@ -182,7 +182,7 @@ def test_parameters_that_are_damaged_or_missing(tmp_path, saved):
     for key in store.list().result():
         if not key.endswith(b"/zarr.json"):
             del store[key]
-    # In a process of its own, which shows all that a user sees.
+    # Runs in its own process, to check all output that a user would see.
     process = subprocess.run(
         [sys.executable, "-c", LOAD_ALL, *folders], capture_output=True, text=True, check=True
     )
@@ -191,8 +191,8 @@ def test_parameters_that_are_damaged_or_missing(tmp_path, saved):
 
 
 @pytest.mark.parametrize("config_agrees", [False, True])
-def test_a_forged_shape_is_refused_before_it_is_allocated(tmp_path, saved, config_agrees):
-    """A megabyte that declares gigabytes: Orbax would allocate them, or abort the process."""
+def test_a_forged_shape_is_not_allocated(tmp_path, saved, config_agrees):
+    """A megabyte declares gigabytes, which Orbax would allocate, or abort the process."""
     shutil.copytree(saved, tmp_path / "model")
     decoder = dataclasses.replace(SMALL.mask_decoder, iou_head_hidden_dim=65_536, iou_head_depth=3)
     forged = dataclasses.replace(SMALL, mask_decoder=decoder)
@@ -253,7 +253,7 @@ def nest_shards(layout):
         lambda layout: layout.pop("codecs"),
     ],
 )
-def test_forged_chunks_are_refused_before_they_are_allocated(tmp_path, saved, change):
+def test_forged_chunks_are_not_allocated(tmp_path, saved, change):
     shutil.copytree(saved, tmp_path / "model")
     store = open_store(tmp_path / "model")
     key = f"{KERNEL}/zarr.json".encode()
@@ -266,13 +266,13 @@ def test_forged_chunks_are_refused_before_they_are_allocated(tmp_path, saved, ch
 
 
 def test_only_names_in_the_metadata_are_looked_up(tmp_path, saved, params):
-    """Never listed: nodes that share their children make billions of keys of two kilobytes."""
+    """Keys are never listed: nodes that share children could make billions of keys of 2 kB."""
     shutil.copytree(saved, tmp_path / "model")
     open_store(tmp_path / "model")[b"another/zarr.json"] = b"{"
     assert_same(native.load(tmp_path / "model")[0], params)
 
 
-def test_a_name_in_the_metadata_that_is_not_a_text(tmp_path, saved):
+def test_a_name_in_the_metadata_that_is_not_text(tmp_path, saved):
     shutil.copytree(saved, tmp_path / "model")
     open_store(tmp_path / "model")[b"3/zarr.json"] = open_store(saved)[f"{BIAS}/zarr.json".encode()]
     file = tmp_path / "model/params/state/_METADATA"
@@ -296,8 +296,8 @@ def test_the_number_of_arrays_is_bounded(monkeypatch, saved):
 
 
 @pytest.mark.parametrize("key", ["use_ocdbt", "use_zarr3"])
-def test_arrays_in_another_place_are_refused(tmp_path, saved, key):
-    """Whose chunks were not checked."""
+def test_other_storage_formats_are_refused(tmp_path, saved, key):
+    """Their chunks were not checked."""
     shutil.copytree(saved, tmp_path / "model")
     file = tmp_path / "model/params/state/_METADATA"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: False}))
@@ -315,7 +315,7 @@ def test_a_pipe_in_the_folder_is_not_waited_for(tmp_path, saved, name):
         native.load(tmp_path / "model")
 
 
-def test_a_link_to_a_folder_is_not_followed_out_of_the_check(tmp_path, saved):
+def test_links_to_data_folders_are_refused(tmp_path, saved):
     shutil.copytree(saved, tmp_path / "model")
     data = tmp_path / "model/params/state/d"
     os.mkfifo(data / "pipe")
@@ -326,7 +326,7 @@ def test_a_link_to_a_folder_is_not_followed_out_of_the_check(tmp_path, saved):
 
 
 def test_linked_files_and_model_folders_load(tmp_path, saved, params):
-    """With links, as in the hub's cache."""
+    """The hub's cache has such links."""
     shutil.copytree(saved, tmp_path / "blobs", copy_function=os.symlink)
     (tmp_path / "model").mkdir()
     for part in ("config.json", "params"):
@@ -336,7 +336,7 @@ def test_linked_files_and_model_folders_load(tmp_path, saved, params):
 
 
 def test_a_sparse_file_is_refused(tmp_path, saved):
-    """A terabyte that takes nothing on the disk, and would be read into memory."""
+    """A terabyte that takes no disk space would be read into memory."""
     shutil.copytree(saved, tmp_path / "model")
     for file in files(tmp_path / "model/params/state"):
         os.truncate(file, 1 << 40)
@@ -344,7 +344,7 @@ def test_a_sparse_file_is_refused(tmp_path, saved):
         native.load(tmp_path / "model")
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, params):
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, params):
     def full(*_):
         raise ValueError(
             'OUT_OF_RANGE: Error writing "a/c/0" in OCDBT database at local file "/x/": Failed '
@@ -381,7 +381,7 @@ native.save(sys.argv[1], {"x": np.zeros(3)}, SamConfig())
 
 
 @pytest.mark.slow
-def test_what_a_killed_save_leaves_is_removed_by_the_next(tmp_path, params):
+def test_leftovers_of_a_killed_save_are_removed(tmp_path, params):
     subprocess.run([sys.executable, "-c", KILLED, tmp_path / "model"], check=False)
     assert len(list(tmp_path.iterdir())) == 1
     native.save(tmp_path / "model", params, SMALL)

@@ -18,7 +18,7 @@ CONTENT = b"the weights"
 
 @pytest.fixture
 def sdist(tmp_path, monkeypatch):
-    """A folder for pip instead of the index, with a source package that notes when it runs."""
+    """A folder that replaces pip's index, with a source package that records whether it ran."""
     ran = tmp_path / "ran"
     setup = f"""
 import pathlib, setuptools
@@ -60,7 +60,7 @@ def test_a_member_of_a_package(sdist):
     assert not sdist.ran.exists()
 
 
-def test_of_a_package_with_another_sha256_nothing_is_run(sdist):
+def test_nothing_runs_if_the_sha256_differs(sdist):
     with pytest.raises(ConnectionError, match="DO NOT MATCH THE HASHES") as caught:
         fetch(sdist, sha256="0" * 64)
     assert sdist.sha256 in caught.value.__notes__[0]
@@ -75,7 +75,7 @@ def test_a_package_without_that_regular_file(sdist, member):
     assert list(sdist.out.parent.iterdir()) == []
 
 
-def test_a_package_that_the_index_does_not_have(sdist):
+def test_a_package_that_is_not_in_the_index(sdist):
     with pytest.raises(ConnectionError, match=r"^pip: ERROR: No matching distribution found for"):
         fetch(sdist, requirement="other-package==1.0")
 
@@ -107,7 +107,7 @@ ERROR: No matching distribution found
         ("", "no message"),
     ],
 )
-def test_the_line_of_pip_s_output_that_matters(tmp_path, monkeypatch, output, line):
+def test_the_relevant_line_of_pips_output(tmp_path, monkeypatch, output, line):
     failed = SimpleNamespace(returncode=1, stdout=output)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     package = package_index.PackageMember("toy-package==1.0", "0" * 64, "toy", wheel=True)

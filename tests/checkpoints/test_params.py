@@ -26,7 +26,7 @@ def test_flat_params_and_back():
         np.testing.assert_array_equal(again[name], value)
 
 
-def test_the_model_does_not_alias_what_it_was_built_from():
+def test_the_model_does_not_alias_its_parameters():
     params = {k: np.array(v) for k, v in flat_params(ours(meta_sam(SMALL), SMALL)).items()}
     name = "image_encoder.neck.conv2.kernel"
     array = params[name]
@@ -49,7 +49,7 @@ def test_positions_are_resized():
     expected = interpolate(tensor(params[name]).T[None], 39, mode="linear")[0].T
     assert_close(resized[name], expected)
     for name, value in resized.items():
-        if value.shape == params[name].shape:  # windows keep theirs
+        if value.shape == params[name].shape:  # window layers keep their tables
             np.testing.assert_array_equal(value, params[name])
 
 
@@ -58,7 +58,7 @@ def test_image_size_must_fit_the_patches():
         resize_positions({}, SMALL, 100)
 
 
-def test_check_tensors_lists_all():
+def test_check_tensors_lists_all_problems():
     found = {
         "a": np.zeros(1, ml_dtypes.bfloat16),
         "b": np.zeros(2),

@@ -33,9 +33,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, write, monkeypatch):
 
 
 @pytest.mark.parametrize("write", [write_torch, write_safetensors])
-def test_a_full_disk_is_told_with_the_file(tmp_path, write):
+def test_a_full_disk_error_names_the_file(tmp_path, write):
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # stands for the disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # simulates a full disk
     try:
         with pytest.raises(OSError, match=r"(?i)file too large") as caught:
             write(tmp_path / "x", {"w": np.zeros(10_000)})
@@ -91,7 +91,7 @@ def test_a_folder(tmp_path):
         (b"PK\x03\x04", "unfinished download"),
     ],
 )
-def test_what_a_file_is_instead(tmp_path, content, message):
+def test_errors_say_what_the_file_is(tmp_path, content, message):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:
         read_tensors(tmp_path / "x.pth")
@@ -110,8 +110,8 @@ def test_a_truncated_file(tmp_path, write, part):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [write_torch, write_safetensors])
-def test_damaged_bytes_give_tensors_or_a_checkpoint_error(tmp_path, write):
-    """Flips bytes at random: nothing but CheckpointError may come out, and no crash."""
+def test_damaged_bytes(tmp_path, write):
+    """Random byte changes raise nothing but CheckpointError, and cause no crash."""
     write(tmp_path / "x", {"w": np.arange(6).reshape(2, 3), "b": np.ones(2, np.float32)})
     whole = (tmp_path / "x").read_bytes()
     rng = random.Random(0)

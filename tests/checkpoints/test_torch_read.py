@@ -31,7 +31,7 @@ def test_reads_every_dtype_of_a_torch_file(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_reads_a_module_s_state_dict(tmp_path, protocol):
+def test_reads_a_modules_state_dict(tmp_path, protocol):
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     torch.save(module.state_dict(), tmp_path / "x.pth", pickle_protocol=protocol)
     assert_same(read_tensors(tmp_path / "x.pth"), module.state_dict())
@@ -129,7 +129,7 @@ def other_objects():
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("other", other_objects().items(), ids=lambda other: other[0])
-def test_what_is_next_to_the_weights_is_not_interpreted(tmp_path, other, protocol):
+def test_objects_next_to_the_weights_are_ignored(tmp_path, other, protocol):
     name, value = other
     weights = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).state_dict()
     content = {f"{name}, before": value, "model": weights, f"{name}, after": value}
@@ -165,7 +165,7 @@ def test_finds_the_weights(tmp_path):
         read_tensors(tmp_path / "x.pth")
 
 
-def test_an_unreadable_tensor_matters_among_the_weights_only(tmp_path):
+def test_unreadable_tensors_next_to_the_weights(tmp_path):
     bad = tensor_opcodes(0, (7,), (1,))
     good = b"X\x05\x00\x00\x00model}X\x01\x00\x00\x00w" + tensor_opcodes(0, (2,), (1,)) + b"ss"
     other = b"X\x01\x00\x00\x00b" + bad + b"s"
@@ -213,7 +213,7 @@ def test_reads_the_mobile_sam_checkpoint(mobile_sam_file):
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_files_from_before_torch_1_6(tmp_path, protocol):
-    """Pickles and storages in a row. As torch reads them, or refused, wherever they are damaged."""
+    """Such files are pickles, then storages. Damaged ones are read, or raise CheckpointError."""
     tensors = {"a": torch.randn(3, 4), "b": torch.randn(9).bfloat16(), "c": torch.arange(7)}
     tensors["view"] = tensors["a"].t()
     other = {"epoch": 3, "steps": collections.Counter({3: 1}), "z": torch.zeros(3).cfloat()}
@@ -234,7 +234,7 @@ def test_files_from_before_torch_1_6(tmp_path, protocol):
             read_tensors(write_bytes(path, damaged))
 
 
-def test_quantized_tensors_next_to_the_weights_of_an_old_file(tmp_path):
+def test_quantized_tensors_in_an_old_file(tmp_path):
     weights = {"w": torch.ones(2)}
     for dtype in (torch.quint8, torch.qint8, torch.qint32):
         with warnings.catch_warnings(action="ignore"):
@@ -244,21 +244,21 @@ def test_quantized_tensors_next_to_the_weights_of_an_old_file(tmp_path):
         assert_same(read_tensors(tmp_path / "x"), weights)
 
 
-def test_a_forged_file_is_otherwise_good(tmp_path):
-    """The files of this section are rejected for the forged part, not for being forged."""
+def test_a_valid_handmade_file_is_read(tmp_path):
+    """The files below are rejected for their forged part only: this one is read."""
     write_forged(tmp_path / "x", tensor_opcodes(1, (2, 2), (2, 1)))
     assert_same(read_tensors(tmp_path / "x"), torch.load(tmp_path / "x", weights_only=True))
 
 
 @pytest.mark.parametrize("size", [10**9, 10**12])
-def test_a_tensor_does_not_repeat_its_storage_without_end(tmp_path, size):
+def test_repeats_of_a_storage_are_bounded(tmp_path, size):
     write_forged(tmp_path / "x", tensor_opcodes(0, (size,), (0,)))
     with pytest.raises(CheckpointError, match=r"cannot be tensors of .*,000,000"):
         read_tensors(tmp_path / "x")
 
 
 @pytest.mark.parametrize("claimed", [5, 7, 10**12, -6])
-def test_a_storage_of_another_size_than_it_claims(tmp_path, claimed):
+def test_a_storage_with_a_wrong_size(tmp_path, claimed):
     write_forged(tmp_path / "x", tensor_opcodes(0, (1,), (1,), claimed))
     with pytest.raises(CheckpointError, match=f"has 24 bytes, but claims {claimed} of float32"):
         read_tensors(tmp_path / "x")
@@ -277,7 +277,7 @@ def test_an_unknown_kind_of_storage(tmp_path):
         read_tensors(tmp_path / "x")
 
 
-def test_a_storage_that_is_not_there(tmp_path):
+def test_a_missing_storage(tmp_path):
     opcodes = tensor_opcodes(0, (1,), (1,)).replace(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x009")
     write_forged(tmp_path / "x", opcodes)
     with pytest.raises(CheckpointError, match="lacks its entry 'archive/data/9'"):
@@ -296,7 +296,7 @@ def test_a_big_endian_file(tmp_path):
         read_tensors(tmp_path / "x")
 
 
-def test_a_pickle_without_end(tmp_path):
+def test_an_unfinished_pickle(tmp_path):
     write_zip(tmp_path / "x", b"\x80\x02}")
     with pytest.raises(CheckpointError, match="damaged"):
         read_tensors(tmp_path / "x")
@@ -305,14 +305,14 @@ def test_a_pickle_without_end(tmp_path):
 @pytest.mark.parametrize(
     ("offset", "forged", "message"),
     [
-        # Where an entry of the zip's table of contents has its flags, its method and both sizes.
+        # The offsets of flags, method and both sizes in an entry of the zip's table of contents.
         (8, struct.pack("<H", 1), "is compressed or encrypted"),
         (10, struct.pack("<H", zipfile.ZIP_DEFLATED), "is compressed or encrypted"),
         (20, struct.pack("<I", 12), "is compressed or encrypted"),
         (20, struct.pack("<II", 10**6, 10**6), "is damaged"),
     ],
 )
-def test_an_entry_is_its_bytes_in_the_file(tmp_path, offset, forged, message):
+def test_forged_zip_entries(tmp_path, offset, forged, message):
     write_forged(tmp_path / "x", tensor_opcodes(0, (1,), (1,)))
     content = bytearray((tmp_path / "x").read_bytes())
     entry = content.index(b"archive/data/0", content.index(b"PK\x01\x02")) - 46

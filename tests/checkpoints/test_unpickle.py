@@ -23,15 +23,15 @@ def test_a_negated_view_is_not_read_with_the_wrong_sign(tmp_path, is_legacy):
 
 
 def test_python_2(tmp_path):
-    """Its strings, its OrderedDict of pairs, and torch 0.1's way to make a tensor."""
+    """Reads Python 2's strings and OrderedDict of pairs, and tensors as torch 0.1 wrote them."""
     tensor = tensor_opcodes(1, (2,), (2,)).replace(b"_v2", b"").replace(b"\x89}tR", b"tR")
     pairs = b"]](U\x01w" + tensor + b"ea"
     write_zip(tmp_path / "x", b"\x80\x02ccollections\nOrderedDict\n" + pairs + b"\x85R.")
     assert_same(read_tensors(tmp_path / "x"), torch.load(tmp_path / "x", weights_only=True))
 
 
-def test_a_number_of_megabytes_takes_no_longer(tmp_path):
-    """As a storage's number of elements, which is multiplied any number of times."""
+def test_a_huge_integer_takes_no_longer(tmp_path):
+    """The integer is a storage's number of elements, which could be multiplied repeatedly."""
     write_forged(tmp_path / "x", tensor_opcodes(0, (2,), (1,), claimed=1 << 2**23))
     with pytest.raises(CheckpointError, match="refers to data in an unknown way"):
         read_tensors(tmp_path / "x")
@@ -90,7 +90,7 @@ def test_code_is_named_and_not_run(tmp_path, function, name, protocol):
         (b"ctorch._utils\n_rebuild_parameter\n(}tR", "dict in place of ndarray"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n(}}}}tR", "dict in place of Storage"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n(}tR", "_rebuild_tensor_v2 has 1 arguments"),
-        # A call within a call, which could be nested without end.
+        # A call within a call, which could be nested at any depth.
         (
             b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._tensor\n_rebuild_from_type_v2\nN)NtR",
             r"'w' is torch\._tensor\._rebuild_from_type_v2",
@@ -98,7 +98,7 @@ def test_code_is_named_and_not_run(tmp_path, function, name, protocol):
         # Items of something that is not a list or dict.
         (b"Na", "damaged"),
         (b"]K\x01K\x02s", "damaged"),
-        # A key that takes for ever to hash, or cannot be; made of one string many times.
+        # Keys that take forever to hash, or cannot be hashed; a name that repeats one string.
         (b"}))\x86Ns", "'w' is dict"),
         (b"}}Ns", "'w' is dict"),
         (b"X\xf4\x01\x00\x00" + 500 * b"m" + b"q\x00h\x00h\x00\x93", "a name has 1001 characters"),
@@ -133,7 +133,7 @@ def test_attributes_of_a_tensor_are_dropped(tmp_path):
 
 
 def test_keys_that_collide_take_no_longer(tmp_path):
-    """Integers that all have one hash: a dict of them takes time by the square of their number."""
+    """The integers all have the same hash, so a dict of them would take quadratic time."""
     keys = (((2**61 - 1) * i).to_bytes(10, "little") for i in range(1, 30_000))
     items = b"".join(b"\x8a\x0a" + key + b"N" for key in keys)
     other = b"X\x01\x00\x00\x00b}(" + items + b"usX\x01\x00\x00\x00m"
@@ -152,7 +152,7 @@ def test_the_number_of_values_is_bounded(tmp_path, monkeypatch):
 
 
 def test_attributes_of_a_dict_are_dropped(tmp_path):
-    """BUILD could otherwise put a value from the file instead of a method."""
+    """Otherwise BUILD could replace a method by a value from the file."""
     build = plain({"items": None, "__class__": None, "_metadata": {}})
     write_zip(tmp_path / "x", b"\x80\x02ccollections\nOrderedDict\n)R" + build + b"b.")
     tensors = read_tensors(tmp_path / "x")

@@ -2,7 +2,7 @@ from sam_jax.commands.common import say, say_compiling
 
 
 def test_progress_is_not_output(capsys):
-    """A program that reads what a command prints gets its results alone."""
+    """A program that reads a command's output gets only its results."""
     say("one of two images")
     say_compiling("once for all images")
     printed = capsys.readouterr()

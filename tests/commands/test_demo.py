@@ -10,7 +10,7 @@ from sam_jax import cli
 
 @pytest.fixture
 def fails(monkeypatch):
-    """Runs `sam-jax demo ARGUMENTS`, which must fail; what it says."""
+    """Runs `sam-jax demo ARGUMENTS`, which must fail; returns the message."""
 
     def fails(*arguments):
         monkeypatch.setattr(sys, "argv", ["sam-jax", "demo", *arguments])
@@ -25,7 +25,7 @@ def fails(monkeypatch):
     ("host", "warns"),
     [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)],
 )
-def test_other_hosts_are_warned_of(fails, capsys, host, warns):
+def test_public_hosts_cause_a_warning(fails, capsys, host, warns):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     assert "/no/such/model" in fails("--host", host, "--port", port, "--model", "/no/such/model")
@@ -36,8 +36,8 @@ def test_other_hosts_are_warned_of(fails, capsys, host, warns):
     )
 
 
-def test_what_cannot_be_served(fails):
-    """Told before the model is loaded."""
+def test_bad_arguments(fails):
+    """Errors come before the model is loaded."""
     message = fails("--max-megabytes", "0", "--model", "/no/such/model")
     assert message == "sam-jax: --max-megabytes is 0, expected 1 or more"
     assert fails("--port", "0") == "sam-jax: --port is 0, expected 1 to 65535"

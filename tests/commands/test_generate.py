@@ -34,7 +34,7 @@ def test_in_bfloat16(run, model, tmp_path, expected):
     scores = [annotation["predicted_iou"] for annotation in found]
     assert scores == [record["predicted_iou"] for record in records]
     assert scores != [record["predicted_iou"] for record in expected["small"]]
-    # Results of both are not mixed.
+    # Results of both dtypes are not mixed.
     assert "dtype was 'bfloat16', now 'float32'" in run("--format", "coco")[0]
 
 
@@ -51,7 +51,7 @@ def test_finished_images_are_skipped(run, tmp_path, kind):
     content = lost.read_bytes()
     if kind == "png":
         shutil.rmtree(lost.parent)
-    else:  # what a power failure may leave of it
+    else:  # as a power failure may leave it
         lost.write_bytes(content[:100])
     message, printed = run("--format", kind)
     assert message is None
@@ -84,12 +84,12 @@ def test_stopping(run, monkeypatch):
     ],
     ids=str,
 )
-def test_refused_before_anything_is_done(run, tmp_path, arguments, message):
+def test_bad_arguments_are_refused_first(run, tmp_path, arguments, message):
     assert message in run(*arguments)[0]
     assert not list(tmp_path.glob("out/*/*"))
 
 
-def test_a_run_that_came_to_nothing_binds_no_other(run):
+def test_a_failed_run_does_not_fix_the_settings(run):
     assert "crop_overlap_ratio is 2.0" in run("--crop-overlap-ratio", "2")[0]
     assert run()[0] is None
 
@@ -132,8 +132,8 @@ def test_other_files_and_subfolders(run, photos, tmp_path):
     assert f"of a supported image format: {photos / 'data.h5'} and 5 more\n" in printed.err
 
 
-def test_one_that_cannot_be_written_does_not_stop_the_rest(run, photos, tmp_path):
-    longest = "x" * 251 + ".png"  # with .json it is longer than a name may be
+def test_failed_writes_do_not_stop_the_rest(run, photos, tmp_path):
+    longest = "x" * 251 + ".png"  # with .json, the name is too long
     (photos / "wide.png").rename(photos / longest)
     (photos / "gone.png").symlink_to("nowhere")
     (photos / "loop.png").symlink_to("loop.png")
@@ -151,7 +151,7 @@ def test_one_that_cannot_be_written_does_not_stop_the_rest(run, photos, tmp_path
 
 @pytest.mark.parametrize("kind", ["png", "coco"])
 def test_a_full_disk_ends_the_run(run, tmp_path, monkeypatch, kind):
-    """With one line, since every later image would fail too."""
+    """The run prints one line and stops, since every later image would fail, too."""
     write, written = Results.write, []
 
     def full(results, file, *others):
@@ -179,7 +179,7 @@ def test_two_runs_into_one_folder(run, tmp_path, kind):
     assert f"{os.getpid()} on " in message
     assert "\n" not in message
     assert printed.out == printed.err == ""
-    # That of a run that was killed holds nobody up.
+    # The lock of a killed run does not block others.
     (tmp_path / "out/.sam_jax.lock").write_text("process 1 on elsewhere, since yesterday")
     (tmp_path / "out/.sam_jax-killed").mkdir()
     (tmp_path / "out/.sam_jax-killed/0.png").touch()
@@ -188,7 +188,7 @@ def test_two_runs_into_one_folder(run, tmp_path, kind):
 
 
 def test_scores_that_are_not_finite(run, model, tmp_path):
-    """No result with no masks, and no NaN in JSON."""
+    """The run writes neither a result without masks nor NaN in JSON."""
     sam = from_pretrained(model)
     head = sam.mask_decoder.iou_prediction_head
     nnx.update(head, jax.tree.map(lambda x: x * 1e37, nnx.state(head)))
@@ -201,7 +201,7 @@ def test_scores_that_are_not_finite(run, model, tmp_path):
         assert files(tmp_path / "out") == {"sam_jax.json"}
 
 
-def test_what_is_said_while_one_waits(run):
+def test_progress_messages(run):
     _, printed = run("--format", "coco")
     lines = printed.err.replace("\r", "\n").splitlines()
     assert lines[0].startswith("preparing the model; a first run compiles encoder and decoder")
@@ -231,7 +231,7 @@ def test_crops_are_estimated_before_they_start(run, photos, options, said):
 
 
 def test_a_killed_run_resumes(model, photos, tmp_path, run, expected):
-    """A process killed while it works leaves nothing half, and the next run does the rest."""
+    """A killed process leaves no half-written results, and the next run does the rest."""
     for i in range(30):
         Image.fromarray(random_image(40, 50, seed=i)).save(photos / f"more_{i:02}.png")
     command = [sys.executable, "-m", "sam_jax.cli", "generate", photos, "--output"]

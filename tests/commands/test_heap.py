@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-# In a process of its own, since the setting is for all of it.
+# Runs in its own process, since the setting affects the whole process.
 SCRIPT = """
 import resource, sys
 from sam_jax.commands.heap import keep_heap

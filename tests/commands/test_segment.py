@@ -49,7 +49,7 @@ def run(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def fails(run, tmp_path, capsys):
-    """Runs it, and asserts that it writes nothing but one line to stderr; returns that line."""
+    """Runs the command, which must write nothing but one line to stderr; returns that line."""
 
     def fails(*arguments, **options):
         before = sorted(tmp_path.rglob("*"))
@@ -69,7 +69,7 @@ def fails(run, tmp_path, capsys):
 
 
 def results(folder):
-    """The JSON, and the masks that it names, which must be all."""
+    """The JSON, and the masks that it names; there must be no others."""
     summary = json.loads((folder / "masks.json").read_text())
     names = [record["file"] for record in summary["masks"]]
     assert sorted(p.name for p in folder.iterdir()) == sorted([*names, "masks.json", "overlay.png"])
@@ -205,7 +205,7 @@ def test_gray_and_transparent_images(run, folder, tmp_path):
     assert results(tmp_path / "out")[0]["image"] == "gray.png"
 
 
-def test_a_write_that_fails_leaves_no_half(run, tmp_path, monkeypatch):
+def test_a_failed_write_changes_nothing(run, tmp_path, monkeypatch):
     """Simulates a full disk: the earlier run's files stay as they are."""
     run("--point", "60,30", "--output", "out")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
@@ -236,7 +236,7 @@ def test_scores_that_are_not_finite(run, model, tmp_path):
 
 
 def test_two_runs_into_one_folder(run, tmp_path):
-    """One waits for no other, and what a killed one left goes."""
+    """A run does not wait for another, and removes what a killed one left."""
     with runs.lock_folder(tmp_path / "out"):
         owner = f"another run is working in out .process {os.getpid()} on "
         with pytest.raises(SystemExit, match=owner):
@@ -250,7 +250,7 @@ def test_two_runs_into_one_folder(run, tmp_path):
 
 
 def test_a_full_disk_is_one_line(fails, monkeypatch):
-    """Safetensors, which exports are written with, has an error of its own."""
+    """Safetensors has its own error for it."""
 
     def full(*_, **__):
         raise SafetensorError("Error while serializing: No space left on device (os error 28)")
@@ -262,7 +262,7 @@ def test_a_full_disk_is_one_line(fails, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("allowed", [1, 3, 6])
 def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed):
-    """Wherever it was stopped, the next one knows all files as ours."""
+    """Wherever a run was stopped, the next one recognizes all files as sam-jax's."""
     run("--point", "60,30", "--output", "out")
     run("--box", "12,8,90,66", "--output", "out")
     replace, left = os.replace, [allowed]
@@ -273,7 +273,7 @@ def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed)
             raise KeyboardInterrupt
         replace(*paths)
 
-    # Three masks and the image with them, and before and after these the summary.
+    # Replaces the summary, three masks, the overlay, and the summary again.
     with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
         patch.setattr(os, "replace", stopped)
         run("--point", "20,30", "--output", "out")
@@ -314,7 +314,7 @@ def test_a_run_that_was_stopped_is_replaced(run, tmp_path, monkeypatch, allowed)
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_prompts(fails, arguments, message):
-    # Before the model is loaded: a folder that does not exist is not even looked for.
+    # Errors come before the model is loaded: its folder does not exist.
     assert message in fails(*arguments, model="/no/such/model")
 
 

@@ -25,7 +25,7 @@ def photo():
 
 @pytest.fixture
 def endless(monkeypatch):
-    """Instead of everything mode, what ends when it is stopped only."""
+    """Replaces everything mode by a loop that ends only when it is stopped."""
 
     class Endless:
         running, stopped, steps = threading.Event(), threading.Event(), 0

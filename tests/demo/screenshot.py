@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests/helpers python tests/demo/screenshot.py
 
-Takes the default model (MobileSAM), a photo from scikit-image, chromium and chromedriver; writes
+Needs the default model (MobileSAM), a photo from scikit-image, chromium and chromedriver. Writes
 `demo.png`.
 """
 
@@ -29,7 +29,7 @@ def main(output: Path = Path("demo.png")) -> None:
             with page.change():
                 page.mouse((0.75, 0.85), button="context_click")
             browser.save_screenshot(folder / "page.png")
-        # 256 colors, dithered, in half the bytes.
+        # 256 dithered colors halve the file size.
         with Image.open(folder / "page.png") as file:
             image = file.convert("RGB")
         palette = image.quantize(256, kmeans=4)

@@ -28,7 +28,7 @@ def site(small):
 
 
 def test_an_image_waits_until_the_encoder_is_compiled(small, photo, monkeypatch):
-    """The page is served before that; what visitors need next is compiled meanwhile."""
+    """The page is served earlier, while the programs that visitors need next are compiled."""
     order = []
 
     def compile_slowly(_):
@@ -46,7 +46,7 @@ def test_an_image_waits_until_the_encoder_is_compiled(small, photo, monkeypatch)
 
 @pytest.fixture
 def guest(site, photo, caplog):
-    """A visitor who has opened an image; whatever is asked, no error is logged."""
+    """A visitor who has opened an image. No request may log an error."""
     guest = Visitor(site)
     assert guest.open(photo)["width"] == 113
     yield guest
@@ -72,7 +72,7 @@ def guest(site, photo, caplog):
     ],
 )
 def test_routes(site, method, path, status):
-    """All others do not exist, and nothing is ever fetched."""
+    """Other routes do not exist, and the server never fetches anything."""
     with socket.create_server(("127.0.0.1", 0)) as canary:
         canary.settimeout(0.05)
         where = f"http://127.0.0.1:{canary.getsockname()[1]}/x"
@@ -107,13 +107,13 @@ def test_routes(site, method, path, status):
     ids=str,
 )
 def test_other_sites_are_refused(site, headers, status):
-    """Also where all of a machine's addresses are served, which a name of theirs may point to."""
+    """Even if all of a machine's addresses are served: another site's name may point to them."""
     port = site.split(":")[2].strip("/")
     headers = {name: value.replace("PORT", port) for name, value in headers.items()}
     assert httpx.get(site, headers=headers).status_code == status
 
 
-def test_a_machine_alone_has_no_other_names():
+def test_a_local_server_has_no_other_names():
     assert host_names("127.0.0.1", 80) == {
         *("127.0.0.1", "127.0.0.1:80", "localhost", "localhost:80")
     }
@@ -125,7 +125,7 @@ def test_headers_are_single(site, guest, name):
     headers = {**values, "Origin": site.strip("/"), "Content-Length": "2"}
     head = "".join(f"{k}: {v}\r\n" for k, v in (*headers.items(), (name, headers[name])))
     with raw(site, f"POST /undo HTTP/1.1\r\n{head}\r\n{{}}") as connection:
-        # Equal lengths are one to uvicorn's parser, as RFC 9110 allows.
+        # uvicorn's parser merges equal lengths, as RFC 9110 allows.
         expected = b"410" if name == "Content-Length" else b"400"
         assert connection.recv(100).split()[1] == expected
 
@@ -159,35 +159,35 @@ def test_headers_are_single(site, guest, name):
         ("open", iter([bytes(10_000_000)] * 3), "Expected at most 20000000 bytes"),
     ],
 )
-def test_events_that_no_page_sends_are_refused(guest, name, event, error):
+def test_bad_events_are_refused(guest, name, event, error):
     kind = {} if name == "open" else JSON
     answer = guest.post(name, event, **kind)
     assert answer.status_code in (400, 413)
     assert error in answer.json()["error"]
-    assert guest.send("undo")["points"] == []  # the session is as it was
+    assert guest.send("undo")["points"] == []  # the session is unchanged
 
 
-def test_bodies_are_of_their_kind(guest, photo):
+def test_wrong_content_types_are_refused(guest, photo):
     assert guest.post("point", b"{}", **{"Content-Type": "text/plain"}).status_code == 415
     form = "multipart/form-data; boundary=x"
     assert guest.post("open", photo, **{"Content-Type": form}).status_code == 415
 
 
 @pytest.mark.parametrize("token", ["", "a", "a" * 43, "a" * 42 + "\xff", "../" * 14 + "a"])
-def test_who_is_unknown_has_no_image(site, token):
+def test_unknown_visitors_have_no_image(site, token):
     headers = [*JSON.items(), (b"X-Session", token.encode("latin-1"))]
     answer = httpx.post(f"{site}undo", content=b"{}", headers=headers)
     assert answer.status_code == 410
     assert answer.json()["error"].startswith("The image was removed")
 
 
-def test_far_outside_is_at_the_edge(guest):
+def test_clicks_far_outside_are_moved_to_the_edge(guest):
     shown = guest.send("point", x=10**9, y=-(10**9), label=0)
     assert shown["points"] == [[112, 0, 0]]
     assert shown["mask"].startswith("data:image/png;base64,")
 
 
-def test_what_is_saved_is_what_is_shown(small, guest, photo):
+def test_saved_files_match_the_page(small, guest, photo):
     image, _ = session.open_image_file(SamPredictor(small), photo)
     expected = Session(image)
     for x in (50, 20, 70):
@@ -257,7 +257,7 @@ def test_everything_ends_with_its_visitor(site, guest, endless):
 
 
 def test_clicks_come_first(site, guest, photo, endless, monkeypatch):
-    """Everything mode rests while others click."""
+    """Everything mode pauses while others click."""
     other, may, original = Visitor(site), threading.Event(), session.predict
     other.open(photo)
 
@@ -283,7 +283,7 @@ def test_clicks_come_first(site, guest, photo, endless, monkeypatch):
 
 
 def test_images_are_decoded_one_at_a_time(site, guest, photo, monkeypatch):
-    """And others' clicks do not wait for them."""
+    """Clicks of other visitors do not wait for them."""
     may, original, most, now = threading.Event(), session.open_image_file, [0], [0]
 
     def slow(*arguments):
@@ -302,7 +302,7 @@ def test_images_are_decoded_one_at_a_time(site, guest, photo, monkeypatch):
     assert most == [1]
 
 
-def test_failures_are_not_told(small, photo, monkeypatch, caplog):
+def test_failures_reveal_no_details(small, photo, monkeypatch, caplog):
     with launched(small) as site:
         guest = Visitor(site)
         guest.open(photo)

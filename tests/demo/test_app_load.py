@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_visitors_are_dropped(small, photo):
-    """After a time, or for others: from the address that has the most, if it did nothing lately."""
+    """After a time, or to make room: an idle visitor from the address that has the most."""
     with launched(small, Limits(forget=0.5)) as site:
         guest = Visitor(site)
         guest.open(photo)
@@ -29,12 +29,12 @@ def test_visitors_are_dropped(small, photo):
         alone.open(photo)
         many = [Visitor(site) for _ in range(3)]
         assert [one.post("open", photo).status_code for one in many] == [200, 200, 503]
-        [one.open(photo) for one in many[:1]]  # again, as a newcomer: nothing is free
+        [one.open(photo) for one in many[:1]]  # as a new visitor: nothing is free
         assert many[0].session is None
         assert Visitor(site, "127.0.0.2").post("open", photo).status_code == 503
         assert alone.post("undo").status_code == 200
         assert Visitor(site, "127.0.0.3").post("open", photo).status_code == 200
-        # Each has one: those who come from yet other addresses take nobody's place.
+        # Each address has one visitor, so visitors from yet other addresses replace nobody.
         assert Visitor(site, "127.0.0.4").post("open", photo).status_code == 503
         assert alone.post("undo").status_code == 200
     with launched(small, Limits(visitors=3, recent=0)) as site:
@@ -64,14 +64,14 @@ def test_one_visitor_cannot_fill_the_queue(small, photo, monkeypatch):
         assert (answer.status_code, answer.json()["error"][:16]) == (503, "The page is busy")
         waiting.append(threads.submit(other.post, "point", CLICK))
         time.sleep(0.1)
-        assert other.post("undo").status_code == 503  # of all visitors
+        assert other.post("undo").status_code == 503  # the limit of all visitors together
         may.set()
         assert [one.result(20).status_code for one in waiting] == [200] * 4
         assert other.post("undo").status_code == 200
 
 
 def test_one_address_cannot_fill_the_queue(small, photo, monkeypatch):
-    """However many visitors it is, and whatever it does not send."""
+    """However many visitors it has, and even if it does not finish sending."""
     may, original = threading.Event(), session.predict
 
     def slow(*arguments):
@@ -125,7 +125,7 @@ def test_slow_uploads_end(small, photo):
 
 @pytest.mark.parametrize("work", ["everything", "image", "body"])
 def test_stopping_is_quiet(small, photo, endless, monkeypatch, caplog, work):
-    """Whatever is done meanwhile."""
+    """No work in progress delays it or causes messages."""
     running = threading.Event()
 
     def slow(*_):
@@ -159,8 +159,8 @@ def test_stopping_is_quiet(small, photo, endless, monkeypatch, caplog, work):
     assert not caplog.records
 
 
-def test_uploads_in_memory_are_few(small, photo):
-    """Uploads that stall are ended, others continue, and a client that leaves leaves nothing."""
+def test_uploads_in_memory_are_limited(small, photo):
+    """Stalled uploads are ended, others continue, and clients that disconnect leave nothing."""
     limits = Limits(uploads=(3, 2), body_seconds=1)
     with launched(small, limits) as site, contextlib.ExitStack() as stack:
         head = f"POST /open HTTP/1.1\r\nHost: {site.split('/')[2]}\r\nContent-Length: 9999\r\n"
@@ -177,8 +177,8 @@ def test_uploads_in_memory_are_few(small, photo):
         assert Visitor(site).post("open", photo).status_code == 200
 
 
-def test_uploads_that_leave_are_not_kept(small, photo, monkeypatch):
-    """Though the image before them is still being decoded."""
+def test_uploads_of_disconnected_clients_are_dropped(small, photo, monkeypatch):
+    """Even while the previous image is still being decoded."""
     running, may, original = threading.Event(), threading.Event(), session.open_image_file
 
     body = app.Demo.read_body
@@ -218,7 +218,7 @@ def test_uploads_that_leave_are_not_kept(small, photo, monkeypatch):
         assert [one.result(20).status_code for one in (first, second)] == [200, 200]
 
 
-def test_saving_holds_nobody_up(small, photo, monkeypatch):
+def test_saving_does_not_block_others(small, photo, monkeypatch):
     """Saving does not delay images that others open; each visitor saves one file at a time."""
     running, may, original = threading.Event(), threading.Event(), session.full_mask
 
@@ -262,7 +262,7 @@ def test_slow_events_end(small, photo):
 
 
 def test_idle_connections_end(small):
-    """Clients that send nothing, half a head, or nothing more are dropped, and the oldest ones."""
+    """Clients that send nothing, half a head, or nothing more are dropped; so are the oldest."""
     with launched(small, seconds=0.5, most=5) as site, contextlib.ExitStack() as stack:
         whole = f"GET / HTTP/1.1\r\nHost: {site.split('/')[2]}\r\n\r\n"
         for text in ("", whole[:20], whole + whole[:20]):
@@ -281,13 +281,13 @@ def test_idle_connections_end(small):
                 assert one.recv(1) == b""
 
 
-def test_answers_that_are_not_read_end(small):
+def test_unread_answers_end(small):
     with launched(small, seconds=0.5) as site:
         request = f"GET /page.js HTTP/1.1\r\nHost: {site.split('/')[2]}\r\n\r\n"
         with raw(site, "") as one:
             one.settimeout(5)
             with contextlib.suppress(TimeoutError, ConnectionError):
-                one.sendall(request.encode() * 20_000)  # answers of more than any buffer
+                one.sendall(request.encode() * 20_000)  # answers larger than any buffer
             one.settimeout(60)  # a busy machine ends the connection late
             time.sleep(1)
             received = 0

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from sam_jax.demo.limits import Shares, Turns, Worker
 
 
-def test_shares_are_limited_in_all_and_for_each():
+def test_shares_are_limited_in_total_and_for_each():
     shares = Shares(3, 2, 1)
     with contextlib.ExitStack() as held:
         held.enter_context(shares.take("home", "ann"))
@@ -21,7 +21,7 @@ def test_shares_are_limited_in_all_and_for_each():
         held.enter_context(shares.take("office", "eve"))
         with pytest.raises(HTTPException), shares.take("elsewhere", "joe"):
             pass
-    with shares.take("home", "ann"):  # what was held is given back
+    with shares.take("home", "ann"):  # the shares were given back
         pass
 
 
@@ -33,7 +33,7 @@ def test_a_share_is_given_back_after_an_error():
         pass
 
 
-def test_who_works_in_steps_waits_for_all_others():
+def test_work_in_steps_waits_for_all_others():
     turns, waited = Turns(), threading.Event()
 
     def step():
@@ -64,7 +64,7 @@ def test_a_worker_does_one_thing_at_a_time_in_order():
         last = asyncio.create_task(worker.run(done.append, "last"))
         await asyncio.sleep(0.1)
         assert done == []
-        left.cancel()  # before its turn: it is never done
+        left.cancel()  # before its turn, so it never runs
         free.set()
         await asyncio.gather(one, last)
         worker.close()

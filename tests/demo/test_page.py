@@ -54,7 +54,7 @@ def address(chromium, mobile_sam_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(mobile_sam_file):
-    """Optimized, since it runs for longer than it compiles."""
+    """The model, compiled with optimizations, since it runs longer than it compiles."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield from_pretrained(mobile_sam_file)
@@ -78,7 +78,7 @@ def plain(downloads):
 
 
 def replay(predictor, steps):
-    """The mask and its predicted IoU that a saved file's steps lead to, as they say."""
+    """Repeats the steps of a saved file; returns the mask and its predicted IoU."""
     points, box, before = [], None, None
     for step in steps:
         if "point" in step:
@@ -99,10 +99,10 @@ def replay(predictor, steps):
 
 
 def check(page, predictor, *places, labels=()):
-    """The saved files are what is shown, and what the predictor returns for these marks.
+    """Checks that the saved files match the page, and the predictor's result for these marks.
 
     Returns:
-        The steps.
+        The saved steps.
     """
     image, saved, names = page.saved()
     assert names == ["turned photo.v2_mask.png", "turned photo.v2_mask.json"]
@@ -111,7 +111,7 @@ def check(page, predictor, *places, labels=()):
     prompt = saved["prompt"]
     given = [*prompt.get("point_coords", []), *np.reshape(prompt.get("box", []), (-1, 2))]
     pixel = width / page.find(".stage").size["width"]
-    # Half a pixel of the screen is rounded here, and WebDriver rounds the stage's middle.
+    # The page rounds by half a pixel of the screen, and WebDriver rounds the stage's center.
     assert np.abs(np.array(given) - np.array(places) * (width, height)).max() <= 1 + 1.5 * pixel
     assert prompt.get("point_labels", []) == list(labels)
     mask, score = replay(predictor, saved["steps"])
@@ -133,7 +133,7 @@ def positions(page):
 
 
 def test_page(browser, address, downloads, model, turned, plain):
-    """One visitor after the other does all that the page can do."""
+    """Two visitors in turn do everything that the page offers."""
     predictor = SamPredictor(model)
     predictor.set_image(turned)
     assert predictor.original_size == (3000, 2000)
@@ -143,7 +143,7 @@ def test_page(browser, address, downloads, model, turned, plain):
     assert size["width"] / size["height"] == pytest.approx(2 / 3, rel=0.01)
     assert not page.find("#png").is_enabled()
 
-    # A point, and its candidates; nothing jumps.
+    # A point and its candidates; the buttons do not move.
     before = positions(page)
     with page.change():
         page.mouse(CUP)
@@ -161,7 +161,7 @@ def test_page(browser, address, downloads, model, turned, plain):
         (step,) = check(page, predictor, CUP, labels=[1])
         assert step["candidate"] == candidate
 
-    # More points, of the background by the radio and by the right button; and back by Ctrl-Z.
+    # Background points by the radio button and by a right click; Ctrl-Z undoes the second.
     with page.change():
         page.run("document.querySelectorAll('#label input')[1].click()")
         page.mouse(MIDDLE)
@@ -186,7 +186,7 @@ def test_page(browser, address, downloads, model, turned, plain):
         page.mouse(CUP)
     check(page, predictor, CUP, (0.2, 0.1), (0.9, 0.55), labels=[1])
 
-    # What is not an image, or too large, is told, and the image stays.
+    # Files that are not images, or too large, give an error, and the image stays.
     shown = page.layer()
     (downloads / "text.jpg").write_text("not an image")
     (downloads / "large.jpg").write_bytes(bytes(2_100_000))
@@ -200,7 +200,7 @@ def test_page(browser, address, downloads, model, turned, plain):
         page.wait(lambda message=message: message in page.told())
     assert np.array_equal(page.layer(), shown)
 
-    # Everything, which another click ends.
+    # Everything mode, which a click ends.
     page.side(32)
     page.press("all")
     page.wait(lambda: "of 128 steps" in page.find("#status").text)
@@ -217,7 +217,7 @@ def test_page(browser, address, downloads, model, turned, plain):
     masks = [pycocotools.mask.decode(record["segmentation"]) for record in saved["masks"]]
     assert np.array_equal(np.asarray(image) > 0, np.any(masks, axis=0))
 
-    # Another tab is another visitor; its file is dropped on the page, and keys do all.
+    # Another tab is another visitor, who drops a file on the page and uses only the keyboard.
     other = Page(browser, address, downloads)
     other.drop(plain)
     by_keyboard(other)
@@ -230,7 +230,7 @@ def test_page(browser, address, downloads, model, turned, plain):
     errors = [
         entry for entry in browser.get_log("browser") if "status of 4" not in entry["message"]
     ]
-    assert not errors  # such as what the page's security policy refuses
+    assert not errors  # such as violations of the page's security policy
 
 
 def by_keyboard(page):
@@ -245,7 +245,7 @@ def by_keyboard(page):
     assert page.run(outline, stage) == "solid"
     assert cross.is_displayed()
 
-    # From the middle (256, 256): steps are of 3 pixels, and of 30.
+    # From the center (256, 256), in steps of 3 pixels, or of 30 with Shift.
     far = Keys.SHIFT, *[Keys.ARROW_UP] * 4, Keys.NULL
     page.keys(*far, Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_DOWN)
     center, inside = cross.rect, stage.rect
@@ -297,7 +297,7 @@ def test_phone(chromium, address, downloads, plain):
 
 
 def finger(browser, element, places):
-    """Goes down at the first place, along the others, and up."""
+    """Touches the first place, moves along the others, and lifts."""
     box = element.rect
     scroll = browser.execute_script("return scrollY")
     points = [
@@ -312,11 +312,11 @@ def finger(browser, element, places):
         browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": at})
 
 
-def test_colors_are_those_of_visualize():
+def test_colors_match_visualize():
     folder = Path(sam_jax.demo.__file__).parent
     css = (folder / "stage.css").read_text()
     assert [f"rgb{MARKS[label]}" in css for label in (0, 1)] == [True, True]
-    # Text on what lies behind it, in light and dark: 4.5 is what WCAG asks for.
+    # The contrast of text and background, in light and dark: WCAG asks for 4.5.
     css = (folder / "page.css").read_text()
     for values in re.findall(r":root \{[^{}]*\}", css):
         colors = dict(re.findall(r"--(\w+): (#[0-9a-f]+)", values))

@@ -8,7 +8,7 @@ import pytest
 
 @pytest.mark.slow
 def test_damaged_images_are_not_logged():
-    """Neither by Pillow nor by libtiff, which prints without Python: hence another process."""
+    """Neither Pillow nor libtiff logs them. libtiff bypasses Python: hence another process."""
     program = r"""if True:
         import io
         from PIL import Image

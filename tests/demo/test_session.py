@@ -40,7 +40,7 @@ def embedded(model, image):
 
 
 def file(image, kind="png", **options):
-    """An image's file."""
+    """Encodes an image as a file."""
     written = io.BytesIO()
     image.save(written, kind, **options)
     return written.getvalue()
@@ -96,8 +96,8 @@ BOX, LOW = Box(10, 5, 90, 60), (1, 48, 48)
     ],
     ids=["point", "points", "box", "box_and_point"],
 )
-def test_masks_are_the_predictors(model, embedded, predictor, prompts):
-    """At the image's own size, though masks are first computed at the model's."""
+def test_masks_match_the_predictor(model, embedded, predictor, prompts):
+    """At the image's own size, although masks are first computed at the model's."""
     session = demo.predict(model, Session(embedded, tuple(map(Step, prompts))))
     masks, scores, logits = predictor.predict(**demo.prompt_of(session))
     order = np.argsort(-scores)
@@ -111,7 +111,7 @@ def test_masks_are_the_predictors(model, embedded, predictor, prompts):
 
 
 def test_points_refine_the_mask_that_is_shown(model, embedded, predictor):
-    """As on Meta's page; a box starts again, and undoing restores what was shown."""
+    """As on Meta's page. A box starts again, and undo restores the previous mask."""
     sessions = [demo.choose(demo.predict(model, demo.add_point(Session(embedded), 50, 30, 1)), 2)]
     for add in (
         lambda session: demo.add_point(session, 9, 60, 0),
@@ -160,7 +160,7 @@ def test_mask_as_json(model, embedded):
 
 
 def test_everything(model, embedded, image, monkeypatch):
-    # Of random weights no mask would pass.
+    # With the default thresholds, no mask of random weights would pass.
     monkeypatch.setattr(
         demo,
         "SamAutomaticMaskGenerator",
@@ -170,7 +170,7 @@ def test_everything(model, embedded, image, monkeypatch):
     )
     progress = []
     found = demo.find_everything(model, embedded, 9, lambda *step: progress.append(step))
-    # 81 points, 8 at a time; then the masks.
+    # 81 points, 8 at a time, then the masks.
     assert progress[:11] == [(i + 1, 11) for i in range(11)]
     assert set(progress[11:]) == {(11, 11)}
     generator = SamAutomaticMaskGenerator(
@@ -189,8 +189,8 @@ def test_everything(model, embedded, image, monkeypatch):
     assert np.array_equal(areas[numbers[ys, xs] - 1, ys, xs], areas.min(0)[ys, xs])
 
 
-def test_numbering_masks_takes_their_runs_only():
-    """No mask is decoded at the image's size: hundreds of a large one would take a minute."""
+def test_numbering_masks_uses_only_their_runs():
+    """Masks are not decoded at the image's size: hundreds of large ones would take a minute."""
     size, expected, records = (1000, 1200), np.zeros((1000, 1200), np.uint16), []
     for i in range(20):
         mask = np.zeros(size, bool)
@@ -270,7 +270,7 @@ def test_rotated_and_large(model, monkeypatch):
 
 @pytest.mark.parametrize("pixels", [101, 100 * Image.MAX_IMAGE_PIXELS], ids=["more", "a_bomb"])
 def test_too_large(model, monkeypatch, pixels):
-    """Told from the file's head, before its pixels are read."""
+    """The file's header shows it, before any pixels are read."""
     monkeypatch.setattr(demo, "PIXELS", 100)
     photo = file(Image.new("L", (101, 1)))
     if pixels > 101:
@@ -280,8 +280,8 @@ def test_too_large(model, monkeypatch, pixels):
         demo.open_image_file(SamPredictor(model), photo)
 
 
-def test_scans_are_few(model, monkeypatch):
-    """Each goes through all pixels; what only looks like one is within a segment, or after all."""
+def test_number_of_scans_is_limited(model, monkeypatch):
+    """Each scan decodes all pixels. Similar bytes in a segment or after the end do not count."""
     noise, like_one = Image.effect_noise((64, 64), 50), b"\xff\xda" * 99
     photo = file(noise, "jpeg", progressive=True, comment=like_one)
     last = photo[photo.rindex(b"\xff\xda") : -2]
@@ -304,8 +304,8 @@ LONG, SLONG8 = 4, 17
         ((64,), SLONG8),
     ],
 )
-def test_tiles_are_small(model, monkeypatch, sides, kind):
-    """They are decoded whole, however small the image is; and not all decoders read tags alike."""
+def test_size_of_tiles_is_limited(model, monkeypatch, sides, kind):
+    """Tiles are decoded whole, however small the image is, and decoders read tags differently."""
     data = zlib.compress(bytes(64 * 64))
     tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 324: 1000, 325: len(data)}
     entries = [(tag, 4, 1, value) for tag, value in tags.items()]
@@ -322,8 +322,8 @@ def test_tiles_are_small(model, monkeypatch, sides, kind):
 
 
 def test_no_image(model):
-    # Whose content counts, not their names: some of Pillow's formats start other programs, or hold
-    # more pixels than they say.
+    # The content counts, not the name: some of Pillow's formats start other programs, or hold more
+    # pixels than they declare.
     for photo in (b"no image", file(Image.new("RGB", (9, 9)), "EPS")):
         with pytest.raises(ValueError, match="the file is not an image of a known format"):
             demo.open_image_file(SamPredictor(model), photo)
@@ -358,7 +358,7 @@ def test_warm_up_compiles_what_clicks_need(model, image, compilations):
     assert not compilations
 
 
-def test_marks_are_as_many_as_are_compiled_for(embedded):
+def test_number_of_marks_is_limited(embedded):
     session = demo.add_box(Session(embedded), 1, 1, 5, 5)
     for _ in range(demo.MARKS - 1):
         session = demo.add_point(session, 1, 1, 1)

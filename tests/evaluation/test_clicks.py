@@ -32,7 +32,7 @@ def dataset():
     return [{"image": images[0], "masks": masks}, {"image": images[1], "masks": masks[:0]}]
 
 
-def test_first_click_and_box_are_what_the_predictor_says(model, dataset):
+def test_first_click_and_box_match_the_predictor(model, dataset):
     """Computed by hand, one object after the other."""
     predictor = SamPredictor(model)
     predictor.set_image(dataset[0]["image"])
@@ -54,7 +54,7 @@ def test_first_click_and_box_are_what_the_predictor_says(model, dataset):
 
 
 def plain_click(predicted, target):
-    """The paper's next click, over the whole image: x, y and label."""
+    """The paper's next click, computed on the whole image: (x, y) and label."""
     depth = [
         scipy.ndimage.distance_transform_edt(np.pad(error, 1))[1:-1, 1:-1]
         for error in (target & ~predicted, predicted & ~target)
@@ -64,7 +64,7 @@ def plain_click(predicted, target):
 
 
 @pytest.mark.slow
-def test_later_clicks_are_the_farthest_from_the_boundary_of_an_error(model, dataset, monkeypatch):
+def test_later_clicks_match_a_plain_reference(model, dataset, monkeypatch):
     calls = []
     predict = SamPredictor.predict_batch
 
@@ -87,22 +87,22 @@ def test_later_clicks_are_the_farthest_from_the_boundary_of_an_error(model, data
 
 
 def test_a_thin_rim_is_not_a_large_error(model, monkeypatch):
-    """A click is in a blob, even if a rim around it has more pixels; as in a plain reference."""
+    """The click is in a blob, even if a thin rim has more pixels, as in a plain reference."""
     target = rectangle(2, 2, 58, 38)
     rim = target & ~rectangle(4, 4, 56, 36)
     missed, extra = rectangle(10, 10, 19, 19), rectangle(30, 38, 40, 40)
     predictions = [
-        target & ~rim & ~missed | rectangle(0, 0, W, 1),  # a rim and a blob are missed
-        rectangle(2, 2, 58, 7) | rectangle(20, 20, 35, 35),  # most is missed
-        target | extra,  # some is too much
-        rectangle(8, 8, 17, 17),  # the target is the rim: all of it is missed, and a blob too much
+        target & ~rim & ~missed | rectangle(0, 0, W, 1),  # misses a rim and a blob
+        rectangle(2, 2, 58, 7) | rectangle(20, 20, 35, 35),  # misses most
+        target | extra,  # has an extra blob
+        rectangle(8, 8, 17, 17),  # the target is the rim: misses all of it, and has an extra blob
     ]
     targets = np.array([target] * 3 + [rim])
 
     asked = []
 
     def predict_batch(self, points=None, labels=None, **_):
-        """Answers with the predictions, whatever it is asked."""
+        """Returns the predictions, whatever the prompts are."""
         if points is not None:
             asked[:] = zip(points, labels, strict=True)
         return np.array(predictions)[:, None], np.zeros((4, 1)), np.zeros((4, 1, 1, 1))
@@ -117,7 +117,7 @@ def test_a_thin_rim_is_not_a_large_error(model, monkeypatch):
     assert rim.sum() > missed.sum()
 
 
-def test_cached_embeddings_give_the_same(model, dataset, tmp_path):
+def test_cached_embeddings_change_nothing(model, dataset, tmp_path):
     cached = CachedEmbeddings(dataset, model, folder=tmp_path)
     assert evaluate(model, cached, clicks=(1,)) == evaluate(model, dataset, clicks=(1,))
 
@@ -143,7 +143,7 @@ def test_nothing_to_evaluate_on(model, dataset):
         evaluate(model, dataset[1:])
 
 
-def test_masks_that_are_none(model, dataset):
+def test_bad_masks(model, dataset):
     for masks, error, message in (
         (
             255 * dataset[0]["masks"].astype(np.uint8),
@@ -172,7 +172,7 @@ def test_masks_that_are_none(model, dataset):
     ],
 )
 @pytest.mark.usefixtures("unchecked")
-def test_numbers_that_make_no_sense(model, dataset, options, message):
+def test_bad_options(model, dataset, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(model, dataset, **options)
 
@@ -189,10 +189,10 @@ def test_images_of_clicks(model, dataset):
     sheet = np.asarray(draw_clicks(model, dataset))
     assert sheet.shape == (H, 2 * W, 3)
     assert not np.array_equal(sheet[:, :W], dataset[0]["image"])
-    np.testing.assert_array_equal(sheet[:, W:], dataset[1]["image"])  # it has no object
+    np.testing.assert_array_equal(sheet[:, W:], dataset[1]["image"])  # has no object
 
 
-def test_of_many_objects_some_are_drawn(model, dataset, monkeypatch):
+def test_only_some_of_many_objects_are_drawn(model, dataset, monkeypatch):
     """The others are neither decoded nor predicted."""
     decoded, asked = [], []
 

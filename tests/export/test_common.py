@@ -18,7 +18,7 @@ def model():
 
 
 def test_the_config_says_how_to_preprocess(model, tmp_path):
-    """Programs that run the export have nothing else to know it from."""
+    """Programs that run the export have no other source for it."""
     write_config(tmp_path, model, platforms=["cpu"])
     written = json.loads((tmp_path / "config.json").read_text())
     assert written.pop("platforms") == ["cpu"]
@@ -30,7 +30,7 @@ def test_the_config_says_how_to_preprocess(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_attention_is_a_copy_s(model):
+def test_another_attention_changes_only_a_copy(model):
     before = [block.attn.implementation for block in vit_blocks(model)]
     chosen = [block.attn.implementation for block in vit_blocks(with_attention(model, "xla"))]
     assert chosen == ["xla"] * CONFIG.image_encoder.depth

@@ -80,7 +80,7 @@ def test_nothing_is_overwritten(write, model, tmp_path):
 
 @pytest.mark.parametrize("write", [export_jax, export_onnx])
 def test_nothing_is_left_half_written(write, model, tmp_path, monkeypatch):
-    """Simulates a full disk: the settings come last."""
+    """Simulates a full disk while the settings, the last file, are written."""
 
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
@@ -98,7 +98,7 @@ class Serialized:
 
 
 class HalfPrecision(nnx.Module):
-    """An encoder of one's own, with results in float32."""
+    """A custom encoder that computes in bfloat16 and returns float32."""
 
     def __call__(self, pixel_values):
         x = pixel_values.astype(jnp.bfloat16)[:, ::8, ::8, :1] * 2

@@ -118,7 +118,7 @@ def test_jax_decoder(jax_folder, model, b, p, n, with_masks):
 
 @pytest.mark.slow
 def test_jax_programs_in_bfloat16(tmp_path):
-    """The decoder takes the embeddings that the encoder gives; a platform alone can be named."""
+    """The decoder takes the encoder's embeddings unchanged; one platform may be a string."""
     model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16)
     export_jax(model, tmp_path / "out", platforms="tpu")
     encoder, decoder = (
@@ -248,11 +248,11 @@ def test_onnx_encoder(torch_sam, onnx_folder):
 
 @pytest.mark.slow
 def test_onnx_of_real_weights(mobile_sam_file, tmp_path):
-    """MobileSAM by the command and the example, against Meta's decoder and PyTorch's encoder."""
+    """MobileSAM, exported by the command, matches PyTorch's encoder and Meta's decoder."""
     image = skimage.data.coffee()
     Image.fromarray(image).save(tmp_path / "photo.png")
     run_command("export", mobile_sam_file, "--format", "onnx", "--output", tmp_path / "out")
-    # The model's, not a copy of each attention bias for each window.
+    # The model's size: attention biases are not copied for each window.
     assert (tmp_path / "out" / "encoder.onnx").stat().st_size < 30e6
     session = onnx_session(tmp_path / "out", "decoder")
     (embedding,) = onnx_session(tmp_path / "out", "encoder").run(
@@ -291,7 +291,7 @@ def resized(image, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL_TINY, SMALL], ids=["tiny_vit", "vit"])
 def test_sam_hq_and_tiny_vit(config, tmp_path):
-    """In both formats, including an early layer's channels."""
+    """Both formats support them, including an early layer's channels."""
     model = Sam(dataclasses.replace(config, hq=True), rngs=nnx.Rngs(0))
     size = config.image_size
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
@@ -378,7 +378,7 @@ def test_example(example, folder, blocked, request, model, photo, tmp_path):
         *(("load_onnx", name) for name in ("color.png", "eps.jpg")),
     ],
 )
-def test_an_example_refuses_what_it_would_clip_or_execute(
+def test_examples_refuse_deep_and_executable_images(
     example, name, jax_folder, onnx_folder, tmp_path
 ):
     deep = np.full((9, 9, 3), 4000, np.uint16)
@@ -397,7 +397,7 @@ def test_an_example_refuses_what_it_would_clip_or_execute(
 @pytest.mark.parametrize(
     "change", [{}, {"normalization": "min_max"}, {"resize": "square"}], ids=str
 )
-def test_the_loader_prepares_as_the_processor_does(change, monkeypatch):
+def test_the_loader_preprocesses_like_the_processor(change, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import load_export
 

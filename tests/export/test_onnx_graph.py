@@ -48,7 +48,7 @@ FUNCTIONS = {
         jax.lax.slice(x, (0,) * 3, x.shape),
     ),
     "padded": lambda x: jnp.pad(x, ((0, 1), (2, 0), (0, 0)), constant_values=7),
-    # A sum of what was broadcast is not the sum of what it was broadcast from.
+    # The sum of a broadcast array is not the sum of the original array.
     "broadcast": lambda x: (
         jnp.broadcast_to(x[:, :1], x.shape).sum(1),
         jnp.broadcast_to(x[0, 0], (2, 5)).reshape(10) * 2,
@@ -70,7 +70,7 @@ IMAGES = {
 
 
 def run_onnx(function, x, folder, shape=None):
-    """The function's results in ONNX Runtime; `shape` may leave a size open."""
+    """The function's results in ONNX Runtime; `shape` may have symbolic sizes."""
     shape = x.shape if shape is None else shape
     graph = Graph()
     graph.input("x", [n if isinstance(n, int) else str(n) for n in shape])
@@ -96,7 +96,7 @@ def operators(folder):
     return {node.op_type for node in onnx.load(folder / "f.onnx").graph.node}
 
 
-def test_functions_that_onnx_has_an_operator_for(tmp_path):
+def test_functions_with_an_onnx_operator(tmp_path):
     kernel = normal((3, 3, 1, 4))
     for function, expected in (
         (lambda x: (softmax(x, 1),), {"Softmax"}),
@@ -107,7 +107,7 @@ def test_functions_that_onnx_has_an_operator_for(tmp_path):
         assert operators(tmp_path) == {*expected, "Identity"}
 
 
-def test_functions_are_known_by_what_they_are_marked_as(tmp_path):
+def test_functions_are_recognized_by_their_mark(tmp_path):
     @jax.jit
     @operation("sam.gelu")
     def called_otherwise(x):
@@ -117,7 +117,7 @@ def test_functions_are_known_by_what_they_are_marked_as(tmp_path):
     assert "Erf" in operators(tmp_path)
 
 
-def test_a_size_left_open(tmp_path):
+def test_symbolic_sizes(tmp_path):
     (n,) = jax.export.symbolic_shape("n")
 
     def function(x):
@@ -145,7 +145,7 @@ def test_constants_are_computed_and_kept_once(tmp_path):
 
 
 def test_constants_that_repeat_are_stored_once(tmp_path):
-    """Constants are stored by content, with one slice along repeating axes, which -0 breaks."""
+    """Equal constants are stored once, with one slice of axes that repeat; -0 is not 0."""
     table, row, zeros = normal((3, 40, 40), 9), normal((1, 300), 8), np.zeros((300, 2), np.float32)
     zeros[7] = -0.0
 
@@ -163,7 +163,7 @@ def test_constants_that_repeat_are_stored_once(tmp_path):
     assert (tmp_path / "f.onnx").stat().st_size < table.nbytes + row.nbytes + zeros.nbytes + 4000
 
 
-def test_large_weights_have_a_file_of_their_own(tmp_path, monkeypatch):
+def test_large_weights_have_their_own_file(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "_LARGEST_FILE", 0)
     weights = normal((5, 3000), 9)
     (result,) = run_onnx(lambda x: x @ weights, A[0], tmp_path)
@@ -185,7 +185,7 @@ def test_large_weights_have_a_file_of_their_own(tmp_path, monkeypatch):
         (lambda x: jax.lax.pad(x, 0.0, [(-1, 0, 0)] * 3), "padding cannot be exported"),
     ],
 )
-def test_what_is_unknown(function, message):
+def test_unsupported_operations(function, message):
     graph = Graph()
     graph.input("x", A.shape)
     with pytest.raises(ValueError, match=message):

@@ -56,7 +56,7 @@ def pixels_of(config, count=1):
         ),
     ],
 )
-def test_embeddings_are_jaxs(config):
+def test_embeddings_match_jax(config):
     model, pixels = random_sam(config), pixels_of(config, 2)
     found = OpenVinoEncoder(model)(pixels)
     assert found.dtype == np.float32
@@ -67,7 +67,7 @@ def test_embeddings_are_jaxs(config):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
 def test_low_precision(config, dtype):
-    """As exact as JAX is in it, or better: a CPU without it computes in float32."""
+    """At least as exact as JAX in this dtype: a CPU without it computes in float32."""
     model, pixels = random_sam(config), pixels_of(config)
     low = sam_jax.checkpoints.build_model(
         dict(sam_jax.checkpoints.flat_params(model)), config, dtype
@@ -114,7 +114,7 @@ def test_predictor_and_generator():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_real_weights(mobile_sam_file, dtype):
-    """The masks are JAX's; in bfloat16 as many of them as in JAX."""
+    """The masks match JAX's in float32; in bfloat16, they are nearly the same."""
     image = load_image("examples/predictor.jpg")
     exact = sam_jax.from_pretrained(mobile_sam_file)
     model = sam_jax.from_pretrained(mobile_sam_file, dtype=dtype)
@@ -139,7 +139,7 @@ def test_an_export_is_made_once(cache, monkeypatch):
     (folder,) = cache.iterdir()
     assert {path.suffix for path in folder.iterdir()} == {".onnx", ".blob"}
 
-    # Other parameters, and other settings of the same ones, are other encoders.
+    # Other parameters, and other settings with the same parameters, make another encoder.
     kernel = model.image_encoder.neck.conv1.kernel
     kernel[...] = 2 * kernel[...]
     other = OpenVinoEncoder(model)
@@ -152,8 +152,8 @@ def test_an_export_is_made_once(cache, monkeypatch):
     assert not np.array_equal(OpenVinoEncoder(changed)(pixels), other(pixels))
 
 
-def test_what_was_made_changes_with_nothing(cache):
-    """A model that changes later does not change the encoder, nor its copies."""
+def test_encoders_do_not_change_with_the_model(cache):
+    """Later changes of the model affect neither the encoder nor its copies."""
     model, pixels = random_sam(SHALLOW), pixels_of(SHALLOW)
     predictor = SamPredictor(model, runtime="openvino")
     image = random_image(40, 40)
@@ -175,7 +175,7 @@ def test_without_a_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_cannot_run(monkeypatch):
+def test_unsupported_encoders(monkeypatch):
     model = random_sam(SHALLOW)
     with pytest.raises(ValueError, match=r"runtime is 'onnx', expected one of \['jax', 'openvino'"):
         encoder_for(model, "onnx")
@@ -184,7 +184,7 @@ def test_what_cannot_run(monkeypatch):
         SamPredictor(adapted, runtime="openvino")
 
     class Another(type(model.image_encoder)):
-        """With the same parameters, and code of its own."""
+        """An encoder with the same parameters and different code."""
 
     another = random_sam(SHALLOW)
     another.image_encoder.__class__ = Another
@@ -207,7 +207,7 @@ def test_what_cannot_run(monkeypatch):
     ids=lambda command: command.split()[0],
 )
 def test_commands(command, tmp_path, monkeypatch):
-    """Their encoder is this one."""
+    """The commands use OpenVINO's encoder."""
     sam_jax.save_pretrained(random_sam(SHALLOW), tmp_path / "model")
     Image.fromarray(random_image(40, 60)).save(tmp_path / "1.png")
     square = {"segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]], "image_id": 1, "id": 1, "iscrowd": 0}

@@ -14,7 +14,7 @@ KEYS = jax.random.split(jax.random.key(0), 4)
 
 
 def masks(shape, seed):
-    """Blobs, of which some pixels are on."""
+    """Random masks made of blocks."""
     coarse = np.random.default_rng(seed).normal(size=(*shape[:-2], 4, 4))
     return jnp.asarray(
         np.kron(coarse, np.ones((shape[-2] // 4, shape[-1] // 4))) > 0.3, jnp.float32
@@ -25,7 +25,7 @@ def masks(shape, seed):
 def first_prompts(key, inside, box):
     """A point in an object, a noisy box around it, and whether the box is an object's first prompt.
 
-    As the first of the three keys of `interactive_losses` draws them.
+    They are drawn as `interactive_losses` does with the first of its three keys.
     """
     choice, point_key, box_key = jax.random.split(key, 3)
     point, _ = sample_point(point_key, inside, SIZE)

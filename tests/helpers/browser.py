@@ -37,13 +37,13 @@ def find_chromium() -> tuple[str, str] | None:
 
 
 def free_port() -> int:
-    """One of this machine's that nobody listens at."""
+    """A port of this machine that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
 
 
 def process_environment(**others: str) -> dict[str, str]:
-    """Shares the tests' compilation cache between processes, but with optimizations."""
+    """Variables that share the tests' compilation cache, but enable optimizations."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -55,9 +55,9 @@ def process_environment(**others: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running_demo(folder: Path, *arguments: str, stop: int = signal.SIGINT) -> Iterator[str]:
-    """The address of a page that `sam-jax demo` serves, until it gets the signal `stop`.
+    """Serves a page with `sam-jax demo`, yields its address, and ends it with the signal `stop`.
 
-    It has nothing to write, and its temporary files would be in the folder.
+    Checks that the server leaves no temporary files; they would be in the folder.
     """
     port = free_port()
     command = [sys.executable, "-m", "sam_jax.cli", "demo", "--port", str(port), *arguments]
@@ -90,7 +90,7 @@ def running_demo(folder: Path, *arguments: str, stop: int = signal.SIGINT) -> It
 
 
 def open_browser(folder: Path, phone: bool = False) -> webdriver.Chrome:
-    """Chromium with a new profile, which saves files in the folder; or as if on a phone."""
+    """Starts Chromium with a new profile, as on a phone if asked; it saves files in the folder."""
     binary, driver = find_chromium()
     options = webdriver.ChromeOptions()
     options.binary_location = binary
@@ -138,7 +138,7 @@ class Page:
 
     @contextlib.contextmanager
     def change(self):
-        """Waits for another mask."""
+        """Waits until another mask is displayed."""
         self.front()
         before = self.find(".stage .mask").get_attribute("src")
         yield
@@ -168,14 +168,14 @@ class Page:
         self.browser.switch_to.active_element.send_keys(*keys)
 
     def choose(self, path):
-        """Opens a file by the button; waits until it is shown."""
+        """Opens a file with the button; waits until it is shown."""
         self.front()
         before = self.find(".stage .image").get_attribute("src")
         self.find("#file").send_keys(str(path))
         self.wait(lambda: self.find(".stage .image").get_attribute("src") != before)
 
     def told(self):
-        """The error that is shown."""
+        """The displayed error message."""
         alert = self.find("#alert")
         return alert.text if alert.is_displayed() else ""
 

@@ -59,7 +59,7 @@ def assert_same_batch(actual, expected):
 
 
 def squares(*sides):
-    """An image four times the model's input, with squares of these sides from its middle."""
+    """An image of 4 times the model's input size, with squares of these sides in a row."""
     size = 4 * SIZE
     masks = np.zeros((len(sides), size, size), bool)
     for k, side in enumerate(sides):

@@ -6,7 +6,7 @@ import os
 
 @contextlib.contextmanager
 def all_cores():
-    """Started within, processes may use every core: on one, those that wait for others crawl."""
+    """Processes started within may use every core: on one, processes that wait are slow."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return

@@ -1,4 +1,4 @@
-"""Images, and options with which every mask is kept."""
+"""Images, and options that keep every mask."""
 
 import functools
 from unittest import mock
@@ -23,7 +23,7 @@ def random_image(height, width, seed=0):
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
-# Random weights: every mask passes, and they are many, large, small and empty.
+# With random weights, every mask passes, and there are many: large, small and empty ones.
 @functools.cache
 def small():
     sam = meta_sam(SHALLOW)
@@ -31,7 +31,7 @@ def small():
 
 
 def segmentation(record):
-    """The mask, however it is held."""
+    """A record's mask as an array, whatever its format."""
     rle = record["segmentation"]
     if isinstance(rle, np.ndarray):
         return rle
@@ -69,7 +69,7 @@ def generator(**options):
 
 
 def as_on_a_gpu(**options):
-    """A generator with the schedule of accelerators."""
+    """A generator with the chunk sizes of a GPU."""
     on_a_gpu = lambda points_per_batch, _platform: chunk_sizes(points_per_batch, "gpu")  # noqa: E731
     with mock.patch("sam_jax.automatic.generator.chunk_sizes", on_a_gpu):
         return generator(**options)
@@ -80,6 +80,6 @@ def found_in_an_image():
     image, predictor = random_image(70, 110), SamPredictor(small()[1])
     predictor.set_image(image)
     outputs = predictor.predict([[30, 40]], [1], return_logits=True)
-    # Some points one by one, some together.
+    # Decodes some points one by one, some together.
     some = as_on_a_gpu(points_per_side=3, points_per_batch=4, output_mode="coco_rle")
     return [str(array.dtype) for array in outputs], outputs[1].tolist(), some.generate(image)

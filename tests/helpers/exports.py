@@ -1,4 +1,4 @@
-"""The model that is exported, and the command that does it."""
+"""The model to export, and the export command."""
 
 import dataclasses
 import sys
@@ -7,7 +7,7 @@ from reference import SHALLOW, SMALL
 
 from sam_jax import cli
 
-# Both kinds of the encoder's blocks, one of the decoder's.
+# Both kinds of encoder blocks, and one decoder block.
 CONFIG = dataclasses.replace(SMALL, mask_decoder=SHALLOW.mask_decoder)
 
 

@@ -16,7 +16,7 @@ STEPS = 14
 
 
 def arguments(cells, model, output, *options):
-    """The command line's; an option that comes twice counts the second time."""
+    """Command-line arguments. If an option is given twice, the second one counts."""
     found = ["--annotations", cells / "train.json", "--images", cells / "images"]
     found += ["--output", output, "--model", model, "--steps", STEPS, "--batch-size", 2]
     found += ["--max-objects", 2, "--num-rounds", 2, "--eval-every", 4, "--learning-rate", 1e-3]

@@ -1,4 +1,4 @@
-"""Folders of small images, and `sam-jax generate` on them with options that all masks pass."""
+"""Folders of small images, and `sam-jax generate` with options that keep every mask."""
 
 import sys
 

@@ -10,7 +10,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-# Of 12-bit values: their high byte is nearly black.
+# 12-bit values, whose high bytes are nearly black.
 DEEP = np.random.default_rng(0).integers(0, 4096, (64, 65, 3), dtype=np.uint16)
 DEEP_ALPHA = np.dstack([DEEP, DEEP[..., 0]])
 

@@ -9,9 +9,9 @@ import pytest
 
 @contextlib.contextmanager
 def needs_package_index():
-    """Skips the test if the package index cannot be reached; in CI that is a failure, too.
+    """Skips the test if the package index cannot be reached, except in CI, where it fails.
 
-    Whatever else goes wrong with a download is a failure everywhere.
+    All other errors of a download are failures everywhere.
     """
     try:
         yield

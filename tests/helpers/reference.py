@@ -1,4 +1,4 @@
-"""The PyTorch references with random weights, and our models with the same weights."""
+"""The PyTorch references with random weights, and sam_jax's models with the same weights."""
 
 import dataclasses
 import re
@@ -39,7 +39,7 @@ SMALL = SamConfig(
     prompt_embed_dim=32,
 )
 
-# One block and one layer: for what depends on no depth, since gradients compile long.
+# One block and one layer, for tests that need no depth: gradients compile slowly.
 SHALLOW = dataclasses.replace(
     SMALL,
     image_encoder=dataclasses.replace(SMALL.image_encoder, depth=1, global_attn_indexes=()),
@@ -47,8 +47,8 @@ SHALLOW = dataclasses.replace(
 )
 
 
-def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter and buffer random and none zero, at a scale that keeps activations sane."""
+def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Makes every parameter and buffer random and nonzero, and keeps activations moderate."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -70,12 +70,12 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def meta_sam(config: SamConfig, seed: int = 0):
     """Meta's `Sam` of this configuration, or MobileSAM's."""
-    return randomise(torch_reference.meta_sam(config), seed)
+    return randomize(torch_reference.meta_sam(config), seed)
 
 
 def hf_sam(config: SamConfig, seed: int = 0) -> transformers.SamModel:
     """Hugging Face's `SamModel` of this configuration."""
-    model = randomise(torch_reference.hf_sam(config), seed)
+    model = randomize(torch_reference.hf_sam(config), seed)
     model.tie_weights()
     return model
 
@@ -88,16 +88,16 @@ def mobile_sam_torch(checkpoint):
 
 
 def ours(module: torch.nn.Module, config: SamConfig, **options):
-    """Our model with the weights of a PyTorch one."""
+    """A sam_jax model with the weights of a PyTorch model."""
     tensors = {k: v.detach().numpy() for k, v in module.state_dict().items()}
     params = from_torch(tensors, config, param_shapes(config))
     return build_model(params, config, **options)
 
 
 def random_sam(config: SamConfig):
-    """Our model with random weights, which need no reference.
+    """A sam_jax model with random weights, which needs no reference.
 
-    By numpy: `Sam(config, rngs=...)` compiles a program for each shape.
+    NumPy draws them, since `Sam(config, rngs=...)` compiles a program for each shape.
     """
     rng = np.random.default_rng(0)
     params = {}
@@ -113,7 +113,7 @@ def random_sam(config: SamConfig):
 
 
 def run(module, *args, method: str = "__call__", **kwargs):
-    """Calls a method of one of our modules, compiled."""
+    """Compiles and calls a method of a sam_jax module."""
     graphdef, state = nnx.split(module)
 
     @jax.jit
@@ -170,7 +170,7 @@ def from_torch_image(tensor: torch.Tensor) -> np.ndarray:
 
 
 def torch_encode(sam, pixels):
-    """Meta's image encoder, or MobileSAM's of any size: its own forward takes 1024 pixels only."""
+    """Runs Meta's image encoder, or MobileSAM's, whose own forward requires 1024 pixels."""
     encoder = sam.image_encoder
     if not hasattr(encoder, "forward_features"):
         return encoder(pixels)
@@ -195,7 +195,7 @@ def assert_close(actual: jax.Array | np.ndarray, expected, tolerance: float = 1e
 
 
 def assert_same_epsilons(model, reference: torch.nn.Module) -> None:
-    """Of all norms of a model and of the reference of its configuration."""
+    """Compares the epsilons of all norms of a model and its reference."""
     norms = {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)

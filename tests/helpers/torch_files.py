@@ -1,4 +1,4 @@
-"""Files of PyTorch, written by it and by hand."""
+"""PyTorch files, written by PyTorch and by hand."""
 
 import pickle
 import zipfile
@@ -87,7 +87,7 @@ def tensor_opcodes(offset, size, stride, claimed=6):
 
 
 def write_forged(path, value_opcodes, **kwargs):
-    """A torch file of {"w": what value_opcodes leave on the stack}."""
+    """Writes a torch file of {"w": value}, where value_opcodes leave the value on the stack."""
     write_zip(path, b"\x80\x02}X\x01\x00\x00\x00w" + value_opcodes + b"s.", **kwargs)
 
 

@@ -25,9 +25,9 @@ def launched(
     warm: bool = False,
     **timing: float,
 ) -> Iterator[str]:
-    """The address of a model's page, served by this process as `sam-jax demo` does.
+    """Serves a model's page in this process, like `sam-jax demo`, and yields its address.
 
-    Unlike there, the model is not compiled first, unless it is to be `warm`.
+    Unlike the command, it compiles the model first only if `warm` is true.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -41,7 +41,7 @@ def launched(
 
 @contextlib.contextmanager
 def raw(site, text, source="127.0.0.1"):
-    """A connection on which this was sent."""
+    """A connection to the site, on which the text was sent."""
     where = "127.0.0.1", int(site.split(":")[2].strip("/"))
     with socket.create_connection(where, 20, source_address=(source, 0)) as connection:
         connection.sendall(text.encode())
@@ -55,7 +55,7 @@ class Visitor:
         self.address, self.source, self.session = address, source, None
 
     def post(self, path: str, body: Any = None, **headers: str) -> httpx.Response:
-        """Sends bytes, or chunks of bytes, or else JSON."""
+        """Posts bytes, chunks of bytes, or JSON."""
         kind = {"content": body} if body is not None else {"json": {}}
         if isinstance(body, dict):
             kind = {"json": body}
@@ -68,11 +68,11 @@ class Visitor:
             return client.post(path, headers=headers, **kind)
 
     def open(self, content: Any) -> dict:
-        """The server's answer to a file."""
+        """Uploads a file; returns the server's answer."""
         answer = self.post("open", content).json()
         self.session = answer.get("session", self.session)
         return answer
 
     def send(self, name: str, **numbers: Any) -> dict:
-        """The server's answer to an event."""
+        """Sends an event; returns the server's answer."""
         return self.post(name, numbers).json()

@@ -129,7 +129,7 @@ VALUES = "binary floats", "label 7", "half a box", "NaN", "a box inside out"
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("kind", BAD_POINTS)
-def test_what_join_prompts_would_not_give(model, kind):
+def test_prompts_that_join_prompts_would_not_return(model, kind):
     wrong, message = BAD_POINTS[kind]
     points, labels = join_prompts(POINTS, LABELS, None)
     right = {"image_embeddings": np.zeros((2, 12, 12, 32), np.float32)}
@@ -139,14 +139,14 @@ def test_what_join_prompts_would_not_give(model, kind):
     for arguments in (arrays, jax.tree.map(jnp.asarray, arrays)):
         with pytest.raises((TypeError, ValueError), match=message):
             model.decode(**arguments, **options)
-    if kind not in VALUES:  # of which a trace knows nothing
+    if kind not in VALUES:  # a trace does not know values
         with pytest.raises((TypeError, ValueError), match=message):
             jax.eval_shape(lambda arguments: model.decode(**arguments, **options), arrays)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_options_are_not_arrays(model):
-    """A compiled program has one number of masks; and numpy's scalars are as good as Python's."""
+    """A compiled program has a fixed number of masks. NumPy's scalars work like Python's."""
     embeddings, (points, labels) = np.zeros((2, 12, 12, 32)), join_prompts(POINTS, LABELS, None)
     decode = functools.partial(model.decode, embeddings, points, labels)
     predictor = SamPredictor(model)
@@ -180,7 +180,7 @@ def test_prompts_of_any_dtype(model):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
+def test_decode_refuses_mixed_up_arguments(model, embeddings):
     last = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
     with pytest.raises(ValueError, match=r"image_embeddings have shape .*channels first"):
         model.decode(embeddings.numpy(), *join_prompts(POINTS, LABELS, None))
@@ -202,7 +202,7 @@ def test_arguments_of_decode_that_look_like_something_else(model, embeddings):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_arguments_of_the_encoder_and_of_attention(model, pixels):
+def test_bad_arguments_of_encoder_and_attention(model, pixels):
     for encode in (model.encode_image, model.image_encoder.hidden_states):
         with pytest.raises(ValueError, match=r"pixel_values .*one alone is array\[None\]"):
             encode(pixels[0])

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.optimized
 
 
 def assert_like_torch(conv, x, kernel, **options):
-    """The result and both gradients."""
+    """Compares the result and both gradients with PyTorch's."""
     given = [
         tensor(to_torch(x)).requires_grad_(),
         tensor(kernel.transpose(3, 2, 0, 1)).requires_grad_(),
@@ -30,7 +30,7 @@ def assert_like_torch(conv, x, kernel, **options):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("hw", [(7, 9), pytest.param((34, 4), marks=pytest.mark.slow)], ids=str)
 def test_depthwise_conv(hw, stride, platform):
-    """The kernel's gradient goes by rows on a CPU, at once elsewhere."""
+    """The kernel's gradient is computed row by row on a CPU, and at once elsewhere."""
     conv = functools.partial(depthwise_conv, stride=stride)
     x, kernel = normal((2, *hw, 5)), normal((3, 3, 1, 5), seed=1)
     assert_like_torch(conv, x, kernel, stride=stride, groups=5)
@@ -38,7 +38,7 @@ def test_depthwise_conv(hw, stride, platform):
 
 @pytest.mark.parametrize("hw", [(6, 8), (2, 2)], ids=str)
 def test_halving_conv(hw, platform):
-    """The kernel's gradient is of products on a CPU, XLA's own elsewhere."""
+    """On a CPU, the kernel's gradient is computed by matmuls; elsewhere, it is XLA's own."""
     x, kernel = normal((2, *hw, 5)), normal((3, 3, 5, 7), seed=1)
     assert_like_torch(halving_conv, x, kernel, stride=2)
 
@@ -50,7 +50,7 @@ CONVS = {
 
 
 @pytest.mark.parametrize("name", CONVS)
-def test_gradients_with_an_open_batch(name):
+def test_gradients_with_a_symbolic_batch(name):
     conv, channels = CONVS[name]
 
     def total(x, kernel):

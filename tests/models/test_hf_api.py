@@ -25,7 +25,7 @@ from sam_jax.ops.prompts import join_prompts
         for name, inputs in PROMPTS.items()
     ],
 )
-def test_the_api_is_hugging_faces(hf, model, embeddings, inputs):
+def test_the_api_matches_hugging_face(hf, model, embeddings, inputs):
     with torch.no_grad():
         expected = hf(image_embeddings=embeddings, **torch_inputs(inputs))
     actual = model(image_embeddings=embeddings.numpy(), **inputs)
@@ -33,8 +33,8 @@ def test_the_api_is_hugging_faces(hf, model, embeddings, inputs):
     assert_close(actual.iou_scores, expected.iou_scores)
 
 
-def test_prompts_of_an_accelerator_lose_their_padding_there(model, embeddings, monkeypatch):
-    """Simulated: three prompts, which are padded to four."""
+def test_padding_is_removed_on_the_accelerator(model, embeddings, monkeypatch):
+    """On a simulated accelerator, three prompts are padded to four."""
     points = np.float32([[[[30, 20]], [[50, 60]], [[9, 80]]]])
     expected = model(image_embeddings=embeddings[:1].numpy(), input_points=points)
     monkeypatch.setattr(hf_api, "on_accelerator", lambda x: isinstance(x, jax.Array))
@@ -55,8 +55,8 @@ def test_pixels_to_masks(hf, model, pixels):
 
 
 @pytest.mark.slow
-def test_personalisation(hf, model, embeddings):
-    # `transformers` changes the tokens in place when a target is given: no gradients, then.
+def test_personalization(hf, model, embeddings):
+    # No gradients: with a target, `transformers` changes the tokens in place.
     similarity, target = normal((1, 1, 1, 144), seed=2), normal((1, 1, 32), seed=3)
     inputs = PROMPTS["points"]
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_embeddings(hf, model, pixels, embeddings):
         ({"input_boxes": BOXES + np.inf}, "not finite"),
     ],
 )
-def test_values_that_mean_nothing(model, embeddings, inputs, message, asarray):
+def test_bad_values(model, embeddings, inputs, message, asarray):
     inputs = {k: asarray(v) for k, v in inputs.items()}
     with pytest.raises(ValueError, match=message):
         model(image_embeddings=embeddings.numpy(), **inputs)
@@ -147,7 +147,7 @@ def test_guidance_must_broadcast(model, embeddings, name, shape):
             image_embeddings=embeddings.numpy(), **PROMPTS["points"], **{name: np.ones(shape)}
         )
 
-    if len(shape) == 1:  # the plainest shape of all, for every prompt, head and token
+    if len(shape) == 1:  # the simplest shape, for every prompt, head and token
         assert call().pred_masks.shape == (2, 3, 3, 48, 48)
         return
     with pytest.raises(ValueError, match=rf"{name} has shape .*, expected one that broadcasts to"):
@@ -156,7 +156,7 @@ def test_guidance_must_broadcast(model, embeddings, name, shape):
 
 @pytest.mark.slow
 def test_number_of_compilations(compilations):
-    """Any number of images' prompts and points of the same buckets: no new program."""
+    """Other numbers of prompts and points in the same buckets need no new program."""
     model, rng = ours(hf_sam(SMALL_HF), SMALL_HF), np.random.default_rng(0)
     embeddings = rng.normal(size=(1, 32, 12, 12)).astype(np.float32)
 

@@ -17,7 +17,7 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (60, 96, 3), np.uint8)
 
 
 class OneConv(nnx.Module):
-    """An encoder of one's own, without `remat`."""
+    """A custom encoder without `remat`."""
 
     def __init__(self, channels=32):
         self.conv = nnx.Conv(3, channels, (8, 8), strides=(8, 8), rngs=nnx.Rngs(0))
@@ -31,8 +31,8 @@ def model():
     return ours(meta_sam(SHALLOW), SHALLOW)
 
 
-def test_an_encoder_of_ones_own(model):
-    """The predictor and everything mode use it; without it the masks are others."""
+def test_custom_encoder(model):
+    """The predictor and everything mode use it; it changes the masks."""
     before, _, _ = predict(model)
     model.image_encoder = encoder = OneConv()
     assert isinstance(encoder, ImageEncoder)
@@ -80,7 +80,7 @@ class Returns(nnx.Module):
     ],
     ids=["width", "a function", "no call", "arguments", "no array", "integers"],
 )
-def test_what_an_encoder_lacks(model, encoder, message):
+def test_bad_encoders(model, encoder, message):
     model.image_encoder = encoder
     for encode in (model.encode_image, lambda _: predict(model)):
         with pytest.raises((TypeError, ValueError), match=message):
@@ -88,13 +88,13 @@ def test_what_an_encoder_lacks(model, encoder, message):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_remat_of_an_encoder_without_it(model):
+def test_remat_of_an_encoder_without_remat(model):
     model.image_encoder = OneConv()
     with pytest.raises(TypeError, match=r"called with pixel_values, remat: .*'remat'"):
         jax.eval_shape(lambda x: model.encode_image(x, remat=True), normal((1, 96, 96, 3)))
 
 
-def test_there_is_no_format_for_it(model, tmp_path):
+def test_custom_encoders_cannot_be_saved(model, tmp_path):
     model.image_encoder = OneConv()
     with pytest.raises(CheckpointError, match=r"is a OneConv, .* save nnx.state\(model\)"):
         save_pretrained(model, tmp_path / "model")

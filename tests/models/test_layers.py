@@ -41,7 +41,7 @@ def test_windows(grid):
 def test_layer_norm():
     norm = LayerNorm(6, eps=1e-6, dtype=jnp.float32)
     norm.scale[...], norm.bias[...] = normal((6,), seed=1), normal((6,), seed=2)
-    x = 100 + normal((4, 6))  # a mean far from zero: variance by E[x^2] - E[x]^2 would be off
+    x = 100 + normal((4, 6))  # a mean far from zero, where E[x^2] - E[x]^2 is an inexact variance
     expected = torch.nn.functional.layer_norm(
         tensor(x), (6,), tensor(norm.scale[...]), tensor(norm.bias[...]), 1e-6
     )
@@ -89,7 +89,7 @@ def test_upscale_conv():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_matmul_is_rounded_once(dtype):
-    """As `@`, and so are its gradients, in the dtype of the factors."""
+    """The product and its gradients match those of `@`, in the dtype of the factors."""
     x, kernel, weight = (normal(shape, i) for i, shape in enumerate([(64, 48), (48, 40), (64, 40)]))
     x, kernel, weight = (jnp.asarray(a, dtype) for a in (x, kernel, weight))
 
@@ -117,7 +117,7 @@ def test_gelu_is_exact():
 
 
 def test_gelu_of_bfloat16_is_computed_in_float32():
-    """For inputs where 1 + erf would lose all digits."""
+    """Tests inputs where 1 + erf would lose all digits in bfloat16."""
     x = jnp.linspace(-4, -2, 50, dtype=jnp.bfloat16)
     actual, exact = gelu(x), gelu(x.astype(jnp.float32))
     assert actual.dtype == jnp.bfloat16

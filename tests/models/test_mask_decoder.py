@@ -60,7 +60,7 @@ def test_heads(pair):
 
 
 def test_scores_need_no_mask(pair):
-    """The IoU head reads only one token: everything mode filters before it upscales."""
+    """The IoU head reads only one token, so everything mode can filter masks before upscaling."""
     _, decoder = pair
     outputs = output_slice(multimask_output=True)
 

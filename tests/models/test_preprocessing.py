@@ -20,19 +20,19 @@ def image(*shape, seed=0):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("shape", [(300, 200), (31, 70), (96, 50), (96, 96), (1, 400)], ids=str)
-def test_as_the_processor_does(config, shape):
+def test_matches_the_processor(config, shape):
     pixels = image(*shape)
     expected = SamProcessor(config).preprocess(np.asarray(pixels))
     found = jax.jit(preprocess, static_argnums=1)(pixels, config)
     assert found.dtype == expected.dtype
-    # The processor rounds twice, by up to a half; and what it divides by then differs, too.
+    # The processor rounds twice, by up to 0.5, which may also change the range that it divides by.
     levels = 3 / 255 if config.normalization == "min_max" else 1 / min(config.pixel_std)
     resized = SamProcessor(config).input_size(shape) != shape
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=levels if resized else 1e-6)
 
 
 def test_gradient():
-    """Of a linear function: what it changes by is what the gradient says, however far."""
+    """Preprocessing is linear, so the gradient predicts changes of any size."""
     weights = normal((96, 96, 3))
 
     def total(pixels):

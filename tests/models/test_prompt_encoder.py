@@ -65,7 +65,7 @@ def test_padding_is_zero_and_masked(pair):
     assert not np.asarray(tokens[1]).any()
 
 
-def test_padding_token_is_as_in_hf():
+def test_padding_token_matches_hf():
     config = dataclasses.replace(
         SMALL, mask_decoder=dataclasses.replace(SMALL.mask_decoder, layer_norm_eps=1e-6)
     )
@@ -99,7 +99,7 @@ def test_dense_pe(pair):
 
 
 def test_dense_pe_at_full_size(pair):
-    """Not of rows and columns that are the same in number, and of angles as large as a model's."""
+    """The numbers of rows and columns differ, and angles are as large as in a real model."""
     gaussian = normal((2, 128), scale=1.5)
     reference = type(pair[0].pe_layer)(128)
     reference.positional_encoding_gaussian_matrix = tensor(gaussian)

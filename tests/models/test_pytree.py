@@ -38,7 +38,7 @@ def expected(model, arrays):
     return jax.jit(scores_of)(model, *arrays)
 
 
-# What is the same for both kinds, and takes long to compile.
+# For tests that compile slowly, and do not depend on the kind of encoder.
 VIT_ALONE = pytest.mark.parametrize("model", [SHALLOW], ids=["vit"], indirect=True)
 
 
@@ -53,7 +53,7 @@ def test_without_jit(model, arrays, expected):
     [pytest.param(SHALLOW, id="vit", marks=pytest.mark.slow), pytest.param(TINIEST, id="tiny_vit")],
     indirect=True,
 )
-def test_grad_of_what_trains(model, arrays, expected):
+def test_gradients_of_the_trained_part(model, arrays, expected):
     params, rest = partition(model, DECODER_ONLY)
 
     @jax.jit
@@ -124,7 +124,7 @@ def test_sharded_by_device_put(model, arrays, expected, axes):
 
 @pytest.mark.slow
 def test_a_mesh_with_explicit_axes(model, arrays):
-    """Of eight devices, which tracing needs none of: types say how arrays are spread."""
+    """The mesh has eight devices, which tracing does not need: types carry the sharding."""
     mesh = AbstractMesh((8,), ("data",), (AxisType.Explicit,))
     spread = [
         jax.ShapeDtypeStruct(

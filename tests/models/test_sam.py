@@ -48,7 +48,7 @@ def model():
 
 @pytest.mark.slow
 def test_mask_per_prompt(model, embeddings):
-    """One mask for each prompt is as one prompt at a time with its own mask."""
+    """One mask per prompt gives the same as one prompt at a time with its own mask."""
     points = {"input_points": POINTS, "input_labels": LABELS}
     together = model(image_embeddings=embeddings.numpy(), **points, input_masks=MASKS)
     for i in range(2):
@@ -69,8 +69,8 @@ def test_mask_per_prompt(model, embeddings):
     [(None, (1, 2)), (MASKS[:, :1], (64,)), (MASKS, (2, 64))],
     ids=["none", "shared", "own"],
 )
-def test_prompts_at_once_change_nothing(model, embeddings, masks, chunk_sizes):
-    """Whether mapped, in groups or, as on a GPU or TPU, all together."""
+def test_prompts_chunk_size_changes_nothing(model, embeddings, masks, chunk_sizes):
+    """Prompts may be mapped, in groups or, as on a GPU or TPU, all together."""
     image_embeddings = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
     points, labels = join_prompts(POINTS, LABELS, None)
     *arguments, masks = jax.tree.map(jnp.asarray, (image_embeddings, points, labels, masks))
@@ -84,8 +84,8 @@ def test_prompts_at_once_change_nothing(model, embeddings, masks, chunk_sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("images", "together"), [(1, 64), (4, 16), (100, 2)])
-def test_memory_of_many_prompts_off_a_cpu(model, images, together):
-    """However many there are, those that are upscaled together are 64, or two of each image."""
+def test_memory_of_many_prompts_on_a_gpu(model, images, together):
+    """However many prompts there are, only 64, or two per image, are upscaled together."""
     grid, channels = model.config.image_embedding_size, model.config.prompt_embed_dim
     embedding = jax.ShapeDtypeStruct((images, grid, grid, channels), jnp.float32)
     points = jax.ShapeDtypeStruct((images, 256, 2, 2), jnp.float32)
@@ -96,7 +96,7 @@ def test_memory_of_many_prompts_off_a_cpu(model, images, together):
 
 
 def test_batch_equals_one_at_a_time(model, pixels):
-    """JAX arrays are not padded, so that this compares with the plain shapes."""
+    """JAX arrays are not padded, so this compares padded prompts with unpadded ones."""
     together = model(pixels, **PROMPTS["points_and_boxes"])
     for i in range(2):
         for j in range(3):
@@ -147,7 +147,7 @@ def test_ragged_points_equal_each_alone(model, embeddings):
         assert_close(together.pred_masks[i, j], alone.pred_masks[0, 0])
 
 
-def test_what_depends_on_the_image_alone_is_computed_once(model):
+def test_image_projections_are_computed_once(model):
     """The first layer's projections of the image: two images' [144, 32] @ [32, 16], not six."""
 
     def products(masks):
@@ -160,9 +160,9 @@ def test_what_depends_on_the_image_alone_is_computed_once(model):
         sizes = [v.aval.size for eqn in inner.eqns for v in eqn.outvars if "dot" in str(eqn)]
         return sizes.count(2 * 144 * 16)
 
-    # Keys and values of token-to-image, queries of image-to-token.
+    # Keys and values of token-to-image attention, queries of image-to-token attention.
     assert products(None) == 3
-    # A mask per image: also two of its convolutions. A mask per prompt: none.
+    # A mask per image adds two of its convolutions. With a mask per prompt, nothing is shared.
     assert products(jnp.asarray(MASKS[:, :1])) == 3 + 2
     assert products(jnp.asarray(MASKS)) == 0
 
@@ -176,7 +176,7 @@ def test_what_depends_on_the_image_alone_is_computed_once(model):
     ],
 )
 def test_embeddings_instead_of_prompts(model, embeddings, masks):
-    """What `get_prompt_embeddings` returns fits; and tokens may follow those of the points."""
+    """`decode` accepts what `get_prompt_embeddings` returns, also in addition to points."""
     image_embeddings = jnp.moveaxis(jnp.asarray(embeddings.numpy()), 1, -1)
     points, labels = map(jnp.asarray, join_prompts(POINTS, LABELS, None))
     masks = None if masks is None else jnp.asarray(masks)
@@ -197,7 +197,7 @@ def test_embeddings_instead_of_prompts(model, embeddings, masks):
 
 
 def test_decoder_attention(hf, embeddings):
-    """How tokens attend to the image in both blocks, as in the reference computed eagerly."""
+    """Compares how tokens attend to the image in both blocks with the reference, run eagerly."""
     hf.set_attn_implementation("eager")
     weights = []
     for layer in hf.mask_decoder.transformer.layers:
@@ -217,7 +217,7 @@ def test_decoder_attention(hf, embeddings):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
 def test_bfloat16(config):
-    """Computed in bfloat16: near float32's answer, and given in float32."""
+    """Computing in bfloat16 gives nearly the same result, returned in float32."""
     torch_sam = meta_sam(config)
     pixels = normal((1, config.image_size, config.image_size, 3))
     prompts = {k: v[:1] for k, v in PROMPTS["points_and_boxes"].items()}
@@ -232,7 +232,7 @@ def test_bfloat16(config):
 
 @pytest.mark.slow
 def test_parameters_kept_in_bfloat16():
-    """As after `--dtype bfloat16`: computed in float32, it is the model of the rounded numbers."""
+    """As after `--dtype bfloat16`; computing in float32 gives the result of the rounded values."""
     torch_sam = meta_sam(SMALL)
     params = flat_params(ours(torch_sam, SMALL))
     short = {k: v.astype(jnp.bfloat16) for k, v in params.items()}
@@ -244,8 +244,8 @@ def test_parameters_kept_in_bfloat16():
 
 
 @pytest.mark.parametrize("name", ["vit_b", "mobile_sam"])
-def test_epsilons_of_norms_are_the_references(name):
-    """Random weights and few layers hardly show them."""
+def test_epsilons_of_norms_match_the_reference(name):
+    """Models with random weights and few layers hardly show wrong epsilons."""
     config = getattr(sam_jax.config, name)()
     if name == "vit_b":
         with torch.device("meta"):
@@ -275,7 +275,7 @@ def test_a_configuration_may_be_a_subclass():
     assert config.to_dict()["image_encoder_type"] == "vit"
 
 
-def test_options_that_cannot_be():
+def test_bad_options():
     with pytest.raises(ValueError, match="dtype is int8, expected float32, bfloat16 or float16"):
         Sam(SMALL, dtype=jnp.int8, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="attention is 'xla', but TinyViT"):
@@ -283,7 +283,7 @@ def test_options_that_cannot_be():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_arguments_of_other_types():
+def test_wrong_types():
     for config in (None, "mobile_sam", SMALL.to_dict()):
         with pytest.raises(TypeError, match=r"config is a .+, expected a SamConfig"):
             Sam(config, rngs=nnx.Rngs(0))
@@ -303,7 +303,7 @@ def objective_weights(shape):
 
 
 def torch_objective(sam, pixels, points, labels, box, mask):
-    """A scalar that every parameter has a part in: points alone, then points, box and mask."""
+    """A scalar that depends on every parameter, from points alone, then points, box and mask."""
     total, embedding = 0, torch_encode(sam, pixels)
     for boxes, masks, multimask in ((None, None, True), (box, mask, False)):
         sparse, dense = sam.prompt_encoder(
@@ -395,7 +395,7 @@ def test_gradients(config, attention):
         name, layout = torch_name(path, config, "meta")
         theirs = expected[name].numpy()
         difference = np.abs(layout.to_torch(np.asarray(gradient)) - theirs).max()
-        if path.endswith("k_proj.bias"):  # softmax is blind to it: zero but for rounding errors
+        if path.endswith("k_proj.bias"):  # softmax ignores it: zero up to rounding errors
             assert difference <= 1e-6 * largest, (path, difference)
         else:
             assert difference <= 1e-4 * np.abs(theirs).max(), (path, difference)
@@ -406,7 +406,7 @@ def test_gradients(config, attention):
 
 
 @pytest.mark.slow
-def test_tables_of_flax_leave_a_model_as_it_was(model, pixels):
+def test_tables_of_flax_do_not_change_the_model(model, pixels):
     expected = model(pixels, input_points=POINTS).iou_scores
     for options in ({}, {"multimask_output": False}):
         wide = {"console_kwargs": {"width": 200}}
@@ -418,7 +418,7 @@ def test_tables_of_flax_leave_a_model_as_it_was(model, pixels):
 
 @pytest.mark.slow
 def test_memory_of_thousands_of_points_in_a_prompt(model, embeddings, monkeypatch):
-    """A tenth of the 4 GB that all logits of 16,384 tokens' self-attention would take."""
+    """All logits of the self-attention of 16,384 tokens would take 4 GB."""
     shapes = ((1, 12, 12, 32), jnp.float32), ((1, 1, 2**14, 2), jnp.float32)
     shapes = *shapes, ((1, 1, 2**14), jnp.int32)
     shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]

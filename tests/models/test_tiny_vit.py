@@ -64,9 +64,9 @@ def test_stage(pair, intermediates, name):
 
 
 def test_block_with_padded_window(pair, platform):
-    """Grids of 32 and 16 in windows of 7 and 14 are padded; padded positions are attended.
+    """Grids of 32 and 16 are padded for windows of 7 and 14; the padding is attended to.
 
-    Heads are in two groups on a CPU, in one elsewhere.
+    Heads are computed in two groups on a CPU, in one elsewhere.
     """
     for stage in (1, 2):
         block = pair[0].image_encoder.layers[stage].blocks[0]
@@ -78,9 +78,9 @@ def test_block_with_padded_window(pair, platform):
 
 
 def test_hidden_states_and_attention(pair, intermediates):
-    """The stages' outputs, and the weights of a block's average, whose values are the reference's.
+    """Compares the stages' outputs, and a block's attention weights.
 
-    The reference has its weights in no module: its average of the same values is compared.
+    No module of the reference returns its weights, so averages of the same values are compared.
     """
     reference, encoder = pair
     pixels = from_torch_image(intermediates["encoder"][0])

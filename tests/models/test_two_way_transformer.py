@@ -32,7 +32,7 @@ def inputs(tokens=TOKENS):
     )
 
 
-# Few tokens and many, in the first layer and the second, with keys of their own and shared ones.
+# Few and many tokens, in the first and the second layer, with separate and shared keys.
 @pytest.mark.parametrize(
     ("index", "tokens", "shared"),
     [(0, 3, False), (0, 6, True), (0, 40, False), (1, 3, True), (1, 6, False), (1, 40, True)],
@@ -51,7 +51,7 @@ def test_block(pair, index, tokens, shared):
 @pytest.mark.parametrize("tokens", [4, 30])
 @pytest.mark.parametrize("keys", [4, 30, 144])
 def test_attention_at_every_size(pair, tokens, keys):
-    """Few queries, few keys and neither are computed in different orders."""
+    """The order of computation differs for few queries, few keys, and neither."""
     reference, transformer = pair
     q, k, v = normal((tokens, 32)), normal((keys, 32), seed=1), normal((keys, 32), seed=2)
     for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
@@ -61,7 +61,7 @@ def test_attention_at_every_size(pair, tokens, keys):
 
 @pytest.mark.parametrize(("queries", "keys"), [(3, 144), (144, 3), (40, 50)])
 def test_attention_bias(pair, queries, keys):
-    """A bias of full shape, against the definition written out."""
+    """Compares a bias of full shape with the definition written out."""
     attention = pair[1].layers[1].cross_attn_token_to_image
     q, k, v = normal((queries, 32)), normal((keys, 32), seed=1), normal((keys, 32), seed=2)
     bias = normal((4, queries, keys), seed=3)
@@ -108,7 +108,7 @@ def test_padding_tokens_change_nothing(pair):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("given", ["similarity", "target", "both"])
-def test_personalisation_inputs_are_as_in_hf(given):
+def test_personalization_inputs_match_hf(given):
     config = dataclasses.replace(
         SMALL, mask_decoder=dataclasses.replace(SMALL.mask_decoder, layer_norm_eps=1e-6)
     )

@@ -61,7 +61,7 @@ def test_encoder(pair):
 
 
 def test_hidden_states_and_attention_match_hf():
-    """A window's block, of padded windows, and a global one."""
+    """Compares a block with padded windows and a global block."""
     config = dataclasses.replace(
         SMALL, mask_decoder=dataclasses.replace(SMALL.mask_decoder, layer_norm_eps=1e-6)
     )
@@ -84,7 +84,7 @@ def test_hidden_states_and_attention_match_hf():
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", [True, jax.checkpoint_policies.dots_saveable])
 def test_remat(pair, policy):
-    """The same gradient, and other residuals."""
+    """Remat gives the same gradient with fewer residuals."""
     _, encoder = pair
     x = pixels(SMALL)
 

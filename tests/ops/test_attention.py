@@ -26,7 +26,7 @@ def test_relative_positions(length):
 
 
 def reference_attention(q, k, v, rel_pos, grid):
-    """Meta's: scaled logits, plus positions of the unscaled query."""
+    """Meta's attention: scaled logits, plus the relative positions of the unscaled query."""
     rel_pos = rel_pos and [tensor(table) for table in rel_pos]
     return torch_attention(*map(tensor, (q, k, v)), rel_pos, grid)
 
@@ -48,7 +48,7 @@ def inputs(grid, d=8):
 
 
 def refused(implementation, grid, dtype, d=8, positions=True):
-    """Traces attention to inputs of this dtype, for its errors."""
+    """Traces attention with inputs of this dtype, which must raise an error."""
     as_dtype = lambda x: jax.ShapeDtypeStruct(x.shape, dtype)  # noqa: E731
     q, k, v, tables = jax.tree.map(as_dtype, inputs(grid, d))
     call = functools.partial(rel_pos_attention, grid=grid, implementation=implementation)
@@ -88,7 +88,7 @@ def test_gradients_agree(implementation):
 
 @pytest.fixture
 def cudnn_by_xla(monkeypatch):
-    """As "cudnn", with XLA's attention instead of cuDNN's."""
+    """Runs the implementation "cudnn" with XLA's attention instead of cuDNN's."""
     plain = jax.nn.dot_product_attention
 
     def attention(q, k, v, *, scale, implementation):
@@ -102,7 +102,7 @@ def cudnn_by_xla(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("cudnn_by_xla")
 @pytest.mark.parametrize("grid", [(7, 5), (2, 4), (14, 14)])
-def test_what_cudnn_is_given(grid):
+def test_inputs_given_to_cudnn(grid):
     q, k, v, tables = inputs(grid)
     for arrays in ((q, k, v, tables), (q, k, v, None)):
         found, expected = attend(*arrays, grid, "cudnn"), reference_attention(*arrays, grid)
@@ -122,7 +122,7 @@ def test_what_cudnn_is_given(grid):
     ids=str,
 )
 def test_flash_attention_lowers_for_cuda(implementation, grid, d):
-    """Forward and backward, and nothing there has the size of all logits, padded or not."""
+    """Neither the forward nor the backward pass has an array of all logits, padded or not."""
     n = grid[0] * grid[1]
     q = jax.ShapeDtypeStruct((2, 4, n, d), jnp.bfloat16)
     tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, d), jnp.bfloat16) for size in grid)
@@ -154,8 +154,8 @@ def test_flash_attention_lowers_for_cuda(implementation, grid, d):
     indirect=["nvidia"],
 )
 @pytest.mark.usefixtures("nvidia")
-def test_what_cudnn_supports(dtype, grid, d, supported):
-    """By cuDNN's support matrix, in both directions."""
+def test_cudnn_support(dtype, grid, d, supported):
+    """Cases in cuDNN's support matrix lower; all others raise an error."""
     n = grid[0] * grid[1]
     q = jax.ShapeDtypeStruct((1, 2, n, d), dtype)
     tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, d), dtype) for size in grid)
@@ -171,7 +171,7 @@ def test_what_cudnn_supports(dtype, grid, d, supported):
 @pytest.mark.usefixtures("nvidia")
 @pytest.mark.parametrize("grid", [(64, 64), (14, 14)], ids=str)
 def test_the_default_on_a_gpu_runs_everywhere(grid):
-    """By XLA alone, without an array of all logits of a large grid, whatever the GPU supports."""
+    """On any GPU, the default uses XLA alone, without an array of all logits of a large grid."""
     n = grid[0] * grid[1]
     q = jax.ShapeDtypeStruct((1, 2, n, 64), jnp.bfloat16)
     tables = tuple(jax.ShapeDtypeStruct((2 * size - 1, 64), jnp.bfloat16) for size in grid)
@@ -182,8 +182,8 @@ def test_the_default_on_a_gpu_runs_everywhere(grid):
 
 @pytest.mark.parametrize("implementation", ["xla", "folded", "chunked"])
 @pytest.mark.parametrize("grid", [(14, 14), (24, 24)], ids=str)
-def test_gradients_of_queries_where_keys_have_a_mean(implementation, grid):
-    """With inputs as after a layer norm with a bias, and similar values: see `softmax`."""
+def test_query_gradients_if_keys_have_a_mean(implementation, grid):
+    """Keys have a mean, as after a layer norm with a bias; values are similar: see `softmax`."""
     q, k, v, tables = inputs(grid, d=16)
     arrays = q, k + 5, 1 + 0.05 * v, tables
 
@@ -253,7 +253,7 @@ def test_large_logits_stay_finite(implementation, dtype):
 
 @pytest.mark.parametrize(("grid", "rows"), [((64, 64), 8), ((14, 14), 14), ((7, 600), 1)])
 def test_chunks_divide_the_rows(grid, rows):
-    """Checks the size of a chunk's logits: as many rows as have at most 512 queries."""
+    """A chunk's logits have as many rows as fit into 512 queries, and at least one."""
     n = grid[0] * grid[1]
     arrays = [jax.ShapeDtypeStruct((1, 1, n, 8), jnp.float32)] * 3
     jaxpr = jax.make_jaxpr(rel_pos_attention, static_argnums=(4, 5))(*arrays, None, grid, "chunked")
@@ -263,13 +263,13 @@ def test_chunks_divide_the_rows(grid, rows):
 def test_unknown_implementation():
     q, k, v, tables = inputs((2, 2))
     with pytest.raises(ValueError, match=r"'flash'.*xla.*chunked"):
-        # Through the undecorated function: the type of the argument names the known ones.
+        # `__wrapped__` skips the type check, which would reject the name first.
         rel_pos_attention.__wrapped__(q, k, v, tables, (2, 2), "flash")
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_softmax_gradient_sums_to_zero(axis):
-    """Also for values that are nearly the same, as after a layer norm."""
+    """Even if the incoming gradients are nearly equal, as after a layer norm."""
     logits = normal((300, 300), seed=1)
     similar = 1 + 1e-3 * normal((300, 300), seed=2)
     value, pullback = jax.vjp(lambda x: softmax(x, axis), logits)
@@ -280,6 +280,6 @@ def test_softmax_gradient_sums_to_zero(axis):
     exact.backward(tensor(similar).double())
     assert_close(value, exact, 1e-6)
     assert_close(gradient, exact_logits.grad, 1e-4)
-    # The sum over all keys, as a mean that they share multiplies it.
+    # A mean that all keys share multiplies this sum, so it must be close to zero.
     largest = np.abs(exact_logits.grad.numpy()).sum(axis).max()
     assert np.abs(np.asarray(gradient, np.float64).sum(axis)).max() <= 1e-6 * largest

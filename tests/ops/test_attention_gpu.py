@@ -1,4 +1,4 @@
-"""Attention on a GPU, against the plain one in float32, without PyTorch: `benchmarks/gpu.sh`."""
+"""Attention on a GPU against plain attention in float32, without PyTorch, for benchmarks/gpu.sh."""
 
 from typing import get_args
 
@@ -11,7 +11,7 @@ from sam_jax.ops.attention import Implementation, rel_pos_attention
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
-# Heads of ViT-B and ViT-H; global and window layers. Batches, where cuDNN's gradients had bugs.
+# Heads of ViT-B and ViT-H, in global and window layers. cuDNN's gradients had bugs with batches.
 SHAPES = [(2, 4, (64, 64), 64), (2, 4, (64, 64), 80), (50, 4, (14, 14), 64), (50, 4, (14, 14), 80)]
 
 

@@ -35,7 +35,7 @@ def test_point_grid(n):
 def test_crop_boxes(size, layers, overlap):
     boxes, which = generate_crop_boxes(size, layers, overlap)
     expected = amg.generate_crop_boxes(size, layers, overlap)
-    # Where crops overlap a lot the reference's last ones may be empty; ours are left out.
+    # If crops overlap a lot, the reference's last crops may be empty; sam_jax leaves these out.
     kept = [i for i, (x0, y0, x1, y1) in enumerate(expected[0]) if x0 < x1 and y0 < y1]
     assert [list(box) for box in boxes] == [expected[0][i] for i in kept]
     assert which == [expected[1][i] for i in kept]
@@ -78,7 +78,7 @@ def test_non_maximum_suppression(threshold, ties):
         torch.tensor(boxes).float(), torch.tensor(scores), torch.zeros(400), threshold
     )
     np.testing.assert_array_equal(kept, expected)
-    # What it means: best first, none overlaps a better one, all that is dropped does.
+    # The definition: boxes are kept in order of score unless they overlap a better kept one.
     assert (np.diff(scores[kept]) <= 0).all()
     for i in range(len(boxes)):
         earlier = [k for k in kept if (-scores[k], k) < (-scores[i], i)]
@@ -87,8 +87,8 @@ def test_non_maximum_suppression(threshold, ties):
 
 
 @pytest.mark.parametrize(("threshold", "kept"), [(0.8, [0]), (0.6, [0]), (0.5, [0, 1])])
-def test_an_iou_of_the_threshold(threshold, kept):
-    """Is larger than the double where float32 rounds it up: torchvision compares these two."""
+def test_iou_equal_to_the_threshold(threshold, kept):
+    """Like torchvision, compares a float32 IoU with a double: an IoU rounded up is larger."""
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, round(10 * threshold)]])
     assert box_iou(boxes[0], boxes)[1] == np.float32(threshold)
     found = non_maximum_suppression(boxes, np.array([1, 0.5]), iou_threshold=threshold)

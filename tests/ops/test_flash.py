@@ -22,7 +22,7 @@ image_encoder = torch_reference.import_reference("segment_anything").modeling.im
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
-    """The kernels step by step, on any device and in any dtype."""
+    """Interprets the kernels, which works on any device and in any dtype."""
     interpreted = functools.partial(flash_attention, interpret=True)
     monkeypatch.setattr(sam_jax.ops.flash, "flash_attention", interpreted)
     monkeypatch.setattr(sam_jax.ops.attention, "_pallas_unsupported_reason", lambda *_: None)
@@ -39,10 +39,11 @@ def flash(q, k, v, tables):
     return rel_pos_attention(q, k, v, tables, grid, "pallas")
 
 
-# Heads of two powers of two, and of none; grids as large as the kernels' blocks, and not.
+# Heads 64 + 16 and 8 + 4 wide, which the kernels load in slices of powers of two. The first grid
+# fills the kernels' blocks, the second does not.
 @pytest.mark.parametrize(("grid", "d"), [((8, 32), 80), ((3, 33), 12)], ids=str)
-def test_it_is_metas_attention(grid, d):
-    """And so are its gradients."""
+def test_matches_metas_attention(grid, d):
+    """The gradients match, too."""
     arrays = inputs(grid, d)
     weights = normal(arrays[0].shape, seed=7)
     ours, gradients = jax.vjp(flash, *arrays)
@@ -82,7 +83,7 @@ def test_large_logits_stay_finite():
 
 
 def test_vmap():
-    """Over some arrays and not over others, and of gradients."""
+    """Maps gradients over some of the arrays but not over others."""
     q, k, v, tables = inputs((2, 16), 16, b=3)
 
     def total(q, k, v):

@@ -34,7 +34,7 @@ def test_statistics(logits, size, threshold, offset, tile):
     full = F.interpolate(full, size, mode="bilinear")[0]
     stability = amg.calculate_stability_score(full, threshold, offset)[0].item()
     assert found.box.tolist() == amg.batched_mask_to_box(full > threshold)[0].tolist()
-    # A pixel whose logit is a threshold but for rounding may fall on either side.
+    # Rounding may put a pixel whose logit is close to a threshold on either side of it.
     at_edges = 3 + 2e-5 * full.numel()
     for counted, level in ((found.intersection, offset), (found.union, -offset)):
         assert abs(int(counted) - (full > threshold + level).sum().item()) <= at_edges

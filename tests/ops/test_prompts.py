@@ -12,7 +12,7 @@ BOXES = np.array([[1.0, 2, 3, 4], [5, 6, 7, 8]])
 
 
 @pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
-def test_points_and_boxes_are_one_list(asarray):
+def test_points_and_boxes_are_joined(asarray):
     points, labels = join_prompts(asarray(POINTS), asarray(LABELS), asarray(BOXES))
     assert type(points) is type(asarray(POINTS))
     assert points.dtype == np.float32
@@ -21,7 +21,7 @@ def test_points_and_boxes_are_one_list(asarray):
 
 
 @pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
-def test_points_alone_end_with_no_point(asarray):
+def test_points_alone_get_a_padding_point(asarray):
     points, labels = join_prompts(asarray(POINTS), asarray(LABELS), None)
     assert labels.tolist() == [[1, 0, 1, -1], [0, -10, -10, -1]]
     assert points[:, -1].tolist() == [[0, 0], [0, 0]]
@@ -52,7 +52,7 @@ def test_nothing_to_join():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_shapes_that_cannot_be_joined(points, labels, boxes, message):
+def test_bad_shapes(points, labels, boxes, message):
     with pytest.raises(ValueError, match=message):
         join_prompts(points, labels, boxes)
 

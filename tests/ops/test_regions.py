@@ -41,7 +41,7 @@ POLYGONS = {
 @pytest.mark.parametrize(("mask", "parts"), POLYGONS.values(), ids=POLYGONS)
 def test_polygons(mask, parts):
     polygons = mask_to_polygons(mask)
-    # Whatever reads COCO expects lists of numbers, three points or more.
+    # Programs that read COCO expect lists of numbers with at least three points.
     assert all(len(polygon) % 2 == 0 and len(polygon) >= 6 for polygon in polygons)
     assert all(type(number) is int for polygon in polygons for number in polygon)
     assert len(polygons) == (scipy.ndimage.label(mask)[1] if parts is None else parts)
@@ -51,7 +51,7 @@ def test_polygons(mask, parts):
 
 
 def test_a_cut_to_a_hole_lies_in_the_mask():
-    """Programs that draw outlines then draw it nowhere else, and only up and down."""
+    """Outlines drawn by other programs then stay in the mask; the cut itself is vertical."""
     mask = noise(3, (90, 120), 3)
     for polygon in mask_to_polygons(mask):
         points = np.reshape(polygon, (-1, 2))
@@ -78,7 +78,7 @@ def test_small_regions(seed, area):
 def test_small_regions_touch_by_corners():
     mask = np.eye(8, dtype=bool)
     assert remove_small_regions(mask, 8)[1] is False
-    found, changed = remove_small_regions(mask, 9)  # too small, but the largest
+    found, changed = remove_small_regions(mask, 9)  # too small, but kept as the largest
     assert changed
     np.testing.assert_array_equal(found, mask)
 

@@ -31,7 +31,7 @@ def test_linear_resize(in_size, out_size):
         ((1, 1024), (1, 2000)),
     ],
 )
-def test_masks_as_by_two_interpolations(input_size, original_size):
+def test_masks_match_two_interpolations(input_size, original_size):
     masks = 10 * normal((3, 256, 256))
     full = F.interpolate(tensor(masks)[None], (1024, 1024), mode="bilinear", align_corners=False)
     full = full[..., : input_size[0], : input_size[1]]

@@ -10,7 +10,7 @@ from sam_jax.ops.rle import rle_area, rle_compress, rle_decode, rle_encode, rle_
 amg = torch_reference.import_reference("segment_anything").utils.amg
 
 
-# pycocotools' decoder is not up to numpy 2.
+# pycocotools' decoder makes numpy 2 warn.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
 @pytest.mark.parametrize("seed", range(3))
 def test_run_lengths(seed):
@@ -28,13 +28,13 @@ def test_run_lengths(seed):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_only_a_mask_has_run_lengths():
+def test_only_masks_are_encoded():
     for mask in (np.eye(3), np.zeros((2, 3, 4), bool), np.zeros((0, 3), bool)):
         with pytest.raises(ValueError, match=r"expected (bool \(h, w\)|one with pixels)"):
             rle_encode(mask)
 
 
-def test_the_other_form_is_named():
+def test_wrong_form_of_run_lengths():
     whole, text = rle_encode(np.eye(3) > 0), rle_compress(rle_encode(np.eye(3) > 0))
     for function in (rle_decode, rle_area, rle_compress):
         with pytest.raises(ValueError, match="are compressed; call rle_uncompress first"):

@@ -14,7 +14,7 @@ def model():
 
 @pytest.fixture
 def coco(tmp_path):
-    """Three images: one of three objects, one of a crowd and a point, one of two objects."""
+    """Three images: the first has three objects, the second a crowd and a point, the third two."""
     images, annotations = [], []
     kinds = [
         lambda m, r: [[r[0], r[1], r[2], r[1], r[2], r[3], r[0], r[3]]],
@@ -41,7 +41,7 @@ def coco(tmp_path):
     ]
     for i, annotation in enumerate(annotations):
         annotation |= {"id": i + 1, "category_id": 1, "bbox": [0, 0, 1, 1], "area": 1}
-    point["bbox"] = [3, 3, 1, 0]  # as one of COCO's own
+    point["bbox"] = [3, 3, 1, 0]  # like an annotation of COCO itself
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1}]}
     (tmp_path / "coco.json").write_text(json.dumps(content))
     return tmp_path

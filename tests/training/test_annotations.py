@@ -28,7 +28,7 @@ IMAGE = '{"id": 1, "file_name": "i.png", "height": 3, "width": 4}'
         ),
     ],
 )
-def test_files_that_are_not_cocos(tmp_path, content, message):
+def test_files_that_are_not_coco(tmp_path, content, message):
     (tmp_path / "coco.json").write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         CocoInstances(tmp_path / "coco.json", tmp_path)
@@ -68,12 +68,12 @@ FIRST = "image 10: annotation 1: "
         (lambda i, a: i[2].update(file_name="gone.png"), "gone.png is missing"),
     ],
 )
-def test_bad_entries_are_named_by_image_and_refused_or_left_out(coco, edit, message):
+def test_bad_entries_are_refused_or_skipped(coco, edit, message):
     expected = counts_of(CocoInstances(coco / "coco.json", coco))
     found = left_out(coco, edit, message)
     if "gone" in message:
         expected.pop(12)
-    elif "two images" in message:  # whose objects they are cannot be known
+    elif "two images" in message:  # its objects belong to an unknown image
         expected.pop(11)
     else:
         expected[10] -= 1
@@ -81,7 +81,7 @@ def test_bad_entries_are_named_by_image_and_refused_or_left_out(coco, edit, mess
 
 
 def left_out(coco, edit, message):
-    """After an edit the message comes as an error, or as a warning; how many objects then are."""
+    """Checks the error and the warning after an edit; returns the numbers of objects left."""
     change(coco, edit)
     with pytest.raises(ValueError, match="has bad entries; fix them, or leave them out") as error:
         CocoInstances(coco / "coco.json", coco)
@@ -131,7 +131,7 @@ def as_float(entry, *names):
         lambda i, a: i[0].update(file_name=os.path.abspath(i[0]["folder"] + "/0.png")),
     ],
 )
-def test_whole_numbers_are_taken_and_unused_entries_ignored(coco, edit):
+def test_valid_and_unused_entries_are_accepted(coco, edit):
     expected = [3, 1, 2]
     change(coco, edit)
     assert list(counts_of(CocoInstances(coco / "coco.json", coco)).values()) == expected
@@ -262,11 +262,11 @@ NOT_WHOLE = [None, "x", [], {}, 1.5, float("nan"), float("inf"), True]
         ],
     ],
 )
-def test_values_of_another_type_are_named_and_refused_or_left_out(coco, edit, message):
+def test_wrong_types_are_refused_or_skipped(coco, edit, message):
     found = left_out(coco, edit, message)
     if "annotation" in message:
         assert found == {10: 2, 11: 1, 12: 2}
-    else:  # whose annotations are left out with it
+    else:  # its annotations are left out with it
         assert found == {11: 1, 12: 2}
 
 
@@ -284,7 +284,7 @@ def test_long_lists_are_cut(coco):
         ("\ud800", "codec can't encode"),
     ],
 )
-def test_segmentations_that_show_only_when_they_are_read(coco, counts, message):
+def test_segmentations_that_fail_when_read(coco, counts, message):
     change(coco, lambda _, a: a[0].update(segmentation={"size": [H, W], "counts": counts}))
     match = f"image 10: annotation 1: its segmentation cannot be read: .*{message}"
     with pytest.raises(ValueError, match=match):

@@ -43,7 +43,7 @@ def last(folder):
         return load_state(checkpoints, state_of(0))
 
 
-def test_the_last_comes_back_whole(tmp_path):
+def test_the_last_checkpoint_is_restored(tmp_path):
     with open_checkpoints(tmp_path / "run") as checkpoints:
         assert load_state(checkpoints, state_of(0)) is None
         for step in (5, 10):
@@ -87,7 +87,7 @@ def damage(folder, pattern, how):
 
 @pytest.fixture
 def quiet_orbax(monkeypatch):
-    """After an error, Orbax's other reads and writes find its event loop closed, and say so."""
+    """Hides Orbax's messages: after an error, its other reads and writes find a closed loop."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     yield
     gc.collect()
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path, pattern, how):
         for best in (False, True):
             with pytest.warns(UserWarning, match=f"{tmp_path / '8'} is damaged: .* step 4 inst"):
                 assert_same(load_state(checkpoints, state_of(0), best=best), state_of(4, 4 / 7))
-        # The run comes to this step again.
+        # The resumed run reaches this step again.
         save_state(checkpoints, state_of(8, 8 / 7), miou=0.9)
     with open_checkpoints(tmp_path) as checkpoints:
         assert_same(load_state(checkpoints, state_of(0)), state_of(8, 8 / 7))
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path, pattern, how):
         assert all(f"{tmp_path / step} is damaged: " in str(error.value) for step in ("4", "8"))
 
 
-def test_a_forged_chunk_is_skipped_before_it_is_allocated(tmp_path):
+def test_a_forged_chunk_is_not_allocated(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         for step in (4, 8):
             save_state(checkpoints, state_of(step, step / 7))
@@ -142,7 +142,7 @@ def test_a_forged_chunk_is_skipped_before_it_is_allocated(tmp_path):
         assert_same(last(tmp_path), state_of(4, 4 / 7))
 
 
-def test_the_devices_that_a_state_was_on_do_not_matter(tmp_path):
+def test_the_saved_sharding_does_not_matter(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         save_state(checkpoints, state_of(4, 4 / 7))
     damage(tmp_path / "4", "state/_sharding", b"[1]")
@@ -187,7 +187,7 @@ def test_endless_files_are_skipped(tmp_path, pattern, put, message):
         ("metrics/metrics", Path("../state")),
     ],
 )
-def test_a_damaged_description_takes_no_state_along(tmp_path, name, content):
+def test_damaged_metadata_does_not_lose_the_state(tmp_path, name, content):
     with open_checkpoints(tmp_path) as checkpoints:
         for step in (4, 8):
             save_state(checkpoints, state_of(step, step / 7), miou=step / 10)
@@ -209,7 +209,7 @@ def test_a_damaged_description_takes_no_state_along(tmp_path, name, content):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quiet_orbax")
 def test_a_full_disk(tmp_path):
-    """A limit of file sizes stands for it; what was written before is still there."""
+    """A limit on file sizes simulates it; the earlier checkpoint is still there."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     noise = jax.random.normal(jax.random.key(0), (400, 400))  # cannot be compressed
@@ -233,7 +233,7 @@ def test_a_full_disk(tmp_path):
     assert not list(tmp_path.glob("*tmp*"))
 
 
-def test_what_stops_a_run(tmp_path):
+def test_non_finite_error(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         metrics = {"loss": float("nan"), "iou_loss": 0.5, "grad_norm": float("inf")}
         error = non_finite_error(7, metrics, image_ids=[3, "sa_1"], checkpoints=checkpoints)
@@ -244,6 +244,6 @@ def test_what_stops_a_run(tmp_path):
         for step in (5, 6):
             save_state(checkpoints, state_of(step))
     with open_checkpoints(tmp_path) as checkpoints:
-        # What was saved after step 6 is what made step 7's loss no number.
+        # The state saved after step 6 made the loss of step 7 NaN, so it is not good.
         error = non_finite_error(7, metrics, image_ids=[3], checkpoints=checkpoints)
         assert f"the last good checkpoint is {tmp_path / '5'}." in str(error)

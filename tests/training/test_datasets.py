@@ -18,7 +18,7 @@ from sam_jax.training.datasets import (
 )
 
 
-def test_coco_is_read_as_pycocotools_does(coco):
+def test_coco_matches_pycocotools(coco):
     dataset = CocoInstances(coco / "coco.json", coco)
     assert len(dataset) == 3
     reference = pycocotools.coco.COCO(coco / "coco.json")
@@ -28,7 +28,7 @@ def test_coco_is_read_as_pycocotools_does(coco):
     np.testing.assert_array_equal(example["masks"], np.array(expected, bool))
     np.testing.assert_array_equal(example["masks"][1], rectangle(*RECTANGLES[1]))
     assert [dataset.image_id(i) for i in range(3)] == [10, 11, 12]
-    # A crowd is not an object. A mask without a pixel is one, and is counted as too small.
+    # A crowd is not an object. An empty mask is an object, and counts as too small.
     assert dataset[1]["masks"].shape == (1, H, W)
     assert not np.any(dataset[1]["masks"])
     assert transformed(dataset[1])["dropped"] == 1
@@ -37,7 +37,7 @@ def test_coco_is_read_as_pycocotools_does(coco):
 
 @pytest.fixture
 def sa_1b(tmp_path):
-    """Two images of three objects."""
+    """Two images with three objects each."""
     for i in range(2):
         Image.fromarray(np.full((H, W, 3), i, np.uint8)).save(tmp_path / f"sa_{i}.jpg")
         annotations = [
@@ -91,7 +91,7 @@ def test_bad_files_of_sa_1b(sa_1b, edit, message, left):
         assert len(open_annotations(sa_1b, on_bad_annotation="skip")[0]["masks"]) == left
 
 
-def test_sa_1b_is_of_the_stored_pixels(sa_1b):
+def test_sa_1b_ignores_exif_orientation(sa_1b):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 3
     for i in range(2):
@@ -104,7 +104,7 @@ def test_sa_1b_is_of_the_stored_pixels(sa_1b):
 
 
 @pytest.mark.parametrize("kind", ["damaged", "other size", "16 bits", "EPS"])
-def test_images_that_are_bad(coco, kind):
+def test_bad_images(coco, kind):
     if kind == "other size":
         Image.new("RGB", (W + 1, H)).save(coco / "0.png")
     elif kind == "16 bits":
@@ -125,7 +125,7 @@ def set_rule(coco, rule):
 
 
 def square(coco):
-    """Makes the first image a square one, of one object."""
+    """Replaces the first image by a square one with one object."""
     array = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(array).save(coco / "0.png")
     mask = uncompressed(rectangle(3, 5, 20, 12, (40, 40)))
@@ -138,8 +138,8 @@ def square(coco):
 @pytest.mark.parametrize("is_square", [False, True])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_what_an_exif_orientation_does(coco, orientation, suffix, is_square, rule):
-    """Annotations are of the stored pixels, as in pycocotools, if it is not said otherwise."""
+def test_exif_orientation(coco, orientation, suffix, is_square, rule):
+    """Annotations refer to the stored pixels, as in pycocotools, unless the file says otherwise."""
     if is_square:
         square(coco)
     set_rule(coco, rule)
@@ -160,7 +160,7 @@ def test_what_an_exif_orientation_does(coco, orientation, suffix, is_square, rul
     np.testing.assert_array_equal(example["masks"], upright["masks"])
     told = [str(warning.message) for warning in caught]
     if rule is None and orientation > 1 and (orientation < 5 or is_square):
-        (message,) = told  # once
+        (message,) = told  # warned once
         assert f"image 10 ({coco / f'0.{suffix}'}) has EXIF orientation {orientation}" in message
         assert 'set "exif_orientation" in the annotation file\'s "info" to "applied"' in message
     else:
@@ -168,7 +168,7 @@ def test_what_an_exif_orientation_does(coco, orientation, suffix, is_square, rul
 
 
 @pytest.mark.parametrize("rule", [None, "ignored"])
-def test_a_turned_image_whose_annotations_fit_only_when_it_is_upright(coco, rule):
+def test_annotations_that_fit_only_the_upright_image(coco, rule):
     set_rule(coco, rule)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -185,7 +185,7 @@ def test_a_turned_image_whose_annotations_fit_only_when_it_is_upright(coco, rule
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_other_ways_with_bad_annotations(coco):
+def test_unknown_on_bad_annotation(coco):
     for annotations in (coco / "coco.json", coco):
         with pytest.raises(
             ValueError, match="on_bad_annotation is 'ignore', expected 'raise' or 'skip'"

@@ -23,7 +23,7 @@ def files(folder):
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*.npy")}
 
 
-def test_embeddings_are_the_models(model, dataset, tmp_path):
+def test_embeddings_match_the_predictor(model, dataset, tmp_path):
     seen = []
     cached = CachedEmbeddings(dataset, model, folder=tmp_path, on_image=lambda: seen.append(1))
     assert len(cached) == len(seen) == 3
@@ -42,7 +42,7 @@ def test_embeddings_are_the_models(model, dataset, tmp_path):
         )
 
 
-def test_what_is_there_is_not_made_again(model, dataset, tmp_path):
+def test_existing_embeddings_are_reused(model, dataset, tmp_path):
     CachedEmbeddings(dataset, model, folder=tmp_path)
     before = files(tmp_path)
     assert len(before) == 3
@@ -62,7 +62,7 @@ def test_images_are_not_read_again(model, coco, tmp_path):
     np.testing.assert_array_equal(cached[0]["image"], whole["image"])
     np.testing.assert_array_equal(draw_clicks(model, cached, count=1), draw_clicks(model, [whole]))
     with pytest.warns(UserWarning, match="left out"):
-        assert len(cached[2]["masks"]) == 0  # the embedding is a blank image's
+        assert len(cached[2]["masks"]) == 0  # its embedding is that of a blank image
     (coco / "0.png").unlink()
     actual = transform(cached[0], np.random.default_rng(0))
     for name in ("masks", "boxes", "valid"):
@@ -70,8 +70,8 @@ def test_images_are_not_read_again(model, coco, tmp_path):
     assert evaluate(model, [cached[0]], clicks=(1,)) == evaluate(model, [whole], clicks=(1,))
 
 
-def test_nothing_stale_is_found(model, dataset, tmp_path):
-    """Another image, other weights, dtype or preprocessing: each has files of its own."""
+def test_stale_embeddings_are_not_used(model, dataset, tmp_path):
+    """Other images, weights, dtypes and preprocessing have their own files."""
     cached = CachedEmbeddings(dataset, model, folder=tmp_path)
     old = cached[0]["image_embedding"]
     dataset[0]["image"] = dataset[0]["image"].copy()
@@ -90,7 +90,7 @@ def test_nothing_stale_is_found(model, dataset, tmp_path):
 
 @pytest.mark.slow
 def test_every_weight_of_the_encoder_counts(model, tmp_path):
-    """And no other: a mask decoder that is trained shares the files."""
+    """Other weights do not count: models with different mask decoders share the files."""
     params = flat_params(model)
 
     def folder(name):
@@ -114,7 +114,7 @@ def test_a_damaged_file(model, dataset, tmp_path):
 
 
 class Scaled(nnx.Module):
-    """An encoder of one's own, whose setting is not a parameter."""
+    """A custom encoder with a setting that is not a parameter."""
 
     def __init__(self, scale):
         self.scale = scale
@@ -123,7 +123,7 @@ class Scaled(nnx.Module):
         return self.scale * jnp.ones((len(pixel_values), 12, 12, 32))
 
 
-def test_settings_of_an_encoder_of_ones_own(model, dataset, tmp_path):
+def test_settings_of_a_custom_encoder(model, dataset, tmp_path):
     model = nnx.clone(model)
     for scale in (1.0, 3.0):
         model.image_encoder = Scaled(scale)

@@ -29,7 +29,7 @@ def target(side):
 
 
 def step_by_step(model, embedding, target, key, rounds, is_box):
-    """The same, written as one would use the model: a call of `Sam.decode` for each round."""
+    """Does the same with the public API: one call of `Sam.decode` per round."""
     first, idle, clicks = jax.random.split(key, 3)
     point, box, _ = map(np.asarray, first_prompts(first, target > 0.5, BOX))
     if is_box:
@@ -50,7 +50,7 @@ def step_by_step(model, embedding, target, key, rounds, is_box):
 
     brings_click, previous, losses = np.asarray(click_schedule(idle, rounds)), None, []
     for step in range(rounds):
-        padding = [(np.zeros(2, np.float32), -10)] * (2 + rounds - len(prompt))  # one program
+        padding = [(np.zeros(2, np.float32), -10)] * (2 + rounds - len(prompt))  # same shapes
         points, labels = (np.array(x)[None, None] for x in zip(*prompt, *padding, strict=True))
         loss, previous, (point, label) = one_round(
             points, labels, previous, step, multimask_output=step == 0 and not is_box
@@ -65,22 +65,22 @@ def step_by_step(model, embedding, target, key, rounds, is_box):
     ("is_box", "side", "rounds"),
     [(False, SIDE, 5), pytest.param(True, SIZE, 4, marks=pytest.mark.slow)],
 )
-def test_rounds_are_calls_of_the_model(model, embedding, is_box, side, rounds):
+def test_rounds_match_calls_of_the_model(model, embedding, is_box, side, rounds):
     key = jax.random.key(5)
     expected, prompts = step_by_step(model, embedding, target(side), key, rounds, is_box)
-    assert prompts == 2 + rounds - 3  # of the rounds after the first, two bring no click
+    assert prompts == 2 + rounds - 3  # two of the rounds after the first bring no click
     actual = jax.jit(interactive_losses, static_argnames=("num_rounds", "box_probability"))(
         model, embedding, target(side), BOX, key, num_rounds=rounds, box_probability=float(is_box)
     )
     for name, values in actual._asdict().items():
         assert values.shape == (rounds,)
-        # An IoU may differ by a pixel.
+        # IoUs may differ by one pixel.
         atol = 1e-3 if name == "mask_iou" else 1e-6
         np.testing.assert_allclose(values, getattr(expected, name), rtol=1e-4, atol=atol)
 
 
 def test_the_previous_mask_is_a_constant(model, embedding):
-    """A later round does not train what only the first one uses: masks for an ambiguous prompt."""
+    """Later rounds do not train what only the first one uses: the masks of an ambiguous prompt."""
     masks_1_to_3 = (r"mask_decoder\.output_hypernetworks_mlps\.[1-3]\..*", 1.0), (".*", None)
     params, rest = partition(model, masks_1_to_3)
 
@@ -100,8 +100,8 @@ def test_the_previous_mask_is_a_constant(model, embedding):
     assert not any(second.any() for _, second in gradients)
 
 
-def test_schedule_is_the_papers():
-    """Eight clicks in eleven rounds; none in the last and in one at random."""
+def test_schedule_matches_the_paper():
+    """Eleven rounds bring eight clicks: the last one and a random one bring none."""
     keys = jax.vmap(jax.random.key)(np.arange(200))
     schedules = np.asarray(jax.vmap(lambda key: click_schedule(key, 11))(keys))
     assert (schedules.sum(1) == 8).all()
@@ -112,8 +112,8 @@ def test_schedule_is_the_papers():
 
 
 @pytest.mark.slow
-def test_box_and_point_are_as_likely(model, embedding):
-    """Losses that are not the point's are the box's."""
+def test_boxes_and_points_are_both_drawn(model, embedding):
+    """A loss that differs from the point's is the box's."""
     keys = jax.random.split(jax.random.key(1), 8)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -151,13 +151,13 @@ def test_gradients_reach_every_decoder_parameter(model, embedding):
 
     gradients = nnx.to_flat_state(gradient(params, jnp.full(4, 0.25)))
     zero = without_part(gradients)
-    # A point's rounds have no box, clicks after the first may all be of one kind, and only one of
-    # three candidates is pulled. Softmax is blind to the biases of keys.
+    # Rounds that start with a point have no box, later clicks may all have the same label, and only
+    # one of three candidates is pulled. Softmax ignores the biases of keys.
     no_part = r"prompt_encoder\.point_embeddings.*|.*\.k_proj\.bias|.*hypernetworks_mlps\.[123]\..*"
     assert not {name for name in zero if not re.fullmatch(no_part, name)}
     assert all(np.isfinite(value[...]).all() for _, value in gradients)
-    # Only the first round uses the three candidates' networks: the later rounds' losses would reach
-    # them by way of the mask prompt alone.
+    # Only the first round uses the three candidates' networks: later rounds' losses could reach
+    # them only through the mask prompt.
     later = without_part(nnx.to_flat_state(gradient(params, jnp.array([0.0, 1.0, 1.0, 1.0]))))
     candidates = re.compile(r".*hypernetworks_mlps\.[123]\..*")
     assert any(map(candidates.fullmatch, later - zero))
@@ -175,11 +175,11 @@ def test_memory_does_not_grow_with_the_rounds(model, embedding):
         ).total.mean()
 
     def kept(rounds):
-        """Bytes that the backward pass needs of the forward pass."""
+        """Bytes that the backward pass needs from the forward pass."""
         pullback = jax.eval_shape(
             lambda params: jax.vjp(lambda p: loss(p, rounds), params)[1], params
         )
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback))
 
-    # What goes from round to round is kept, logits above all; a round's activations are not.
+    # Only what one round passes to the next is kept, mostly logits; activations are not.
     assert kept(11) - kept(3) < 8 * 4 * (SIDE**2 * 4)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-# Handlers of signals belong to a process, and those of pytest's stay as they are.
+# Runs in another process: signal handlers are global, and pytest's must not change.
 SCRIPT = """
 import os, signal
 from sam_jax.training import Interrupts
@@ -22,7 +22,7 @@ print("restored")
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_the_first_signal_is_noted_and_a_second_one_kills(again):
+def test_first_signal_is_noted_and_second_one_kills(again):
     script = [sys.executable, "-c", SCRIPT.format(again=again)]
     ended = subprocess.run(script, capture_output=True, text=True)
     number = int(signal.SIGTERM)

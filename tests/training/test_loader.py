@@ -26,7 +26,7 @@ from sam_jax.training.loader import check_objects, make_loader
 from sam_jax.training.transform import ExampleTransform
 
 
-def test_batches_know_their_examples(many):
+def test_batches_have_the_examples_indices(many):
     plain = ExampleTransform(SMALL, 2, target_size=SIDE)
     batch = take(make_loader(many, plain, batch_size=4, seed=0), 1)[0]
     for index, pixels in zip(batch["index"], batch["pixel_values"], strict=True):
@@ -108,7 +108,7 @@ def test_worker_processes_change_nothing(coco):
 
 
 def test_the_order_does_not_depend_on_workers(many, monkeypatch):
-    """Runs in this process, since others start slowly."""
+    """Simulates the workers in this process, since others start slowly."""
     monkeypatch.setattr(grain.IterDataset, "mp_prefetch", lambda dataset, *_, **__: dataset)
     whole, by_workers = (
         take(make_loader(many, TRANSFORM, batch_size=4, seed=3, start=2, workers=workers), 3)
@@ -119,7 +119,7 @@ def test_the_order_does_not_depend_on_workers(many, monkeypatch):
 
 
 class Read(list):
-    """Examples, which counts how many are read."""
+    """A list of examples that counts how many are read."""
 
     count = 0
 
@@ -128,7 +128,7 @@ class Read(list):
         return super().__getitem__(index)
 
 
-def test_a_source_without_objects_is_refused():
+def test_a_dataset_without_objects_is_refused():
     plain, empty, tiny = ExampleTransform(SMALL, 4, target_size=SIDE), squares(), squares(CELL // 2)
     dataset = Read([squares(2, CELL)] * 4)
     check_objects(dataset, plain)
@@ -147,13 +147,13 @@ def test_a_source_without_objects_is_refused():
     with pytest.warns(UserWarning, match=r"none of the 1000 images.* \(the other 4000 were not"):
         check_objects(dataset, None)
     assert dataset.count == 1000
-    # Every fifth image has an object, wherever one begins to count.
+    # Every fifth image has an object, starting with any of the first five.
     for first in range(5):
         check_objects([[tiny, empty][(i - first) % 5 > 0] for i in range(5000)], None)
 
 
 class Bad(list):
-    """Its second example cannot be read."""
+    """A list whose second example cannot be read."""
 
     def __getitem__(self, index):
         if index == 1:

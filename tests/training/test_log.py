@@ -21,7 +21,7 @@ def write(folder, steps):
 
 
 def events(folder):
-    """TensorBoard's, of a run that was begun once."""
+    """TensorBoard's events of a run that was started once."""
     (file,) = (folder / "tensorboard").iterdir()
     data = file.read_bytes()
     while data:  # length, its checksum, an event, its checksum
@@ -36,23 +36,23 @@ def test_a_line_is_on_disk_at_once(tmp_path):
     log.close()
 
 
-def test_steps_done_again_have_one_line(tmp_path):
-    """A run killed after step 5, and half a line, resumes from its checkpoint at step 3."""
+def test_repeated_steps_have_one_line(tmp_path):
+    """A run that was killed after step 5 and half a line resumes from its checkpoint at step 3."""
     write(tmp_path, range(6)).close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     shutil.rmtree(tmp_path / "tensorboard")
     write(tmp_path, range(4, 8)).close()
     assert lines(tmp_path) == [{"step": i, "loss": i / 3} for i in range(8)]
-    # TensorBoard, too, is told to drop them.
+    # TensorBoard is told to drop them, too.
     starts = [e.step for e in events(tmp_path) if e.session_log.status == e.session_log.START]
     assert starts == [4]
 
 
 def test_every_line_is_json(tmp_path):
-    """Also for values that JSON lacks, and for what a power failure left."""
+    """Even with values that JSON lacks, and after a power failure has left other bytes."""
     log = write(tmp_path, [1])
-    infinite = jax.numpy.float32("-inf")  # as of a step
+    infinite = jax.numpy.float32("-inf")  # as a training step returns it
     log.write(2, {"loss": float("nan"), "grad_norm": infinite, "iou": None, "objects": 3})
     log.write(3, {"loss": jax.numpy.float32(0.5)})
     log.close()
@@ -97,7 +97,7 @@ def test_tensorboard_has_the_same_values(tmp_path):
 
 
 def test_summary_of_a_run():
-    """The ends are means of a tenth of the steps that trained or, if there are any, evaluations."""
+    """Before and after are means of a tenth of the training steps or, if any, of evaluations."""
     steps = [
         {"step": i, "loss": 20.0 - i, "iou_last": i / 20, "objects_used": 2, "objects_dropped": 1}
         for i in range(1, 21)

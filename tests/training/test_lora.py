@@ -15,7 +15,7 @@ from sam_jax.training.lora import add_lora, load_lora, merge_lora, save_lora, un
 from sam_jax.training.rules import LORA_ONLY, adamw, combine, partition
 from sam_jax.training.step import TrainConfig, compile_step, init_state
 
-# Attention of the encoder, and of the decoder in its regrouped forms.
+# Attention of the encoder, and of the decoder, which regroups its projections.
 PATTERN = r"(image_encoder|mask_decoder)\..*\.(qkv|proj|q_proj|k_proj|v_proj|out_proj|lin1)"
 
 
@@ -26,7 +26,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def adapted(plain):
-    """Adapters that are not zero."""
+    """A model whose adapters are not zero."""
     model = add_lora(plain, PATTERN, rank=3, alpha=6.0, rngs=nnx.Rngs(1))
     for i, (_, module) in enumerate(nnx.iter_modules(model)):
         if hasattr(module, "lora_b"):
@@ -61,7 +61,7 @@ def test_new_adapters_change_nothing(plain):
 
 
 @pytest.mark.slow
-def test_merged_is_applied(plain, adapted):
+def test_merging_changes_no_output(plain, adapted):
     expected = predict(adapted)
     assert np.abs(np.asarray(expected[0]) - np.asarray(predict(plain)[0])).max() > 0.05
     merged = merge_lora(adapted)
@@ -69,7 +69,7 @@ def test_merged_is_applied(plain, adapted):
     assert_same(predict(merged), expected, 1e-6)
 
 
-def test_a_layer_merged_is_the_layer_applied(adapted):
+def test_a_merged_layer_matches_the_adapted_one(adapted):
     merged = merge_lora(adapted)
     x = normal((50, 48))
     applied, plain = (m.image_encoder.blocks[0].attn.qkv for m in (adapted, merged))
@@ -79,7 +79,7 @@ def test_a_layer_merged_is_the_layer_applied(adapted):
     assert_same([plain.kernel[...]], [kernel + 2 * a @ b], 1e-6)
 
 
-def test_unmerge_is_the_opposite(plain, adapted):
+def test_unmerge_undoes_merge(plain, adapted):
     back = unmerge_lora(merge_lora(adapted), adapted)
     expected = flat_params(adapted)
     for name, value in flat_params(back).items():
@@ -91,7 +91,7 @@ def test_unmerge_is_the_opposite(plain, adapted):
 
 
 @pytest.mark.slow
-def test_adapters_alone_are_written(plain, adapted, tmp_path):
+def test_only_adapters_are_written(plain, adapted, tmp_path):
     save_lora(adapted, tmp_path / "lora.safetensors")
     loaded = load_lora(plain, tmp_path / "lora.safetensors")
     expected = flat_params(adapted)
@@ -124,7 +124,7 @@ def test_only_adapters_train(plain):
     }
     losses = []
     for _ in range(10):
-        state = state._replace(step=jnp.int32(0))  # so that each draws the same clicks
+        state = state._replace(step=jnp.int32(0))  # so that every step draws the same clicks
         state, metrics = step(state, rest, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
@@ -141,7 +141,7 @@ def test_a_checkpoint_has_no_adapters(adapted, tmp_path):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_cannot_be(plain, adapted, tmp_path):
+def test_bad_arguments(plain, adapted, tmp_path):
     with pytest.raises(ValueError, match="matches no linear layer; some are image_encoder"):
         add_lora(plain, "qkv", rank=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="rank is 0, expected a whole number of at least 1"):

@@ -19,7 +19,7 @@ from sam_jax.training.losses import (
     weighted_mean,
 )
 
-# PyTorch computes in float64: the formulas as they stand lose digits of 1 - p in float32.
+# PyTorch computes in float64: in float32, the plain formulas lose digits of 1 - p.
 
 
 def relative(actual, expected):
@@ -28,7 +28,7 @@ def relative(actual, expected):
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(focal_loss, torch_focal), (dice_loss, torch_dice)])
-def test_losses_and_gradients_are_the_papers(ours, theirs):
+def test_losses_and_gradients_match_the_paper(ours, theirs):
     logits, targets = normal((3, 2, 32, 32), scale=4.0), masks((3, 2, 32, 32), 1)
     expected = tensor(logits).double().requires_grad_()
     loss = theirs(expected, tensor(targets).double())
@@ -48,7 +48,7 @@ def test_losses_of_extreme_logits_are_finite(scale):
         assert np.isfinite(gradient).all()
 
 
-def test_the_whole_loss_and_its_gradients_are_the_papers():
+def test_total_loss_and_gradients_match_the_paper():
     logits, scores = normal((5, 4, 32, 32), scale=3.0), normal((5, 4), 2)
     targets = masks((5, 32, 32), 3)
     first = np.arange(4) == 0
@@ -88,7 +88,7 @@ def test_iou_of_masks():
     losses = jax.jit(mask_losses)(
         jnp.stack([logits, 2 * target - 1]), jnp.array([0.9, 0.1]), jnp.asarray(target)
     )
-    # What a user would be shown is the mask that the model thinks best.
+    # The IoU is of the mask that a user would see: the one that the model scores highest.
     assert float(losses.mask_iou) == pytest.approx(4 / 12)
 
 

@@ -38,14 +38,14 @@ def test_split_and_merge(model):
         np.testing.assert_array_equal(merged[name], value)
 
 
-def test_what_no_expression_matches_is_frozen(model):
+def test_unmatched_parameters_are_frozen(model):
     trained, rest = partition(model, [(r"mask_decoder\.iou_token", 1.0)])
     assert names(trained) == {"mask_decoder.iou_token"}
     assert names(rest.state) == set(param_shapes(SMALL)) - names(trained)
 
 
 class Deep(nnx.Module):
-    """As many blocks as real models have: by name, the tenth comes before the second."""
+    """Twelve blocks, as in real models: sorted by name, the tenth comes before the second."""
 
     def __init__(self):
         self.blocks = nnx.List(nnx.Param(np.full(1, i, np.float32)) for i in range(12))
@@ -57,7 +57,7 @@ def test_blocks_keep_their_order():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_does_not_belong_together(model):
+def test_mismatched_parts(model):
     params, rest = partition(model)
     with pytest.raises(TypeError, match="rest is State, expected the second result of partition"):
         combine(rest, params)
@@ -94,7 +94,7 @@ def test_the_first_expression_counts():
         ([(".*", None)], "nothing trains"),
     ],
 )
-def test_tables_that_cannot_be(model, table, message):
+def test_bad_tables(model, table, message):
     with pytest.raises(ValueError, match=message):
         partition(model, table)
 
@@ -110,7 +110,7 @@ def test_a_table_has_pairs(model, table):
         adamw(1e-3, table)
 
 
-def test_layer_decay_is_detectron2s():
+def test_layer_decay_matches_detectron2():
     table = layer_decay(SMALL, 0.5)
     expected = {
         "image_encoder.pos_embed": 0.125,
@@ -142,7 +142,7 @@ def test_a_model_is_not_a_configuration(model, call):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_numbers_of_adamw():
+def test_bad_numbers_for_adamw():
     for options, message in (
         ({"learning_rate": "a"}, "learning_rate is 'a', expected a number"),
         ({"weight_decay": -1}, "weight_decay is -1, expected 0 or more"),
@@ -172,7 +172,7 @@ def test_scales_decay_and_clipping(model):
         scale = 1e-3 if name.startswith("mask_decoder") else 1e-2
         decay = 0.5 * np.asarray(parameters[name]) if name.endswith("kernel") else 0
         np.testing.assert_allclose(value, plain[name] - scale * decay, rtol=1e-4, atol=1e-8)
-    # A large epsilon shows how large gradients were.
+    # With a large epsilon, updates show how large the gradients were.
     clipped = moves(weight_decay=0.0, clip_norm=1e-3, eps=1.0)
     count = sum(x.size for x in jax.tree.leaves(grads))
     expected = -1e-2 * 1e-3 / count**0.5
@@ -189,7 +189,7 @@ def test_kernels_and_adapters_decay():
 
 @pytest.mark.parametrize(("steps", "warmup"), [(100, 20), (10, 5)])
 def test_the_rate_rises_then_falls(steps, warmup):
-    """A warm-up of 20 steps is at most half of a short run."""
+    """In a short run, a warm-up of 20 steps is shortened to half of the steps."""
     constant = OptimizerConfig(learning_rate=0.5, warmup=20, schedule="constant")
     rates = [constant.build(EVERYTHING, n)[1](np.arange(30)) for n in (steps, 1000)]
     np.testing.assert_allclose(rates, [np.minimum(np.arange(30) / 40, 0.5)] * 2, rtol=1e-6)
@@ -211,7 +211,7 @@ def test_the_rate_rises_then_falls(steps, warmup):
         ({"clip_norm": 0.0}, "clip_norm is 0.0, expected above 0"),
     ],
 )
-def test_optimizers_that_make_no_sense(options, message):
+def test_bad_optimizers(options, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**options).build(EVERYTHING, 10)
     with pytest.raises(ValueError, match="steps is 0, expected a whole number of at least 1"):

@@ -15,8 +15,8 @@ from sam_jax.training import sharding
 
 pytestmark = pytest.mark.slow
 
-# Trains for 20 steps, once for each way and number of devices, and prints what came of it; run with
-# 8 simulated devices, or on 2 hosts. It imports no PyTorch: model and batch are in files.
+# Trains for 20 steps with each kind of parallelism and number of devices, and prints the results.
+# Runs with 8 simulated devices or on 2 hosts, without PyTorch: model and batch are in files.
 SCRIPT = '''
 import functools, json, math, sys
 import jax, numpy as np
@@ -97,7 +97,7 @@ def start(folder, runs, hosts=(), *, devices):
 
 
 def results(process):
-    # It waits for long, since other tests run at the same time on as few cores.
+    # The timeout is long, since other tests run at the same time on few cores.
     printed, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return json.loads(printed.splitlines()[-1])
@@ -105,7 +105,7 @@ def results(process):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """Results of one device, and of eight with both kinds: in one process, which starts slowly."""
+    """Results of one device and of eight, with both kinds, from one process: it starts slowly."""
     runs = {"alone": ("data", 1), "data": ("data", 8), "fsdp": ("fsdp", 8)}
     found = results(start(folder, list(runs.values()), devices=8))
     return dict(zip(runs, found, strict=True))
@@ -118,15 +118,15 @@ def assert_same_training(actual, expected):
 
 
 @pytest.mark.parametrize("how", ["data", "fsdp"])
-def test_eight_devices_are_as_one(trained, how):
+def test_eight_devices_match_one(trained, how):
     assert_same_training(trained[how], trained["alone"])
-    # FSDP keeps an eighth of each large array of the state on a device. In addition to the
-    # loaded model, the first device never holds more than its share, also while the state is made.
+    # FSDP keeps an eighth of each large array of the state on a device. In addition to the loaded
+    # model, the first device never holds more than its share, even while the state is created.
     assert trained[how]["kept"] == (1 if how == "data" else 1 / 8)
     assert trained[how]["held"] == pytest.approx(1, rel=0.01)
 
 
-def test_two_hosts_are_as_one(folder, trained):
+def test_two_hosts_match_one_device(folder, trained):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -148,12 +148,12 @@ def test_a_batch_that_the_devices_cannot_share(unchecked):
         sharding.put_batch({"valid": np.ones((4, 2))}, Mesh())
 
 
-def test_a_mesh_is_of_devices(unchecked):
+def test_a_mesh_needs_devices(unchecked):
     for devices in (9, ["cpu"]):
         with pytest.raises(TypeError, match=r"devices are .*, expected some of jax"):
             sharding.make_mesh(devices)
 
 
-def test_a_kind_of_parallelism_that_does_not_exist(unchecked):
+def test_unknown_parallelism(unchecked):
     with pytest.raises(ValueError, match="parallelism is 'ddp', expected data or fsdp"):
         sharding.shard_tree({"a": np.ones(8)}, sharding.make_mesh(), parallelism="ddp")

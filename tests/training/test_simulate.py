@@ -14,7 +14,7 @@ KEYS = jax.random.split(jax.random.key(0), 2000)
 def test_points_are_uniform_in_the_region():
     points, found = jax.vmap(lambda k: sample_point(k, jnp.asarray(MASK), 32))(KEYS)
     assert found.all()
-    # Centers of cells of 4 x 4 pixels: a pixel's center is a whole number.
+    # Points are centers of cells of 4 x 4 pixels; a pixel's center has whole coordinates.
     cells = (np.asarray(points) + 0.5) / 4 - 0.5
     np.testing.assert_array_equal(cells, cells.round())
     counts = np.zeros((8, 8), int)
@@ -42,7 +42,7 @@ def test_boxes_have_the_papers_noise():
     boxes = np.asarray(jax.vmap(lambda k: noisy_box(k, box, 1024))(KEYS))
     noise = boxes - np.asarray(box)
     assert np.abs(noise.mean(0)).max() < 1
-    # Clipped at two standard deviations across, not at all down.
+    # Clipped at two standard deviations horizontally, not at all vertically.
     np.testing.assert_allclose(noise[:, [1, 3]].std(0), 3, rtol=0.06)
     assert np.abs(noise[:, [0, 2]]).max() == pytest.approx(20)
     np.testing.assert_allclose(noise[:, [0, 2]].std(0), 9.6, rtol=0.06)
@@ -51,7 +51,7 @@ def test_boxes_have_the_papers_noise():
     assert np.asarray(large).min() >= 0
 
 
-def test_boxes_stay_in_the_image_and_the_right_way_round():
+def test_noisy_boxes_stay_valid():
     for box in ([0.0, 0, 3, 1023], [1020.0, 5, 1023, 5]):
         boxes = np.asarray(jax.vmap(lambda k, b=box: noisy_box(k, jnp.array(b), 1024))(KEYS))
         assert boxes.min() >= 0
@@ -62,7 +62,7 @@ def test_boxes_stay_in_the_image_and_the_right_way_round():
 def test_clicks_are_where_the_mask_is_wrong():
     target, predicted = jnp.asarray(MASK), np.zeros((8, 8), bool)
     predicted[2:4, 6:8] = True  # misses column 5 and the corner
-    predicted[0] = True  # and has a row too much
+    predicted[0] = True  # and has an extra row
     wrong = predicted != MASK
     click = jax.vmap(lambda k: next_click(k, jnp.asarray(predicted), target, 32))
     points, labels = map(np.asarray, click(KEYS))

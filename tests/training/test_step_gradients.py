@@ -20,7 +20,7 @@ DEEP = dataclasses.replace(SMALL, image_encoder=dataclasses.replace(SMALL.image_
 
 @functools.cache
 def compiled_gradients(model, everything, config):
-    """`gradients` for a batch of 4, and what memory it takes."""
+    """Compiles `grads_and_metrics` for a batch of 4; returns it and the memory that it takes."""
     split = partition(model, EVERYTHING if everything else DECODER_ONLY)
     run = jax.jit(lambda batch, keys: grads_and_metrics(*split, batch, keys, config=config))
     compiled = run.lower(batch_of(4), KEYS).compile()
@@ -35,7 +35,7 @@ def assert_same_gradients(actual, expected):
 
 
 @pytest.mark.slow
-def test_what_is_frozen_takes_no_memory_for_gradients(model):
+def test_frozen_parameters_take_no_gradient_memory(model):
     sizes = {name: sum(v.nbytes for v in jax.tree.leaves(tree)) for name, tree in {
         "decoder": nnx.state(model.mask_decoder, nnx.Param),
         "all": nnx.state(model, nnx.Param),
@@ -45,7 +45,7 @@ def test_what_is_frozen_takes_no_memory_for_gradients(model):
     # In addition to the gradients there are a few metrics.
     assert some.output_size_in_bytes <= 1.02 * sizes["decoder"]
     assert every.output_size_in_bytes >= sizes["all"]
-    # Nor does it keep the encoder's activations.
+    # Training the decoder alone does not keep the encoder's activations, either.
     assert some.temp_size_in_bytes < every.temp_size_in_bytes
 
 
@@ -59,8 +59,8 @@ def test_accumulation_changes_nothing(model):
         compiled_gradients(model, False, CONFIG._replace(accumulate=3))
 
 
-def test_parts_weigh_as_their_objects(model, monkeypatch):
-    """With a loss that compiles at once, of parts of 2 objects and of 6."""
+def test_parts_are_weighted_by_their_objects(model, monkeypatch):
+    """The parts have 2 and 6 objects; the loss is one that compiles quickly."""
 
     def losses(model, _batch, keys, *, config):
         weights = jax.vmap(lambda key: jax.random.uniform(key, (3, config.num_rounds)))(keys)
@@ -69,7 +69,7 @@ def test_parts_weigh_as_their_objects(model, monkeypatch):
 
     monkeypatch.setattr("sam_jax.training.step.batch_losses", losses)
     batch, split = batch_of(4), partition(model, DECODER_ONLY)
-    batch["valid"] = np.float32([[1, 0, 0], [1, 1, 1]] * 2)  # a part is every second image
+    batch["valid"] = np.float32([[1, 0, 0], [1, 1, 1]] * 2)  # each part has every second image
     batch = jax.tree.map(jnp.asarray, batch)
     expected, actual = (
         grads_and_metrics(*split, batch, KEYS, config=CONFIG._replace(accumulate=parts))
@@ -81,7 +81,7 @@ def test_parts_weigh_as_their_objects(model, monkeypatch):
 
 
 def encoder_loss(config):
-    """A loss of an image encoder's parameters, and these."""
+    """A loss as a function of an image encoder's parameters, and the parameters."""
     graphdef, params, rest = nnx.split(random_sam(config), nnx.Param, ...)
     pixels = normal((2, config.image_size, config.image_size, 3))
 
@@ -110,7 +110,7 @@ def test_remat_keeps_less_for_the_backward_pass(config):
     assert kept(True) < kept(False) / 2
 
 
-def test_drop_path_is_by_image_and_right_on_average():
+def test_drop_path_is_drawn_per_image():
     model = ours(meta_sam(SMALL), SMALL)
     pixels = jnp.asarray(batch_of(1)["pixel_values"])
 
@@ -121,7 +121,7 @@ def test_drop_path_is_by_image_and_right_on_average():
 
     keys = jax.random.split(jax.random.key(0), 16)
     embeddings = encode(keys)
-    # Two branches of the last block may be missing: four kinds of images.
+    # Each of the last block's two branches may be dropped: up to four different embeddings.
     kinds = {np.asarray(e).round(3).tobytes() for e in embeddings}
     assert 2 < len(kinds) <= 4
     np.testing.assert_array_equal(encode(keys[::-1])[::-1], embeddings)

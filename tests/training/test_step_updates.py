@@ -52,7 +52,7 @@ EMBEDDING = (SHALLOW.image_embedding_size,) * 2 + (SHALLOW.prompt_embed_dim,)
 
 
 def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
-    """One step of PyTorch's AdamW on the paper's loss, for the same prompts; the loss."""
+    """Takes a step of PyTorch's AdamW on the paper's loss of the same prompts; returns the loss."""
     kinds = torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d
     kernels = [module.weight for module in sam.modules() if isinstance(module, kinds)]
     names = {id(kernel) for kernel in kernels}
@@ -92,14 +92,14 @@ def torch_step(sam, batch, keys, learning_rate, weight_decay, eps):
     optimizer.zero_grad()
     loss.backward()
     for parameter in sam.parameters():
-        if parameter.grad is None:  # it has no part in this loss; PyTorch would leave it out
+        if parameter.grad is None:  # not in this loss; PyTorch would skip it
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     return float(loss.detach())
 
 
-def test_a_step_on_every_parameter_is_pytorchs():
-    """A large epsilon, so that the update is in proportion to the gradient, not its sign."""
+def test_a_step_on_every_parameter_matches_pytorch():
+    """A large epsilon makes the update proportional to the gradient, instead of its sign."""
     reference = meta_sam(SHALLOW)
     model = ours(reference, SHALLOW)
     batch, key = batch_of(2), jax.random.key(1)
@@ -131,14 +131,14 @@ def test_a_step_on_every_parameter_is_pytorchs():
 
 
 @pytest.mark.slow
-def test_random_draws_frozen_parameters_and_the_moving_average(model):
+def test_random_draws_freezing_and_the_moving_average(model):
     batch, key, decay = batch_of(2), jax.random.key(0), 0.75
     before = {name: np.asarray(value) for name, value in flat_params(model).items()}
     tx = adamw(1e-2, DECODER_ONLY)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
     step = compile_step(state, tx, config=CONFIG._replace(ema_decay=decay))
-    # What a step draws depends on its number: the same state has another loss in another step.
+    # Random draws depend on the step's number: the same state has another loss in another step.
     copies = [jax.tree.map(jnp.copy, state)._replace(step=jnp.int32(k)) for k in (0, 0, 1)]
     first, again, other = (step(s, rest, batch, key)[1]["loss"] for s in copies)
     assert first == again != other
@@ -200,7 +200,7 @@ def test_a_batch_without_objects_updates_nothing(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["decoder", "lora", "everything"])
 def test_training_under_jaxs_strict_switches(what):
-    """The whole loop but for making the model; on a CPU, transfers to the host are not seen."""
+    """The whole loop except creating the model. (On a CPU, JAX sees no transfers to the host.)"""
     model, mesh = ours(meta_sam(SHALLOW), SHALLOW), sharding.make_mesh()
     if what == "lora":
         model = add_lora(model, r"image_encoder\..*\.(qkv|proj)", rank=2, rngs=nnx.Rngs(0))
@@ -230,8 +230,8 @@ def test_training_under_jaxs_strict_switches(what):
 
 
 @pytest.mark.slow
-def test_a_tiny_vits_step_promotes_nothing():
-    """Traced only: promotions show then, and its gradients compile long."""
+def test_a_tiny_vit_step_promotes_no_dtype():
+    """Only traces the step, which shows promotions: its gradients compile slowly."""
     size, side = TINIEST.image_size, TINIEST.mask_size
     batch = {
         "pixel_values": np.zeros((2, size, size, 3), np.float32),
@@ -252,7 +252,7 @@ def test_bfloat16_trains_float32_parameters(compilations):
     model = ours(meta_sam(SHALLOW), SHALLOW, dtype=jnp.bfloat16)
     tx = adamw(1e-3, EVERYTHING)
     trained, rest = partition(model, EVERYTHING)
-    # Also those of a checkpoint that was kept in bfloat16.
+    # Even if the checkpoint was stored in bfloat16.
     trained = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)
     state = init_state(trained, tx)
     step = compile_step(state, tx, config=CONFIG)
@@ -269,8 +269,8 @@ def test_bfloat16_trains_float32_parameters(compilations):
 
 
 @pytest.mark.slow
-def test_a_loop_of_ones_own(model):
-    """Only the loss is used from here."""
+def test_custom_training_loop(model):
+    """Uses only sam_jax's loss."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     tx = optax.adam(1e-3)
     opt_state = tx.init(params)
@@ -309,7 +309,7 @@ def test_a_loop_of_ones_own(model):
         ({"ema_decay": 1.5}, "ema_decay is 1.5, expected 0 or more"),
     ],
 )
-def test_configs_that_make_no_sense(model, options, message):
+def test_bad_configs(model, options, message):
     with pytest.raises(ValueError, match=message):
         batch_losses(model, batch_of(1), KEYS[:1], config=TrainConfig(**options))
 
@@ -330,7 +330,7 @@ def test_configs_that_make_no_sense(model, options, message):
     ],
     ids=str,
 )
-def test_batches_that_make_no_sense(model, changes, error, message):
+def test_bad_batches(model, changes, error, message):
     batch = {**batch_of(1), **changes}
     batch = {name: array for name, array in batch.items() if array is not None}
     with pytest.raises(error, match=message):
@@ -346,7 +346,7 @@ def test_batches_that_make_no_sense(model, changes, error, message):
         (True, None, "has a moving average, but ema_decay is None"),
     ],
 )
-def test_the_moving_average_is_of_state_and_config(model, ema, decay, message):
+def test_state_and_config_agree_on_the_moving_average(model, ema, decay, message):
     tx = adamw(1e-3, DECODER_ONLY)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=ema)
@@ -359,14 +359,14 @@ def test_the_moving_average_is_of_state_and_config(model, ema, decay, message):
     ("options", "given"),
     [({"drop_path_rate": 0.1}, "drop_path_rate is 0.1"), ({"remat": True}, "remat is True")],
 )
-def test_what_needs_an_encoder_that_trains(model, options, given):
+def test_options_that_need_encoder_training(model, options, given):
     batch = {**batch_of(1), "image_embedding": np.zeros((1, 1))}
     with pytest.raises(ValueError, match=f"{given}, .* so the image encoder does not"):
         batch_losses(model, batch, KEYS[:1], config=TrainConfig(**options))
 
 
-def test_losses_are_of_the_config(model, monkeypatch):
-    """Also for options that hardly affect a step of one round."""
+def test_losses_use_the_config(model, monkeypatch):
+    """Even options that hardly affect a step of one round are passed on."""
     given = {}
 
     def spy(*args, **options):

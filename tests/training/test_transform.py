@@ -51,7 +51,7 @@ def test_a_transformed_example(coco):
 
 
 def test_a_stretched_example(coco):
-    """MedSAM's preprocessing: the axes of image, masks and boxes are scaled apart."""
+    """MedSAM's preprocessing scales the axes of image, masks and boxes separately."""
     example = CocoInstances(coco / "coco.json", coco)[0]
     config = with_preprocessing(SMALL, "medsam")
     result = ExampleTransform(config, 3, target_size=SIDE)(example, np.random.default_rng(0))
@@ -65,7 +65,7 @@ def test_a_stretched_example(coco):
         np.testing.assert_allclose(found, np.array(box) * scale, atol=2)  # a cell of the grid
 
 
-def test_fewer_places_than_objects(coco):
+def test_more_objects_than_max_objects(coco):
     example = CocoInstances(coco / "coco.json", coco)[0]
     chosen = {transformed(example, seed, max_objects=1)["boxes"][0, 0] for seed in range(20)}
     assert len(chosen) == 3
@@ -86,7 +86,7 @@ def test_only_chosen_objects_are_decoded(coco, monkeypatch):
     np.testing.assert_array_equal(example["masks"][1:], every["masks"][1:])
 
 
-def test_objects_too_small_for_the_grid_are_none(coco):
+def test_objects_too_small_for_the_grid_are_dropped(coco):
     example = CocoInstances(coco / "coco.json", coco)[0]
     example["masks"] = np.array(example["masks"])
     example["masks"][1] = rectangle(3, 3, 4, 4)
@@ -101,14 +101,14 @@ def test_augmented_masks_lie_on_their_objects(options, target_size):
     mask = rectangle(20, 10, 52, 40, (60, 90))  # not symmetric: its mirror image lies elsewhere
     image = np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
     example = {"image": image, "masks": mask[None]}
-    grey = SamProcessor(SMALL).normalize(np.full((1, 1, 3), 128, np.uint8))[0, 0]
+    gray = SamProcessor(SMALL).normalize(np.full((1, 1, 3), 128, np.uint8))[0, 0]
     seen = set()
     for seed in range(25):
         result = transformed(example, seed, target_size=target_size, **options)
         if not result["valid"][0]:
             continue
         cell = SIZE // target_size
-        shown = (result["pixel_values"] >= grey).all(-1)
+        shown = (result["pixel_values"] >= gray).all(-1)
         shown = shown.reshape(target_size, cell, target_size, cell).mean((1, 3)) >= 0.5
         both, either = (shown & result["masks"][0]).sum(), (shown | result["masks"][0]).sum()
         assert both / either > 0.85
@@ -133,7 +133,7 @@ def test_augmented_masks_lie_on_their_objects(options, target_size):
         ({"scale_range": 2}, "scale_range is 2, expected two numbers"),
     ],
 )
-def test_numbers_that_make_no_sense(options, message):
+def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         ExampleTransform(SMALL, **{"max_objects": 4, "target_size": SIDE, **options})
 
@@ -151,13 +151,13 @@ def test_numbers_that_make_no_sense(options, message):
         ([[[True]]], TypeError, "the masks are a list, expected an array, bool"),
     ],
 )
-def test_masks_that_are_none_of_the_images(masks, error, message):
+def test_masks_that_do_not_match_the_image(masks, error, message):
     with pytest.raises(error, match=message):
         transformed({"image": np.zeros((H, W, 3), np.uint8), "masks": masks})
 
 
-def test_an_image_is_read_as_the_predictor_reads_it(coco):
-    """One with transparency, too, of which only the colors are resized."""
+def test_images_are_preprocessed_as_in_the_predictor(coco):
+    """Even an image with transparency, of which only the colors are resized."""
     example = dict(squares(3 * CELL))
     rng = np.random.default_rng(0)
     rgba = rng.integers(0, 256, (*example["image"].shape[:2], 4), np.uint8)
@@ -172,7 +172,7 @@ def test_objects_that_are_too_small_are_counted():
     for options, used, dropped in (({}, 2, 2), ({"target_size": SIZE}, 3, 1)):
         result = transformed(example, **options)
         assert (result["valid"].sum(), result["dropped"]) == (used, dropped)
-    # What a crop leaves out is not too small.
+    # Objects outside a crop do not count as too small.
     found = [transformed(squares(3 * CELL), seed, scale_range=(3, 3)) for seed in range(20)]
     assert {float(result["valid"].sum()) for result in found} == {0, 1}
     assert all(result["dropped"] == 0 for result in found)
