@@ -15,7 +15,7 @@ from sam_jax.training import sharding
 
 pytestmark = pytest.mark.slow
 
-# Trains for 20 steps with each kind of parallelism and number of devices, and prints the results.
+# Trains for 10 steps with each kind of parallelism and number of devices, and prints the results.
 # Runs with 8 simulated devices or on 2 hosts, without PyTorch: model and batch are in files.
 SCRIPT = '''
 import functools, json, math, sys
@@ -61,7 +61,7 @@ def train(how, devices):
     mine = slice(jax.process_index() * count, (jax.process_index() + 1) * count)
     batch = sharding.put_batch({name: array[mine] for name, array in whole_batch.items()}, mesh)
     losses = []
-    for _ in range(20):
+    for _ in range(10):
         state, metrics = step(state, rest, batch, jax.random.key(3))
         losses.append(float(metrics["loss"]))
     kept = max(x.addressable_shards[0].data.nbytes / x.nbytes for x in jax.tree.leaves(state)
