@@ -30,7 +30,7 @@ NOTEBOOKS = {
             "mesh = jax.make_mesh": f"{THOROUGHLY}mesh = jax.make_mesh",
         },
     ),
-    "finetune": (3, {"STEPS, TRAIN, TEST = 30, 8, 3": "STEPS, TRAIN, TEST = 12, 3, 2"}),
+    "finetune": (3, {"STEPS, TRAIN, TEST = 30, 8, 3": "STEPS, TRAIN, TEST = 8, 2, 1"}),
 }
 
 
