@@ -35,7 +35,7 @@ class Dataset(Protocol):
 
     An example has an `image`, uint8 [h, w, 3], and `masks`, bool [n, h, w] or `LazyMasks`, one for
     each object. Two more methods are optional: `image_id(index)` names the image in messages, and
-    `masks(index)` returns the masks without reading the image.
+    `read_masks(index)` returns the masks without reading the image.
     """
 
     def __len__(self) -> int: ...
@@ -130,7 +130,7 @@ class _AnnotatedImages:
             return _blank()
         return {"image": image, "masks": self._masks(entry)}
 
-    def masks(self, index: int) -> Bool[np.ndarray, "n h w"] | LazyMasks:
+    def read_masks(self, index: int) -> Bool[np.ndarray, "n h w"] | LazyMasks:
         """The masks of an example; the image file is not read."""
         entry = self._entry(index)
         return _blank()["masks"] if entry is None else self._masks(entry)

@@ -74,7 +74,7 @@ class CachedEmbeddings:
                 "it again"
             ) from error
         shape = self._shapes[index]
-        masks = getattr(self.dataset, "masks", lambda _: None)(index)
+        masks = getattr(self.dataset, "read_masks", lambda _: None)(index)
         # An image that could not be read became a blank one without masks, of another size.
         if masks is None or masks.shape[1:] != shape[:2]:
             example = self.dataset[index]
