@@ -3,6 +3,7 @@
 import hashlib
 import os
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
@@ -91,7 +92,7 @@ class _Entry(NamedTuple):
     objects: list[tuple]  # (id, index, segmentation), the first two for messages
 
 
-class _AnnotatedImages:
+class _AnnotatedImages(ABC):
     """Image files and their objects; the common part of `CocoInstances` and `SegmentAnything1B`.
 
     Args:
@@ -114,9 +115,9 @@ class _AnnotatedImages:
         self.exif_orientation, self._way_out = exif_orientation, way_out
         self._has_warned = False
 
+    @abstractmethod
     def _entry(self, index: int) -> _Entry | None:
         """The entry; None if it was bad and reported."""
-        raise NotImplementedError
 
     def __getitem__(self, index: int) -> Example:
         entry = self._entry(index)

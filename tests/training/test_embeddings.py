@@ -70,6 +70,17 @@ def test_images_are_not_read_again(model, coco, tmp_path):
     assert evaluate(model, [cached[0]], clicks=(1,)) == evaluate(model, [whole], clicks=(1,))
 
 
+def test_masks_of_a_dataset_in_memory(model, dataset, tmp_path):
+    """An attribute of any name is the dataset's own matter."""
+
+    class InMemory(list):
+        masks = np.zeros((3, 40, 60), bool)
+
+    cached = CachedEmbeddings(InMemory(dataset), model, folder=tmp_path)
+    np.testing.assert_array_equal(cached[1]["masks"], dataset[1]["masks"])
+    np.testing.assert_array_equal(cached[1]["image"], dataset[1]["image"])
+
+
 def test_stale_embeddings_are_not_used(model, dataset, tmp_path):
     """Other images, weights, dtypes and preprocessing have their own files."""
     cached = CachedEmbeddings(dataset, model, folder=tmp_path)
