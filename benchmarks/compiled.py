@@ -160,7 +160,7 @@ def arrays(types: str) -> list[tuple[int, int]]:
     return [(count, count * width) for count, width in zip(counts, kinds, strict=True)]
 
 
-def look(text: str, logits: int) -> dict[str, str]:
+def analyze(text: str, logits: int) -> dict[str, str]:
     """Traffic and large arrays of a program's main computation.
 
     Args:
@@ -219,7 +219,7 @@ def main() -> None:
                     "Model, part": f"{name}, {part}",
                     "Attention": named if is_encoder else "",
                     "Temporaries": f"{temporaries / 1e9:.2f} GB",
-                    **look(program.as_text(), args.batch * heads * 4096**2),
+                    **analyze(program.as_text(), args.batch * heads * 4096**2),
                 }
                 table.add(row)
 

@@ -319,7 +319,7 @@ def main() -> None:
         parser.error("--runtimes: ONNX Runtime computes in float32 only")
     check_at_least_one(parser, batch=args.batch, repeat=args.repeat)
     if layers := [part for part in args.parts if part in LAYERS and "mobile_sam" in args.models]:
-        parser.error(f"{', '.join(layers)}: of ViTs alone; name them with --models")
+        parser.error(f"--parts {' '.join(layers)}: only ViTs have this; omit mobile_sam")
 
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[args.device]
     # JAX shares the GPU's memory with PyTorch.

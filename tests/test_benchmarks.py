@@ -111,7 +111,11 @@ def test_scores_are_compared_like_masks(run):
     ("name", "arguments", "message"),
     [
         ("run", ["--repeat", "0"], "--repeat is 0, expected at least 1"),
-        ("run", ["--parts", "windows"], "windows: of ViTs alone; name them with --models"),
+        (
+            "run",
+            ["--parts", "windows"],
+            "windows: only ViTs have this; omit mobile_sam",
+        ),
         ("everything", ["--photos", "lanscape"], "--photos is lanscape, but photos are: landscape"),
         ("accuracy", ["--photos", "small", "b"], "--photos is b, but photos are: landscape"),
     ],
@@ -194,20 +198,20 @@ ENTRY %main (p: bf16[500000000]) -> f32[250000000] {
 
 def test_traffic_and_arrays_of_a_program():
     compiled = importlib.import_module("benchmarks.compiled")
-    found = compiled.look(HLO, logits=10**9)
+    found = compiled.analyze(HLO, logits=10**9)
     assert found == {
         "Traffic": f"{(1 + 4) + (1 + 4 + 1) + (1 + 1):.1f} GB",
         "Flash": "1, 0",
         "N x N": "1",
     }
     backward = HLO.replace("fmhaSoftmax", "fmhaScaleBiasSoftmaxBackward")
-    assert compiled.look(backward, logits=10**10) == found | {"Flash": "0, 1", "N x N": "0"}
+    assert compiled.analyze(backward, logits=10**10) == found | {"Flash": "0, 1", "N x N": "0"}
     ours = HLO.replace(
         '"__cudnn$fmhaSoftmax"', '"triton", metadata={op_name="jit(f)/flash_attention/pallas_call"}'
     )
-    assert compiled.look(ours, logits=10**9) == found
+    assert compiled.analyze(ours, logits=10**9) == found
     backward = ours.replace("attention/", "attention_backward_keys/")
-    assert compiled.look(backward, logits=10**9) == found | {"Flash": "0, 1"}
+    assert compiled.analyze(backward, logits=10**9) == found | {"Flash": "0, 1"}
 
 
 def test_share_of_missing_masks(run):

@@ -9,7 +9,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 import types
@@ -47,6 +46,7 @@ WITH_BASH = [
     if "```bash" in page.read_text()
 ]
 WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
+COMPILE_LONGER_THAN_RUN = ("fine-tuning", "research")  # since they train
 
 
 def blocks(text, language):
@@ -56,6 +56,8 @@ def blocks(text, language):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with photos, and a small model that stands in for MedSAM."""
+    monkeypatch.syspath_prepend(ROOT / "convert")
+    monkeypatch.syspath_prepend(ROOT / "examples")
     photo = Image.fromarray(skimage.data.coffee()).resize((1800, 1200))
     photo.save(tmp_path / "photo.jpg")
     Image.fromarray(skimage.data.astronaut()).save(tmp_path / "astronaut.png")
@@ -69,28 +71,30 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("mobile_sam_file")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
 def test_python(page, folder):
-    """Runs a page's code in one session, in order, with few points in everything mode."""
+    """Runs a page's code in one session, in order, with few points in everything mode.
+
+    It may use the images that `examples/cells.py` makes.
+    """
     code = "\n".join(blocks(page.read_text(), "python"))
     code = re.sub(r"(points_per_(?:side|crop))=8", r"\1=3", code)
-    if "optimizer" in code:  # compiling it takes longer than running it
+    if page.stem in COMPILE_LONGER_THAN_RUN:
         jax.config.update("jax_disable_most_optimizations", True)
-    if "cells/" in code:
-        command = [sys.executable, ROOT / "examples" / "cells.py", "--output", "cells"]
-        subprocess.run([*command, "--train", "2", "--test", "1"], check=True)
+    import cells
+
+    cells.main(cells.Config(Path("cells"), train=2, test=1))
     exec(compile(code, page.name, "exec"), {})
 
 
 @pytest.fixture
 def small(folder, monkeypatch):
-    """A small model that stands in for MobileSAM and ViT-B, and three annotated images."""
+    """A small model that stands in for MobileSAM, ViT-B and a tuned one; three annotated images."""
     resolve = sam_jax.checkpoints.resolve
     weights = (folder / "medsam_vit_b.pth").rename(folder / "sam_vit_b_01ec64.pth")
     names = {"mobile_sam": weights}
     monkeypatch.setattr(
         sam_jax.checkpoints, "resolve", lambda name: names.get(name) or resolve(name)
     )
-    monkeypatch.syspath_prepend(ROOT / "convert")
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    sam_jax.save_pretrained(sam_jax.from_pretrained(weights), "tuned")
     import cells
 
     cells.main(cells.Config(Path("made"), train=2, test=1))
@@ -109,8 +113,6 @@ def test_bash(page, monkeypatch):
     until it is stopped, are only parsed: their arguments must be valid.
     """
     text = "\n".join(blocks(page.read_text(), "bash")).replace("\\\n", " ")
-    if "run/model" in text and "finetune.py" not in text:
-        sam_jax.save_pretrained(sam_jax.from_pretrained("mobile_sam"), Path("run", "model"))
     for command in re.split(r"\n|&&", text):
         program, *arguments = shlex.split(command, comments=True) or [""]
         if program.endswith("sam-jax"):

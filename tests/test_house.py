@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sam_jax"
-# A room (a module or subpackage) imports only from rooms of earlier lines.
-LINES = (
+# A part of sam_jax (a module or subpackage) imports only from parts in earlier rows.
+ROWS = (
     ("errors", "files", "idioms", "decoders", "types"),
     ("config", "arrays", "runs", "compilation_cache"),
     ("ops",),
@@ -29,7 +29,7 @@ LINES = (
     ("commands",),
     ("cli",),
 )
-LINE = {room: number for number, rooms in enumerate(LINES) for room in rooms}
+ROW = {part: number for number, row in enumerate(ROWS) for part in row}
 
 
 def imports(path):
@@ -53,15 +53,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {name_of(path): path for path in FILES}
 
 
-def room(module):
+def part_of(module):
     return module.split(".")[1]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "sam_jax"])
 def test_imports_point_down(name):
     for other in imports(MODULES[name]):
-        if other != "sam_jax" and room(other) != room(name):
-            assert LINE[room(other)] < LINE[room(name)], f"{name} imports {other}"
+        if other != "sam_jax" and part_of(other) != part_of(name):
+            assert ROW[part_of(other)] < ROW[part_of(name)], f"{name} imports {other}"
 
 
 def test_no_import_cycles():

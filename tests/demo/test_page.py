@@ -197,17 +197,17 @@ def test_page(browser, address, downloads, model, turned, plain):
         ("large.jpg", "The file has 2.1 MB; the limit is 2 MB"),
     ):
         page.find("#file").send_keys(str(downloads / name))
-        page.wait(lambda message=message: message in page.told())
+        page.wait(lambda message=message: message in page.error())
     assert np.array_equal(page.layer(), shown)
 
     # Everything mode, which a click ends.
-    page.side(32)
+    page.set_points_per_side(32)
     page.press("all")
     page.wait(lambda: "of 128 steps" in page.find("#status").text)
     with page.change():
         page.mouse(MIDDLE)
     page.wait(lambda: not page.find("#status").text)
-    page.side(4)
+    page.set_points_per_side(4)
     with page.change():
         page.press("all")
         page.wait(lambda: not page.find("#undo").is_enabled())

@@ -174,14 +174,13 @@ class Page:
         self.find("#file").send_keys(str(path))
         self.wait(lambda: self.find(".stage .image").get_attribute("src") != before)
 
-    def told(self):
+    def error(self):
         """The displayed error message."""
         alert = self.find("#alert")
         return alert.text if alert.is_displayed() else ""
 
-    def side(self, points):
-        """Sets the points per side."""
-        self.run(_SIDE, str(points))
+    def set_points_per_side(self, points):
+        self.run(_SET_POINTS_PER_SIDE, str(points))
 
     def saved(self):
         """The files that the two buttons save: the PNG's image, the JSON, and the file names."""
@@ -205,7 +204,7 @@ class Page:
         self.wait(lambda: self.find(".stage .image").get_attribute("src") != before)
 
 
-_SIDE = """
+_SET_POINTS_PER_SIDE = """
 const side = document.getElementById("side");
 side.value = arguments[0];
 side.dispatchEvent(new Event("input", {bubbles: true}));
