@@ -14,6 +14,7 @@ depends on `points_per_batch`, not on the number of masks.
 
 import copy
 import dataclasses
+import functools
 import inspect
 import itertools
 import os
@@ -31,6 +32,7 @@ from PIL import Image
 from sam_jax.arrays import ArrayLike, check_mesh, is_array
 from sam_jax.automatic.device import (
     Frame,
+    Measured,
     Points,
     chunk_sizes,
     decode,
@@ -38,10 +40,11 @@ from sam_jax.automatic.device import (
     measure,
     size_to_pad_to,
 )
+from sam_jax.automatic.hierarchy import grid_levels, points_to_measure
 from sam_jax.automatic.options import MaskGenerationOptions
 from sam_jax.automatic.overlap import one_ahead, one_behind
 from sam_jax.automatic.records import Crop, MaskRecord, full_size_rle
-from sam_jax.automatic.selection import select, without_small_regions
+from sam_jax.automatic.selection import Candidates, join, select, without_small_regions
 from sam_jax.export.openvino import encoder_for
 from sam_jax.idioms import WithAdvice
 from sam_jax.image import ImageInput, load_image
@@ -189,7 +192,7 @@ class SamAutomaticMaskGenerator(WithAdvice):
             embedding: [1, c, g, g] from `SamPredictor.get_image_embedding` of the same model.
             original_size: (h, w) of the image in pixels.
             on_batch: called with the number of batches of `points_per_batch` points that are done
-                and their total, to show progress; at the end, with all done, once for each batch of
+                and their total, to show progress (with `hierarchical` the total falls); at the end, with all done, once for each batch of
                 decoded masks. An exception in it ends the work; the device is idle while it runs.
 
         Raises:
@@ -280,20 +283,9 @@ class SamAutomaticMaskGenerator(WithAdvice):
         state, spread_frames = (self._graphdef, self._params, embeddings), self._spread(frames)
         static = {"mesh": self.mesh, "chunks": self._chunks}
 
-        every = [(np.arange(len(crop.grid)), np.zeros(len(crop.grid), int)) for crop in crops]
-        size, measured = self.options.points_per_batch, []
-        total = -(-max(len(crop.grid) for crop in crops) // size)
-        for points in self._batches(crops, every, size):
-            measured.append(measure(*state, spread_frames, points, **static))
-            if on_batch is not None:
-                jax.block_until_ready(measured[-1])
-                on_batch(len(measured), total)
-        measured = jax.device_get(measured)
-        chosen = []
-        for i, crop in enumerate(crops):
-            mine = [jax.tree.map(lambda x, i=i: x[i], batch) for batch in measured]
-            mine = jax.tree.map(lambda *parts: np.concatenate(parts), *mine)
-            chosen.append(select(crop, mine, self.options))
+        measure_points = functools.partial(measure, *state, spread_frames, **static)
+        found, total = self._measure(crops, measure_points, on_batch)
+        chosen = [select(*one, self.options) for one in zip(crops, found, strict=True)]
 
         size = self._decode_batch_size
         wanted = [(masks.point, masks.mask_index) for masks in chosen]
@@ -311,6 +303,38 @@ class SamAutomaticMaskGenerator(WithAdvice):
                     crop.found.append(MaskRecord.of(crop, masks, k, rle))
             if on_batch is not None:
                 on_batch(total, total)
+
+    def _measure(
+        self,
+        crops: "list[Crop]",
+        measure_points: "Callable[[Points], Measured]",
+        on_batch: Callable[[int, int], object] | None,
+    ) -> "tuple[list[Candidates], int]":
+        """The masks of the grids of one crop per device, and the number of batches of points."""
+        size, options = self.options.points_per_batch, self.options
+        levels = [grid_levels(crop.grid, options) for crop in crops]
+        counts = [-(-max(map(len, points)) // size) for points in zip(*levels, strict=True)]
+        found: list[list[Candidates]] = [[] for _ in crops]
+        done = 0
+        for k in range(len(counts)):
+            wanted = [
+                points_to_measure(level[k], crop, known, options)
+                for level, crop, known in zip(levels, crops, found, strict=True)
+            ]
+            counts[k], measured = -(-max(map(len, wanted)) // size), []
+            for batch in self._batches(crops, [(w, np.zeros_like(w)) for w in wanted], size):
+                measured.append(measure_points(batch))
+                done += 1
+                if on_batch is not None:
+                    jax.block_until_ready(measured[-1])
+                    on_batch(done, sum(counts))
+            measured = jax.device_get(measured)
+            for i, (crop, points) in enumerate(zip(crops, wanted, strict=True)):
+                if len(points):
+                    mine = [jax.tree.map(lambda x, i=i: x[i], batch) for batch in measured]
+                    mine = jax.tree.map(lambda *parts: np.concatenate(parts), *mine)
+                    found[i].append(Candidates.of(crop, points, mine, options))
+        return [join(parts) for parts in found], done
 
     def _spread(self, items: list) -> Any:
         """Stacks trees of arrays, one per device; devices without one get zeros."""

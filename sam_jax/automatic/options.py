@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 import numpy as np
 
-from sam_jax.errors import check_number, check_whole
+from sam_jax.errors import check_bool, check_number, check_whole
 from sam_jax.ops.boxes import build_point_grid
 from sam_jax.types import OutputMode
 
@@ -54,6 +54,9 @@ class MaskGenerationOptions:
     output_mode: OutputMode = "binary_mask"
     """How a record holds its mask: "binary_mask", a boolean array; "uncompressed_rle", COCO's run
     lengths as a list; "coco_rle", as pycocotools' string."""
+    hierarchical: bool = field(default=False, kw_only=True)
+    """Measure a quarter of the grid first, and skip points if all measured neighbors have the same
+    masks around them. Faster, but masks of objects smaller than the grid's distance get lost."""
 
     def __post_init__(self):
         if (self.points_per_side is None) == (self.point_grids is None):
@@ -61,9 +64,9 @@ class MaskGenerationOptions:
                 f"points_per_side is {self.points_per_side} and point_grids is "
                 f"{'None' if self.point_grids is None else 'given'}, expected exactly one of them"
             )
-        for field in fields(self):
-            if field.type is float:
-                check_number(field.name, getattr(self, field.name))
+        for option in fields(self):
+            if option.type is float:
+                check_number(option.name, getattr(self, option.name))
         for name in ("stability_score_offset", "min_mask_region_area"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
@@ -89,6 +92,9 @@ class MaskGenerationOptions:
                 f"output_mode is {self.output_mode!r}, expected one of "
                 f"{', '.join(get_args(OutputMode))}"
             )
+        check_bool("hierarchical", self.hierarchical)
+        if self.hierarchical and self.points_per_side is None:
+            raise ValueError("hierarchical is for a regular grid: give points_per_side")
         self.grids()
 
     def grids(self) -> list[np.ndarray]:

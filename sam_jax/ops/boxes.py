@@ -58,10 +58,10 @@ def generate_crop_boxes(
 
 
 def is_box_near_crop_edge(
-    boxes: Num[np.ndarray, "n 4"],
+    boxes: Num[np.ndarray, "*n 4"],
     crop_box: tuple[int, int, int, int],
     image_size: tuple[int, int],
-) -> Bool[np.ndarray, " n"]:
+) -> Bool[np.ndarray, "*n"]:
     """Whether boxes are within 20 pixels of an edge of the crop that is not the image's edge.
 
     Args:
@@ -72,22 +72,26 @@ def is_box_near_crop_edge(
     height, width = image_size
     near_crop = abs(boxes - np.array(crop_box)) <= _EDGE_TOLERANCE
     near_image = abs(boxes - np.array([0, 0, width, height])) <= _EDGE_TOLERANCE
-    return np.any(near_crop & ~near_image, axis=1)
+    return np.any(near_crop & ~near_image, axis=-1)
 
 
-def box_area(boxes: Num[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
+def box_area(boxes: Num[np.ndarray, "*n 4"]) -> Float[np.ndarray, "*n"]:
     """The areas of boxes, width times height, float32."""
-    sides = np.asarray(boxes[:, 2:] - boxes[:, :2], np.float32)
-    return sides[:, 0] * sides[:, 1]
+    sides = np.asarray(boxes[..., 2:] - boxes[..., :2], np.float32)
+    return sides[..., 0] * sides[..., 1]
 
 
-def box_iou(box: Num[np.ndarray, "4"], boxes: Num[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
-    """Intersection over union of one box with others, float32; NaN if both are empty."""
-    corner0, corner1 = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
+def box_iou(
+    boxes: Num[np.ndarray, "*#n 4"], others: Num[np.ndarray, "*#n 4"]
+) -> Float[np.ndarray, "*n"]:
+    """Intersection over union of boxes, or one box, with others, float32; NaN if both are empty."""
+    boxes = np.atleast_2d(boxes)
+    corner0 = np.maximum(boxes[..., :2], others[..., :2])
+    corner1 = np.minimum(boxes[..., 2:], others[..., 2:])
     sides = np.maximum(corner1 - corner0, 0).astype(np.float32)
-    intersection = sides[:, 0] * sides[:, 1]
+    intersection = sides[..., 0] * sides[..., 1]
     with np.errstate(invalid="ignore"):
-        return intersection / (box_area(box[None]) + box_area(boxes) - intersection)
+        return intersection / (box_area(boxes) + box_area(others) - intersection)
 
 
 def non_maximum_suppression(

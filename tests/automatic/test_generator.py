@@ -223,6 +223,12 @@ assert len(jax.devices()) == 8
 for actual, image in zip(eight.generate_batch(images), images, strict=True):
     tests.assert_same_records(actual, one.generate(image), exact=True)
 
+# Images whose points are skipped are done after fewer batches.
+coarse = {"hierarchical": True, "box_nms_thresh": 0.5, "points_per_batch": 4}
+one, eight = tests.generator(**coarse), tests.generator(**coarse, mesh=mesh)
+for actual, image in zip(eight.generate_batch(images), images, strict=True):
+    tests.assert_same_records(actual, one.generate(image), exact=True)
+
 # A predictor takes one device of a model that is spread over a mesh.
 everywhere = jax.device_put(tests.small()[1], NamedSharding(mesh, PartitionSpec()))
 predictor, expected = tests.SamPredictor(everywhere), tests.SamPredictor(tests.small()[1])

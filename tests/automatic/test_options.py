@@ -8,7 +8,7 @@ from sam_jax import SamAutomaticMaskGenerator
 
 def test_arguments_match_meta():
     """Names, order and defaults match, also in the signature that `help` and notebooks show."""
-    ours = ("mesh", "runtime")  # keyword-only
+    ours = ("hierarchical", "mesh", "runtime")  # keyword-only
 
     def arguments(generator):
         parameters = inspect.signature(generator).parameters

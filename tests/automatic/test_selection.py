@@ -4,7 +4,7 @@ import pytest
 from sam_jax.automatic.device import Measured
 from sam_jax.automatic.options import MaskGenerationOptions
 from sam_jax.automatic.records import Crop, MaskRecord
-from sam_jax.automatic.selection import select
+from sam_jax.automatic.selection import Candidates, select
 from sam_jax.errors import NonFiniteError
 from sam_jax.ops.mask_statistics import MaskStatistics
 
@@ -24,6 +24,11 @@ def measured(boxes, iou, stability=None):
     return Measured(padded(iou), MaskStatistics(*map(padded, statistics)))
 
 
+def selected(crop, measured, **options):
+    options = MaskGenerationOptions(**options)
+    return select(crop, Candidates.of(crop, np.arange(2), measured, options), options)
+
+
 def padded(array):
     return np.concatenate([array, np.full_like(array[:1], 7)])
 
@@ -36,19 +41,19 @@ def test_thresholds():
     """A predicted IoU must be larger than its threshold; a stability may equal it."""
     boxes = [(k, 0, k, 90) for k in range(0, 180, 30)]
     iou, stability = [0.88, 0.89, 0.9, 0.9, 0.95, 0.2], [1, 0.95, 0.949, 0.96, 1, 1]
-    found = select(crop(), measured(boxes, iou, stability), MaskGenerationOptions())
+    found = selected(crop(), measured(boxes, iou, stability))
     assert chosen(found) == [(1, 1), (1, 0), (0, 1)]  # by predicted IoU
     np.testing.assert_allclose(found.stability, [1, 0.96, 0.95], rtol=1e-6)
     np.testing.assert_array_equal(found.box, [boxes[4], boxes[3], boxes[1]])
-    everything = MaskGenerationOptions(pred_iou_thresh=0, stability_score_thresh=0)
-    assert len(select(crop(), measured(boxes, iou, stability), everything).point) == 6
+    everything = {"pred_iou_thresh": 0, "stability_score_thresh": 0}
+    assert len(selected(crop(), measured(boxes, iou, stability), **everything).point) == 6
 
 
 def test_duplicates():
     boxes, iou = [A, NEAR_A, B, B, A, NEAR_A], [0.9, 0.95, 0.9, 0.91, 0.92, 0.93]
-    found = select(crop(), measured(boxes, iou), MaskGenerationOptions())
+    found = selected(crop(), measured(boxes, iou))
     assert chosen(found) == [(0, 1), (1, 0)]
-    both = select(crop(), measured(boxes, iou), MaskGenerationOptions(box_nms_thresh=1.0))
+    both = selected(crop(), measured(boxes, iou), box_nms_thresh=1.0)
     assert len(both.point) == 6
 
 
@@ -57,14 +62,13 @@ def test_masks_of_an_earlier_crop_win():
     earlier = MaskRecord({}, np.array(A), 0.89, 1.0, [0, 0], (0, 0, 50, 50))
     box = (40, 0, 150, 100)
     shifted = np.array([A, NEAR_A, B, B, A, (45, 40, 60, 60)]) - [40, 0, 40, 0]
-    options = MaskGenerationOptions(crop_n_layers=1)
-    found = select(crop(box, [earlier]), measured(shifted, [0.99] * 6), options)
+    found = selected(crop(box, [earlier]), measured(shifted, [0.99] * 6), crop_n_layers=1)
     assert chosen(found) == [(0, 2)]
     np.testing.assert_array_equal(found.box, [B])
-    found = select(crop(box), measured(shifted, [0.99] * 6), options)
+    found = selected(crop(box), measured(shifted, [0.99] * 6), crop_n_layers=1)
     assert chosen(found) == [(0, 0), (0, 2)]
 
 
 def test_predicted_ious_that_are_not_finite():
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
-        select(crop(), measured([A] * 6, [0.9] * 5 + [np.nan]), MaskGenerationOptions())
+        selected(crop(), measured([A] * 6, [0.9] * 5 + [np.nan]))
