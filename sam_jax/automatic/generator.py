@@ -192,8 +192,9 @@ class SamAutomaticMaskGenerator(WithAdvice):
             embedding: [1, c, g, g] from `SamPredictor.get_image_embedding` of the same model.
             original_size: (h, w) of the image in pixels.
             on_batch: called with the number of batches of `points_per_batch` points that are done
-                and their total, to show progress (with `hierarchical` the total falls); at the end, with all done, once for each batch of
-                decoded masks. An exception in it ends the work; the device is idle while it runs.
+                and their total, to show progress; `hierarchical` lowers the total on the way. At
+                the end, with all done, it is called once for each batch of decoded masks. An
+                exception in it ends the work; the device is idle while it runs.
 
         Raises:
             ValueError: if the embedding has another shape, or if the generator uses crops, which
