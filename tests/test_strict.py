@@ -123,7 +123,7 @@ def test_models_leak_no_tracer(model, leaks):
     jax.eval_shape(model.decode, embeddings, *prompts)
 
 
-def test_guidance_of_another_dtype(strict, leaks):
+def test_guidance_of_another_dtype(strict):
     with jax.transfer_guard("allow"), jax.numpy_dtype_promotion("standard"):
         model = Sam(SMALL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     grid, dim = SMALL.image_embedding_size, SMALL.prompt_embed_dim
