@@ -9,7 +9,6 @@ held-out images, one for step 0, before training. The parts of the loop are func
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
@@ -46,7 +45,6 @@ from sam_jax.training import (
     TrainConfig,
     add_lora,
     check_objects,
-    check_train_config,
     checkpointing,
     compile_step,
     fingerprint,
@@ -315,7 +313,6 @@ def check(config: Config):
         raise ValueError("--steps, --eval-every and --batch-size must be at least 1")
     if min(config.seed, config.workers) < 0:
         raise ValueError("--seed and --workers must be at least 0")
-    check_train_config(config.training)
     parts = {"devices": jax.device_count(), "parts of --accumulate": config.training.accumulate}
     for name, count in parts.items():
         if config.batch_size % count:
@@ -339,7 +336,7 @@ def keeps_encoder(config: Config) -> bool:
 
 def keep_run_settings(model, config: Config):
     """Compares the options with those of the run so far, or writes them for a new run."""
-    settings = dataclasses.asdict(config) | config.training._asdict() | config.optimizer._asdict()
+    settings = vars(config) | vars(config.training) | vars(config.optimizer)
     if Path(config.model).exists():
         settings["model"] = Path(config.model)
     free = RESUMABLE | {"steps"} if config.optimizer.schedule == "constant" else RESUMABLE

@@ -3,6 +3,8 @@
 import dataclasses
 import signal
 import sys
+from pathlib import Path
+from typing import Any
 
 import docstring_parser
 import tyro
@@ -35,6 +37,17 @@ def join_help(command: type) -> None:
             options[documented.arg_name].metadata = {"help": text}  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def expand_home(args: Any) -> Any:
+    """The command with `~` in its paths replaced, as a shell does for paths without quotes."""
+
+    def expand(value):
+        if isinstance(value, tuple):
+            return tuple(map(expand, value))
+        return value.expanduser() if isinstance(value, Path) else value
+
+    return dataclasses.replace(args, **{name: expand(value) for name, value in vars(args).items()})
+
+
 def main() -> None:
     """Runs the command; user errors are printed to stderr in one line, with exit code 1."""
     for command in COMMANDS.values():
@@ -42,6 +55,7 @@ def main() -> None:
     args = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="sam-jax", description="Segment Anything in JAX."
     )
+    args = expand_home(args)
     # So that `finally` and `with` tidy up: locks, hidden files and threads.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

@@ -307,7 +307,7 @@ class SamConfig(WithAdvice):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values; `from_dict` is the inverse."""
-        (kind,) = (name for name, part in _ENCODERS.items() if isinstance(self.image_encoder, part))
+        kind = next(k for k, part in _ENCODERS.items() if isinstance(self.image_encoder, part))
         return {"model_type": "sam_jax", "image_encoder_type": kind, **dataclasses.asdict(self)}
 
     @classmethod
@@ -416,8 +416,13 @@ def with_preprocessing(config: SamConfig, name: Preprocessing | None) -> SamConf
     Raises:
         ValueError: for an unknown name.
     """
+    check_preprocessing(name)
     if name is None:
         return config
-    if name not in get_args(Preprocessing):
-        raise ValueError(f"preprocessing is {name!r}, expected 'medsam' or None")
     return dataclasses.replace(config, resize="square", normalization="min_max")
+
+
+def check_preprocessing(name: Any) -> None:
+    """Raises ValueError for anything but a name of `Preprocessing`, or None."""
+    if name is not None and name not in get_args(Preprocessing):
+        raise ValueError(f"preprocessing is {name!r}, expected 'medsam' or None")

@@ -1,6 +1,7 @@
 """Atomic writes of files and folders, and JSON."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -216,6 +217,19 @@ def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
 def map_file(file: BinaryIO) -> memoryview:
     """The bytes of a file, memory-mapped."""
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def require_folder(path: str | os.PathLike) -> None:
+    """Raises OSError if the path is not a folder, and cannot become one that can be written to.
+
+    For a check before work that takes long: nothing is created.
+    """
+    path = Path(path).absolute()
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "cannot be written to", str(existing))
 
 
 def require_absent(path: str | os.PathLike) -> None:

@@ -54,7 +54,9 @@ def load_image(image: ImageInput) -> UInt8[np.ndarray, "h w 3"]:
     """
     if isinstance(image, str) and re.match("https?://", image):
         raise ValueError(f"{image} is a URL; download the image first, and give its path")
-    if isinstance(image, (str, os.PathLike, io.BytesIO)):
+    if isinstance(image, (str, os.PathLike)):
+        image = Path(image).expanduser()
+    if isinstance(image, (os.PathLike, io.BytesIO)):
         array = turn(*read_stored(image))
     elif isinstance(image, Image.Image):
         array = _pixels(image, "the image")

@@ -176,7 +176,7 @@ class SamPredictor(WithAdvice):
         point_labels: ArrayLike | None = None,
         box: ArrayLike | None = None,
         mask_input: ArrayLike | None = None,
-        multimask_output: bool = True,
+        multimask_output: bool | None = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
     ) -> MaskPrediction:
@@ -191,7 +191,8 @@ class SamPredictor(WithAdvice):
             mask_input: [1, 256, 256] low-resolution logits, such as `logits[[i]]` of an earlier
                 prediction, or `SamProcessor.mask_to_logits(mask)`.
             multimask_output: True for three masks, best for an ambiguous prompt such as a single
-                point; False for one mask, best for an unambiguous prompt.
+                point; False for one mask, best for an unambiguous prompt; None for all four, the
+                one first.
             return_logits: return float32 logits instead of booleans.
             hq_token_only: for a SAM-HQ, return its own mask instead of its sum with SAM's.
 
@@ -229,7 +230,7 @@ class SamPredictor(WithAdvice):
         *,
         boxes: ArrayLike | None = None,
         mask_input: ArrayLike | None = None,
-        multimask_output: bool = True,
+        multimask_output: bool | None = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
     ) -> MaskPrediction:
@@ -261,7 +262,7 @@ class SamPredictor(WithAdvice):
         point_labels: ArrayLike | None = None,
         boxes: ArrayLike | None = None,
         mask_input: ArrayLike | None = None,
-        multimask_output: bool = True,
+        multimask_output: bool | None = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
     ) -> MaskPrediction:
@@ -280,7 +281,7 @@ class SamPredictor(WithAdvice):
     def _predict(
         self,
         prompts: ImagePrompts,
-        multimask_output: bool,
+        multimask_output: bool | None,
         return_logits: bool = False,
         hq_token_only: bool = False,
         *,

@@ -245,7 +245,7 @@ class SamProcessor(WithAdvice):
         Raises:
             TypeError: if `binarize` is not a bool.
             ValueError: for other shapes, dtypes and sizes.
-            NonFiniteError: for NaN and infinity, which are not looked for on an accelerator.
+            NonFiniteError: for NaN and infinity; masks on an accelerator are not checked.
         """
         masks = entries(masks, "masks")
         originals = check_sizes(original_sizes, len(masks), "original_sizes")

@@ -32,6 +32,18 @@ def test_a_missing_file_is_named(monkeypatch):
         cli.main()
 
 
+def test_home_in_quotes(monkeypatch, tmp_path):
+    """`~` is replaced in all paths, also in those of a list."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["sam-jax", "segment", "~/nope.jpg", "--point", "1,2"])
+    with pytest.raises(SystemExit, match=rf"^sam-jax: {tmp_path}/nope\.jpg: No such file"):
+        cli.main()
+    arguments = ["generate", "~/a", "~/b", "--output", "~/c"]
+    monkeypatch.setattr(sys, "argv", ["sam-jax", *arguments])
+    with pytest.raises(SystemExit, match=rf"^sam-jax: {tmp_path}/a does not exist"):
+        cli.main()
+
+
 STOPPED = """
 import sys, time
 from pathlib import Path

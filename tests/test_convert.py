@@ -159,7 +159,7 @@ def test_errors_are_one_line(tmp_path):
         command = [sys.executable, SCRIPTS / script, "--checkpoint", "missing.pth", *args]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert run.returncode == 1
-        assert run.stderr.startswith("error: missing.pth does not exist. Pass a short name")
+        assert run.stderr.startswith("error: missing.pth does not exist; pass a short name")
         assert run.stderr.count("\n") == 1
 
 

@@ -18,6 +18,7 @@ BANNED = {
     r"for what (is|are|cannot)": "if X is not",
     r"what (is|are) no": "if X is not",
     r"(?<!there )(is|are|was|were) no (?!longer|more|less|good)[a-z]+": "is not a, does not have",
+    r"gains? .* by": "saves, is faster by",
     r"everything-mode(?!\.md)": "everything mode",
     r"surface of": "API of",
     r"(goes|go|went) on": "resumes, continues",

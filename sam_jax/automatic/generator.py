@@ -87,6 +87,12 @@ class SamAutomaticMaskGenerator(WithAdvice):
         **options: Any,
     ):
         check_model(model)
+        known = inspect.signature(MaskGenerationOptions).parameters
+        if unknown := sorted(options.keys() - known.keys()):
+            raise TypeError(
+                f"SamAutomaticMaskGenerator has no option {', '.join(unknown)}; options are "
+                f"{', '.join(known)}"
+            )
         self.options = MaskGenerationOptions(*args, **options)
         self._encoder = encoder_for(model, runtime)
         self.grids = self.options.grids()

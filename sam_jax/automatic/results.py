@@ -237,7 +237,8 @@ def _write_coco(
                 file.write(comma + json.dumps({**keys, **annotation}, allow_nan=False))
                 comma = ",\n"
         file.write('\n], "images": ' + json.dumps(sorted(images, key=lambda x: x["id"])) + "}\n")
-    said = f"{len(images)} images, {len(ious)} masks"
+    counts = {"image": len(images), "mask": len(ious)}
+    said = ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items())
     if segmentation == "polygons" and ious:
         said += f"; IoU of polygons and masks: mean {np.mean(ious):.4f}, lowest {min(ious):.4f}"
     if empty:

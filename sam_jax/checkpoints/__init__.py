@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from sam_jax.arrays import as_array
 from sam_jax.checkpoints import native
 from sam_jax.checkpoints.download import HF_FILES, find_weights, read_index, resolve
 from sam_jax.checkpoints.hf_config import from_hf, to_hf, to_hf_preprocessor
@@ -36,11 +37,12 @@ from sam_jax.checkpoints.params import (
 from sam_jax.checkpoints.safetensors import write_safetensors
 from sam_jax.checkpoints.tensor_files import read_tensors
 from sam_jax.checkpoints.torch_write import write_torch
-from sam_jax.config import Preprocessing, SamConfig, with_preprocessing
+from sam_jax.config import Preprocessing, SamConfig, check_preprocessing, with_preprocessing
 from sam_jax.errors import CheckpointError, clip
 from sam_jax.files import atomic_write, read_json, require_absent
+from sam_jax.models.checks import check_dtype
 from sam_jax.models.sam import ENCODERS, Sam
-from sam_jax.ops.attention import Implementation
+from sam_jax.ops.attention import Implementation, check_implementation
 
 __all__ = [
     "CheckpointError",
@@ -84,6 +86,9 @@ def from_pretrained(
         ValueError: for an unknown name or an invalid option.
         ConnectionError: if a download is needed and fails.
     """
+    check_dtype(dtype)
+    check_implementation(attention)
+    check_preprocessing(preprocessing)
     params, config = load_params(name_or_path)
     try:
         check_finite(params)
@@ -114,13 +119,18 @@ def save_pretrained(model: Sam, path: str | os.PathLike) -> None:
             "nnx.state(model) with Orbax"
         )
     params = flat_params(model)
+    _check_complete(params, model.config)
+    native.save(path, params, model.config)
+
+
+def _check_complete(params: Mapping[str, Any], config: SamConfig) -> None:
+    """Rejects parameters that are not exactly those of a model."""
     if any(name.endswith("lora_a") for name in params):
         raise CheckpointError(
             "the model has adapters of LoRA, for which there is no format; save merge_lora(model), "
             "or the adapters alone with save_lora"
         )
-    check_tensors(params, param_shapes(model.config))
-    native.save(path, params, model.config)
+    check_tensors(params, param_shapes(config))
 
 
 def load_params(name_or_path: str | os.PathLike) -> tuple[dict[str, np.ndarray], SamConfig]:
@@ -184,6 +194,7 @@ def write_checkpoint(
 
     Raises:
         FileExistsError: if a file exists already.
+        CheckpointError: if the parameters are not exactly those of a model with this configuration.
         ValueError: for another suffix or format, or a model that the format does not support.
     """
     path = Path(path).expanduser()
@@ -193,6 +204,8 @@ def write_checkpoint(
         raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(writers)}")
     if fmt not in get_args(Format):
         raise ValueError(f"fmt is {fmt!r}, expected one of {list(get_args(Format))}")
+    params = {name: as_array(value, name) for name, value in params.items()}
+    _check_complete(params, config)
     tensors, texts = to_torch(params, config, fmt), {}
     if fmt == "hf":
         if path.name not in HF_FILES:

@@ -124,23 +124,23 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
         ValueError: if `name_or_path` has none of these forms.
     """
     if not isinstance(name_or_path, str | os.PathLike):
-        raise TypeError(f"the model is {short(name_or_path)}, expected text. {_accepted_forms()}")
+        raise TypeError(f"the model is {short(name_or_path)}, expected text; {_accepted_forms()}")
     name = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and name in MODELS:
         return _locate_model(MODELS[name])
     if "://" in name:
-        raise ValueError(f"{name} is an address; download it first. {_accepted_forms()}")
+        raise ValueError(f"{name} is an address; download it first, then {_accepted_forms()}")
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:  # ~nobody
-        raise FileNotFoundError(f"{name} does not exist: {error} {_accepted_forms()}") from error
+        raise FileNotFoundError(f"{name} does not exist: {error}; {_accepted_forms()}") from error
     if name and path.exists():
         return path
     if isinstance(name_or_path, os.PathLike) or _looks_like_path(name):
-        raise FileNotFoundError(f"{path} does not exist. {_accepted_forms()}")
+        raise FileNotFoundError(f"{path} does not exist; {_accepted_forms()}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return _locate_repository(name)
-    raise ValueError(f"Unknown model {name!r}. {_accepted_forms()}")
+    raise ValueError(f"unknown model {name!r}; {_accepted_forms()}")
 
 
 def cached_path(source: Source) -> Path:
@@ -271,7 +271,7 @@ def _locate_repository(repository: str) -> Path:
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{repository} is not a local file or folder, and not a hub repository that you may "
-            f"read: {_one_line(error)}. {_accepted_forms()}"
+            f"read: {_one_line(error)}; {_accepted_forms()}"
         ) from error
     # The hub is unreachable in some way: use an earlier download.
     except Exception as error:
@@ -323,7 +323,7 @@ def _locate_downloaded_repository(repository: str, reason: Exception) -> Path:
             return folder
     raise ConnectionError(
         f"{repository} is not a local file or folder, the hub is unreachable "
-        f"({_one_line(reason)}), and it was not downloaded before. {_accepted_forms()}"
+        f"({_one_line(reason)}), and it was not downloaded before; {_accepted_forms()}"
     ) from reason
 
 
@@ -380,8 +380,8 @@ def _looks_like_path(name: str) -> bool:
 
 def _accepted_forms() -> str:
     return (
-        f"Pass a short name ({', '.join(MODELS)}), a local .pth, .pt or .safetensors file, a local "
-        'folder, or a hub repository "owner/name".'
+        f"pass a short name ({', '.join(MODELS)}), a local .pth, .pt or .safetensors file, a local "
+        'folder, or a hub repository "owner/name"'
     )
 
 

@@ -126,9 +126,9 @@ def check_tensors(
         for part, count in foreign.items()
     ]
     if problems:
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise CheckpointError(
-            f"the tensors do not match the model ({len(problems)} problems):\n  "
-            + "\n  ".join(problems)
+            "\n  ".join([f"the tensors do not match the model ({count}):", *problems])
         )
 
 

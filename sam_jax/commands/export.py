@@ -13,10 +13,7 @@ from sam_jax.types import DType, Platform
 
 @dataclasses.dataclass
 class Export:
-    """Write a model for programs without sam_jax, with jax.export or as ONNX.
-
-    `examples/load_export.py` and `examples/load_onnx.py` show how to use them.
-    """
+    """Write a model for programs without sam_jax, with jax.export or as ONNX."""
 
     model: tyro.conf.Positional[str]
     """Short name, hub repository, file or folder."""

@@ -78,7 +78,7 @@ def generate(args: Generate) -> None:
     """
     from sam_jax.automatic.folder import find_images, skipped
     from sam_jax.automatic.results import Results
-    from sam_jax.checkpoints.download import MODELS
+    from sam_jax.checkpoints.download import MODELS, resolve
 
     files = find_images(args.input)
     if any(os.path.realpath(path) == os.path.realpath(args.output) for path in args.input):
@@ -104,6 +104,8 @@ def generate(args: Generate) -> None:
         settings["runtime"] = args.runtime
 
     failures: list[str] = []
+    devices = _devices(args.devices) if args.ray is None else []
+    resolve(model)
     with lock_folder(args.output):
         todo = results.begin(settings, files)
         for line in skipped(args.input, args.output):
@@ -112,7 +114,7 @@ def generate(args: Generate) -> None:
             _say_what_crops_take(options.grids())
         try:
             if todo:
-                _generate(args, model, options, results, todo, len(files), failures)
+                _generate(args, model, options, devices, results, todo, len(files), failures)
         except BaseException:
             print("".join(f"{failure}\n" for failure in failures), end="", file=sys.stderr)
             raise
@@ -127,7 +129,7 @@ def generate(args: Generate) -> None:
         raise ValueError("\n".join([f"{what} failed:", *failures]))
 
 
-def _generate(args, model, options, results, todo, total, failures) -> None:
+def _generate(args, model, options, devices, results, todo, total, failures) -> None:
     from jax.sharding import Mesh
 
     from sam_jax.automatic.folder import generate_folder
@@ -158,7 +160,7 @@ def _generate(args, model, options, results, todo, total, failures) -> None:
                 runtime=args.runtime,
             )
         else:
-            mesh = Mesh(np.array(_devices(args.devices)), ("images",))
+            mesh = Mesh(np.array(devices), ("images",))
             sam = load_model(model, args.dtype)
             generator = SamAutomaticMaskGenerator(
                 sam, **vars(options), mesh=mesh, runtime=args.runtime

@@ -11,7 +11,7 @@ import tyro
 from PIL import Image
 
 from sam_jax.commands.common import IfGiven, ModelOptions, load_model, say_compiling
-from sam_jax.files import read_json, temporary_folder, write_json
+from sam_jax.files import read_json, require_folder, temporary_folder, write_json
 from sam_jax.runs import lock_folder
 
 
@@ -49,7 +49,6 @@ def segment(args: Segment) -> None:
     """
     from sam_jax.image import load_image
     from sam_jax.predictor import SamPredictor
-    from sam_jax.validation import ImagePrompts
     from sam_jax.visualize import draw
 
     points, labels = _parse_points(args.point)
@@ -66,6 +65,7 @@ def segment(args: Segment) -> None:
     output = args.output or Path(f"{args.image.stem}_masks")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output is {output}, a file; expected a folder")
+    require_folder(output)
     _check_free(output)
 
     predictor = SamPredictor(load_model(args.model, args.dtype), runtime=args.runtime)
@@ -74,13 +74,12 @@ def segment(args: Segment) -> None:
     multimask = args.multimask
     if multimask is None:
         multimask = len(points) == 1 and len(boxes) == 0
-    prompts = ImagePrompts(
+    masks, scores, _ = predictor.predict_batch(
         points[None] if len(points) else None,
         labels[None] if len(points) else None,
-        boxes if len(boxes) else None,
-        None,
+        boxes=boxes if len(boxes) else None,
+        multimask_output=multimask,
     )
-    masks, scores, _ = predictor._predict(prompts, multimask_output=multimask)
 
     images, records = {}, []
     for prompt in range(len(masks)):

@@ -1,5 +1,6 @@
 """Checks of the model's arguments; an error says what was given and what was expected."""
 
+import contextlib
 from reprlib import repr as short
 from typing import Any, NamedTuple, overload
 
@@ -25,7 +26,7 @@ JOIN_HINT = "sam_jax.join_prompts(points, labels, boxes) makes points and labels
 class Prompts(NamedTuple):
     """Prompts as the model takes them; leading axes are images, then prompts.
 
-    Of masks and dense embeddings there is one for each prompt, or one for each image.
+    Each prompt, or each image, has one mask or one dense embedding.
     """
 
     points: Float[Array, "b p n 2"] | None = None
@@ -50,6 +51,15 @@ def check_rngs(rngs: Any) -> None:
         raise TypeError(f"rngs is {short(rngs)}, expected nnx.Rngs, such as nnx.Rngs(0)")
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raises ValueError for anything but a dtype that models compute in."""
+    given: Any = short(dtype)
+    with contextlib.suppress(TypeError):  # the name of no dtype
+        given = jnp.dtype(dtype)
+    if given not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"dtype is {given}, expected float32, bfloat16 or float16")
+
+
 def check_multimask(multimask_output: Any) -> None:
     """Raises TypeError for anything but a bool, or None; a compiled program has one of them."""
     if not isinstance(multimask_output, bool | np.bool | None):
@@ -69,7 +79,7 @@ def check_prompts(config: SamConfig, images: Any, prompts: Prompts) -> Prompts:
         shape = images, count, None, config.prompt_embed_dim
         sparse = _check_floats("sparse_embeddings", sparse, shape)
         count, tokens = sparse.shape[1], tokens + sparse.shape[2]
-    if count is None:
+    if count is None or tokens == 0:
         raise ValueError(
             "there are neither points nor sparse_embeddings; for a mask alone, give one point "
             "(0, 0) with label -10, which is padding"

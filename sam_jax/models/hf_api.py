@@ -124,7 +124,7 @@ class HuggingFaceAPI(WithAdvice):
             attention_similarity: broadcasts to [b * p, heads, tokens, g * g]; the tokens are the
                 IoU token, the mask tokens, the points, and two for a box or one for none.
             target_embedding: broadcasts to [b, p, tokens, c].
-            hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
+            hq_token_only: for a SAM-HQ, its own mask instead of its sum with SAM's.
             original_sizes: not used, nor are the following: they let `model(**inputs)` pass on all
                 that the processor returns, whose prompts it has checked. Without them, prompts
                 outside the model's input are warned of.

@@ -26,6 +26,7 @@ from sam_jax.config import SamConfig, TinyViTConfig, ViTConfig, check_config
 from sam_jax.errors import check_number, check_whole
 from sam_jax.models.checks import (
     Prompts,
+    check_dtype,
     check_embeddings,
     check_keys,
     check_multimask,
@@ -77,13 +78,13 @@ class Sam(HuggingFaceAPI, nnx.Module):
     ):
         check_config(config)
         check_rngs(rngs)
-        if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            raise ValueError(f"dtype is {jnp.dtype(dtype)}, expected float32, bfloat16 or float16")
+        check_dtype(dtype)
         check_implementation(attention)
         self.image_encoder: ImageEncoder
         # Initializers give the widest floats that JAX is set to.
         with jax.enable_x64(False):
-            (encoder,) = (m for c, m in ENCODERS.items() if isinstance(config.image_encoder, c))
+            # Configurations may be subclasses.
+            encoder = next(m for c, m in ENCODERS.items() if isinstance(config.image_encoder, c))
             self.image_encoder = encoder(config, dtype=dtype, attention=attention, rngs=rngs)
             self.prompt_encoder = PromptEncoder(config, dtype=dtype, rngs=rngs)
             self.mask_decoder = MaskDecoder(config, dtype=dtype, rngs=rngs)
@@ -184,7 +185,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
             multimask_output: three masks per prompt, or one; None for all four, the one first.
             attention_similarity: added to the token-to-image logits (PerSAM).
             target_embedding: added to the tokens before each block (PerSAM).
-            hq_token_only: of a SAM-HQ, its own mask alone instead of its sum with SAM's.
+            hq_token_only: for a SAM-HQ, its own mask instead of its sum with SAM's.
             prompts_chunk_size: prompts of each image that are computed together; fewer take less
                 memory, and with 1 images are computed one by one, too. None: 1 if the program is
                 compiled for a CPU, and elsewhere about 64 prompts of all images together.
@@ -192,7 +193,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
         Raises:
             TypeError: for anything but arrays, for arrays of another kind of numbers, and for a
                 `multimask_output` that is not a bool.
-            ValueError: for shapes that do not fit, for no prompts, for `masks` with
+            ValueError: for shapes that do not fit, for prompts without any token, for `masks` with
                 `dense_embeddings`, for `hq_token_only` of another model than a SAM-HQ, and for a
                 `prompts_chunk_size` below 1; and, unless traced, for values that `join_prompts`
                 would not give, and masks that are not logits.

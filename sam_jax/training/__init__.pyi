@@ -36,7 +36,6 @@ from .rules import updates_made as updates_made
 from .step import TrainConfig as TrainConfig
 from .step import TrainState as TrainState
 from .step import batch_losses as batch_losses
-from .step import check_train_config as check_train_config
 from .step import compile_step as compile_step
 from .step import init_state as init_state
 from .step import mean_loss as mean_loss

@@ -100,7 +100,7 @@ class _AnnotatedImages(ABC):
         on_bad_annotation: see `CocoInstances`.
         exif_orientation: "applied" if the annotations refer to upright images, "ignored" if they
             refer to the pixels as stored, None (treated as "ignored") if unknown.
-        way_out: advice for messages, in case None is wrong.
+        advice: advice for messages, in case None is wrong.
     """
 
     def __init__(
@@ -108,11 +108,11 @@ class _AnnotatedImages(ABC):
         name: Path,
         on_bad_annotation: OnBadAnnotation,
         exif_orientation: str | None,
-        way_out: str,
+        advice: str,
     ):
         self.name = name
         self.on_bad_annotation: OnBadAnnotation = on_bad_annotation
-        self.exif_orientation, self._way_out = exif_orientation, way_out
+        self.exif_orientation, self._advice = exif_orientation, advice
         self._has_warned = False
 
     @abstractmethod
@@ -158,7 +158,7 @@ class _AnnotatedImages(ABC):
             if turned.shape[:2] == size:
                 message += (
                     f"; its EXIF orientation is {orientation}, and its annotations seem to refer "
-                    f"to the upright image, not to the pixels as stored: {self._way_out}"
+                    f"to the upright image, not to the pixels as stored: {self._advice}"
                 )
             raise ValueError(message)
         is_open = self.exif_orientation is None and orientation != 1
@@ -168,7 +168,7 @@ class _AnnotatedImages(ABC):
                 f"{self.name}: image {label_of(image_id)} ({path}) has EXIF orientation "
                 f"{orientation}, and others may have one. Annotations are assumed to refer to the "
                 "pixels as stored, as in pycocotools. If they refer to the upright image, "
-                f"{self._way_out}",
+                f"{self._advice}",
                 stacklevel=4,
             )
         return np.ascontiguousarray(image)
@@ -226,11 +226,11 @@ class CocoInstances(_AnnotatedImages):
                 )
         except ValueError as error:
             raise ValueError(f"{annotations} is not a COCO instance file: {error}") from error
-        way_out = (
+        advice = (
             'set "exif_orientation" in the annotation file\'s "info" to "applied" ("ignored" says '
             "that they are not)"
         )
-        super().__init__(Path(annotations), on_bad_annotation, rule, way_out)
+        super().__init__(Path(annotations), on_bad_annotation, rule, advice)
         _report(problems, f"{annotations} has bad entries", on_bad_annotation)
         if not self.entries:
             raise ValueError(f"no image of {annotations} has an object")
@@ -263,8 +263,8 @@ class SegmentAnything1B(_AnnotatedImages):
 
     def __init__(self, folder: str | Path, *, on_bad_annotation: OnBadAnnotation = "raise"):
         _check_choice(on_bad_annotation)
-        way_out = "store the image upright, without EXIF orientation"
-        super().__init__(Path(folder), on_bad_annotation, None, way_out)
+        advice = "store the image upright, without EXIF orientation"
+        super().__init__(Path(folder), on_bad_annotation, None, advice)
         # Files are read only on access: SA-1B has 11 million.
         self.files = sorted(Path(folder).glob("*.json"))
         if not self.files:

@@ -13,10 +13,12 @@ from flax import nnx
 from sam_jax.checkpoints.params import flat_params, params_sha256
 from sam_jax.config import SamConfig
 from sam_jax.files import atomic_write
+from sam_jax.image import load_image
 from sam_jax.models.compiled import encode_image
 from sam_jax.models.sam import Sam
 from sam_jax.processing import SamProcessor
 from sam_jax.training.datasets import Dataset, LazyImage
+from sam_jax.validation import check_model
 
 
 class CachedEmbeddings:
@@ -32,6 +34,11 @@ class CachedEmbeddings:
         model: the model whose image encoder is used.
         folder: the cache, which runs may share.
         on_image: called after each image.
+
+    Raises:
+        TypeError: if `model` is not a `Sam`, for example a model's name.
+        TypeError, ValueError, OSError: for an image that `load_image` rejects.
+        OSError: if the folder cannot be written to.
     """
 
     def __init__(
@@ -42,15 +49,16 @@ class CachedEmbeddings:
         folder: str | Path,
         on_image: Callable[[], object] = lambda: None,
     ):
+        check_model(model)
         self.dataset = dataset
-        self.folder = Path(folder) / _encoder_key(model)
+        self.folder = Path(folder).expanduser() / _encoder_key(model)
         self.folder.mkdir(parents=True, exist_ok=True)
         processor, split = SamProcessor(model.config), nnx.split(model)
         self._files, self._shapes = {}, {}
         # Hosts that share the folder start at different images, so that each encodes a part.
         first = jax.process_index() * len(dataset) // jax.process_count()
         for i in np.roll(np.arange(len(dataset)), -first).tolist():
-            image = dataset[i]["image"]
+            image = load_image(dataset[i]["image"])
             self._shapes[i] = image.shape
             digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes())
             self._files[i] = file = self.folder / f"{digest.hexdigest()}.npy"
@@ -65,6 +73,7 @@ class CachedEmbeddings:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]  # also counted from the end
         file = self._files[index]
         try:
             embedding = np.load(file, allow_pickle=False)

@@ -62,11 +62,11 @@ def dice_loss(
 def mask_iou(
     logits: Float[Array, "*batch h w"], targets: Float[Array, "*batch h w"]
 ) -> Float[Array, "*batch"]:
-    """IoU of the masks (logits > 0) and the targets; 0 if both are empty."""
+    """IoU of the masks (logits > 0) and the targets; 1 if both are empty, as in evaluation."""
     masks, targets = logits > 0, targets > 0.5
-    intersection = (masks & targets).sum((-2, -1))
-    union = (masks | targets).sum((-2, -1))
-    return intersection / jnp.maximum(union, 1)
+    intersection = (masks & targets).sum((-2, -1)).astype(jnp.float32)
+    union = (masks | targets).sum((-2, -1)).astype(jnp.float32)
+    return jnp.where(union > 0, intersection / jnp.maximum(union, 1), 1)
 
 
 def mask_losses(

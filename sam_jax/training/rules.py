@@ -10,6 +10,7 @@ path, and freezes it if the scale is `None` or nothing matches. Paths are those 
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from reprlib import repr as short
 from typing import Any, Literal, NamedTuple
@@ -222,10 +223,14 @@ def adamw(
     )
 
 
-class OptimizerConfig(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
     """AdamW with a warm-up, followed by a cosine decay to 0 or a constant learning rate.
 
     A constant rate does not depend on the number of steps, so that a run can be extended.
+
+    Raises:
+        ValueError: for an invalid number, or an unknown schedule.
     """
 
     learning_rate: float = 1e-4
@@ -239,15 +244,7 @@ class OptimizerConfig(NamedTuple):
     clip_norm: float = 1.0
     """Largest global norm of the gradients."""
 
-    def build(
-        self, table: Table, steps: int
-    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        """The transformation for `init_state` and `train_step`, and each step's learning rate.
-
-        Raises:
-            ValueError: for invalid numbers.
-        """
-        check_whole("steps", steps, 1)
+    def __post_init__(self):
         check_whole("warmup", self.warmup, 0)
         for name in ("learning_rate", "weight_decay", "clip_norm"):
             check_number(name, getattr(self, name))
@@ -259,6 +256,16 @@ class OptimizerConfig(NamedTuple):
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+    def build(
+        self, table: Table, steps: int
+    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """The transformation for `init_state` and `train_step`, and each step's learning rate.
+
+        Raises:
+            ValueError: if the number of steps is not positive.
+        """
+        check_whole("steps", steps, 1)
         if self.schedule == "constant":
             rate = optax.warmup_constant_schedule(0.0, self.learning_rate, self.warmup)
         else:

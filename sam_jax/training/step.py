@@ -9,6 +9,7 @@ state, metrics = train_step(state, rest, batch, key, tx=tx, config=TrainConfig()
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
@@ -27,14 +28,20 @@ from sam_jax.training.rules import Rest, combine
 from sam_jax.training.simulate import Key
 
 
-class TrainConfig(NamedTuple):
-    """How the loss of a batch is computed; see `interactive_losses` and `Sam.encode_image`."""
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the loss of a batch is computed; see `interactive_losses` and `Sam.encode_image`.
+
+    Raises:
+        TypeError: if the weights are not `LossWeights`.
+        ValueError: for an invalid number.
+    """
 
     num_rounds: int = 1
     """Prompts per object, each after the first a correction; the paper's number is 11."""
     box_probability: float = 0.5
     """Probability that the first prompt is a box, not a point."""
-    weights: LossWeights = LossWeights()
+    weights: LossWeights = LossWeights()  # noqa: RUF009
     """Weights of the loss's parts."""
     objects_chunk_size: int | None = None
     """Objects of an image that are computed together; fewer take less memory. None for all, except
@@ -48,6 +55,26 @@ class TrainConfig(NamedTuple):
     """Number of parts that a batch is split into, to take less memory."""
     ema_decay: float | None = None
     """Decay of a moving average of the parameters; None for no average."""
+
+    def __post_init__(self):
+        if not isinstance(self.weights, LossWeights):
+            raise TypeError(f"weights are {short(self.weights)}, expected LossWeights")
+        for name, value in self.weights._asdict().items():
+            check_number(f"the weight {name}", value)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"the weight {name} is {value}, expected 0 or more")
+        check_whole("num_rounds", self.num_rounds, 1)
+        check_whole("accumulate", self.accumulate, 1)
+        if self.objects_chunk_size is not None:
+            check_whole("objects_chunk_size", self.objects_chunk_size, 1)
+        check_number("box_probability", self.box_probability)
+        if not 0 <= self.box_probability <= 1:
+            raise ValueError(f"box_probability is {self.box_probability}, expected 0 to 1")
+        decay = 0 if self.ema_decay is None else self.ema_decay
+        for name, value in (("drop_path_rate", self.drop_path_rate), ("ema_decay", decay)):
+            check_number(name, value)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}, expected 0 or more, and less than 1")
 
 
 class TrainState(NamedTuple):
@@ -85,7 +112,7 @@ def batch_losses(
     batch: dict[str, Any],
     keys: Array,
     *,
-    config: TrainConfig = TrainConfig(),  # noqa: B008
+    config: TrainConfig = TrainConfig(),
 ) -> MaskLosses:
     """The differentiable losses [b, n, rounds] of every object of a batch.
 
@@ -101,7 +128,8 @@ def batch_losses(
             are invalid, or if it has `remat` or a `drop_path_rate` and the batch has image
             embeddings.
     """
-    check_train_config(config)
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config is {short(config)}, expected a sam_jax.training.TrainConfig")
     _check_batch(batch)
     check_keys(keys, len(batch["masks"]))
     prompt_keys, drop_keys = split_keys(keys, 2)
@@ -190,7 +218,7 @@ def grads_and_metrics(
     batch: dict[str, Any],
     keys: Array,
     *,
-    config: TrainConfig = TrainConfig(),  # noqa: B008
+    config: TrainConfig = TrainConfig(),
 ) -> tuple[PyTree, dict[str, Array]]:
     """The gradients of the mean loss with respect to `params`, and its metrics.
 
@@ -237,7 +265,7 @@ def train_step(
     key: Key,
     *,
     tx: optax.GradientTransformation,
-    config: TrainConfig = TrainConfig(),  # noqa: B008
+    config: TrainConfig = TrainConfig(),
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of the optimizer.
 
@@ -296,38 +324,9 @@ def compile_step(
     places = jax.tree.map(lambda x: x.sharding if x.committed else None, state)
     (device, *_) = state.step.sharding.device_set
     if config.objects_chunk_size is None and device.platform == "cpu":
-        config = config._replace(objects_chunk_size=1)
+        config = replace(config, objects_chunk_size=1)
     return jax.jit(
         functools.partial(train_step, tx=tx, config=config),
         out_shardings=(places, None),
         donate_argnums=0,
     )
-
-
-def check_train_config(config: TrainConfig) -> None:
-    """Checks a config before something that takes long; steps check it too.
-
-    Raises:
-        TypeError: if it is not a TrainConfig.
-        ValueError: if its numbers are invalid.
-    """
-    if not isinstance(config, TrainConfig):
-        raise TypeError(f"config is {short(config)}, expected a sam_jax.training.TrainConfig")
-    if not isinstance(config.weights, LossWeights):
-        raise TypeError(f"weights are {short(config.weights)}, expected LossWeights")
-    for name, value in config.weights._asdict().items():
-        check_number(f"the weight {name}", value)
-        if not 0 <= value < math.inf:
-            raise ValueError(f"the weight {name} is {value}, expected 0 or more")
-    check_whole("num_rounds", config.num_rounds, 1)
-    check_whole("accumulate", config.accumulate, 1)
-    if config.objects_chunk_size is not None:
-        check_whole("objects_chunk_size", config.objects_chunk_size, 1)
-    check_number("box_probability", config.box_probability)
-    if not 0 <= config.box_probability <= 1:
-        raise ValueError(f"box_probability is {config.box_probability}, expected 0 to 1")
-    decay = 0 if config.ema_decay is None else config.ema_decay
-    for name, value in (("drop_path_rate", config.drop_path_rate), ("ema_decay", decay)):
-        check_number(name, value)
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} is {value}, expected 0 or more, and less than 1")

@@ -78,7 +78,8 @@ class ExampleTransform:
         """Transforms an example, with random numbers from `rng`.
 
         Raises:
-            TypeError: if the masks are not a bool array, or the image is none for `load_image`.
+            KeyError: if the example has no image or no masks.
+            TypeError: if the masks are not a bool array, or `load_image` rejects the image.
             ValueError: if the masks do not have the image's size, or if the image would be
                 augmented but its embedding is cached.
         """
@@ -132,9 +133,15 @@ def checked_example(example: Example) -> tuple[Any, Any]:
     """The image of an example, loaded unless it is a `LazyImage`, and its masks.
 
     Raises:
-        TypeError: if the masks are not a bool array, or the image is none for `load_image`.
+        KeyError: if the example has no image or no masks.
+        TypeError: if the masks are not a bool array, or `load_image` rejects the image.
         ValueError: if the masks do not have the image's size.
     """
+    if missing := [name for name in ("image", "masks") if name not in example]:
+        raise KeyError(
+            f"the example has {', '.join(map(repr, example)) or 'nothing'}, but not "
+            f"{' and '.join(map(repr, missing))}"
+        )
     image, masks = example["image"], example["masks"]
     if not isinstance(image, LazyImage):
         image = load_image(image)

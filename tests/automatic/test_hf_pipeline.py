@@ -107,7 +107,7 @@ def test_bad_arguments(model):
         pipeline(model=model, points_per_side=3)
     with pytest.raises(TypeError, match=r"unknown options device; known"):
         pipeline(model=model)(random_image(4, 5), device=0)
-    with pytest.raises(ValueError, match="Unknown model 'vit_x'"):
+    with pytest.raises(ValueError, match="unknown model 'vit_x'"):
         pipeline(model="vit_x")
 
 

@@ -339,7 +339,7 @@ def test_a_write_that_fails_leaves_nothing(meta, tmp_path, monkeypatch):
 def test_a_forged_layer_index_is_refused(meta, tmp_path, name):
     """A forged index does not make a model of that many layers."""
     torch.save({**meta.state_dict(), name: torch.zeros(1)}, tmp_path / "sam.pth")
-    message = rf"\(1 problems\):\n  unexpected: {re.escape(name)} \(1,\)$"
+    message = rf"\(1 problem\):\n  unexpected: {re.escape(name)} \(1,\)$"
     with pytest.raises(CheckpointError, match=message):
         from_pretrained(tmp_path / "sam.pth")
 
@@ -397,6 +397,36 @@ def test_nothing_is_overwritten(meta, tmp_path):
     with pytest.raises(ValueError, match=r"fmt is 'HF', expected one of \['meta', 'hf'\]"):
         write_checkpoint(tmp_path / "other.pth", params, config=config, fmt="HF")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "sam.pth"]
+
+
+def test_incomplete_parameters_are_not_written(meta, tmp_path):
+    torch.save(meta.state_dict(), tmp_path / "sam.pth")
+    params, config = load_params(tmp_path / "sam.pth")
+    name = "prompt_encoder.no_mask_embed"
+    adapted = {**params, "image_encoder.blocks.0.attn.qkv.lora_a": np.ones((32, 2))}
+    for changed, message in (
+        ({}, f"missing: {name}"),
+        ({k: v for k, v in params.items() if k != name}, f"missing: {name}"),
+        (adapted, r"save merge_lora\(model\)"),
+    ):
+        for fmt in ("meta", "hf"):
+            with pytest.raises(CheckpointError, match=message):
+                write_checkpoint(tmp_path / "new.safetensors", changed, config=config, fmt=fmt)
+    assert [p.name for p in tmp_path.iterdir()] == ["sam.pth"]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float31"}, "dtype is 'float31', expected float32, bfloat16 or float16"),
+        ({"attention": "flash"}, "unknown attention implementation 'flash'"),
+        ({"preprocessing": "sam"}, "preprocessing is 'sam', expected 'medsam' or None"),
+    ],
+)
+def test_options_are_checked_before_the_weights_are_read(options, message):
+    with pytest.raises(ValueError, match=message):
+        from_pretrained("./nothing", **options)
 
 
 def test_medsam_preprocessing_is_kept(tmp_path, meta, unchecked):

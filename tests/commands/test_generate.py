@@ -89,6 +89,15 @@ def test_bad_arguments_are_refused_first(run, tmp_path, arguments, message):
     assert not list(tmp_path.glob("out/*/*"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--devices", "9"], "--devices is 9, but this machine has"), (["--model", "vit_x"], "vit_x")],
+)
+def test_nothing_is_created_before_the_arguments_are_checked(run, tmp_path, arguments, message):
+    assert message in run(*arguments)[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failed_run_does_not_fix_the_settings(run):
     assert "crop_overlap_ratio is 2.0" in run("--crop-overlap-ratio", "2")[0]
     assert run()[0] is None

@@ -101,6 +101,18 @@ BAD_POINTS = {
     "kind of masks": ({"multimask_output": "one"}, "multimask_output is 'one', expected a bool"),
     "no labels": ({"labels": None}, "points and labels belong together"),
     "no prompts": ({"points": None, "labels": None}, "neither points nor sparse_embeddings"),
+    "prompts without points": (
+        {"points": np.ones((2, 3, 0, 2)), "labels": np.ones((2, 3, 0), int)},
+        "neither points nor sparse_embeddings",
+    ),
+    "prompts without tokens": (
+        {
+            "points": None,
+            "labels": None,
+            "sparse_embeddings": np.ones((2, 3, 0, 32), np.float32),
+        },
+        "neither points nor sparse_embeddings",
+    ),
     "tokens": (
         {"sparse_embeddings": np.ones((2, 3, 4, 31), np.float32)},
         r"sparse_embeddings have shape .*, expected \(2, 3, any, 32\)",

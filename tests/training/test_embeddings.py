@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from reference import SHALLOW, meta_sam, ours
 
 from sam_jax.checkpoints.params import build_model, flat_params
@@ -48,6 +49,20 @@ def test_existing_embeddings_are_reused(model, dataset, tmp_path):
     assert len(before) == 3
     CachedEmbeddings(dataset, model, folder=tmp_path)
     assert files(tmp_path) == before
+
+
+def test_images_of_any_kind(model, dataset, tmp_path, unchecked):
+    images = [{**example, "image": Image.fromarray(example["image"])} for example in dataset]
+    cached = CachedEmbeddings(images, model, folder=tmp_path)
+    expected = CachedEmbeddings(dataset, model, folder=tmp_path)
+    for i in (0, -1):
+        np.testing.assert_array_equal(
+            cached[i]["image_embedding"], expected[i % 3]["image_embedding"]
+        )
+    with pytest.raises(IndexError):
+        cached[3]
+    with pytest.raises(TypeError, match="model is a str, expected a Sam"):
+        CachedEmbeddings(dataset, "mobile_sam", folder=tmp_path)
 
 
 def test_images_are_not_read_again(model, coco, tmp_path):

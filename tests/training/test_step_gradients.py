@@ -53,10 +53,10 @@ def test_frozen_parameters_take_no_gradient_memory(model):
 def test_accumulation_changes_nothing(model):
     batch = batch_of(4)
     expected, _ = compiled_gradients(model, False, CONFIG)
-    actual, _ = compiled_gradients(model, False, CONFIG._replace(accumulate=2))
+    actual, _ = compiled_gradients(model, False, dataclasses.replace(CONFIG, accumulate=2))
     assert_same_gradients(actual(batch, KEYS), expected(batch, KEYS))
     with pytest.raises(ValueError, match="accumulate is 3, expected a divisor of the batch of 4"):
-        compiled_gradients(model, False, CONFIG._replace(accumulate=3))
+        compiled_gradients(model, False, dataclasses.replace(CONFIG, accumulate=3))
 
 
 def test_parts_are_weighted_by_their_objects(model, monkeypatch):
@@ -72,12 +72,12 @@ def test_parts_are_weighted_by_their_objects(model, monkeypatch):
     batch["valid"] = np.float32([[1, 0, 0], [1, 1, 1]] * 2)  # each part has every second image
     batch = jax.tree.map(jnp.asarray, batch)
     expected, actual = (
-        grads_and_metrics(*split, batch, KEYS, config=CONFIG._replace(accumulate=parts))
+        grads_and_metrics(*split, batch, KEYS, config=dataclasses.replace(CONFIG, accumulate=parts))
         for parts in (1, 2)
     )
     assert_same_gradients(actual, expected)
     with pytest.raises(ValueError, match="accumulate is 3, expected a divisor of the batch of 4"):
-        grads_and_metrics(*split, batch, KEYS, config=CONFIG._replace(accumulate=3))
+        grads_and_metrics(*split, batch, KEYS, config=dataclasses.replace(CONFIG, accumulate=3))
 
 
 def encoder_loss(config):

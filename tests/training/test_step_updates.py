@@ -1,5 +1,6 @@
 """What a training step changes, and what it refuses."""
 
+import dataclasses
 import functools
 
 import jax
@@ -105,7 +106,7 @@ def test_a_step_on_every_parameter_matches_pytorch():
     batch, key = batch_of(2), jax.random.key(1)
     keys = jax.random.split(jax.random.fold_in(key, 0), 2)
     rate, decay, eps = 1e-3, 0.1, 1e-2
-    config = CONFIG._replace(ema_decay=0.75)
+    config = dataclasses.replace(CONFIG, ema_decay=0.75)
     before = {name: np.asarray(value) for name, value in flat_params(model).items()}
     expected_loss = torch_step(reference, batch, keys, rate, decay, eps)
 
@@ -137,7 +138,7 @@ def test_random_draws_freezing_and_the_moving_average(model):
     tx = adamw(1e-2, DECODER_ONLY)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
-    step = compile_step(state, tx, config=CONFIG._replace(ema_decay=decay))
+    step = compile_step(state, tx, config=dataclasses.replace(CONFIG, ema_decay=decay))
     # Random draws depend on the step's number: the same state has another loss in another step.
     copies = [jax.tree.map(jnp.copy, state)._replace(step=jnp.int32(k)) for k in (0, 0, 1)]
     first, again, other = (step(s, rest, batch, key)[1]["loss"] for s in copies)
@@ -179,7 +180,7 @@ def test_a_batch_without_objects_updates_nothing(model):
     tx, _ = OptimizerConfig(warmup=0, weight_decay=0.1).build(DECODER_ONLY, 10)
     trained, rest = partition(model, DECODER_ONLY)
     state = init_state(trained, tx, ema=True)
-    step = compile_step(state, tx, config=CONFIG._replace(ema_decay=0.5, accumulate=2))
+    step = compile_step(state, tx, config=dataclasses.replace(CONFIG, ema_decay=0.5, accumulate=2))
     key, batch = jax.random.key(0), {**batch_of(2), "dropped": np.array([0, 3], np.int32)}
     nothing = {**batch, "valid": np.zeros((2, 3), np.float32)}
     state, metrics = step(state, rest, batch, key)
@@ -294,6 +295,7 @@ def test_custom_training_loop(model):
     assert values[-1] < 0.9 * values[0]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -309,9 +311,9 @@ def test_custom_training_loop(model):
         ({"ema_decay": 1.5}, "ema_decay is 1.5, expected 0 or more"),
     ],
 )
-def test_bad_configs(model, options, message):
+def test_bad_configs(options, message):
     with pytest.raises(ValueError, match=message):
-        batch_losses(model, batch_of(1), KEYS[:1], config=TrainConfig(**options))
+        TrainConfig(**options)
 
 
 @pytest.mark.usefixtures("unchecked")
