@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -39,6 +39,7 @@ from sam_jax.models.hf_api import HuggingFaceAPI
 from sam_jax.models.image_encoder import ImageEncoder, call_encoder
 from sam_jax.models.layers import Remat
 from sam_jax.models.mask_decoder import MaskDecoder
+from sam_jax.models.meshes import with_auto_axes
 from sam_jax.models.prompt_encoder import PromptEncoder
 from sam_jax.models.tiny_vit import TinyViT
 from sam_jax.models.vit import ImageEncoderViT
@@ -149,7 +150,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
             more = options if keys is None else {**options, "keys": keys}
             return call_encoder(model.image_encoder, self.config, pixel_values, **more)
 
-        return _with_auto_axes(encode, pixel_values, self, keys if drop_path_rate else None)
+        return with_auto_axes(encode, pixel_values, self, keys if drop_path_rate else None)
 
     def decode(
         self,
@@ -260,7 +261,7 @@ class Sam(HuggingFaceAPI, nnx.Module):
         image_embeddings = check_embeddings(self.config, image_embeddings)
         prompts = check_prompts(self.config, image_embeddings.shape[0], prompts)
         decode = functools.partial(_decode, **options)
-        return _with_auto_axes(decode, image_embeddings, self, prompts)
+        return with_auto_axes(decode, image_embeddings, self, prompts)
 
     def _decode_in_chunks(
         self,
@@ -344,19 +345,6 @@ class Sam(HuggingFaceAPI, nnx.Module):
             return tokens, is_real
         tokens = jnp.concatenate([tokens, given.astype(tokens.dtype)])
         return tokens, jnp.concatenate([is_real, jnp.ones(len(given), bool)])
-
-
-def _with_auto_axes(function: Callable, array: Array, *others: Any) -> Any:
-    """`function(array, *others)`, on a mesh with Explicit axes, too.
-
-    Its results are spread over images as `array` is. Inside, these axes are Auto: windows join the
-    axis of images with others, which Explicit axes do not allow.
-    """
-    sharding = jax.typeof(array).sharding
-    if set(sharding.mesh.axis_types) <= {AxisType.Auto, AxisType.Manual}:
-        return function(array, *others)
-    spread = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
-    return jax.sharding.auto_axes(function, out_sharding=spread)(array, *others)
 
 
 @functools.partial(

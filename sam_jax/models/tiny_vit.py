@@ -27,6 +27,7 @@ from sam_jax.models.layers import (
     join_windows,
     partition_windows,
 )
+from sam_jax.models.meshes import with_auto_axes
 from sam_jax.ops.attention import Implementation, softmax
 
 _EPS = 1e-5  # of layer norms outside the neck: PyTorch's default
@@ -94,10 +95,14 @@ class TinyViT(WithAdvice, nnx.Module):
         So the input of `layers[i]` is entry i. Its blocks follow each other, and all but those of
         the first stage have `attention_weights(x)` of their input.
         """
-        states = [self.patch_embed(check_pixels(self.image_size, pixel_values))]
-        for stage in self.layers:
-            states.append(stage(states[-1], remat=remat))
-        return states
+
+        def states_of(pixel_values, vit):
+            states = [vit.patch_embed(pixel_values)]
+            for stage in vit.layers:
+                states.append(stage(states[-1], remat=remat))
+            return states
+
+        return with_auto_axes(states_of, check_pixels(self.image_size, pixel_values), self)
 
     def embed(
         self, hidden_states: Sequence[Float[Array, "b _ _ _"]]
@@ -177,7 +182,7 @@ class TinyViTBlock(nnx.Module):
         Positions are those of a window of `attn.window` x `attn.window`, row by row, and windows
         follow each other row by row, image by image.
         """
-        return self.attn.weights(x)
+        return with_auto_axes(lambda x, block: block.attn.weights(x), x, self)
 
 
 class Attention(nnx.Module):

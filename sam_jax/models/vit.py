@@ -29,6 +29,7 @@ from sam_jax.models.layers import (
     partition_windows,
     split_keys,
 )
+from sam_jax.models.meshes import with_auto_axes
 from sam_jax.ops.attention import Implementation, attention_weights, rel_pos_attention
 from sam_jax.ops.barrier import narrow
 
@@ -91,17 +92,21 @@ class ImageEncoderViT(WithAdvice, nnx.Module):
         So the input of `blocks[i]` is entry i, and `blocks[i].attention_weights` of it says what
         the block attends to.
         """
-        x = self.patch_embed(check_pixels(self.image_size, pixel_values))
-        if self.pos_embed is not None:
-            x = x + self.pos_embed[...].astype(x.dtype)
-        depth = len(self.blocks)
-        # From 0 in the first block to the whole rate in the last.
-        rates = np.linspace(0, drop_path_rate, depth)
-        block_keys = [None] * depth if keys is None else split_keys(keys, depth)
-        states = [x]
-        for block, rate, some_keys in zip(self.blocks, rates, block_keys, strict=True):
-            states.append(call_block(block, states[-1], rate, some_keys, remat=remat))
-        return states
+
+        def states_of(pixel_values, vit, keys):
+            x = vit.patch_embed(pixel_values)
+            if vit.pos_embed is not None:
+                x = x + vit.pos_embed[...].astype(x.dtype)
+            depth = len(vit.blocks)
+            # From 0 in the first block to the whole rate in the last.
+            rates = np.linspace(0, drop_path_rate, depth)
+            block_keys = [None] * depth if keys is None else split_keys(keys, depth)
+            states = [x]
+            for block, rate, some_keys in zip(vit.blocks, rates, block_keys, strict=True):
+                states.append(call_block(block, states[-1], rate, some_keys, remat=remat))
+            return states
+
+        return with_auto_axes(states_of, check_pixels(self.image_size, pixel_values), self, keys)
 
     def embed(
         self, hidden_states: Sequence[Float[Array, "b grid grid width"]]
@@ -138,7 +143,7 @@ class Block(nnx.Module):
         follow each other row by row, image by image. A block that attends globally has one window,
         the grid.
         """
-        return self.attn.weights(self.norm1(x))
+        return with_auto_axes(lambda x, block: block.attn.weights(block.norm1(x)), x, self)
 
 
 class Attention(nnx.Module):

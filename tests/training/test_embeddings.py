@@ -61,7 +61,7 @@ def test_images_of_any_kind(model, dataset, tmp_path, unchecked):
         )
     with pytest.raises(IndexError):
         cached[3]
-    with pytest.raises(TypeError, match="model is a str, expected a Sam"):
+    with pytest.raises(TypeError, match="the model is 'mobile_sam', expected a Sam"):
         CachedEmbeddings(dataset, "mobile_sam", folder=tmp_path)
 
 
