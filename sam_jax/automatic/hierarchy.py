@@ -11,6 +11,7 @@ from sam_jax.automatic.records import Crop
 from sam_jax.automatic.selection import Candidates
 from sam_jax.ops.boxes import box_iou
 
+_BATCH = 4096
 _NEIGHBORS = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
 
 
@@ -47,15 +48,23 @@ def points_to_measure(
         known: the masks of points that were measured already.
         options: `box_nms_thresh` says which masks are duplicates.
     """
-    if not known:
+    if not known or not len(points):
         return points
-    count, masks = len(crop.grid), known[0].iou.shape[1]
-    measured = np.zeros(count, bool)
-    passed, boxes = np.zeros((count, masks), bool), np.zeros((count, masks, 4), np.int64)
+    grid, masks = len(crop.grid), known[0].iou.shape[1]
+    measured = np.zeros(grid, bool)
+    passed, boxes = np.zeros((grid, masks), bool), np.zeros((grid, masks, 4), np.int64)
     for part in known:
         measured[part.point], passed[part.point], boxes[part.point] = True, part.passed, part.box
+    at = crop.points + crop.box[:2]
+    # A few points at a time, which bounds the memory for all pairs of their neighbors' masks.
+    batches = np.array_split(points, -(-len(points) // _BATCH))
+    repeated = [_repeat(b, at, measured, passed, boxes, options.box_nms_thresh) for b in batches]
+    return points[~np.concatenate(repeated)]
 
-    side = round(count**0.5)
+
+def _repeat(points, at, measured, passed, boxes, iou_threshold):
+    """Whether all measured neighbors of each point have the same masks around it."""
+    side = round(len(at) ** 0.5)
     row, column = (
         np.add.outer(index, offsets)
         for index, offsets in zip(np.divmod(points, side), np.transpose(_NEIGHBORS), strict=True)
@@ -66,12 +75,12 @@ def points_to_measure(
     passed = passed[near] & measured[..., None]  # [n, neighbor, mask]
     boxes = boxes[near]
 
-    at = (crop.points[points] + crop.box[:2])[:, None, None]
+    at = at[points][:, None, None]
     around = ((boxes[..., :2] <= at) & (at <= boxes[..., 2:])).all(-1)
-    # Whether a mask of one neighbor is one of another neighbor's: [n, neighbor, mask, neighbor].
+    # Whether another neighbor has the mask, too: [n, neighbor, mask, other neighbor].
     iou = box_iou(boxes[:, :, :, None, None], boxes[:, None, None])
-    shared = ((iou > options.box_nms_thresh) & passed[:, None, None]).any(-1)
+    shared = ((iou > iou_threshold) & passed[:, None, None]).any(-1)
     by_all = (shared | ~measured[:, None, None]).all(-1)
     same = ((around & by_all) | ~passed).all((1, 2))
-    each = (passed.any(-1) | ~measured).all(-1) & (measured.sum(-1) >= 2)
-    return points[~(same & each)]
+    each_has_one = (passed.any(-1) | ~measured).all(-1)
+    return same & each_has_one & (measured.sum(-1) >= 2)

@@ -55,9 +55,9 @@ class Candidates(NamedTuple):
 
 def join(parts: list[Candidates]) -> Candidates:
     """The masks of all parts, in the order of the grid's points."""
-    all = Candidates(*map(np.concatenate, zip(*parts, strict=True)))
-    order = np.argsort(all.point)
-    return Candidates(*(array[order] for array in all))
+    joined = Candidates(*map(np.concatenate, zip(*parts, strict=True)))
+    order = np.argsort(joined.point)
+    return Candidates(*(array[order] for array in joined))
 
 
 def select(crop: Crop, candidates: Candidates, options: MaskGenerationOptions) -> Survivors:

@@ -47,6 +47,7 @@ def test_points_whose_neighbors_have_the_same_masks_are_skipped():
     assert points_to_measure(third, crop(), two, OPTIONS).tolist() == [3, 13, 23]
     assert len(points_to_measure(second, crop(), known([ALL] * 9), OPTIONS)) == 0
     assert points_to_measure(second, crop(), [], OPTIONS).tolist() == second.tolist()
+    assert len(points_to_measure(second[:0], crop(), two, OPTIONS)) == 0  # of a grid of one point
 
 
 @pytest.mark.parametrize(
