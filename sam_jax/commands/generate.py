@@ -104,8 +104,10 @@ def generate(args: Generate) -> None:
         settings["runtime"] = args.runtime
 
     failures: list[str] = []
-    devices = _devices(args.devices) if args.ray is None else []
-    resolve(model)
+    devices = []
+    if args.ray is None:  # whose workers have their own
+        devices = _devices(args.devices)
+        resolve(model)
     with lock_folder(args.output):
         todo = results.begin(settings, files)
         for line in skipped(args.input, args.output):
