@@ -181,7 +181,7 @@ def test_damaged_parts_are_left_out(photos, tmp_path, damage):
     content["annotations"][0].update(damage)
     part.write_text(json.dumps(content))
     said, left_out = results.finish()
-    assert "1 images, 1 masks" in said
+    assert "1 image, 1 mask" in said
     assert left_out.startswith(f"{part} is damaged and was left out: ")
     assert "NaN" not in (tmp_path / "out/annotations.json").read_text()
 
