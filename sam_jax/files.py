@@ -219,15 +219,16 @@ def map_file(file: BinaryIO) -> memoryview:
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def require_folder(path: str | os.PathLike) -> None:
-    """Raises OSError if the path is not a folder, and cannot become one that can be written to.
+def require_folder(name: str, path: Path) -> None:
+    """Checks that a folder can be written to or created, before work that takes long.
 
-    For a check before work that takes long: nothing is created.
+    Raises:
+        ValueError: if the path, or a parent of it, is a file; the message has `name`.
+        PermissionError: if the folder, or the one to create it in, cannot be written to.
     """
-    path = Path(path).absolute()
     existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not existing.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(existing))
+        raise ValueError(f"{name} is {existing}, a file; expected a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "cannot be written to", str(existing))
 

@@ -111,11 +111,7 @@ def test_scores_are_compared_like_masks(run):
     ("name", "arguments", "message"),
     [
         ("run", ["--repeat", "0"], "--repeat is 0, expected at least 1"),
-        (
-            "run",
-            ["--parts", "windows"],
-            "windows: only ViTs have this; omit mobile_sam",
-        ),
+        ("run", ["--parts", "windows"], "windows: only ViTs have this; omit mobile_sam"),
         ("everything", ["--photos", "lanscape"], "--photos is lanscape, but photos are: landscape"),
         ("accuracy", ["--photos", "small", "b"], "--photos is b, but photos are: landscape"),
     ],

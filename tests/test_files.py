@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sam_jax import files
-from sam_jax.files import atomic_write, read_json, temporary_folder, write_json
+from sam_jax.files import atomic_write, read_json, require_folder, temporary_folder, write_json
 
 
 def test_a_file_is_replaced(tmp_path):
@@ -56,6 +56,18 @@ with atomic_write(Path(path)) as temporary:
     print(flush=True)
     input()
 """
+
+
+def test_a_folder_that_can_be_created(tmp_path, monkeypatch):
+    require_folder("--output", tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(ValueError, match=r"--output is .*file, a file; expected a folder"):
+            require_folder("--output", path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(PermissionError, match="cannot be written to"):
+        require_folder("--output", tmp_path / "new")
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path, other_process):

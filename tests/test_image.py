@@ -98,6 +98,12 @@ def test_formats_by_content(file_format, tmp_path):
     assert abs(found.astype(int) - expected).mean() < 2
 
 
+def test_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "red.png")
+    assert load_image("~/red.png").tolist() == [[[255, 0, 0]] * 3] * 2
+
+
 def test_frames_of_a_file(tmp_path):
     first, second = (Image.fromarray(random_image(9, 8, seed)) for seed in (0, 1))
     first.save(tmp_path / "pages.tif", save_all=True, append_images=[second])

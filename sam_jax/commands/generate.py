@@ -97,7 +97,7 @@ def generate(args: Generate) -> None:
     # What determines the masks: all results in a folder must have the same settings.
     settings = {"model": model, "dtype": args.dtype, **vars(options)}
     del settings["points_per_batch"], settings["output_mode"]
-    # Options with which results in the folder of an earlier version agree are left out.
+    # Left out at its default, so that folders of earlier versions can be resumed.
     if not options.hierarchical:
         del settings["hierarchical"]
     if args.runtime != "jax":

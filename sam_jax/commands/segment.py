@@ -63,9 +63,7 @@ def segment(args: Segment) -> None:
     _check_inside(points, "--point", image.shape[:2])
     _check_inside(boxes.reshape(-1, 2), "--box", image.shape[:2])
     output = args.output or Path(f"{args.image.stem}_masks")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output is {output}, a file; expected a folder")
-    require_folder(output)
+    require_folder("--output", output)
     _check_free(output)
 
     predictor = SamPredictor(load_model(args.model, args.dtype), runtime=args.runtime)

@@ -15,7 +15,7 @@ def barrier_on_cpu(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
 def narrow(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """A factor of a product, rounded to its dtype.
 
-    Otherwise XLA on a CPU multiplies in float32 what it was before the rounding, which is slow: the
-    pass simplify-fp-conversions drops conversions to a narrower dtype and back.
+    Without the barrier, XLA on a CPU multiplies in float32 what it was before the rounding, which
+    is slow (docs/design/attention.md).
     """
     return x if x.dtype == jnp.float32 else barrier_on_cpu(x)

@@ -123,10 +123,10 @@ def batch_losses(
         config: see `TrainConfig`.
 
     Raises:
-        TypeError: if the batch is not a dictionary, or an array of it has another dtype.
-        ValueError: if the batch lacks an array, or one has another shape, if the config's numbers
-            are invalid, or if it has `remat` or a `drop_path_rate` and the batch has image
-            embeddings.
+        TypeError: if the batch is not a dictionary, if an array of it has another dtype, or if the
+            config is not a `TrainConfig`.
+        ValueError: if the batch lacks an array, or one has another shape, or if the config has
+            `remat` or a `drop_path_rate` and the batch has image embeddings.
     """
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config is {short(config)}, expected a sam_jax.training.TrainConfig")

@@ -18,10 +18,19 @@ def test_arguments_match_meta():
     assert list(arguments(SamAutomaticMaskGenerator).items()) == list(arguments(meta).items())
 
 
+def test_a_misspelled_option():
+    with pytest.raises(TypeError, match=r"no option point_per_side; options are points_per_side, "):
+        generator(point_per_side=4)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"points_per_side": None, "point_grids": [GRID], "hierarchical": True},
+            "hierarchical is for a regular grid: give points_per_side",
+        ),
         ({"points_per_side": None}, "points_per_side is None and point_grids is None, expected"),
         ({"point_grids": [GRID]}, "points_per_side is 6 and point_grids is given, expected exact"),
         ({"points_per_side": 0}, "points_per_side is 0, expected a whole number of at least 1"),

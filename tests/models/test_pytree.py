@@ -9,10 +9,9 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
-from reference import SHALLOW, SMALL, SMALL_TINY, TINIEST, assert_close, normal, random_sam
+from reference import SHALLOW, TINIEST, assert_close, normal, random_sam
 
 from sam_jax import combine, join_prompts, partition
-from sam_jax.checkpoints.params import abstract_model
 from sam_jax.training import DECODER_ONLY
 
 
@@ -143,28 +142,6 @@ def test_a_mesh_with_explicit_axes(model, arrays):
 
     gradient = jax.jit(jax.grad(total)).trace(spread[0], model).out_info
     assert gradient.sharding.spec[0] == "data"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [SMALL, SMALL_TINY], ids=["vit", "tiny_vit"])
-def test_hidden_states_on_a_mesh_with_explicit_axes(config):
-    encoder = abstract_model(config).image_encoder
-    mesh = AbstractMesh((8,), ("data",), (AxisType.Explicit,))
-    pixels = jax.ShapeDtypeStruct(
-        (16, config.image_size, config.image_size, 3),
-        jnp.float32,
-        sharding=NamedSharding(mesh, PartitionSpec("data")),
-    )
-
-    def states_and_weights(encoder, pixels):
-        states = encoder.hidden_states(pixels)
-        if hasattr(encoder, "blocks"):
-            return states, encoder.blocks[0].attention_weights(states[0])
-        return states, encoder.layers[1].blocks[0].attention_weights(states[1])
-
-    states, weights = jax.jit(states_and_weights).trace(encoder, pixels).out_info
-    assert {state.sharding.spec[0] for state in (*states, weights)} == {"data"}
-    assert {state.shape[0] for state in states} == {16}
 
 
 def test_pickle(model, arrays, expected):

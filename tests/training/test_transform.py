@@ -139,6 +139,18 @@ def test_bad_options(options, message):
 
 
 @pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"image": np.zeros((H, W, 3), np.uint8)}, "the example has 'image', but not 'masks'"),
+        ({}, "the example has nothing, but not 'image' and 'masks'"),
+    ],
+)
+def test_incomplete_examples(example, message):
+    with pytest.raises(KeyError, match=message):
+        transformed(example)
+
+
+@pytest.mark.parametrize(
     ("masks", "error", "message"),
     [
         (np.zeros((2, H, W), np.uint8), TypeError, "the masks are uint8, expected bool"),
